@@ -7,7 +7,7 @@ import torch
 
 import engines
 from api import executorch
-from families import family
+from families import ROPE_FIELD, family
 from notall import Plan, UsageError, export, locate, repair, skip
 
 needs_executorch = engines.needs("executorch", "make test-executorch")
@@ -17,9 +17,10 @@ MIXED = Plan(attention=[0, 3], mlp=[1])
 PLANS = {"attention": Plan([0, 2]), "MLP": Plan(mlp=[0, 3]), "block": Plan([1], [1]), "mixed": MIXED}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 FITTING = [
     *(("llama", {}, plan) for plan in PLANS),
-    ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "max_position_embeddings": 64}, "mixed"),
+    ("llama", {"tie_word_embeddings": True, ROPE_FIELD: LLAMA3, "max_position_embeddings": 64}, "mixed"),
     ("mistral", {"sliding_window": None}, "mixed"),
     ("qwen2", {}, "mixed"),
     ("qwen3", {}, "mixed"),
@@ -77,7 +78,9 @@ def test_bytes_are_the_counted_ones(tmp_path):
     kv = 2 * 64 * 2 * 32 * 4  # keys and values of 64 tokens: 2 heads of 32 numbers of 4 bytes
     for name, kept in (("block", block.sublayers), ("attention", [block.attention])):
         layer = model.model.layers[1]
-        weights = sum(p.nbytes for part in kept for path in part.modules for p in layer.get_submodule(path).parameters())
+        weights = sum(
+            p.nbytes for part in kept for path in part.modules for p in layer.get_submodule(path).parameters()
+        )
         assert sizes["dense"][0] - sizes[name][0] == pytest.approx(weights, rel=0.1)
         assert sizes["dense"][1] - sizes[name][1] == pytest.approx(kv, rel=0.01)
 
@@ -117,14 +120,19 @@ def test_the_default_model_says_the_same(default_model, tmp_path):
         ("mistral", {}, "a window of 5 tokens"),
         ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
         ("llama", {"attention_bias": True}, "no place for self_attn.o_proj.bias"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "by how long a text is"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "by how long a text is",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(name, changes, reason, tmp_path):
     with pytest.raises(UsageError, match=reason) as refusal:
         export(family(name).build(**changes), MIXED, "executorch", tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    variant = "".join(f" ({key}={value})" for key, value in changes.items())
+    told = {key: value for key, value in changes.items() if key != ROPE_FIELD} or {"rope": "dynamic"}
+    variant = "".join(f" ({key}={value})" for key, value in told.items()) if changes else ""
     engines.refused("executorch", name + variant, "any", str(refusal.value))
 
 

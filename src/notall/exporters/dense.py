@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -192,6 +192,7 @@ class CheckpointExport(Export):
     use: str
     files: Mapping[str, str]
     notes: Notes
+    unpacked: ClassVar[str] = UNPACKED
 
     def __post_init__(self) -> None:
         self.origin, self.form = self.dense.origin, self.settings["model_type"]
@@ -212,7 +213,7 @@ class CheckpointExport(Export):
     @contextmanager
     def prepared(cls, source: Source, plan: Plan) -> Iterator[Self]:
         is_gguf = isinstance(source.model, str | Path) and named_gguf(source.model)
-        dtype = source.dtype or (UNPACKED if is_gguf else None)
+        dtype = source.dtype or (cls.unpacked if is_gguf else None)
         if dtype:
             named_dtype(dtype)  # refused before a model is fetched
         with opened(source) as dense:

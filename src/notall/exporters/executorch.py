@@ -50,8 +50,8 @@ LAYER = {
     "mlp.gate_proj.weight": "feed_forward.w1.weight",
     "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
+    "self_attn.rotary_emb.inv_freq": "",  # old files have it, and it is computed
 }
-FOREIGN = "?"
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 AROUND = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": "norm.weight", "lm_head.weight": HEAD}
 
@@ -62,13 +62,15 @@ class ExecuTorchExport(CheckpointExport):
     """A program with its tokenizer. A subclass of another `most_tokens` makes one that reads so many."""
 
     most_tokens: ClassVar[int] = 2048
+    unpacked: ClassVar[str] = "float32"
 
     @classmethod
     def of(cls, dense: DenseModel, plan: Plan) -> ExecuTorchExport:
         """Raises `UsageError` for a model that ExecuTorch's Llama cannot be, and where ExecuTorch is absent."""
+        _check(dense)
+        dense = dense if dense.dtype else dense.in_dtype(torch.float32)  # all that XNNPACK takes
         rows = list(sparse_layers(layers_of(dense.structure, plan)))
         tensors = dict(_named(dense, rows))
-        _check(dense, tensors)
         if find_spec("executorch") is None:
             raise UsageError(f"ExecuTorch is not installed: {INSTALL}")
         args = _args(dense, rows, tensors, min(cls.most_tokens, dense.config.max_position_embeddings))
@@ -117,7 +119,7 @@ class ExecuTorchExport(CheckpointExport):
 
 
 def runner(program: Path) -> Callable[[Tensor, int], Tensor]:
-    """What tokens, (tokens,), are answered with from a place of the text on: the logits behind the last, (vocabulary,)."""
+    """The logits behind tokens, (tokens,), that stand in the text from a place on: (vocabulary,)."""
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  attention with a cache
     from executorch.runtime import Runtime
 
@@ -131,11 +133,14 @@ def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
     return torch.stack([torch.stack([run(text[:last], 0), run(text[last:], last)]) for text in tokens])
 
 
-def _check(dense: DenseModel, tensors: Weights) -> None:
+def _check(dense: DenseModel) -> None:
     config = dense.config
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    foreign = next((name for name in tensors if name.startswith(FOREIGN)), "")
+    foreign = [
+        *(dense.outside_layers.keys() - AROUND.keys()),
+        *(name for one in dense.layers for name in one.keys() - LAYER.keys()),
+    ]
     if config.model_type not in FAMILIES:
         problem = f"{config.model_type} is not built of Llama's layers"
     elif dense.quantisation is not None:
@@ -143,7 +148,7 @@ def _check(dense: DenseModel, tensors: Weights) -> None:
     elif config.hidden_act != "silu":
         problem = f"its activation is {config.hidden_act}, not silu"
     elif foreign:
-        problem = f"it has no place for {foreign.removeprefix(FOREIGN)}"
+        problem = f"it has no place for {min(foreign)}"
     elif window and window < config.max_position_embeddings:
         problem = f"its attention has a window of {window} tokens"
     elif (kind := rope.get("rope_type", "default")) in BY_LENGTH:
@@ -154,18 +159,14 @@ def _check(dense: DenseModel, tensors: Weights) -> None:
 
 
 def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
-    """Tensors by ExecuTorch's names, and behind `FOREIGN` those that it has none for."""
-    for name, tensor in dense.outside_layers.items():
-        yield AROUND.get(name, FOREIGN + name), tensor
-        if name in AROUND and AROUND[name] == EMBEDDING and dense.config.tie_word_embeddings:
-            yield HEAD, tensor
+    """Tensors by ExecuTorch's names."""
+    around = {AROUND[name]: tensor for name, tensor in dense.outside_layers.items()}
+    yield from ({HEAD: around[EMBEDDING]} | around).items()  # it ties no weights
     for number, row in enumerate(rows):
         for index, kind in zip(row, ("attention", "mlp")):
-            parts = {} if index is None else dense.parts(getattr(dense.structure.blocks[index], kind))
-            yield from (
-                (f"layers.{number}.{LAYER[name]}" if name in LAYER else FOREIGN + name, tensor)
-                for name, tensor in parts.items()
-            )
+            if index is not None:
+                parts = dense.parts(getattr(dense.structure.blocks[index], kind))
+                yield from ((f"layers.{number}.{LAYER[n]}", tensor) for n, tensor in parts.items() if LAYER[n])
 
 
 def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Settings:
