@@ -111,9 +111,10 @@ architectures: setup $(VENV4)/.done ## record what the tests find of each archit
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
 
-bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp, and under load
+bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure exports of the default model in transformers, vLLM, llama.cpp and ExecuTorch, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
+	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
 
 lint: setup ## check style, types, and that imports point one way

@@ -30,7 +30,6 @@ from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, size, table, words
 from notall.results.terminal import print_table
 
-ATTENTIONS, BLOCKS = 8, 4
 PROMPT = torch.tensor([3 + (7 * place) % 250 for place in range(128)])
 
 
@@ -59,18 +58,18 @@ COLUMNS: tuple[Column[Row], ...] = (
 )
 
 
-def written(spec: str, folder: Path) -> dict[str, Path]:
-    """The programs, by name."""
+def written(spec: str, attentions: int, blocks: int, folder: Path) -> dict[str, Path]:
+    """The programs, by name: without the last attentions but one, and without blocks in the middle."""
     model, _ = load(spec, dtype="float32", device="cpu")
     depth = model.config.num_hidden_layers
-    last = range(depth - 1 - ATTENTIONS, depth - 1)
-    middle = range((depth - BLOCKS) // 2, (depth - BLOCKS) // 2 + BLOCKS)
-    plans = {"dense": Plan(), "attentions": Plan(last), "blocks": Plan(middle, middle)}
+    last = range(depth - 1 - attentions, depth - 1)
+    middle = range((depth - blocks) // 2, (depth - blocks) // 2 + blocks)
+    plans = {"dense": Plan(), f"-{attentions} attentions": Plan(last), f"-{blocks} blocks": Plan(middle, middle)}
     found = {name: export(model, plan, "executorch", folder / name) / PROGRAM for name, plan in plans.items()}
-    model.model.layers = nn.ModuleList(model.model.layers[: depth - BLOCKS])
-    model.config.num_hidden_layers = depth - BLOCKS
+    model.model.layers = nn.ModuleList(model.model.layers[: depth - blocks])
+    model.config.num_hidden_layers = depth - blocks
     if layer_types := getattr(model.config, "layer_types", None):
-        model.config.layer_types = layer_types[: depth - BLOCKS]
+        model.config.layer_types = layer_types[: depth - blocks]
     model.save_pretrained(folder / "fewer")
     return found | {"stock": export(folder / "fewer", Plan(), "executorch", folder / "stock") / PROGRAM}
 
@@ -88,6 +87,8 @@ def timed(run: Callable[[Tensor, int], Tensor], new: int) -> tuple[float, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--attentions", type=int, default=8, help="how many to leave out")
+    parser.add_argument("--blocks", type=int, default=4, help="how many to leave out")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--threads", type=int, default=cores())
@@ -95,7 +96,7 @@ def main() -> None:
     given = parser.parse_args()
     portable_lib._unsafe_reset_threadpool(given.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        files = written(given.model, Path(scratch))
+        files = written(given.model, given.attentions, given.blocks, Path(scratch))
         runners = {name: runner(file) for name, file in files.items()}
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
         for each in runners.values():

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -217,11 +218,9 @@ def _program(model: nn.Module, args: Settings, stops: Settings) -> Any:
     traced = torch.export.export(model, given, dynamic_shapes=shapes)
     about = {f"get_{name}": args[name] for name in ("max_seq_len", "max_context_len", "n_layers", "vocab_size")}
     about |= {"use_kv_cache": True, "use_sdpa_with_kv_cache": True, "enable_dynamic_shape": True, **stops}
-    edge = to_edge_transform_and_lower(
-        traced,
-        partitioner=[XnnpackPartitioner()],
-        constant_methods=about,
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
+    how = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    # With each of some 150 parts that XNNPACK takes, torch would compile all others again: most of the time it takes.
+    with patch.object(torch.fx.GraphModule, "_recompile_submodules", lambda _: [], create=True):
+        edge = to_edge_transform_and_lower(traced, None, [XnnpackPartitioner()], about, how)
     planning, shapes_of = MemoryPlanningPass(alloc_graph_input=False), ConstraintBasedSymShapeEvalPass()
     return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning, sym_shape_eval_pass=shapes_of))
