@@ -138,17 +138,13 @@ def _check(dense: DenseModel) -> None:
     config = dense.config
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    foreign = [
-        *(dense.outside_layers.keys() - AROUND.keys()),
-        *(name for one in dense.layers for name in one.keys() - LAYER.keys()),
-    ]
     if config.model_type not in FAMILIES:
         problem = f"{config.model_type} is not built of Llama's layers"
     elif dense.quantisation is not None:
         problem = f"its weights are quantised ({quantisation_name(dense.quantisation)})"
     elif config.hidden_act != "silu":
         problem = f"its activation is {config.hidden_act}, not silu"
-    elif foreign:
+    elif foreign := {*dense.outside_layers} - {*AROUND} | {name for one in dense.layers for name in one} - {*LAYER}:
         problem = f"it has no place for {min(foreign)}"
     elif window and window < config.max_position_embeddings:
         problem = f"its attention has a window of {window} tokens"
