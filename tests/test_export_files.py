@@ -248,7 +248,7 @@ def test_a_plan_for_another_model_is_refused(dense, tmp_path):
 
 
 def test_an_unknown_target_is_refused(dense, tmp_path):
-    with pytest.raises(UsageError, match="no export target 'onnx': choose from hf, nemotron-nas, gguf"):
+    with pytest.raises(UsageError, match="no export target 'onnx': choose from hf, nemotron-nas, gguf, executorch"):
         export(dense, BLOCK, "onnx", tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -192,6 +192,7 @@ class CheckpointExport(Export):
     use: str
     files: Mapping[str, str]
     notes: Notes
+    unpacked: ClassVar[str] = UNPACKED
 
     def __post_init__(self) -> None:
         self.origin, self.form = self.dense.origin, self.settings["model_type"]
@@ -212,7 +213,7 @@ class CheckpointExport(Export):
     @contextmanager
     def prepared(cls, source: Source, plan: Plan) -> Iterator[Self]:
         is_gguf = isinstance(source.model, str | Path) and named_gguf(source.model)
-        dtype = source.dtype or (UNPACKED if is_gguf else None)
+        dtype = source.dtype or (cls.unpacked if is_gguf else None)
         if dtype:
             named_dtype(dtype)  # refused before a model is fetched
         with opened(source) as dense:
@@ -226,6 +227,9 @@ class CheckpointExport(Export):
         for name, text in {**self.files, "config.json": config}.items():
             (folder / name).write_text(text, encoding="utf-8")
         write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
+        self.copy_companions(folder)
+
+    def copy_companions(self, folder: Path) -> None:
         for file in self.companions:
             if not (folder / file.name).exists():  # what the export has written itself stays
                 shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,222 @@
+"""ExecuTorch: a program for CPUs (XNNPACK), which its own exporter of Llamas makes of the layers that are left.
+
+Layers may lack either sublayer. A program holds its whole graph, so that no code of ours runs it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..files import own_file
+from ..inputs import Settings, read_json
+from ..models.load_errors import quiet
+from ..models.quantisation import quantisation_name
+from ..plan import Plan
+from ..progress import Progress
+from ..running.regrouping import layers_of, sparse_layers
+from ..running.skipping import skip
+from ..structure.proving import relative_error
+from .dense import CheckpointExport, DenseModel, probe_tokens
+from .manifest import Verdict, Verified
+from .tensors import FLOATS, Weight, Weights
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BY_LENGTH = ("dynamic", "longrope")  # RoPEs whose angles go by how long a text is
+PROGRAM = "model.pte"
+INSTALL = (
+    "install it and notall in an environment of their own (pip install executorch notall), and run this command there"
+)
+USE = (
+    f"ExecuTorch's runners for language models take `{PROGRAM}` and the tokenizer beside it. The program reads up to "
+    "{tokens} tokens, and takes the memory of a cache for all of them when it is loaded."
+)
+# Tensors of a layer, and around the layers, by the names that ExecuTorch's Llama has for them.
+LAYER = {
+    "input_layernorm.weight": "attention_norm.weight",
+    **{f"self_attn.{one}_proj.{kind}": f"attention.w{one}.{kind}" for one in "qkv" for kind in ("weight", "bias")},
+    "self_attn.q_norm.weight": "attention.q_norm_fn.weight",
+    "self_attn.k_norm.weight": "attention.k_norm_fn.weight",
+    "self_attn.o_proj.weight": "attention.wo.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
+    "self_attn.rotary_emb.inv_freq": "",  # old files have it, and it is computed
+}
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+AROUND = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": "norm.weight", "lm_head.weight": HEAD}
+
+Rows = Sequence[tuple[int | None, int | None]]
+
+
+class ExecuTorchExport(CheckpointExport):
+    """A program with its tokenizer. A subclass of another `most_tokens` makes one that reads so many."""
+
+    most_tokens: ClassVar[int] = 2048
+    unpacked: ClassVar[str] = "float32"
+
+    @classmethod
+    def of(cls, dense: DenseModel, plan: Plan) -> ExecuTorchExport:
+        """Raises `UsageError` for a model that ExecuTorch's Llama cannot be, and where ExecuTorch is absent."""
+        _check(dense)
+        dense = dense if dense.dtype else dense.in_dtype(torch.float32)  # all that XNNPACK takes
+        rows = list(sparse_layers(layers_of(dense.structure, plan)))
+        tensors = dict(_named(dense, rows))
+        if find_spec("executorch") is None:
+            raise UsageError(f"ExecuTorch is not installed: {INSTALL}")
+        args = _args(dense, rows, tensors, min(cls.most_tokens, dense.config.max_position_embeddings))
+        use = USE.format(tokens=args["max_context_len"])
+        return cls(dense, plan, {"model_type": "executorch", "args": args}, tensors, use, {}, {})
+
+    def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        progress(0, 1, "building a program")
+        with quiet(), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = _program(self._transformer(), self.settings["args"], _stops(self.dense))
+        with open(folder / PROGRAM, "wb") as file:
+            program.write_to_file(file)
+        self.copy_companions(folder)
+
+    def _transformer(self) -> nn.Module:
+        """ExecuTorch's Llama with the weights, and with the model's own RoPE, whatever it is scaled by."""
+        from executorch.examples.models.llama import llama_transformer, model_args
+        from executorch.examples.models.llama.source_transformation import custom_kv_cache, sdpa
+
+        args, rotary = self.settings["args"], self.dense.empty.base_model.rotary_emb
+        with torch.device("meta"):
+            model = llama_transformer.construct_transformer(model_args.ModelArgs(**args))
+        for block, kind in zip(model.layers, args["mlp_type"]):
+            if kind == "skip":  # which it overlooks
+                del block.feed_forward, block.ffn_norm
+                block.mlp_type = kind
+        caches = {name: cache for name, cache in model.state_dict().items() if "kv_cache" in name}
+        weights = {name: tensor.read() for name, tensor in self.tensors.items()}
+        model.load_state_dict(caches | weights, assign=True)
+        angles = type(rotary)(self.dense.config)(torch.empty(1), torch.arange(args["max_context_len"])[None])
+        model.rope.freqs_cos, model.rope.freqs_sin = (one[0] for one in angles)
+        model.to(FLOATS[self.tensors[EMBEDDING].dtype])
+        return custom_kv_cache.replace_kv_cache_with_custom_kv_cache(sdpa.replace_sdpa_with_custom_op(model)).eval()
+
+    def verify(self, folder: Path) -> Verdict:
+        """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens one by one."""
+        model = self.dense.load()
+        tokens = probe_tokens(model, 13)
+        with skip(model, self.plan), torch.inference_mode():
+            expected = model(input_ids=tokens).logits[:, -2:]
+        del model
+        most = 1e-4 if expected.dtype == torch.float32 else 5e-2
+        error = relative_error(logits_of_program(folder / PROGRAM, tokens), expected)
+        return Verified(f"ExecuTorch {version('executorch')}", error, most, "of the largest logit").checked()
+
+
+def runner(program: Path) -> Callable[[Tensor, int], Tensor]:
+    """The logits behind tokens, (tokens,), that stand in the text from a place on: (vocabulary,)."""
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  attention with a cache
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(program).load_method("forward")
+    return lambda tokens, place: method.execute((tokens[None], torch.tensor([place])))[0].flatten().clone()
+
+
+def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
+    """The last two logits of token ids, (batch, tokens): (batch, 2, vocabulary). Each text begins its cache anew."""
+    run, last = runner(program), tokens.shape[1] - 1
+    return torch.stack([torch.stack([run(text[:last], 0), run(text[last:], last)]) for text in tokens])
+
+
+def _check(dense: DenseModel) -> None:
+    config = dense.config
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if config.model_type not in FAMILIES:
+        problem = f"{config.model_type} is not built of Llama's layers"
+    elif dense.quantisation is not None:
+        problem = f"its weights are quantised ({quantisation_name(dense.quantisation)})"
+    elif config.hidden_act != "silu":
+        problem = f"its activation is {config.hidden_act}, not silu"
+    elif foreign := {*dense.outside_layers} - {*AROUND} | {name for one in dense.layers for name in one} - {*LAYER}:
+        problem = f"it has no place for {min(foreign)}"
+    elif window and window < config.max_position_embeddings:
+        problem = f"its attention has a window of {window} tokens"
+    elif (kind := rope.get("rope_type", "default")) in BY_LENGTH:
+        problem = f"its RoPE ({kind}) goes by how long a text is"
+    else:
+        return
+    raise UsageError(f"ExecuTorch's Llama does not fit this model: {problem}; export to hf")
+
+
+def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
+    """Tensors by ExecuTorch's names."""
+    around = {AROUND[name]: tensor for name, tensor in dense.outside_layers.items()}
+    yield from ({HEAD: around[EMBEDDING]} | around).items()  # it ties no weights
+    for number, row in enumerate(rows):
+        for index, kind in zip(row, ("attention", "mlp")):
+            if index is not None:
+                parts = dense.parts(getattr(dense.structure.blocks[index], kind))
+                yield from ((f"layers.{number}.{LAYER[n]}", tensor) for n, tensor in parts.items() if LAYER[n])
+
+
+def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Settings:
+    """Of ExecuTorch's Llama."""
+    config = dense.config
+    has_norms = any(name.endswith("q_norm_fn.weight") for name in tensors)
+    return {
+        "dim": config.hidden_size,
+        "hidden_dim": config.intermediate_size,
+        "n_layers": len(rows),
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.rms_norm_eps,
+        "attention_qkv_bias": any(name.endswith("wq.bias") for name in tensors),
+        "use_qk_norm": has_norms,
+        "qk_norm_before_rope": has_norms,
+        "use_hf_rope": True,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache_op": True,
+        "enable_dynamic_shape": True,
+        "max_seq_len": tokens,
+        "max_context_len": tokens,
+        "layer_types": ["skip_attention" if attention is None else "attention" for attention, _ in rows],
+        "mlp_type": ["skip" if mlp is None else "default" for _, mlp in rows],
+    }
+
+
+def _stops(dense: DenseModel) -> Settings:
+    """The tokens that a text begins and ends with, as ExecuTorch's runners ask for them."""
+    file = own_file(dense.folder, "generation_config.json")
+    told = {**dense.settings, **(read_json(file.read_bytes()) if file else {})}
+    first, last = told.get("bos_token_id"), told.get("eos_token_id")
+    ends = last if isinstance(last, list) else [last]
+    return ({} if first is None else {"get_bos_id": first}) | ({} if last is None else {"get_eos_ids": ends})
+
+
+def _program(model: nn.Module, args: Settings, stops: Settings) -> Any:
+    """For prompts of any length and for single tokens: by XNNPACK, and what it lacks by ExecuTorch's own kernels."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    given = (torch.tensor([[2, 3, 4]]), {"input_pos": torch.tensor([0])})
+    shapes = ({1: torch.export.Dim("tokens", max=args["max_seq_len"] - 1)}, {"input_pos": {0: 1}})
+    traced = torch.export.export(model, given, dynamic_shapes=shapes)
+    about = {f"get_{name}": args[name] for name in ("max_seq_len", "max_context_len", "n_layers", "vocab_size")}
+    about |= {"use_kv_cache": True, "use_sdpa_with_kv_cache": True, "enable_dynamic_shape": True, **stops}
+    how = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    # With each of some 150 parts that XNNPACK takes, torch would compile all others again: most of the time it takes.
+    with patch.object(torch.fx.GraphModule, "_recompile_submodules", lambda _: [], create=True):
+        edge = to_edge_transform_and_lower(traced, None, [XnnpackPartitioner()], about, how)
+    planning, shapes_of = MemoryPlanningPass(alloc_graph_input=False), ConstraintBasedSymShapeEvalPass()
+    return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning, sym_shape_eval_pass=shapes_of))

@@ -1,0 +1,150 @@
+"""ExecuTorch's programs: what is refused, and (where ExecuTorch is) that they answer as the skipped model does."""
+
+import json
+
+import pytest
+import torch
+
+import engines
+from api import executorch, footprint
+from families import ROPE_FIELD, family
+from notall import Plan, UsageError, export, repair, skip
+
+needs_executorch = engines.needs("executorch", "make test-executorch")
+pytestmark = pytest.mark.timeout(1800)
+
+MIXED = Plan(attention=[0, 3], mlp=[1])
+PLANS = {"attention": Plan([0, 2]), "MLP": Plan(mlp=[0, 3]), "block": Plan([1], [1]), "mixed": MIXED}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+FITTING = [
+    ("llama", {"tie_word_embeddings": True, ROPE_FIELD: LLAMA3}, "mixed"),
+    ("llama", {}, "attention"),
+    ("mistral", {"sliding_window": None}, "block"),
+    ("qwen2", {}, "MLP"),
+    ("qwen3", {}, "mixed"),
+]
+TOKENS = torch.randint(99, (2, 13), generator=torch.Generator().manual_seed(3))
+
+
+def answers(out):
+    return executorch.logits_of_program(out / "model.pte", TOKENS)
+
+
+def memory_plan(out):
+    """Bytes of all memory that the program plans for, and the shapes of the tensors in it."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    plan = deserialize_pte_binary((out / "model.pte").read_bytes()).program.execution_plan[0]
+    shapes = [tuple(value.val.sizes) for value in plan.values if hasattr(value.val, "sizes")]
+    return sum(plan.non_const_buffer_sizes), shapes
+
+
+@needs_executorch
+@pytest.mark.parametrize(("name", "changes", "plan"), FITTING, ids=lambda one: one if isinstance(one, str) else "")
+def test_a_program_answers_as_the_skipped_model(name, changes, plan, tmp_path):
+    """`export` itself compares a prompt and a token; so does this, with other tokens."""
+    model = family(name).build(**changes)
+    out = export(model, PLANS[plan], "executorch", tmp_path / "out")
+    assert json.loads((out / "notall.json").read_text())["verified"]["most"] == 1e-4
+    with skip(model, PLANS[plan]), torch.no_grad():
+        expected = model(TOKENS).logits[:, -2:]
+    torch.testing.assert_close(answers(out), expected, rtol=1e-4, atol=1e-4)
+    engines.works("ExecuTorch", "executorch", "executorch", name, "any")
+
+
+@needs_executorch
+def test_a_repaired_plan_keeps_its_weights(tmp_path):
+    model = family("llama").build()
+    batches = [torch.randint(99, (4, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    repaired = repair(model, Plan([1], [1, 2]), batches)
+    out = export(model, repaired, "executorch", tmp_path / "out")
+    with skip(model, repaired), torch.no_grad():
+        expected = model(TOKENS).logits[:, -2:]
+    with skip(model, repaired.unrepaired), torch.no_grad():
+        assert not torch.allclose(expected, model(TOKENS).logits[:, -2:], atol=1e-2)
+    torch.testing.assert_close(answers(out), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_executorch
+def test_bytes_are_the_counted_ones(tmp_path):
+    """Of the file those of the weights, but for what describes the graph; of memory those of the cache."""
+    model, plan = family("llama").build(hidden_size=128, intermediate_size=512, head_dim=32), Plan([1], [2])
+    dense, skipped = (export(model, one, "executorch", tmp_path / str(one)) for one in (Plan(), plan))
+    before, after = (footprint(model, one) for one in (Plan(), plan))
+    files = [(out / "model.pte").stat().st_size for out in (dense, skipped)]
+    assert files[0] - files[1] == pytest.approx(before.weight_bytes - after.weight_bytes, rel=0.1)
+    (planned, shapes), (fewer, left) = map(memory_plan, (dense, skipped))
+    for footprint_of, held in ((before, shapes), (after, left)):
+        caches = held.count((1, 64, 2, 32)) // 2  # each as it was, and as it is updated, in the same place
+        assert caches * 64 * 2 * 32 * 4 == 64 * footprint_of.kv_bytes_per_token
+    assert planned - fewer >= 64 * (before.kv_bytes_per_token - after.kv_bytes_per_token)
+
+
+def test_a_wrong_answer_leaves_nothing(tmp_path, monkeypatch):
+    """Where ExecuTorch is or not: the program and its answers are made up."""
+    model, factor = family("llama").build(), 1.0
+
+    def said(_, tokens):
+        with skip(model, MIXED), torch.no_grad():
+            return factor * model(tokens).logits[:, -2:]
+
+    monkeypatch.setattr(executorch, "find_spec", lambda name: True)
+    monkeypatch.setattr(executorch, "version", lambda name: "1.5.1")
+    monkeypatch.setattr(executorch.ExecuTorchExport, "write", lambda *_: None)
+    monkeypatch.setattr(executorch, "logits_of_program", said)
+    export(model, MIXED, "executorch", tmp_path / "right")
+    factor = 1.01
+    with pytest.raises(UsageError, match="answers differently"):
+        export(model, MIXED, "executorch", tmp_path / "wrong")
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+@needs_executorch
+@pytest.mark.slow
+def test_the_default_model_says_the_same(default_model, tmp_path):
+    """64 tokens, each the likeliest, with 8 attentions left out."""
+    model, tokenizer = default_model
+    plan = Plan(attention=range(20, 28))
+    out = export("smollm2", plan, "executorch", tmp_path / "out", dtype="float32")
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with skip(model, plan), torch.no_grad():
+        said = model.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :]
+    run = executorch.runner(out / "model.pte")
+    logits, found = run(prompt[0], 0), []
+    for place in range(prompt.shape[1], prompt.shape[1] + 64):
+        found.append(int(logits.argmax()))
+        logits = run(torch.tensor(found[-1:]), place)
+    assert found == said.tolist()
+    assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("gemma2", {}, "not built of Llama's layers"),
+        ("mistral", {}, "a window of 5 tokens"),
+        ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
+        ("llama", {"attention_bias": True}, "no place for self_attn.o_proj.bias"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "by how long a text is",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, changes, reason, tmp_path):
+    with pytest.raises(UsageError, match=reason) as refusal:
+        export(family(name).build(**changes), MIXED, "executorch", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    told = {key: value for key, value in changes.items() if key != ROPE_FIELD} or {"rope": "dynamic"}
+    variant = "".join(f" ({key}={value})" for key, value in told.items()) if changes else ""
+    engines.refused("executorch", name + variant, "any", str(refusal.value))
+
+
+def test_without_executorch_a_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(executorch, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="ExecuTorch is not installed: install it and notall"):
+        export(family("llama").build(), MIXED, "executorch", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
