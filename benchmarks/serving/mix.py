@@ -184,8 +184,8 @@ def main() -> None:
                 repair(model, skipped, batches, out=folder, progress=lambda *told: print(*told, end="\r"))
             plans[called, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
     found = judged(model, tokenizer, plans, asked)
-    told = {"machine": machine(model.device), "model": asked.model, "windows": asked.windows, "limit": asked.limit}
-    told |= {"tasks": asked.tasks, "questions": asked.questions}
+    told = {"machine": machine(model.device), "model": Path(asked.model).name, "windows": asked.windows}
+    told |= {"tasks": asked.tasks, "limit": asked.limit, "questions": asked.questions}
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     told |= {"command": shlex.join(["python", "benchmarks/serving/mix.py", *words]), "date": f"{date.today()}"}
     told["searches"] = [json.loads(one.read_text()) for one in sorted(asked.out.glob("chosen-*.spent.json"))]
