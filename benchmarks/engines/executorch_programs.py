@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 
 from notall import Plan, export, load
 from notall.exporters.executorch import PROGRAM, runner
-from notall.measuring.speed import cores, machine, speedup
+from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.results.record import Count, Fact, Quartiles
-from notall.results.table import Column, size, table, words
+from notall.results.table import Column, size, table, with_quartiles, words
 from notall.results.terminal import print_table
 
 PROMPT = torch.tensor([3 + (7 * place) % 250 for place in range(128)])
@@ -49,12 +50,12 @@ class Row(Fact):
 COLUMNS: tuple[Column[Row], ...] = (
     words("model", lambda one: one.model),
     size("file", lambda one: one.file_bytes),
-    words("prefill ms", lambda one: in_words(one.prefill_ms, ".1f")),
-    words("decode ms/token", lambda one: in_words(one.decode_ms, ".2f")),
-    words("prefill, dense / it", lambda one: in_words(one.prefill_speedup, ".3f")),
-    words("decode, dense / it", lambda one: in_words(one.decode_speedup, ".3f")),
-    words("prefill, it / stock", lambda one: in_words(one.prefill_to_stock, ".3f")),
-    words("decode, it / stock", lambda one: in_words(one.decode_to_stock, ".3f")),
+    with_quartiles("prefill ms", lambda one: one.prefill_ms),
+    with_quartiles("decode ms/token", lambda one: one.decode_ms, ".2f"),
+    with_quartiles("prefill, dense / it", lambda one: one.prefill_speedup, ".3f"),
+    with_quartiles("decode, dense / it", lambda one: one.decode_speedup, ".3f"),
+    with_quartiles("prefill, it / stock", lambda one: one.prefill_to_stock, ".3f"),
+    with_quartiles("decode, it / stock", lambda one: one.decode_to_stock, ".3f"),
 )
 
 
@@ -98,12 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = written(given.model, given.attentions, given.blocks, Path(scratch))
         runners = {name: runner(file) for name, file in files.items()}
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
-        for each in runners.values():
-            timed(each, 2)  # to warm up
-        for number in range(given.rounds):
-            for name in list(files)[:: -1 if number % 2 else 1]:
-                taken[name].append(timed(runners[name], given.new))
+        taken = interleaved({name: partial(timed, run, given.new) for name, run in runners.items()}, given.rounds)
         sizes = {name: file.stat().st_size for name, file in files.items()}
     times = {name: tuple(zip(*pairs)) for name, pairs in taken.items()}
     rows = [row(name, sizes[name], times) for name in files]
@@ -129,10 +125,6 @@ def row(name: str, file_bytes: int, times: dict[str, tuple[tuple[float, ...], ..
         prefill_to_stock=speedup(own[0], stock[0]),
         decode_to_stock=speedup(own[1], stock[1]),
     )
-
-
-def in_words(found: Quartiles, form: str) -> str:
-    return f"{found.median:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 if __name__ == "__main__":

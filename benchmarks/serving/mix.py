@@ -51,7 +51,8 @@ SETS = {
 }
 TASKS = ["passkey", "retrieval", "answers"]
 GSM8K, NOTHING = "gsm8k", "nothing: skipped"
-# Of the harness: one answer a question, of which the last number counts, without commas and zeros behind a point.
+# A task of the harness: the last number of an answer counts, without commas and zeros behind a point. `gsm8k` is scored
+# by the leaderboard's filter, whose name this one has.
 QUESTIONS = {
     "task": f"local_{GSM8K}",
     "dataset_path": "json",

@@ -136,9 +136,9 @@ def choose_plan(
             choice = _as_long_as(recovering, choice, space)
             told += f"; the first {len(choice.order)} of {all_of_it}, as far as recovery is kept"
         elif recovering and outcome.met:
-            outcome, looked = _keeping_most(recovering, outcome, setting, budget)
+            outcome, judged = _keeping_most(recovering, outcome, setting, budget)
             choice = outcome.choice
-            told += f"; of {looked} sets the one that keeps most"
+            told += f"; sets judged by what they keep: {judged}"
         skipped, plan = choice.skipped, space.plan(choice.skipped, told)
         return ChosenPlan(
             plan=plan,
@@ -158,7 +158,7 @@ def choose_plan(
 
 def _keeping_most(recovering: Recovering, first: Outcome, setting: Setting, budget: Budget) -> tuple[Outcome, int]:
     """Of `first` and the next cheapest sets that meet the budget: which keeps enough, or most; and of how many."""
-    space, evaluator, found = setting.space, setting.evaluator, dict[float, Outcome]()
+    space, evaluator, found = setting.space, setting.evaluator, list[tuple[float, Outcome]]()
     most = evaluator.cost(frozenset()) + budget.limit
 
     def is_other(skipped: Skipped) -> bool:
@@ -170,10 +170,10 @@ def _keeping_most(recovering: Recovering, first: Outcome, setting: Setting, budg
         outcome = first if choice is first.choice else _outcome(choice, setting, budget)
         if outcome.met:
             kept = recovering.kept(space.plan(choice.skipped))
-            found.setdefault(kept, outcome)
+            found.append((kept, outcome))
             if kept >= recovering.least:
                 break
-    return found[max(found)], len(found)
+    return max(found, key=lambda one: one[0])[1], len(found)
 
 
 def _as_long_as(recovering: Recovering, choice: Choice, space: Space) -> Choice:
