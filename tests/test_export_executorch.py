@@ -127,7 +127,7 @@ def test_the_default_model_says_the_same(default_model, tmp_path):
         ("llama", {"attention_bias": True}, "no place for self_attn.o_proj.bias"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            {ROPE_FIELD: {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "by how long a text is",
         ),
     ],
