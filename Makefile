@@ -114,7 +114,7 @@ bench: setup ## run every program in benchmarks/ and print its figures
 bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure exports of the default model in transformers, vLLM, llama.cpp and ExecuTorch, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
-	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py
+	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py --out results/executorch
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
 
 lint: setup ## check style, types, and that imports point one way
@@ -132,8 +132,9 @@ package: setup ## build sdist and wheel into dist/, and try the wheel in a clean
 	$(VENV)/bin/python -m hatchling build -d dist
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_package.py
 
-docs: setup ## write the command reference and build the documentation into site/, strictly
+docs: setup ## write the command reference and the figures, and build the documentation into site/, strictly
 	$(VENV)/bin/python docs/commands.py
+	$(VENV)/bin/python docs/figures.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 notebook: setup ## run docs/notebook.ipynb on the default model, keep what its cells show, and render docs/notebook.md
