@@ -1,6 +1,7 @@
 """ExecuTorch's programs: what is refused, and (where ExecuTorch is) that they answer as the skipped model does."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +147,34 @@ def test_without_executorch_a_line_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="ExecuTorch is not installed: install it and notall"):
         export(family("llama").build(), MIXED, "executorch", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@needs_executorch
+def test_the_patch_for_executorch_builds_layers_without_mlps(tmp_path):
+    """`docs/upstream` has it; it is applied to a copy of what is installed."""
+    import importlib.util
+    import shutil
+    import subprocess
+
+    from executorch.examples.models.llama import llama_transformer, model_args
+
+    root, name = Path(__file__).parent.parent, "examples/models/llama/llama_transformer.py"
+    (tmp_path / name).parent.mkdir(parents=True)
+    shutil.copy(llama_transformer.__file__, tmp_path / name)
+    subprocess.run(["git", "apply", root / "docs/upstream/executorch-mlp-type.patch"], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location("patched", tmp_path / name)
+    patched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(patched)
+    settings = {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 99, "max_seq_len": 16}
+    settings |= {
+        "layer_types": ["attention", "skip_attention", "attention"],
+        "mlp_type": ["skip", "default", "default"],
+    }
+    args = model_args.ModelArgs(**settings)
+    stock, mended = (one.construct_transformer(args).eval() for one in (llama_transformer, patched))
+    assert hasattr(stock.layers[0], "feed_forward"), "it heeds mlp_type now: the patch and what it dodges can go"
+    del stock.layers[0].feed_forward, stock.layers[0].ffn_norm
+    stock.layers[0].mlp_type = "skip"
+    mended.load_state_dict(stock.state_dict())
+    tokens = torch.arange(7)[None]
+    torch.testing.assert_close(mended(tokens)[0], stock(tokens)[0], rtol=0, atol=0)
