@@ -76,7 +76,7 @@ def llama(tmp_path):
 def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
     out = export(dense, plan, "gguf", tmp_path / "out", verify=False)
     tokens = [5, 30, 31, 32, 90, 41, 7]
-    found = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), tokens)
+    (found,) = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), tokens)
     model, _ = load(dense, dtype="float32", device="cpu")
     with skip(model, plan), torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
@@ -87,25 +87,48 @@ def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
     engines.works("llama.cpp", "xllamacpp", "gguf", model.config.model_type, kind)
 
 
-def answering(monkeypatch, logprobs):
-    """Let `logprobs`, of tokens from 0, stand for what llama.cpp answers."""
+def answering(monkeypatch, dense, said):
+    """Let what llama.cpp answers be `said` of the likeliest tokens' log-probabilities, of the dense file those."""
+    model, _ = load(dense, dtype="float32", device="cpu")
+
+    def answers(path, *prompts):
+        with torch.no_grad():
+            logprobs = model(torch.tensor(prompts)).logits[:, -1].log_softmax(-1)
+        best = [row.topk(10) for row in logprobs]
+        found = [dict(zip(row.indices.tolist(), row.values.tolist())) for row in best]
+        return found if path == dense else [{token: said(value) for token, value in one.items()} for one in found]
+
     monkeypatch.setattr(LlamaCpp, "is_installed", lambda self: True)
     monkeypatch.setattr(LlamaCpp, "version", "of this test")
-    monkeypatch.setattr(exporters_gguf, "next_token_logprobs", lambda path, tokens: dict(enumerate(logprobs)))
+    monkeypatch.setattr(exporters_gguf, "next_token_logprobs", answers)
 
 
-@pytest.mark.parametrize(("logprobs", "most"), [([-50.0] * 10, 0.5), ([-1.0] + [float("nan")] * 9, 99)])
-def test_a_wrong_answer_of_llamacpp_is_refused(llama, logprobs, most, monkeypatch, tmp_path):
-    answering(monkeypatch, logprobs)
-    monkeypatch.setattr(exporters_gguf, "TOLERANCE", most)
-    with pytest.raises(UsageError, match="answers differently from the skipped model"):
+@pytest.mark.parametrize("said", [lambda value: value - 20, lambda value: float("nan")], ids=["far off", "nan"])
+def test_a_wrong_answer_of_llamacpp_is_refused(llama, said, monkeypatch, tmp_path):
+    answering(monkeypatch, llama, said)
+    with pytest.raises(UsageError, match=r"answers differently from the skipped model.*\(--no-verify\)"):
         export(llama, PLANS["portable"], "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@needs_llamacpp
+def test_what_answers_as_another_plan_would_is_refused(default_model, monkeypatch, tmp_path):
+    """Of the default model's 4-bit file, whose own answers are a tenth of a nat from exact ones."""
+    plan = Plan(attention=[4, 6, 7, 9, 22, 25, 26, 29])
+    told = verdict(export("smollm2", plan, "gguf", tmp_path / "right"))
+    assert 0.02 < told["difference"] < told["most"] / 2
+    dense = exporters_gguf.dense_gguf("smollm2")
+    monkeypatch.setattr(
+        exporters_gguf, "next_token_logprobs", lambda _, *prompts: llamacpp.next_token_logprobs(dense, *prompts)
+    )
+    with pytest.raises(UsageError, match="answers differently"):
+        export("smollm2", plan, "gguf", tmp_path / "wrong")
+
+
 def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, tmp_path):
     """Any other failure to read the dense file, such as too little memory, is the user's to know."""
-    answering(monkeypatch, [-1.0] * 10)
+    answering(monkeypatch, llama, float)
 
     def fail(*_, **__):
         raise error
@@ -163,7 +186,7 @@ def test_the_default_model_answers_within_its_quantisation(default_model, tmp_pa
     tokens = tokenizer("The history of the Roman Empire begins with")["input_ids"]
     for plan in (Plan(attention=[0, 5, 11, 12, 29]), Plan(attention=[10, 20], mlp=[9, 19])):
         out = export("smollm2", plan, "gguf", tmp_path / str(len(plan)), verify=False)
-        found = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), tokens)
+        (found,) = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), tokens)
         with skip(model, plan), torch.no_grad():
             expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
         assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.3
@@ -202,7 +225,7 @@ def test_llamacpp_answers_with_repaired_weights(kind, most, tmp_path, caplog):
     assert kinds == {Kind.F32, kind} | ({Kind.Q8_0} if coarse else set())
     assert (f"repaired weights that were {kind.name} are written in 8 bits" in caplog.text) == coarse
     tokens = [5, 30, 31, 32, 90, 41, 7]
-    found = llamacpp.next_token_logprobs(written.path, tokens)
+    (found,) = llamacpp.next_token_logprobs(written.path, tokens)
 
     def off(plan):
         with skip(model, plan), torch.no_grad():

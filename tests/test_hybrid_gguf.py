@@ -41,8 +41,8 @@ def test_llamacpp_answers_as_the_dense_file_whose_skipped_sublayers_are_silent(a
     dense = write_hybrid(architecture, tmp_path / "dense.gguf")
     silent = write_hybrid(architecture, tmp_path / "silent.gguf", silent=names_in(plan))
     out = export(dense, plan, "gguf", tmp_path / "out", verify=False)
-    found = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), TOKENS)
-    expected, unskipped = (llamacpp.next_token_logprobs(file, TOKENS) for file in (silent, dense))
+    (found,) = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), TOKENS)
+    (expected,), (unskipped,) = (llamacpp.next_token_logprobs(file, TOKENS) for file in (silent, dense))
     both = found.keys() & expected.keys()
     assert len(both) >= llamacpp.LIKELIEST - 1  # of two that are as likely one may miss
     assert max(abs(found[token] - expected[token]) for token in both) < 2e-3

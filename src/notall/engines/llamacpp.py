@@ -98,14 +98,14 @@ class LlamaCpp(Engine):
             timings = _complete(server, request | {"cache_prompt": False})["timings"]
         return Timing(timings["prompt_ms"], timings["predicted_per_token_ms"], resident_bytes() - before)
 
-    def likeliest(self, checkpoint: Path, tokens: Tokens) -> list[tuple[int, float]]:
-        """The most likely tokens after `tokens`, with their log-probabilities in nats."""
+    def likeliest(self, checkpoint: Path, prompts: Sequence[Tokens]) -> list[list[tuple[int, float]]]:
+        """The most likely tokens after each prompt, with their log-probabilities in nats."""
         new = 8
-        server = self._server(checkpoint, len(tokens) + new, 1)
-        request = {"prompt": list(tokens), "max_tokens": new, "temperature": 0, "n_probs": LIKELIEST}
-        request |= {"ignore_eos": True, "grammar": "root ::= [a-z ]+"}  # texts that end within a character have none
-        found = _complete(server, request)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return [(entry["id"], entry["logprob"]) for entry in found]
+        server = self._server(checkpoint, max(map(len, prompts)) + new, 1)
+        request: dict[str, object] = {"max_tokens": new, "temperature": 0, "n_probs": LIKELIEST, "ignore_eos": True}
+        request["grammar"] = "root ::= [a-z ]+"  # texts that end within a character have none
+        said = [_complete(server, request | {"prompt": list(tokens)})["choices"][0]["logprobs"] for tokens in prompts]
+        return [[(entry["id"], entry["logprob"]) for entry in one["content"][0]["top_logprobs"]] for one in said]
 
     @staticmethod
     def reason(stderr: str) -> str:
@@ -129,17 +129,18 @@ class LlamaCpp(Engine):
         return xllamacpp.Server(settings)
 
 
-def next_token_logprobs(path: Path, tokens: Tokens) -> dict[int, float]:
-    """The likeliest tokens and their log-probabilities in nats. Raises `UnknownArchitecture`, `UsageError`."""
+def next_token_logprobs(path: Path, *prompts: Tokens) -> list[dict[int, float]]:
+    """The likeliest tokens after each, with log-probabilities in nats. Raises `UnknownArchitecture`, `UsageError`."""
     from ..measuring.speed import cores
 
     try:
-        found = dict(call(LlamaCpp(cores()), "likeliest", checkpoint=path, tokens=list(tokens)))
+        asked = [list(tokens) for tokens in prompts]
+        found = [dict(one) for one in call(LlamaCpp(cores()), "likeliest", checkpoint=path, prompts=asked)]
     except EngineFailed as error:
         kind = UnknownArchitecture if "unknown model architecture" in error.reason else UsageError
         raise kind(f"llama.cpp cannot run {path.name}: {error.reason}") from None
-    if len(found) < LIKELIEST:
-        raise UsageError(f"llama.cpp gives {len(found)} tokens for {path.name}, expected {LIKELIEST}")
+    if (fewest := min(map(len, found))) < LIKELIEST:
+        raise UsageError(f"llama.cpp gives {fewest} tokens for {path.name}, expected {LIKELIEST}")
     return found
 
 

@@ -54,7 +54,7 @@ class Verified:
         if not self.difference <= self.most:
             off = f"by {self.difference:.2g} {self.unit} (at most {self.most:g} was expected), so nothing was written"
             told = f"{self.by} answers differently from the skipped model, {off}"
-            raise UsageError(f"{told}; please report the model and the plan")
+            raise UsageError(f"{told}; please report model and plan, or export without this comparison (--no-verify)")
         return self
 
 
