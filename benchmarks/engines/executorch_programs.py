@@ -142,7 +142,7 @@ def checked(model: PreTrainedModel, name: str, plan: Plan, file: Path) -> Row:
         file_bytes=file.stat().st_size,
         kv_bytes=most * counted.kv_bytes_per_token,
         cache_bytes=cache_bytes(file, most, config.num_key_value_heads, config.head_dim),
-        error=told["verified"]["error"],
+        error=told["verified"]["difference"],
         same_greedy=sum(one == other for one, other in zip(found, mine[0, len(PROMPT) :].tolist())),
     )
 
@@ -202,14 +202,15 @@ def main() -> None:
     del model, other
     if given.rounds:
         rows = with_times(rows, files, len(rows) - 1, given.rounds, given.new)
-    about = machine("cpu") | {"executorch": version("executorch"), "date": str(date.today())}
+    about: dict[str, object] = {"machine": machine("cpu"), "executorch": version("executorch")}
+    about["date"] = str(date.today())
     about |= {"model": given.model, "threads": given.threads, "rounds": given.rounds, "windows": given.windows}
     about |= {"prompt": len(PROMPT), "new": given.new, "sets": {name: str(SETS[name]) for name in given.sets}}
     told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     about["command"] = shlex.join(["python", "benchmarks/engines/executorch_programs.py", *told])
     lines = [json.dumps(about), *(one.model_dump_json() for one in rows)]
     (given.out / "programs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    title = f"ExecuTorch {about['executorch']}, {about['cpu']}, {given.threads} threads, {given.rounds} rounds"
+    title = f"ExecuTorch {version('executorch')}, {given.threads} threads, {given.rounds} rounds"
     print_table(table(title, COLUMNS, rows))
 
 
