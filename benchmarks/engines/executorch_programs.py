@@ -109,12 +109,13 @@ def program(model: PreTrainedModel | Path, plan: Plan, folder: Path) -> Path:
 def fewer_layers(spec: str, count: int, folder: Path) -> Path:
     """A checkpoint of the first layers alone."""
     if not folder.is_dir():
-        model, _ = load(spec, dtype="float32", device="cpu")
+        model, tokenizer = load(spec, dtype="float32", device="cpu")
         model.model.layers = nn.ModuleList(model.model.layers[:count])
         model.config.num_hidden_layers = count
         if layer_types := getattr(model.config, "layer_types", None):
             model.config.layer_types = layer_types[:count]
         model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder
 
 
