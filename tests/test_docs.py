@@ -29,6 +29,7 @@ LONG = {
     "drafting.md",
     "evaluating.md",
     "exporting.md",
+    "first-run.md",
     "index.md",
     "repairing.md",
 }  # come with `make test-engines`
@@ -97,9 +98,9 @@ def check_line(line):
 
 
 def _marks(page):
-    """Of the long pages README.md has every command and function, and is run on both lines of transformers."""
+    """Of the long pages two have every command and function, and are run on both lines of transformers."""
     slow = [pytest.mark.slow] if page in LONG else []
-    return [*slow, pytest.mark.any_transformers] if slow and page != "README.md" else slow
+    return [*slow, pytest.mark.any_transformers] if slow and page not in ("README.md", "first-run.md") else slow
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=_marks(p.name)) for p in PAGES])
