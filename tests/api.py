@@ -219,7 +219,7 @@ NAMES = {
     ],
     "exporters.nemotron_nas": ["ffn_mult", "logits_in_mlx"],
     "exporters.quantisation": ["cut_quantisation", "renamed_notes"],
-    "exporters.remote_code": ["FAMILIES", "source_of"],
+    "exporters.remote_code": ["FAMILIES", "check_code", "source_of"],
     "exporters.tensors": ["FLOATS", "check_tensors", "read_header", "read_tensors", "write_shards"],
     "inputs": ["DoubledKey", "read_json"],
     "measuring.acceptance": ["Accepted", "acceptance", "judge", "rounds", "tokens_per_round", "write_texts"],

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engines
 from api import FAMILIES as REGROUPED
-from api import cache_argument, export, footprint, is_portable, source_of
+from api import cache_argument, check_code, export, footprint, is_portable, source_of
 from families import FAMILIES, each_layout, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
 from test_weightless import NEEDS_VALUES
@@ -351,3 +352,23 @@ def test_the_modeling_file_needs_transformers_alone():
         assert "import notall" not in source
         assert len(source.splitlines()) < 110
         compile(source, base, "exec")
+
+
+@pytest.mark.any_transformers  # it compares files
+def test_code_in_a_checkpoint_that_notall_did_not_write_is_refused(tmp_path):
+    out = export(family("llama").build(), PLANS["mixed"], "hf", tmp_path / "out", verify=False)
+    check_code(out, "llama")
+    config = (out / "config.json").read_text()
+    (code,) = out.glob("*.py")
+    for name, content in (
+        (code.name, code.read_text() + "import os\n"),
+        ("helper.py", ""),
+        ("deeper/helper.py", ""),
+        ("config.json", config.replace('"modeling_', '"other/model--modeling_', 1)),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["other/model--code.Tokenizer", null]}}'),
+    ):
+        shutil.copytree(out, planted := tmp_path / name.replace("/", "-"))
+        (planted / name).parent.mkdir(exist_ok=True)
+        (planted / name).write_text(content)
+        with pytest.raises(UsageError, match="holds code that this notall did not write: delete the folder"):
+            check_code(planted, "llama")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import stat
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -621,3 +622,13 @@ def test_what_the_command_refuses(dense, words, said, run, monkeypatch, tmp_path
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/less-plain"])
+def test_a_link_among_the_checkpoints_is_not_followed(asked, linked, tmp_path):
+    measured(tmp_path / "out", rounds=1)
+    shutil.move(tmp_path / "out" / linked, tmp_path / "elsewhere")
+    (tmp_path / "out" / linked).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"is a link, or holds one: .* choose a new --out"):
+        measured(tmp_path / "out", rounds=2)
+    assert (tmp_path / "elsewhere").exists()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from ..engines import Engine, engine_named, weight_bytes, worker
+from ..engines import Engine, engine_named, regrouped_base, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..inputs import Settings
 from ..measuring.statistics import mean_and_error
@@ -379,8 +379,15 @@ class _Run:
 
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        checkpoint = self.out / "checkpoints" / f"{variant}{self.engine.suffix}"
+        folder = self.out / "checkpoints"
+        checkpoint = folder / f"{variant}{self.engine.suffix}"
+        if folder.is_symlink() or checkpoint.is_symlink():
+            raise UsageError(f"{folder} is a link, or holds one: what it leads to may be others'; choose a new --out")
         if checkpoint.exists() and variant.key in self.scores:
+            if base := checkpoint.is_dir() and regrouped_base(checkpoint):
+                from ..exporters.remote_code import check_code  # here, as it imports transformers
+
+                check_code(checkpoint, base)  # which engines may run
             return checkpoint
         if checkpoint.is_dir():
             shutil.rmtree(checkpoint)

@@ -22,7 +22,7 @@ from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
 from .layout import build_of, check_built, cut_settings, moved_modules, moved_tensors
 from .manifest import NotVerified, Verdict, Verified
 from .quantisation import cut_quantisation, renamed_notes
-from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of
+from .remote_code import FAMILIES, auto_map, classes_of, load_modeling, model_type_of, modeling_file, source_of
 from .tensors import check_copies, read_notes
 
 SUBLAYERS = ("attention", "mlp", "before", "after")  # of each layer, as config.json has them
@@ -59,14 +59,13 @@ class HFExport(CheckpointExport):
         use = ORDINARY_USE.format(base=base)
         if not all(layer.is_ordinary for layer in layers):
             _check_regrouped(dense, plan)
-            classes, file = classes_of(base), modeling_file(base)
             settings |= {
                 "model_type": model_type_of(base),
-                "architectures": [classes["AutoModelForCausalLM"]],
-                "auto_map": {auto: f"{file.removesuffix('.py')}.{name}" for auto, name in classes.items()},
+                "architectures": [classes_of(base)["AutoModelForCausalLM"]],
+                "auto_map": auto_map(base),
                 "sublayers": [{name: vars(layer)[name] for name in SUBLAYERS} for layer in layers],
             }
-            use, files = REGROUPED_USE, {file: source_of(base)}
+            use, files = REGROUPED_USE, {modeling_file(base): source_of(base)}
         elif not dense.trusted:
             settings.pop("auto_map", None)  # the code that it names does not go along
         return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import __version__
+from ..errors import UsageError
 from ..files import cache_folder, keep
+from ..inputs import read_json
 from ..models.own_exports import REGROUPED
 
 
@@ -56,6 +58,21 @@ def classes_of(base: str) -> dict[str, str]:
     """The classes of the modeling file, as `auto_map` has them; vLLM looks for AutoModel."""
     name = f"Notall{FAMILIES[base].name}"
     return {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+
+
+def auto_map(base: str) -> dict[str, str]:
+    """What a checkpoint's config says of its code."""
+    return {auto: f"{modeling_file(base).removesuffix('.py')}.{name}" for auto, name in classes_of(base).items()}
+
+
+def check_code(folder: Path, base: str) -> None:
+    """Raises `UsageError` where what lies beside a regrouped checkpoint, or is named there, is other code than ours."""
+    ours = {modeling_file(base): source_of(base)}
+    found = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("**/*.py")}
+    named = {file.name for file in folder.glob("*.json") if b'"auto_map"' in file.read_bytes()}
+    said = read_json((folder / "config.json").read_bytes()).get("auto_map")
+    if found != ours or named != {"config.json"} or said != auto_map(base):
+        raise UsageError(f"{folder} holds code that this notall did not write: delete the folder, and measure again")
 
 
 def load_modeling(folder: Path, base: str) -> ModuleType:
