@@ -82,11 +82,11 @@ def keep(path: Path, content: str) -> None:
         write_whole(path, content)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: what is there already is replaced, or stays."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: what is there already, a link too, is replaced, or stays."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
+from .files import write_whole
 from .inputs import DoubledKey, read_json
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         fields = {**self.indices, **{name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         try:
-            Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
         except OSError as error:
             where = shortened(Path(path))
             raise UsageError(f"cannot write the plan to {where}: {error.strerror}; choose another path") from None

@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 
 from ..errors import UsageError, printable, shortened
+from ..files import write_whole
 from ..inputs import Settings
 
 Colour = str | alt.ExprRef
@@ -98,12 +99,12 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
     spec = _drawable(chart.to_dict())
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{stem}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))
-        Path(f"{stem}.svg").write_text(vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE), encoding="utf-8")
+        write_whole(Path(f"{stem}.png"), vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))
+        write_whole(Path(f"{stem}.svg"), vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE))
         # No text in the spec ends the page: each < is written as JSON may write it.
         hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {"usermeta": {"embedOptions": {"actions": MENU}}}
         page = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True).replace(HIDDEN, r"\u003c")
-        Path(f"{stem}.html").write_text(page, encoding="utf-8")
+        write_whole(Path(f"{stem}.html"), page)
     except OSError as error:
         told = f"cannot write figures to {stem.parent}: {error.strerror}"
         raise UsageError(f"{told}; make room or give access, or choose another folder") from None

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..errors import FIGURES, UsageError, installed, need, shortened
+from ..files import write_whole
 from ..inputs import Settings
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
@@ -483,7 +484,7 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
     ]
     markdown = f"# {title}\n\n{made}\n\n{comparison_table(records)}{note}"
     for suffix, text in {"md": markdown, "tex": "\n".join(latex), "csv": as_csv(records)}.items():
-        (out / f"table.{suffix}").write_text(text, encoding="utf-8")
+        write_whole(out / f"table.{suffix}", text)
     (out / "plans").mkdir(exist_ok=True)
     for record in records:
         about = {"fingerprint": record.what.get("fingerprint"), "note": record.chosen_by}

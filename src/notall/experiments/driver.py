@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ..errors import FIGURES, UsageError, installed
+from ..files import write_whole
 from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
@@ -202,7 +203,7 @@ def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: s
     texts = {".csv": as_csv(rows), ".tex": as_latex(lines, caption=caption, label="similarity")}
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in texts.items():
-        path.with_name(path.name + suffix).write_text(content, encoding="utf-8")
+        write_whole(path.with_name(path.name + suffix), content)
     drawn = [".png", ".svg", ".html"] if installed(*FIGURES) else []
     if drawn:
         from ..charts.layers import similarity

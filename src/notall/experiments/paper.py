@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from pydantic import Field
 
 from ..errors import UsageError, shortened
+from ..files import write_whole
 from ..measuring.statistics import mean_and_error, sign_flip_p_value
 from ..models.names import model_in_words
 from ..options import Workload, option
@@ -508,7 +509,7 @@ def write_paper(
     texts |= {f"{name}.csv": as_csv(some) for name, some in kept.items() if some}
     with working_in(out, "paper"):
         for name, text in (texts | {"paper.md": "\n\n".join(story) + "\n"}).items():
-            (out / name).write_text(text, encoding="utf-8")
+            write_whole(out / name, text)
         (out / ClaimRecord.file).unlink(missing_ok=True)
         if claims:
             Ledger(out, ClaimRecord).add(*claims)

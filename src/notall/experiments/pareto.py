@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ..engines import Engine, engine_named, regrouped_base, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
+from ..files import write_whole
 from ..inputs import Settings
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
@@ -554,7 +555,7 @@ class ParetoPlans(SpaceOptions):
 def write_pareto(records: Sequence[ParetoRecord], out: Path, title: str) -> None:
     """The table and the sentence, `out/table.md`, and with the extra `report` `out/pareto.png`, .svg and .html."""
     rows = table(title, COLUMNS, records)
-    (out / "table.md").write_text(f"{sentence(records)}\n\n{rows.markdown()}\n{rows.legend}\n", encoding="utf-8")
+    write_whole(out / "table.md", f"{sentence(records)}\n\n{rows.markdown()}\n{rows.legend}\n")
     if installed(*FIGURES):
         from ..charts import style
 

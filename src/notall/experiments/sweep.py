@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..errors import FIGURES, installed
+from ..files import write_whole
 from ..inputs import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
@@ -166,7 +167,7 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     )
     tex = as_latex(lines, caption=caption, label="sweep")
     for suffix, content in {"csv": lines.csv, "tex": tex, "md": f"{caption}\n\n{lines.markdown()}"}.items():
-        (out / f"table.{suffix}").write_text(content, encoding="utf-8")
+        write_whole(out / f"table.{suffix}", content)
     if installed(*FIGURES):
         from ..charts.style import framed, save
 
