@@ -223,6 +223,7 @@ MISSPELT = {
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # it reads types
 def test_a_program_that_uses_it_passes_a_strict_type_checker_without_misspelt_names(tmp_path):
     """In one run, which reads all of torch."""
     (tmp_path / "consumer.py").write_text(CONSUMER)

@@ -216,6 +216,7 @@ def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # it is about what checks tell apart; what they compute is tested on both
 def test_each_check_sees_what_it_is_for(default_model):
     """One attention of the default model is needed for passkeys, one for facts alone, and one for answers alone."""
     plans = {layer: Plan(attention=[layer]) for layer in (16, 23, 24)}
