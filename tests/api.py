@@ -41,6 +41,7 @@ MODULES = {
     "hf": "exporters.hf",
     "exporters_tensors": "exporters.tensors",
     "nemotron_nas": "exporters.nemotron_nas",
+    "remote_code": "exporters.remote_code",
     "vllm_plugin": "exporters.vllm_plugin",
     "errors": "errors",
     "files": "files",

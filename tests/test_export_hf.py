@@ -357,7 +357,7 @@ def test_the_modeling_file_needs_transformers_alone():
 @pytest.mark.any_transformers  # it compares files
 def test_code_in_a_checkpoint_that_notall_did_not_write_is_refused(tmp_path):
     out = export(family("llama").build(), PLANS["mixed"], "hf", tmp_path / "out", verify=False)
-    check_code(out, "llama")
+    check_code(out)
     config = (out / "config.json").read_text()
     (code,) = out.glob("*.py")
     for name, content in (
@@ -371,4 +371,4 @@ def test_code_in_a_checkpoint_that_notall_did_not_write_is_refused(tmp_path):
         (planted / name).parent.mkdir(exist_ok=True)
         (planted / name).write_text(content)
         with pytest.raises(UsageError, match="holds code that this notall did not write: delete the folder"):
-            check_code(planted, "llama")
+            check_code(planted)

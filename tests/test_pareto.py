@@ -40,6 +40,7 @@ from api import (
     pareto_front,
     read_folder,
     read_gguf,
+    remote_code,
     render,
     sentence,
     shown_pareto,
@@ -632,3 +633,19 @@ def test_a_link_among_the_checkpoints_is_not_followed(asked, linked, tmp_path):
     with pytest.raises(UsageError, match=r"is a link, or holds one: .* choose a new --out"):
         measured(tmp_path / "out", rounds=2)
     assert (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_code_beside_a_checkpoint_is_looked_at_where_the_engine_runs_it(asked, runs, monkeypatch, tmp_path):
+    looked = []
+    monkeypatch.setattr(Fake, "runs_code", lambda self, checkpoint: runs)
+    monkeypatch.setattr(remote_code, "check_code", lambda folder: looked.append(folder.name))
+    measured(tmp_path / "out", rounds=1)
+    assert set(looked) == ({"dense-plain", "dense-small", "less-plain", "less-small"} if runs else set())
+
+
+@pytest.mark.parametrize(("model_type", "runs"), [("llama", False), ("notall_llama", False), ("notall_smollm3", True)])
+def test_vllm_runs_the_code_of_layers_that_it_has_no_class_for(model_type, runs, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert VLLM(1).runs_code(tmp_path) is runs
+    assert not Transformers(1).runs_code(tmp_path)

@@ -87,6 +87,10 @@ class Engine(ABC):
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
         """Prefill the prompt and decode `new` tokens, once to warm up and then for the clock."""
 
+    def runs_code(self, checkpoint: Path) -> bool:
+        """Whether it runs the modeling file of that checkpoint."""
+        return False
+
     @staticmethod
     def reason(stderr: str) -> str:
         """Why it failed, by what it printed; empty where that does not tell."""

@@ -85,8 +85,12 @@ class VLLM(Engine):
         how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **more)
         return llm.generate([{"prompt_token_ids": list(prompt)}], how, use_tqdm=False)
 
+    def runs_code(self, checkpoint: Path) -> bool:
+        """Where vLLM has no class for its regrouped layers."""
+        return regrouped_base(checkpoint) not in (None, *NATIVE)
+
     def _load(self, checkpoint: Path, tokens: int) -> Any:
-        """In this process. Regrouped layers that vLLM has no class for are run by the modeling file of their folder."""
+        """In this process."""
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         import torch
         from vllm import LLM
@@ -103,7 +107,7 @@ class VLLM(Engine):
             enable_prefix_caching=False,
             kv_cache_memory_bytes=2**28,  # of a sequence of a few hundred tokens
             disable_log_stats=True,
-            trust_remote_code=regrouped_base(checkpoint) not in (None, *NATIVE),
+            trust_remote_code=self.runs_code(checkpoint),
         )
 
 

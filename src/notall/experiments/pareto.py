@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from ..engines import Engine, engine_named, regrouped_base, weight_bytes, worker
+from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..files import write_whole
 from ..inputs import Settings
@@ -385,10 +385,10 @@ class _Run:
         if folder.is_symlink() or checkpoint.is_symlink():
             raise UsageError(f"{folder} is a link, or holds one: what it leads to may be others'; choose a new --out")
         if checkpoint.exists() and variant.key in self.scores:
-            if base := checkpoint.is_dir() and regrouped_base(checkpoint):
+            if self.engine.runs_code(checkpoint):
                 from ..exporters.remote_code import check_code  # here, as it imports transformers
 
-                check_code(checkpoint, base)  # which engines may run
+                check_code(checkpoint)
             return checkpoint
         if checkpoint.is_dir():
             shutil.rmtree(checkpoint)

@@ -41,7 +41,7 @@ class Verified:
     """An engine ran what was written, and answered as the dense model that skips the plan."""
 
     by: str  # the engine and its release
-    difference: float  # the largest, in `unit`
+    difference: float  # in `unit`
     most: float  # that is let pass
     unit: str
 

@@ -65,13 +65,13 @@ def auto_map(base: str) -> dict[str, str]:
     return {auto: f"{modeling_file(base).removesuffix('.py')}.{name}" for auto, name in classes_of(base).items()}
 
 
-def check_code(folder: Path, base: str) -> None:
-    """Raises `UsageError` where what lies beside a regrouped checkpoint, or is named there, is other code than ours."""
-    ours = {modeling_file(base): source_of(base)}
-    found = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("**/*.py")}
+def check_code(folder: Path) -> None:
+    """Raise `UsageError` where a regrouped checkpoint's folder holds, or names, code that notall did not write."""
+    settings = read_json((folder / "config.json").read_bytes())
+    base, said = settings["model_type"].removeprefix(REGROUPED), settings.get("auto_map")
+    found = {file.name: file.read_bytes() for file in folder.glob("**/*.py")}
     named = {file.name for file in folder.glob("*.json") if b'"auto_map"' in file.read_bytes()}
-    said = read_json((folder / "config.json").read_bytes()).get("auto_map")
-    if found != ours or named != {"config.json"} or said != auto_map(base):
+    if found != {modeling_file(base): source_of(base).encode()} or named != {"config.json"} or said != auto_map(base):
         raise UsageError(f"{folder} holds code that this notall did not write: delete the folder, and measure again")
 
 
