@@ -105,16 +105,13 @@ def choose_plan(
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
 
-    `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. Without an `objective`, which
-    brings its own text, sets are judged by the KL to the dense model on `batches`; with `after_repair` by the KL that a
-    cheap repair leaves on half of them, to which it was not fitted. Evaluations are kept in a folder `out`: repeating
-    the call resumes an interrupted run, which `provenance` identifies. The search ends with its best after
-    `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed, and chosen anew where
-    it is too slow; where the budget has a limit too, and both cannot be met, it saves most within the limit, as
-    `missed` says. With `recovering`, the plan for a limit alone is the longest beginning of what was chosen that keeps
-    enough, as halving finds it, and at least the first unit; for what is to be saved it is the cheapest of some sets
-    that keeps enough, or else the one that keeps most. Raises `UsageError` when the folder holds other work or is in
-    use, for a criterion that fails or does not suit the space, and for a budget that cannot be met.
+    `batches` are token ids, (batch, tokens) each, for criteria such as cosine. Without an `objective`, sets are judged
+    by the KL to the dense model on `batches`; with `after_repair` by the KL that a cheap repair leaves on half of them,
+    to which it was not fitted. A folder `out` keeps evaluations, and the same call with the same `provenance` resumes.
+    The search ends after `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed,
+    and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves most within the limit
+    (`missed`). With `recovering` it is the one that keeps enough. Raises `UsageError` for a folder that holds other
+    work or is in use, a criterion that fails or does not suit the space, and a budget that cannot be met.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -129,20 +126,13 @@ def choose_plan(
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         outcome = choose_within(way, setting, budget)
-        choice, spent = outcome.choice, evaluator.spent  # for the choice, and not for the record
-        told = f"{way.name} by {evaluator.judged_by}: {budget.description}"
-        if recovering and budget.target == math.inf:
-            all_of_it = len(choice.order)
-            choice = _as_long_as(recovering, choice, space)
-            told += f"; the first {len(choice.order)} of {all_of_it}, as far as recovery is kept"
-        elif recovering and outcome.met:
-            outcome, judged = _keeping_most(recovering, outcome, setting, budget)
-            choice = outcome.choice
-            told += f"; sets judged by what they keep: {judged}"
-        skipped, plan = choice.skipped, space.plan(choice.skipped, told)
+        spent = evaluator.spent  # for the choice, and not for the record
+        outcome, how = _recovered(recovering, outcome, setting, budget) if recovering else (outcome, "")
+        skipped = outcome.choice.skipped
+        plan = space.plan(skipped, f"{way.name} by {evaluator.judged_by}: {budget.description}{how}")
         return ChosenPlan(
             plan=plan,
-            order=choice.order,
+            order=outcome.choice.order,
             dense_cost=evaluator.cost(frozenset()),
             cost=evaluator.cost(skipped),
             spent=spent,
@@ -154,6 +144,22 @@ def choose_plan(
             weighed=(footprint(model, Plan()), footprint(model, plan)),
             judged_by=evaluator.judged_by,
         )
+
+
+def _recovered(recovering: Recovering, found: Outcome, setting: Setting, budget: Budget) -> tuple[Outcome, str]:
+    """What is chosen of what was found by what it keeps, and how that is told.
+
+    For a limit alone it is the longest beginning that keeps enough, as halving finds it, and at least the first unit;
+    for what is to be saved the cheapest of some sets that keeps enough, or else the one that keeps most.
+    """
+    if budget.target == math.inf:
+        kept = _as_long_as(recovering, found.choice, setting.space)
+        told = f"; the first {len(kept.order)} of {len(found.choice.order)}, as far as recovery is kept"
+        return replace(found, choice=kept), told
+    if not found.met:
+        return found, ""
+    found, judged = _keeping_most(recovering, found, setting, budget)
+    return found, f"; sets judged by what they keep: {judged}"
 
 
 def _keeping_most(recovering: Recovering, first: Outcome, setting: Setting, budget: Budget) -> tuple[Outcome, int]:

@@ -347,17 +347,15 @@ class Search:
             progress=progress,
         )
         self._save(found.plan)
-        source = Provenance.of(settings, **other, fingerprint=found.plan.fingerprint)
-        record = keep_choice(self.folder, found, source)
+        record = keep_choice(self.folder, found, Provenance.of(settings, **other, fingerprint=found.plan.fingerprint))
         text = str(other.get("held_out")) if self.text.held_out else f"other windows of {about['text']}"
         verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
         plans: dict[State, Plan] = {"skipped": found.plan}
         if self.repair:
-            repaired, windows = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
-            plans["repaired"] = repaired
-            windows = {text: others} if self.text.held_out else windows
+            repair = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
+            plans["repaired"], windows = repair[0], {text: others} if self.text.held_out else repair[1]
             measured = measure(net, plans, windows, self.folder, settings, progress)
-            verdict = Verdict.on(net, repaired, measured[-1].quality, measured[-1].text)
+            verdict = Verdict.on(net, plans["repaired"], measured[-1].quality, measured[-1].text)
         passkeys = [] if tasks else self._passkeys(net, tokenizer, plans, batches)
         scores = judged(net, tokenizer, plans, tasks, self.folder, settings, progress)
         missed = found.missed and f"{budget.description}: {found.missed}"
