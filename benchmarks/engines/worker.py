@@ -82,7 +82,7 @@ def vllm(model: str, context: int, at_once: int, dtype: str) -> tuple[dict[str, 
     many = at_once * context
     llm = LLM(
         model, dtype=dtype, max_model_len=context, max_num_seqs=at_once, max_num_batched_tokens=many,
-        enable_prefix_caching=False, enforce_eager=at_once > 1, disable_log_stats=False,
+        enable_prefix_caching=False, disable_log_stats=False,
         **({"kv_cache_memory_bytes": int(1.2 * many * kv_bytes_of(model, dtype)) + 2**24} if at_once > 1 else {}),
     )  # fmt: skip
 

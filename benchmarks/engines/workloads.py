@@ -161,12 +161,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = checkpoints(str(named_gguf(given.model) or given.model), given.engine, given.dtype, names, folder)
     python = given.vllm_python if given.engine == "vllm" else sys.executable
-    for load in dict.fromkeys(load for _, load in left):
-        lengths = [prompt for prompt, other in left if other == load]
-        more = "--at-once", str(load), "--dtype", given.dtype
-        context = 64 * (1 + (max(lengths) + given.new + 1) // 64)
+    if left:
+        context = 64 * (1 + (max(given.lengths) + given.new + 1) // 64)
+        more = "--at-once", str(max(given.loads)), "--dtype", given.dtype
         running = {name: Running.start(python, given.engine, file, context, *more) for name, file in files.items()}
-        for prompt in lengths:
+        for prompt, load in left:
             rows += cell(given.engine, running, prompt, given.new, load, given.rounds)
             record.write_text("\n".join([json.dumps(about), *(one.model_dump_json() for one in rows)]) + "\n")
             print(f"done: {prompt} tokens, {load} at once", file=sys.stderr)
