@@ -13,6 +13,8 @@ have the field. FORMAT is one of Python's (`.1f`, `,d`, `.0%`, `s`), or
     ±.2f     a value and its standard error, FIELD_se
     [.2f     an interval, of a field that has a share or a median, low and high
     right    items answered rightly, of all rows that match: FIELD is a share of recovery.items
+    minutes  of seconds
+    GB       of bytes
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FIGURE = re.compile(r"<!--= (?P<told>[^>]*?) -->(?P<shown>[^<\n]*)<!--/-->")
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+UNITS = {"minutes": (60, ".0f"), "GB": (10**9, ".1f")}
 NEEDED = ("command", "date", "machine")  # of a record
 
 
@@ -63,6 +66,9 @@ def figure(told: str) -> str:
     if len(rows) != 1:
         raise Unknown(f"{len(rows)} rows match: {told}")
     value = field(rows[0], path)
+    if form in UNITS:
+        unit, form = UNITS[form]
+        return format(value / unit, form)
     if form.startswith("±"):
         return f"{value:{form[1:]}} ± {field(rows[0], path + '_se'):{form[1:]}}"
     if form.startswith("["):
