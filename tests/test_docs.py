@@ -195,6 +195,18 @@ def test_every_paper_that_the_code_names_is_a_reference_with_bibtex():
 
 
 @pytest.mark.any_transformers
+def test_the_faq_quotes_messages_that_notall_prints():
+    page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    whole = re.sub(r"\"\s*\n\s*f?\"", "", source)  # a literal that goes on in the next line
+    quoted = re.findall(r"^\*\*`(.+)`\*\*", page, re.M)
+    assert len(quoted) >= 15
+    for message in quoted:
+        for part in message.split("…"):
+            assert part.strip(" ;:,") in whole, message
+
+
+@pytest.mark.any_transformers
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
         for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page.read_text(encoding="utf-8")):
