@@ -49,8 +49,8 @@ class Running:
     timings: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, python: str, engine: str, folder: Path, context: int) -> Running:
-        command = [python, str(WORKER), engine, str(folder), str(context)]
+    def start(cls, python: str, engine: str, folder: Path, context: int, *more: str) -> Running:
+        command = [python, str(WORKER), engine, str(folder), str(context), *more]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -65,10 +65,14 @@ class Running:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def ask(self, prompt: int, new: int) -> dict[str, float]:
+    def ask(self, prompt: int, new: int, at_once: int = 1) -> dict[str, float]:
         assert self.process.stdin is not None
-        print(json.dumps({"prompt": prompt, "new": new}), file=self.process.stdin, flush=True)
+        print(json.dumps({"prompt": prompt, "new": new, "at_once": at_once}), file=self.process.stdin, flush=True)
         return self._answer(self.process)
+
+    def stop(self) -> None:
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
 
 
 def write(model: str, target: str, folder: Path) -> dict[str, Path]:
@@ -128,8 +132,7 @@ def measure(
         for model in running.values():
             model.timings.append(model.ask(prompt, new))
     for model in running.values():
-        model.process.stdin.close()  # type: ignore[union-attr]
-        model.process.wait()
+        model.stop()
     held = {name: model.facts for name, model in running.items()}
     return [
         {
