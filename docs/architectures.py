@@ -11,20 +11,20 @@ HEAD = """# Architectures
 
 <!-- Rendered by docs/architectures.py from what the tests found: run `make architectures`. -->
 
-`notall` has no table of architectures: it watches what each layer does with its hidden states, and proves what it read
+`notall` has no table of architectures: it traces each layer's operations on its hidden states, and verifies the result
 by running every layer again from its parts, or alone and with stubs. An architecture that is not listed here works if
-that proof succeeds, and is refused with a reason if not.
+that check succeeds, and is refused with a reason if not.
 """
 PROVED = """
-## Proved
+## Verified
 
 For each family a tiny random model, with 8 plans, equals the model in which plain hooks make the same sublayers add
 nothing: logits to 1e-5 of the largest, in float32; without a cache, with one, and in `generate`, for padded and
 unpadded batches. Models with other mixers (linear attentions, state spaces, convolutions) are tried with plans by kind:
-all of one kind, all but one attention, whole layers, MLPs; where the dense model says other things with a
-cache than without, like is compared with like. `a / b`: some layers have one, some the other; `-`: a layer holds one
-sublayer alone; `the whole layer`: it cannot be read by halves. *Static cache*: also with one (else the dense model has
-none). Sublayers are named by the modules that run, in order; `+` joins what is added up.
+all of one kind, all but one attention, whole layers, MLPs; where the original model differs with a
+cache and without, like is compared with like. `a / b`: some layers have one, some the other; `-`: a layer has only
+one sublayer; `the whole layer`: it cannot be split. *Static cache*: also with one (else the original model has
+none). Sublayers are named by the modules that run, in order; `+` joins the terms of a sum.
 
 | family | block | attention | MLP | implementations | static cache | transformers |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -38,7 +38,7 @@ REFUSED = """
 NOT_TRIED = """
 ## Not tried
 
-Types that transformers can load as causal language models, and of which no tiny model was made here.
+Types that transformers can load as causal language models, without a tiny model here.
 
 | type | reason | transformers |
 | --- | --- | --- |

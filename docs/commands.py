@@ -22,14 +22,14 @@ completion to your shell.
 | --- | --- |
 | 0 | done |
 | 2 | bad input, named in one line with the fix |
-| 3 | done, but the budget was missed; a line says what was reached |
+| 3 | done, but the budget was missed; a line reports the result |
 | 130 | interrupted; the same command continues where it stopped |
 
-A table fits your terminal. If that is too narrow for all columns, a line below names those left out. A file or a pipe
+A table fits your terminal. If that is too narrow for all columns, a line below names the others. A file or a pipe
 gets every column, and `--json` every digit.
 
-Commands show their progress and the time left on stderr; where that is no terminal, a line a minute. `NO_COLOR=1` turns
-colours off.
+Commands show their progress and the time left on stderr; where that is no terminal, a line per minute.
+`NO_COLOR=1` turns colours off.
 """
 
 

@@ -17,24 +17,24 @@ HEAD = """# Engines
 
 | target | what it is | for |
 | --- | --- | --- |
-| `hf` | a portable plan or one of whole blocks: an ordinary checkpoint of the same architecture, with fewer layers | everything that loads the dense model |
-| `hf` | any other plan: the regrouped form, one attention a layer, under a model type of its own | transformers; vLLM |
+| `hf` | a portable plan or one of whole blocks: an ordinary checkpoint of the same architecture, with fewer layers | everything that loads the original model |
+| `hf` | any other plan: the regrouped form, one attention per layer, under a model type of its own | transformers; vLLM |
 | `nemotron-nas` | a DeciLM checkpoint, whose layers may lack a sublayer | vLLM, MLX-LM; made for SGLang, TensorRT-LLM and ExLlamaV3 too, which are not run here |
-| `gguf` | the GGUF file of the dense model, rewritten; other plans than portable ones as `deci` | llama.cpp and what is built on it; turn flash attention on |
+| `gguf` | the GGUF file of the original model, rewritten; other plans than portable ones as `deci` | llama.cpp and its derivatives; turn flash attention on |
 | `executorch` | a program (`.pte`) for XNNPACK, of ExecuTorch's own Llama with layers that may lack a sublayer | ExecuTorch on CPUs |
 
-A plan is *portable* when what it keeps alternates attention, MLP, attention, MLP. vLLM's nemotron-nas cannot run a
+A plan is *portable* when the remaining sublayers alternate attention, MLP, attention, MLP. vLLM's nemotron-nas cannot run a
 model whose first layer has an MLP and no attention: export to `hf` then.
 
 `gguf` writes portable plans and whole blocks for every architecture that llama.cpp builds of blocks of one attention and
-one MLP: <ordinary>. It writes hybrids by whole layers, and by portable plans where a layer holds two sublayers: <hybrid>. Of all these
-only those in the table below were run. llama.cpp tells the kinds of Qwen3-Next's layers by their place, so that plans keep its
-periods; for Qwen3.5's the file lists them, which llama.cpp reads since 2026.
+one MLP: <ordinary>. It writes hybrids by whole layers, and by portable plans where a layer has two sublayers: <hybrid>. Only those
+in the table below were run. llama.cpp derives the kinds of Qwen3-Next's layers from their position, so plans keep its
+periods; for Qwen3.5 the file lists them, which llama.cpp reads since 2026.
 
 ## Works
 
-Each was run: the engine's answers equal those of the skipped model in memory (float32; logits, or log-probabilities of
-the likeliest tokens). GGUF files of hybrids and of Gemma 4 are compared with llama.cpp's own answers for the dense file, in which
+Each was run: the engine's outputs equal those of the pruned model in memory (float32; logits, or log-probabilities of
+the likeliest tokens). GGUF files of hybrids and of Gemma 4 are compared with llama.cpp's own outputs for the original file, in which
 the skipped sublayers add nothing.
 
 | engine | release | target | plans | how | architectures |
@@ -43,20 +43,20 @@ the skipped sublayers add nothing.
 QUANTISED = """
 ## Quantised checkpoints
 
-What becomes of a checkpoint whose weights are quantised. Each was made, tiny; where its kind can, it leaves the MLP of one
-layer as it is, by a rule that names that layer, and an export renumbers such rules.
+Checkpoints with quantised weights. Each is tiny; where its kind allows, a rule that names one layer keeps the MLP of that layer
+unquantised, and an export renumbers such rules.
 
-- *exact*: the answers equal, to the last bit, those of hooks that silence the same sublayers (in memory), or those of the
-  skipped model (exports).
-- *copied*: transformers does not run the dense checkpoint either, so that the export was not run. Its tensors are the dense
-  model's, bit for bit, its settings are renumbered, and the manifest says so.
+- *exact*: the outputs equal, to the last bit, those of hooks that silence the same sublayers (in memory), or those of the
+  pruned model (exports).
+- *copied*: transformers does not run the original checkpoint either, so the export was not run. Its tensors are the
+  original's, bit for bit, its settings are renumbered, and the manifest says so.
 
 | checkpoint | transformers | in memory | `hf`, portable | `hf`, any plan |
 | --- | --- | --- | --- | --- |
 """
 AFTER_QUANTISED = """
-transformers unpacks fp8, mxfp4 and compressed-tensors on a CPU. Another kind is exported where its settings tell no layers
-apart, and refused otherwise. nemotron-nas takes plain weights alone. `gguf` rewrites a GGUF file whatever its quantisation. None of these exports was run
+transformers unpacks fp8, mxfp4 and compressed-tensors on a CPU. Another kind is exported where its settings do not distinguish
+layers, and refused otherwise. nemotron-nas takes plain weights alone. `gguf` rewrites a GGUF file whatever its quantisation. None of these exports was run
 in vLLM, SGLang or TensorRT-LLM.
 """
 REFUSED = """

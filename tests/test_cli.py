@@ -233,7 +233,7 @@ def test_the_help_is_a_tour_with_an_example_for_each_command(run):
         "Look at a model",
         "Choose what to skip",
         "Measure what",
-        "Show what",
+        "Show results",
         "Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but the budget was missed",
     ):
         assert words in " ".join(out.split())

@@ -24,12 +24,16 @@ PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.m
 LONG = {
     "README.md",
     "add-criterion.md",
+    "add-engine.md",
     "add-repair.md",
+    "add-target.md",
     "choosing.md",
     "drafting.md",
     "evaluating.md",
     "exporting.md",
     "first-run.md",
+    "how-exports-work.md",
+    "how-repair-works.md",
     "index.md",
     "repairing.md",
 }  # come with `make test-engines`
@@ -191,10 +195,30 @@ def test_every_paper_that_the_code_names_is_a_reference_with_bibtex():
 
 
 @pytest.mark.any_transformers
+def test_the_faq_quotes_messages_that_notall_prints():
+    page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    whole = re.sub(r"\"\s*\n\s*f?\"", "", source)  # a literal that goes on in the next line
+    quoted = re.findall(r"^\*\*`(.+)`\*\*", page, re.M)
+    assert len(quoted) >= 15
+    for message in quoted:
+        for part in message.split("…"):
+            assert part.strip(" ;:,") in whole, message
+
+
+@pytest.mark.any_transformers
 def test_links_lead_somewhere():
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            assert link.startswith("https://") or (page.parent / link).exists(), (page.name, link)
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert link.startswith("https://") or target.exists(), (page.name, link)
+            assert not anchor or link.startswith("https://") or anchor in anchors(target), (page.name, link, anchor)
+
+
+def anchors(page):
+    """Of the headings of a page, as GitHub and MkDocs make them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
 def test_the_documentation_counts_shared_sublayer_runs_right():

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..results.table import Table
 
 # How `notall --help` groups the commands.
-LOOK, CHOOSE, REPAIR = "Look at a model", "Choose what to skip", "Make up for what is skipped"
-MEASURE, SHOW, TAKE = "Measure what it costs and saves", "Show what was measured", "Take the result elsewhere"
+LOOK, CHOOSE, REPAIR = "Look at a model", "Choose what to skip", "Recover quality"
+MEASURE, SHOW, TAKE = "Measure what it costs and saves", "Show results", "Take the result elsewhere"
 
 # In the order in which one comes to need them: the group, the file, and what the list of commands says.
 COMMANDS = {
@@ -31,9 +31,9 @@ COMMANDS = {
     "search": (CHOOSE, "choose", "Choose what to skip, by the search or another importance criterion."),
     "plan": (CHOOSE, "choose", "Write the paper's plan, which skips the deepest."),
     "criteria": (CHOOSE, "choose", "List the importance criteria."),
-    "repair": (REPAIR, "repair", "Refit what a plan keeps, so that it makes up for what the plan skips."),
-    "heal": (REPAIR, "repair", "Train what a plan keeps for some minutes: recovery fine-tuning."),
-    "bench": (MEASURE, "measure", "Time prefill and decode of the dense and the skipped model."),
+    "repair": (REPAIR, "repair", "Refit the remaining weights, to recover a part of the loss."),
+    "heal": (REPAIR, "repair", "Train the remaining weights for some minutes: recovery fine-tuning."),
+    "bench": (MEASURE, "measure", "Time prefill and decode of the original and the pruned model."),
     "draft": (MEASURE, "measure", "Measure the speedup of a plan as a draft model in speculative decoding."),
     "eval": (MEASURE, "measure", "Measure what a plan costs on a text, and on benchmarks if you name some."),
     "paper": (MEASURE, "measure", "Run the paper's evaluation, and check each of its claims."),
@@ -48,8 +48,8 @@ MISSED = 3  # the exit code of a command that did its work and did not reach wha
 WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
 
 FIRST_STEPS = """\
-notall leaves out what a language model does not need, and measures what that
-costs and saves.
+notall removes sublayers of a language model, and measures the loss and the
+gain.
 
   First run   notall sweep --out results             the paper's grid: minutes
   Look        notall report results -o report.html   one page, for a browser

@@ -95,7 +95,7 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another importance criterion, to meet a budget.
 
-    With --recovery it also measures what is kept on tasks. With no other budget it skips as much as keeps that.
+    With --recovery it also measures tasks. With no other budget it skips as much as keeps their scores.
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
     If you interrupt it, the same command continues where it stopped.
     """
@@ -129,7 +129,7 @@ WEIGHED: tuple[Column[Weighed], ...] = (
 def plan(
     model: ModelOptions,
     skip: Annotated[
-        str, Option("what to leave out, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
+        str, Option("what to skip, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
     ] = "attention:0.33",
     keep_last: KeepLast = False,
     out: PlanFile = Path("plan.json"),
@@ -163,7 +163,7 @@ CRITERIA: tuple[Column[CriterionFact], ...] = (
 
 @command(example="notall criteria --json")
 def criteria(as_json: Json = False) -> None:
-    """List the importance criteria: what each goes by, and where it comes from."""
+    """List the importance criteria, their inputs and their sources."""
     from ..choosing.criteria import every_criterion
 
     found = [

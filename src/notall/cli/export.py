@@ -47,7 +47,7 @@ def export(
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
     measure: Annotated[str | None, Option("measure the plan on this text, for the model card")] = None,
     verify: Annotated[
-        bool, Option("run what was written, and compare it with the skipped model", ("--verify/--no-verify",))
+        bool, Option("run the export, and compare it with the pruned model", ("--verify/--no-verify",))
     ] = True,
     push_to_hub: Annotated[str | None, Option("upload the export to this repository of the hub")] = None,
     as_json: Json = False,

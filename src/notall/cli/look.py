@@ -124,7 +124,7 @@ def generate(
     max_new_tokens: Annotated[int, Option("most tokens to generate")] = 64,
     temperature: Annotated[float, Option("how freely to choose; 0 takes the most likely token each time")] = 0.0,
     chat: Annotated[bool, Option("put the prompt into the model's chat template", ("--chat",))] = False,
-    beside: Annotated[bool, Option("show the dense model's answer beside the skipped one's", ("--beside",))] = False,
+    beside: Annotated[bool, Option("show the original model's answer too", ("--beside",))] = False,
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt with the skipped model. The text is printed as it comes."""

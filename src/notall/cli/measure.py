@@ -59,9 +59,9 @@ def evaluate(
     diagnostics: Diagnostics = False,
     out: KeepIn = None,
 ) -> None:
-    """Measure what a plan costs: NLL, KL to the dense model and agreement on a text, and benchmarks if you name some.
+    """Measure the loss of a plan: NLL, KL to the original model and agreement on a text, and benchmarks.
 
-    Each figure comes with its standard error, and differences are paired with the dense model's.
+    Each figure comes with its standard error, and differences are paired with the original model's.
     """
     from ..structure.locating import locate
 
@@ -134,9 +134,9 @@ def draft(
 ) -> None:
     """Predict and measure the speedup of a plan as a draft model in speculative decoding.
 
-    Windows of the text are prompts. The dense model continues them itself; its text tells how much of a draft it would
-    accept, and the steps of both are timed: that predicts a speedup. At the number of tokens where it is best,
-    transformers' own generate measures one, greedy.
+    Windows of the text are prompts. The original model continues them itself; its text gives the acceptance of a draft,
+    and the steps of both are timed: that predicts a speedup. At the best number of tokens, transformers' own generate
+    measures one, greedy.
     """
     from torch import cat
 
@@ -236,11 +236,11 @@ def pareto(
     workload: Workload = Workload(generation_tokens=32),
     out: OutFolder = Path("pareto"),
 ) -> None:
-    """Compare skipping with quantising in the engine that serves the model: what is lost, how fast, how large.
+    """Compare skipping with quantising in the engine that serves the model: loss, speed and size.
 
-    This measures the dense model and each plan, as it is and repaired, in each type: NLL as the engine computes it,
-    times in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command
-    continues where it stopped.
+    This measures the original model and each plan, with and without a repair, in each type: NLL by the engine, times
+    in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command continues
+    where it stopped.
     """
     check_folder(out, "pareto")
     fronts.check_workload(workload)

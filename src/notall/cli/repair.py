@@ -47,7 +47,7 @@ def repair(
     ] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
-    """Refit what a plan keeps, so that it makes up for what the plan skips.
+    """Refit the remaining weights, to recover a part of the loss.
 
     Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
@@ -78,7 +78,7 @@ def heal(
     plan: PlanFile = None,
     out: WeightsFolder = Path("healed"),
 ) -> None:
-    """Train what a plan keeps for some minutes, so that it answers as the dense model does: recovery fine-tuning.
+    """Train the remaining weights for some minutes by KL to the original model: recovery fine-tuning.
 
     The plan may be repaired already. Training stops early when text that it does not train on no longer gains.
     OUT is a plan with weights, like that of `notall repair`.

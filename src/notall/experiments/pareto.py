@@ -494,7 +494,7 @@ class EngineOptions:
         metavar="TYPE",
     )
     threads: int | None = option(None, "threads of the engine (default: one for each core)", least=1)
-    also: tuple[str, ...] = option((), "another model to measure beside this one; repeat it for more")
+    also: tuple[str, ...] = option((), "another model to measure with this one; repeat it for more")
 
     def of(self, model: PreTrainedModel | None = None) -> Engine:
         """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""

@@ -35,7 +35,7 @@ class RecoveryOptions(TaskOptions):
 
     recovery: float | None = option(
         None,
-        "the share of the dense model's score that each task must keep, or exit code 3 (of passkey, retrieval and "
+        "the share of the original model's score that each task must keep, or exit code 3 (of passkey, retrieval and "
         "answers, if no --tasks are named)",
         metavar="SHARE",
     )

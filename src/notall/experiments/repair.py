@@ -38,7 +38,7 @@ METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as mo
 class RepairOptions:
     PANEL: ClassVar = "Repair"
 
-    repair: str | None = option(None, f"repair what is kept first: {METHODS}", metavar="METHOD")
+    repair: str | None = option(None, f"repair first: {METHODS}", metavar="METHOD")
     repair_text: Words = option((), "text to fit to; repeat it for more (default: mix)")
     repair_sequences: int | None = option(None, "windows of 512 tokens to fit to (default: up to 128)")
 
@@ -114,7 +114,7 @@ class HealTexts(FitOptions):
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
     batch_size: int = option(4, "windows of a step")
-    sample: bool = option(False, "train on what the dense model writes, from the first words of each window")
+    sample: bool = option(False, "train on text by the original model, from the first words of each window")
     tokens: int | None = option(None, "instead of --sequences: tokens to train on, of all texts together")
 
     @property
@@ -136,14 +136,14 @@ class HealOptions:
     train: Literal["outputs", "all", "lora"] = option(
         "outputs",
         "what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
-        "beside each kept one, added to it in the end)",
+        "added to each one in the end)",
         metavar="WHAT",
     )
     rank: int | None = option(None, "rank of the matrices of --train lora (default: 16)")
     rate: float = option(3e-4, "the learning rate to begin with")
     warm_up: float = option(
         0.0,
-        "for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
+        "for this share of the tokens, 0 to 1, train each remaining sublayer alone to the original model's stream",
         metavar="SHARE",
     )
 

@@ -169,7 +169,7 @@ def _on_repair(repair: Settings) -> Iterator[str]:
     steps = "; then ".join(step["told"] for step in repair["history"])
     made = f" They were {steps}." if steps else ""
     yield "## Repaired"
-    yield f"What is kept makes up for what is left out: some of its weights are not the dense model's.{made}"
+    yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
     rows = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
     if refit:
