@@ -133,7 +133,7 @@ def llamacpp(model: str, context: int, at_once: int, dtype: str) -> tuple[dict[s
             server = llama.Server(settings)
         log = (Path(folder) / "log").read_text(errors="replace")
     kv_mebibytes = sum(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", log)))
-    cells = int(re.findall(r"\( *(\d+) cells", log)[-1])
+    cells = at_once * int(re.findall(r"\( *(\d+) cells", log)[-1])  # the log has those of a sequence
     file = GGUFReader(path)
     kv_bytes_per_token = kv_bytes(file)
     assert abs(kv_mebibytes * 2**20 / cells / kv_bytes_per_token - 1) < 0.005, "its log rounds to a hundredth of a MiB"
