@@ -149,14 +149,15 @@ def main() -> None:
     names: list[Name] = [(DENSE, kind), *((one, kind) for one in given.skipped)]
     names += [(plan, of) for plan, _, of in (one.partition(":") for one in given.also)]
     record = given.out / f"{given.engine}.jsonl"
-    lines = record.read_text(encoding="utf-8").splitlines()[1:] if record.is_file() else []
+    header, *lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else ["{}"]
     rows = [Row.model_validate_json(line) for line in lines]
     done = {(one.prompt, one.at_once) for one in rows}
     left = [(prompt, load) for load in given.loads for prompt in given.lengths if (prompt, load) not in done]
     about: dict[str, object] = {"machine": machine("cpu"), "date": str(date.today()), "model": Path(given.model).name}
     about |= {"rounds": given.rounds, "new": given.new, "dtype": given.dtype, "threads": cores()}
     told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    about["command"] = shlex.join(["python", "benchmarks/engines/workloads.py", *told])
+    command = shlex.join(["python", "benchmarks/engines/workloads.py", *told])
+    about["command"] = "; ".join(dict.fromkeys([*filter(None, [json.loads(header).get("command")]), command]))
     folder = given.out / "checkpoints" / given.engine
     folder.mkdir(parents=True, exist_ok=True)
     files = checkpoints(str(named_gguf(given.model) or given.model), given.engine, given.dtype, names, folder)
