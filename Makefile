@@ -116,6 +116,9 @@ bench: setup ## run every program in benchmarks/ and print its figures
 bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure exports of the default model in transformers, vLLM, llama.cpp and ExecuTorch, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
+	for engine in transformers vllm llama.cpp; do \
+	  $(VENV)/bin/python benchmarks/engines/workloads.py --engine $$engine --vllm-python $(VENV_VLLM)/bin/python --out results/workloads; \
+	done
 	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py --out results/executorch
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
 
