@@ -14,7 +14,7 @@ from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
 from ..experiments.folder import Figure, Folder, Section, Shown, Step
-from ..files import write_whole
+from ..files import opened, write_whole
 from ..inputs import Settings
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read
@@ -55,7 +55,7 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
     try:
         if path.exists():
-            with path.open("rb") as file:
+            with opened(path) as file:
                 head = file.read(100_000)
             if head and MARK not in head:
                 raise UsageError(f"{shortened(path)} is there, and is no page of notall: choose another -o")

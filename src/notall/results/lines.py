@@ -14,7 +14,10 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError, shortened
+from ..files import opened
 from ..inputs import Settings, read_json
+
+MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 
 
 def append(path: Path, *lines: Settings) -> None:
@@ -36,9 +39,11 @@ def read(path: Path) -> list[Settings]:
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped with a warning."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size  # of a device, which never ends, 0
-            for number, text in enumerate(iter(lambda: file.readline(size - file.tell()), b""), 1):
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            for number, text in enumerate(iter(lambda: file.readline(min(size - file.tell(), MOST_BYTES)), b""), 1):
+                if len(text) == MOST_BYTES:
+                    raise UsageError(f"line {number} of {path} has {MOST_BYTES:,} bytes or more; delete that line")
                 if not text.endswith(b"\n") and _parse(text) is None:
                     warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
                 elif text.strip():
