@@ -4,10 +4,9 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
 
 from .errors import UsageError, shortened
 
@@ -30,15 +29,10 @@ def refuse_endless(path: Path) -> None:
         raise UsageError(f"{shortened(path)} is a pipe or a device: give a regular file")
 
 
-def opened(path: Path) -> BinaryIO:
-    """A file, to read its bytes. Raises `UsageError` as `refuse_endless` does."""
-    refuse_endless(path)
-    return path.open("rb")
-
-
 def contents(path: Path, most: int = MOST_BYTES) -> bytes:
-    """A file's bytes. Raises `UsageError` as `opened` does, and where they are more than `most`."""
-    with opened(path) as file:
+    """A file's bytes. Raises `UsageError` as `refuse_endless` does, and where they are more than `most`."""
+    refuse_endless(path)
+    with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size > most:
             raise UsageError(f"{shortened(path)} has more than {most:,} bytes: give a smaller file, or a part of it")
         return file.read()
@@ -128,10 +122,19 @@ def saving() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        if not (number := re.search(r"os error (\d+)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> None:
+    """Raise `UsageError` where a folder is, or a file that is neither empty nor ours; of a link only itself goes."""
+    if path.is_symlink() or not path.exists():
+        return
+    with contextlib.suppress(UsageError):  # what readers of ours say of others' files
+        if path.is_file() and (not path.stat().st_size or is_ours(path)):
+            return
+    raise UsageError(f"{shortened(path)} is there, and is no {what}: choose another -o")
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:

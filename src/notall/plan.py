@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
-from .files import contents, write_whole
+from .files import contents, refuse_others, write_whole
 from .inputs import DoubledKey, read_json
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         return " and ".join(parts) or "nothing"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON. Raises `UsageError` when the file cannot be written."""
+        """Write the plan as JSON. Raises `UsageError` when it cannot be written, or would replace what is no plan."""
+        refuse_others(Path(path), Plan.load, "plan")
         fields = {**self.indices, **{name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         try:
