@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from api import records_lines
 
 
 @contextmanager
@@ -19,3 +27,15 @@ def room_for(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def fills_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No line finds room in the file of that name."""
+    write = records_lines._write
+
+    def full(file: IO[bytes], lines: bytes) -> None:
+        if Path(str(file.name)).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, lines)
+
+    monkeypatch.setattr(records_lines, "_write", full)

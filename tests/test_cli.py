@@ -293,3 +293,11 @@ def test_the_list_of_commands_imports_none_of_them():
 def test_importing_it_is_light(module):
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'altair')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_closed_stdout_is_no_fault(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notall", "criteria"])
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert not leaving.value.code

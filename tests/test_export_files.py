@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from api import build_empty, check_tensors, exporters_dense, hf, read_header, read_tensors, write_shards
 from families import family
 from notall import Plan, UsageError, export, locate, skip
+from small_disk import room_for
 
 BLOCK = Plan([1], [1])
 MIXED = Plan([0, 3], [1])
@@ -265,6 +266,16 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(exporters_dense.shutil, "copyfile", full)
     with pytest.raises(UsageError, match="no space left"):
         export(dense, BLOCK, "hf", tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("size", [200, 2_000, 20_000])
+@pytest.mark.parametrize("live", [False, True], ids=["files", "live"])
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_nothing(dense, tmp_path, size, live):
+    """In the config, in code, and in weights; a live model is saved first."""
+    model = family("llama").build() if live else dense
+    with room_for(size), pytest.raises(UsageError, match="no space left"):
+        export(model, BLOCK, "hf", tmp_path / "out")
     assert nothing_left(tmp_path)
 
 

@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 import forked
 from api import OPENLLM, AnswersRecord, Scorer, TaskShelf, _complaint, harness, no_bars
 from notall import Plan, UsageError, skip
+from small_disk import fills_up
 from tiny_tasks import byte_tokenizer, copy_task, run_tasks, tiny_llama, write_tasks
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -532,9 +533,8 @@ def test_numbers_that_make_no_sense_are_refused(run, option, message):
     refused(message, run, [], ["tiny_choice"], **option)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_one_line(run, tmp_path):
-    (tmp_path / AnswersRecord.file).symlink_to("/dev/full")
+def test_a_full_disk_is_one_line(run, tmp_path, monkeypatch):
+    fills_up(monkeypatch, AnswersRecord.file)
     refused("cannot write .*: No space left on device", run, [], ["tiny_choice"], folder=tmp_path)
 
 

@@ -54,6 +54,7 @@ from api import driver_Subject as Subject
 from api import facts_Times as Times
 from api import records_lines as lines
 from notall import Plan, UsageError, locate
+from small_disk import fills_up
 from tiny_tasks import saved, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
@@ -593,7 +594,7 @@ def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tm
         "2",
     ]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
-    (tmp_path / "times.jsonl").symlink_to("/dev/full")
+    fills_up(monkeypatch, "times.jsonl")
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     said = capsys.readouterr().err.splitlines()[-1]

@@ -3,7 +3,6 @@
 import json
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,13 +95,9 @@ def test_a_plan_that_is_not_text_is_refused(tmp_path):
     assert Plan.load(path) == Plan([1])
 
 
-@pytest.mark.parametrize("huge", ["/dev/zero", None])
-def test_a_file_that_has_no_end_is_not_read_to_its_end(tmp_path, huge):
-    path = Path(huge or tmp_path / "huge.json")
-    if huge is None:
-        path.write_text('{"attention": [1], "note": "%s"}' % ("x" * (1 << 20)))
-    elif not path.exists():
-        pytest.skip(f"no {path} here")
+def test_a_huge_file_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "huge.json"
+    path.write_text('{"attention": [1], "note": "%s"}' % ("x" * (1 << 20)))
     tracemalloc.start()
     with pytest.raises(UsageError, match="more than 1,048,576 bytes"):
         Plan.load(path)

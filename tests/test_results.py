@@ -397,7 +397,16 @@ def test_a_path_that_cannot_be_written_or_read_is_one_clear_line(tmp_path):
 def test_a_full_device_is_one_clear_line():
     with pytest.raises(UsageError, match="No space left on device; make room"):
         lines.append(Path("/dev/full"), RECORDS[0])
-    assert lines.read(Path("/dev/full")) == []
+
+
+def test_a_line_has_a_limit(path, monkeypatch):
+    """It is not read to its end, which a reader of JSON would take minutes to understand."""
+    longest = max(map(len, path.read_bytes().splitlines(keepends=True)))
+    monkeypatch.setattr(lines, "MOST_BYTES", longest + 1)
+    assert lines.read(path) == RECORDS
+    monkeypatch.setattr(lines, "MOST_BYTES", longest)
+    with pytest.raises(UsageError, match=rf"has {longest} bytes or more; delete that line"):
+        lines.read(path)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import cache_folder, keep
+from .files import cache_folder, contents, keep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +39,8 @@ def digest_of_file(path: Path) -> str:
     # The time of modification can be set, and rsync and cp -p do so; inode and time of change cannot.
     same = (path.resolve(), state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino, state.st_ctime_ns)
     note = cache_folder() / "sha256" / digest_of([":".join(map(str, same))])
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", kept := note.read_text(encoding="utf-8")):
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", kept := contents(note).decode()):
             return kept
     with path.open("rb") as file:
         found = digest_of(iter(lambda: file.read(1 << 22), b""))

@@ -95,6 +95,7 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 def print_in_any_encoding() -> None:
     """Let stdout and stderr spell out what their encoding lacks, where Python would raise."""
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # they may be closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=IN_WORDS)

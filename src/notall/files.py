@@ -1,7 +1,10 @@
 """Files: paths as users write them, what may be read of a model's folder, and what is kept between runs."""
 
 import contextlib
+import errno
 import os
+import re
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +17,25 @@ def expanded(path: str | PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UsageError(f"there is no home directory for {shortened(Path(path))}: write the path without ~") from None
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what is said of a disk without room
+MOST_BYTES = 1 << 26  # of a file of settings: a hundred times as many as any has
+
+
+def refuse_endless(path: Path) -> None:
+    """Raise `UsageError` for what may never end, or never say a word."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{shortened(path)} is a pipe or a device: give a regular file")
+
+
+def contents(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A file's bytes. Raises `UsageError` as `refuse_endless` does, and where they are more than `most`."""
+    refuse_endless(path)
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise UsageError(f"{shortened(path)} has more than {most:,} bytes: give a smaller file, or a part of it")
+        return file.read()
 
 
 def open_to_others(path: Path) -> None:
@@ -90,6 +112,29 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Inside, safetensors raises `OSError` where a file cannot be written, as Python does."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> None:
+    """Raise `UsageError` where a folder is, or a file that is neither empty nor ours; of a link only itself goes."""
+    if path.is_symlink() or not path.exists():
+        return
+    with contextlib.suppress(UsageError):  # what readers of ours say of others' files
+        if path.is_file() and (not path.stat().st_size or is_ours(path)):
+            return
+    raise UsageError(f"{shortened(path)} is there, and is no {what}: choose another -o")
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:

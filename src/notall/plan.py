@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
-from .files import write_whole
+from .files import contents, refuse_others, write_whole
 from .inputs import DoubledKey, read_json
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Skippable = Literal["attention", "mlp", "block"]
 KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
 
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
-MOST_BYTES = 1 << 20  # of a plan file; a device such as /dev/zero never ends
+MOST_BYTES = 1 << 20  # of a plan file
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
@@ -134,7 +134,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         return " and ".join(parts) or "nothing"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON. Raises `UsageError` when the file cannot be written."""
+        """Write the plan as JSON. Raises `UsageError` when it cannot be written, or would replace what is no plan."""
+        refuse_others(Path(path), Plan.load, "plan")
         fields = {**self.indices, **{name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         try:
@@ -149,14 +150,11 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         path = Path(path)
         where = shortened(path)
         try:
-            with path.open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
+            content = contents(path, MOST_BYTES)
         except IsADirectoryError:
             raise UsageError(f"{where} is a folder: notall.RepairedPlan.load reads a plan with weights") from None
         except OSError as error:
             raise UsageError(f"cannot read the plan {where}: {error.strerror}; `notall plan` writes one") from None
-        if len(content) > MOST_BYTES:
-            raise UsageError(f"{where} is no plan: it has more than {MOST_BYTES:,} bytes; `notall plan` writes one")
         try:
             fields = read_json(content.decode("utf-8-sig"))
         except DoubledKey as error:

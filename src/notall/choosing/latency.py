@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..digests import digest_of_json
 from ..errors import UsageError, expect
-from ..files import cache_folder, keep
+from ..files import cache_folder, contents, keep
 from ..inputs import Settings, read_json
 from ..measuring.speed import compare, machine, speedup
 from ..options import Workload
@@ -93,7 +93,7 @@ class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 def _read(path: Path, about: Mapping[str, object], workload: Workload, names: set[str]) -> SublayerTimes | None:
     """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
-        stored = _Stored.model_validate(read_json(path.read_bytes()))
+        stored = _Stored.model_validate(read_json(contents(path)))
         plausible = all(abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values())
         if plausible and stored.about == about and stored.sublayer_ms.keys() == names:
             return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)

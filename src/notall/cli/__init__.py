@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import EXTRAS, UsageError, nearest, print_in_any_encoding, printable, shortened
+from ..files import FULL
 from .app import Interrupted, app
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.
@@ -47,7 +48,7 @@ def main() -> None:
             raise
         _fail(f"this needs {error.name}: pip install 'notall[{extra}]'")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{os.strerror(error.errno)}{where}: what is finished is kept; choose another folder or free some space")

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..errors import FIGURES, need, printable
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
+from ..files import contents, refuse_others
 from ..options import Json, Option, RunOptions, Seed
 from ..plan import Plan
 from ..progress import tracked
@@ -104,6 +105,7 @@ def similarity(
     if out:
         need(*FIGURES)
         refuse_unwritable(out.parent)
+        refuse_others(Path(f"{out}.csv"), lambda csv: b"layer,kind," in contents(csv), "table of similarities")
     text.check()
     net, tokenizer = model.load()
     with progress_bar("reading the text") as progress:

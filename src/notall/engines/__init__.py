@@ -13,6 +13,7 @@ from typing import ClassVar
 import psutil
 
 from ..errors import UsageError, nearest
+from ..files import contents
 from ..inputs import read_json
 from ..plugins import class_named
 
@@ -116,7 +117,7 @@ def regrouped_base(checkpoint: Path) -> str | None:
     """The model type that a regrouped checkpoint was made of, such as llama; None for any other."""
     from ..models.own_exports import REGROUPED
 
-    form = str(read_json((checkpoint / "config.json").read_bytes())["model_type"])
+    form = str(read_json(contents(checkpoint / "config.json"))["model_type"])
     return form.removeprefix(REGROUPED) if form.startswith(REGROUPED) else None
 
 

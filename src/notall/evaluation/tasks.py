@@ -21,6 +21,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from ..errors import UsageError, installed, nearest, shortened
+from ..files import refuse_endless
 from ..models.load_errors import quiet
 from ..results.facts import NamedTasks
 from .checks import CHOOSING, GROUPS, GYM, ITEMS, MAKERS, SEED, generators, is_check, made
@@ -115,7 +116,10 @@ class TaskShelf:
         give = "give a folder with the harness's YAML files"
         if task_path and not Path(task_path).is_dir():
             raise UsageError(f"no task folder {task_path}: {give}")
-        if task_path and not any(Path(task_path).rglob("*.yaml")):
+        files = [*Path(task_path).rglob("*")] if task_path else []
+        for file in files:
+            refuse_endless(file)  # the harness reads what it finds
+        if task_path and not any(file.suffix == ".yaml" for file in files):
             raise UsageError(f"{shortened(task_path)} holds no task: {give}")
         with quiet():
             self.manager = TaskManager(include_path=str(task_path) if task_path else None)

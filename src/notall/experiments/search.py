@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import Field
 
 from ..errors import UsageError, need, shortened
+from ..files import refuse_others
 from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Plan
@@ -29,7 +30,7 @@ from ..results.facts import (
     State,
 )
 from ..results.ledger import Ledger, read, working_in
-from ..results.lines import check_file
+from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
 from ..results.repairs import FittedText, MeasuredRecord
@@ -294,7 +295,8 @@ class Search:
         from ..choosing.choice import check_minutes
 
         check_folder(self.folder, "search")
-        check_file(self.out)
+        refuse_others(self.out, Plan.load, "plan")
+        refuse_unwritable(self.out.parent)
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
         self.by.check()

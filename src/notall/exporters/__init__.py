@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
-from ..files import open_to_others
+from ..files import FULL, open_to_others
 from ..inputs import Settings
 from ..plan import Plan
 from ..plugins import class_named
@@ -146,7 +146,7 @@ def appearing(out: Path) -> Iterator[Path]:
         open_to_others(scratch)  # mkdtemp makes folders that only their owner can read
         os.rename(scratch, out)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
             raise UsageError(f"no space left for {out}; free some, or choose another disk") from None
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise UsageError(f"{out} was made by someone else meanwhile; choose another folder") from None

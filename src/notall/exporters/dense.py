@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ..errors import UsageError
-from ..files import ADAPTER, named_weights, own_file, refuse_adapter
+from ..files import ADAPTER, contents, named_weights, own_file, refuse_adapter, saving
 from ..inputs import Settings
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source, named_dtype, reader_of, refuse_export
@@ -244,7 +244,7 @@ def opened(source: Source) -> Iterator[DenseModel]:
         refuse_skipping(model, "exporting it")
         locate(model)  # refuse before writing gigabytes
         with tempfile.TemporaryDirectory(prefix="notall-") as scratch:
-            with quiet():
+            with quiet(), saving():
                 model.save_pretrained(scratch)
                 if source.tokenizer is not None:
                     source.tokenizer.save_pretrained(scratch)
@@ -265,7 +265,7 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     if (path := own_file(folder, "config.json")) is None:
         raise UsageError(f"{folder.name} has no config.json; download or save it again")
     with suppress(ValueError, RecursionError):
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(contents(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{folder.name}: config.json is damaged; download it again")
     refuse_adapter(name, (folder / ADAPTER).exists())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..files import own_file
+from ..files import contents, own_file
 from ..inputs import Settings, read_json
 from ..models.load_errors import quiet
 from ..models.quantisation import quantisation_name
@@ -196,7 +196,7 @@ def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Setti
 def _stops(dense: DenseModel) -> Settings:
     """The tokens that a text begins and ends with, as ExecuTorch's runners ask for them."""
     file = own_file(dense.folder, "generation_config.json")
-    told = {**dense.settings, **(read_json(file.read_bytes()) if file else {})}
+    told = {**dense.settings, **(read_json(contents(file)) if file else {})}
     first, last = told.get("bos_token_id"), told.get("eos_token_id")
     ends = last if isinstance(last, list) else [last]
     return ({} if first is None else {"get_bos_id": first}) | ({} if last is None else {"get_eos_ids": ends})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import UsageError, shortened
+from ..files import contents
 from ..inputs import Settings, read_json
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan
@@ -105,7 +106,7 @@ def read_manifest(folder: Path) -> Settings:
 def plan_of(folder: Path) -> Plan:
     """In the dense model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
     try:
-        manifest = read_json((folder / MANIFEST).read_bytes())
+        manifest = read_json(contents(folder / MANIFEST))
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
         is_repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -127,7 +128,7 @@ def weights_beside(folder: Path) -> Path | None:
 def dense_of(folder: Path) -> str:
     """The name of the model that an export was made of; of the default model's file that of the default model."""
     try:
-        name = str(read_json((folder / MANIFEST).read_bytes())["dense"]["model"])
+        name = str(read_json(contents(folder / MANIFEST))["dense"]["model"])
         return DEFAULT_MODEL if name == default_gguf().name else shortened(name)
     except (ValueError, KeyError, TypeError, OSError, StopIteration):
         return "the hub id or folder that it was made of"

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import __version__
 from ..errors import UsageError
-from ..files import cache_folder, keep
+from ..files import cache_folder, contents, keep
 from ..inputs import read_json
 from ..models.own_exports import REGROUPED
 
@@ -67,10 +67,10 @@ def auto_map(base: str) -> dict[str, str]:
 
 def check_code(folder: Path) -> None:
     """Raise `UsageError` where a regrouped checkpoint's folder holds, or names, code that notall did not write."""
-    settings = read_json((folder / "config.json").read_bytes())
+    settings = read_json(contents(folder / "config.json"))
     base, said = settings["model_type"].removeprefix(REGROUPED), settings.get("auto_map")
-    found = {file.name: file.read_bytes() for file in folder.glob("**/*.py")}
-    named = {file.name for file in folder.glob("*.json") if b'"auto_map"' in file.read_bytes()}
+    found = {file.name: contents(file) for file in folder.glob("**/*.py")}
+    named = {file.name for file in folder.glob("*.json") if b'"auto_map"' in contents(file)}
     if found != {modeling_file(base): source_of(base).encode()} or named != {"config.json"} or said != auto_map(base):
         raise UsageError(f"{folder} holds code that this notall did not write: delete the folder, and measure again")
 

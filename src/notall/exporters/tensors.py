@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
-from ..files import INDEX, expanded
+from ..files import INDEX, expanded, saving
 from ..inputs import read_json
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import hub_id
@@ -162,12 +161,8 @@ def write_shards(
     total, done = sum(weight.size for weight in tensors.values()), 0
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].read().contiguous() for name in names}
-        try:
+        with saving():
             save_file(shard, folder / file, {"format": "pt", **(notes or {})})
-        except SafetensorError as error:
-            if f"os error {errno.ENOSPC}" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from None
-            raise
         done += sum(tensors[name].size for name in names)
         progress(done, total, "copying weights")
     if split.is_sharded:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..digests import digest_of_file
-from ..files import cache_folder, unwritable
+from ..files import cache_folder, saving, unwritable
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
@@ -62,7 +62,7 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
     plain_numbers = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
     tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
+    with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
         packed, report = AutoModelForCausalLM.from_pretrained(
             gguf.parent, **source, **unpacked, dtype=torch.float32, output_loading_info=True
         )

@@ -13,7 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..digests import digest_of, digest_of_file
 from ..errors import UsageError, expect, nearest, shortened
-from ..files import expanded, named_weights, refuse_adapter
+from ..files import contents, expanded, named_weights, refuse_adapter
 from ..inputs import Settings, read_json
 from ..plan import Plan
 from ..running.skipping import without
@@ -266,7 +266,9 @@ def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | No
     path = expanded(spec)
     if path.exists():
         try:
-            settings = read_json((path / "config.json" if path.is_dir() else path).read_bytes())
+            settings = read_json(contents(path / "config.json" if path.is_dir() else path))
+        except UsageError:
+            raise
         except (ValueError, OSError):  # for transformers to complain of
             return None
     else:

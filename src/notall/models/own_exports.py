@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import UsageError, shortened
-from ..files import INDEX, SINGLE, own_file
+from ..files import INDEX, SINGLE, contents, own_file
 from ..inputs import Settings, read_json
 from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
@@ -82,7 +82,7 @@ class _Index(BaseModel):
 
 def shard_index(path: Path) -> dict[str, str]:
     try:
-        return _Index.model_validate(read_json(path.read_bytes()), strict=True).weight_map
+        return _Index.model_validate(read_json(contents(path)), strict=True).weight_map
     except ValueError:
         raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again") from None
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
-from ..files import expanded
+from ..files import contents, expanded
 from ..inputs import read_json
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
 MADE = (*MIX, USE)  # texts that are made, of a model
-MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
+MOST_BYTES = 1 << 30  # of a file
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,10 @@ def _prose() -> str:
 
 
 def read_file(path: Path, wanted: str) -> str:
-    """A UTF-8 file's text. Raises UsageError, which says to give `wanted`, for none and for one without an end."""
+    """A UTF-8 file's text. Raises UsageError, which says to give `wanted`, for none and for too large a one."""
     name = shortened(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise UsageError(f"{name} has more than {MOST_BYTES:,} bytes: give a part of it")
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return contents(path, MOST_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"the text {name} is not UTF-8 (byte {error.start}): convert it, or give another") from error
     except OSError as error:

@@ -14,7 +14,7 @@ from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
 from ..experiments.folder import Figure, Folder, Section, Shown, Step
-from ..files import write_whole
+from ..files import contents, refuse_others, write_whole
 from ..inputs import Settings
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read
@@ -54,11 +54,7 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
     try:
-        if path.exists():
-            with path.open("rb") as file:
-                head = file.read(100_000)
-            if head and MARK not in head:
-                raise UsageError(f"{shortened(path)} is there, and is no page of notall: choose another -o")
+        refuse_others(path.resolve(), lambda page: MARK in contents(page), "page of notall")
         page = render(read_folder(Path(folder)))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path.resolve(), page)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ..errors import UsageError, shortened
 from . import lines
 from .provenance import Provenance
-from .record import HOMES, Command, HeaderRecord, Key, Record
+from .record import BESIDE, HOMES, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
 Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
@@ -110,12 +110,16 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
-    """Raise `UsageError` when `folder` holds what another command than `command` wrote."""
+    """Raise `UsageError` when `folder` holds what another command wrote, or, without records, what is written over."""
+    is_ours = False
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         kind = kind_at(path)
         if kind and command not in (commands := HOMES[kind][1]):
             told = f"{folder} holds results of notall {commands[0]} ({path.name})"
             raise UsageError(f"{told}; choose another folder for notall {command}")
+        is_ours |= bool(kind)
+    for path in () if is_ours else (one for name in BESIDE.get(command, ()) for one in folder.glob(name)):
+        raise UsageError(f"{path} is there, and notall did not write it: choose another folder, or move it away")
 
 
 @contextmanager

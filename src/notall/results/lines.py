@@ -13,8 +13,11 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError
+from ..files import refuse_endless
 from ..inputs import Settings, read_json
+
+MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 
 
 def append(path: Path, *lines: Settings) -> None:
@@ -36,9 +39,12 @@ def read(path: Path) -> list[Settings]:
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped with a warning."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size  # of a device, which never ends, 0
-            for number, text in enumerate(iter(lambda: file.readline(size - file.tell()), b""), 1):
+        refuse_endless(path)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for number, text in enumerate(iter(lambda: file.readline(min(size - file.tell(), MOST_BYTES)), b""), 1):
+                if len(text) == MOST_BYTES:
+                    raise UsageError(f"line {number} of {path} has {MOST_BYTES:,} bytes or more; delete that line")
                 if not text.endswith(b"\n") and _parse(text) is None:
                     warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
                 elif text.strip():
@@ -61,21 +67,11 @@ def refuse_unwritable(folder: Path) -> None:
     """Raise `UsageError` where `folder`, or what it would be made in, can't be written. Makes nothing."""
     try:
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-        if not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        wrong = errno.ENOTDIR if not place.is_dir() else errno.EACCES
+        if wrong == errno.ENOTDIR or not os.access(place, os.W_OK | os.X_OK):
+            raise OSError(wrong, os.strerror(wrong))
     except OSError as error:
         raise _cannot_write(folder, error) from None
-
-
-def check_file(out: Path) -> None:
-    """Raise `UsageError` where a file of this name cannot be written."""
-    if out.is_dir():
-        raise UsageError(f"{shortened(out)} is a folder: choose another -o")
-    if out.exists() and not os.access(out, os.W_OK):
-        raise UsageError(f"cannot write to {shortened(out)}: permission denied; choose another -o")
-    refuse_unwritable(out.parent)
 
 
 @contextmanager

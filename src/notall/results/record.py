@@ -139,6 +139,13 @@ HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
     "engine_times": ("engine_times.jsonl", ("pareto",)),
     "pareto": ("pareto.jsonl", ("pareto",)),
 }
+# What commands write beside their records, and over again.
+BESIDE: dict[Command, tuple[str, ...]] = {
+    "sweep": ("table.*", "tradeoff.*"),
+    "compare": ("table.*", "front.*"),
+    "paper": ("*.tex", "*.csv", "paper.md", "similarity.*"),
+    "pareto": ("table.md", "pareto.*"),
+}
 KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import open_to_others, own_file, write_whole
+from ..files import contents, open_to_others, own_file, saving, write_whole
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
 from ..results.provenance import Provenance
@@ -279,7 +279,7 @@ def file_of(refit: RefitRecord) -> str:
 def _seal_of(folder: Path) -> Seal | None:
     file = own_file(folder, SEAL)
     try:
-        return Seal.model_validate_json(file.read_bytes()) if file else None
+        return Seal.model_validate_json(contents(file)) if file else None
     except (ValidationError, OSError):
         raise UsageError(f"{SEAL} of {shortened(folder)} is damaged: {FIX}") from None
 
@@ -318,12 +318,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     digest, part = digest_of_tensors(held), path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, part, {**(notes or {}), DIGEST: digest})
+        with saving():
+            save_file(held, part, {**(notes or {}), DIGEST: digest})
         open_to_others(part)  # safetensors makes files that only their owner can read
         part.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or shortened(str(error).rpartition("I/O error: ")[2])
-        raise UsageError(f"cannot write {shortened(path)}: {reason}; make room, or choose another folder") from None
+    except OSError as error:
+        fix = "make room, or choose another folder"
+        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; {fix}") from None
     finally:
         with suppress(OSError):
             part.unlink()
