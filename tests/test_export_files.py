@@ -125,6 +125,13 @@ def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path)
     assert "base_model" not in card  # of a folder: its name would link to someone else's model
 
 
+def test_a_note_of_anyone_steers_no_terminal_that_shows_the_card(dense, tmp_path):
+    plan = Plan(attention=[1], mlp=[1], note="found \x1b[31mby chance")
+    card = (export(dense, plan, "hf", tmp_path / "out", verify=False) / "README.md").read_text()
+    assert r"Plan: found \x1b[31mby chance." in card
+    assert "\x1b" not in card
+
+
 def test_shards_are_indexed_and_hold_the_same(dense, tmp_path):
     whole = load_file(export(dense, MIXED, "hf", tmp_path / "whole") / "model.safetensors")
     out = export(dense, MIXED, "hf", tmp_path / "shards", shard_bytes=20_000)

@@ -73,6 +73,20 @@ def test_generate_shows_both_answers_side_by_side(run, folder):
     assert (code, "say what to leave out" in err) == (2, True)
 
 
+def test_what_a_model_says_steers_no_terminal(run, folder, tmp_path):
+    steering = tmp_path / "steering"
+    shutil.copytree(folder, steering)
+    known = json.loads((steering / "tokenizer.json").read_text())
+    vocab = known["model"]["vocab"]
+    # what byte-level tokenizers write for the byte of an escape stands before each letter but those of the prompt
+    known["model"]["vocab"] = {name if name in "abc" else f"\u011b[{name}": at for name, at in vocab.items()}
+    (steering / "tokenizer.json").write_text(json.dumps(known))
+    code, out, err = run("generate", steering, "abc", "--max-new-tokens", "12")
+    assert code == 0, err
+    assert r"\x1b[" in out
+    assert "\x1b" not in out
+
+
 class Screen(io.StringIO):
     def isatty(self):
         return True

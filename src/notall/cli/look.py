@@ -130,8 +130,6 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt with the skipped model. The text is printed as it comes."""
-    from transformers import TextStreamer
-
     from ..running.generating import Streamer, generate_text
 
     plan.check(needed=beside, model=model.model)
@@ -140,7 +138,8 @@ def generate(
     write_text = partial(write_text, temperature=temperature, chat=chat, seed=seed)
     wanted = plan.of(net)
     if not beside:
-        write_text(plan=wanted, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        write_text(plan=wanted, streamer=Streamer(tokenizer, _write))
+        print()
         return
     plans = {"dense": Plan(), wanted.state: wanted}
     with side_by_side([*plans]) as write:
@@ -166,6 +165,10 @@ def side_by_side(names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
     if not live:
         for name, text in written.items():
             console.print(Text(f"{name}:\n{_lines(text, console)}\n"), soft_wrap=True)
+
+
+def _write(text: str) -> None:
+    print("\n".join(map(printable, text.split("\n"))), end="", flush=True)
 
 
 def _lines(text: str, console: Console) -> str:

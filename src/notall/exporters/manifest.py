@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import UsageError, shortened
+from ..errors import UsageError, printable, shortened
 from ..files import contents
 from ..inputs import Settings, read_json
 from ..models.names import DEFAULT_MODEL, default_gguf
@@ -162,7 +162,8 @@ def _card(export: Export, verdict: Verdict, measured: Settings | None) -> str:
     if measured:
         rows = [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in measured.items()]
         sections += ["## Measured", _table(("what", "value"), rows)]
-    return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
+    card = f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return "\n".join(map(printable, card.split("\n")))  # notes are anyone's
 
 
 def _on_repair(repair: Settings) -> Iterator[str]:
