@@ -328,11 +328,12 @@ NAMES = {
         "write_tensors",
     ],
     "running.replay": ["PrefixCache", "Replay", "handing", "live_steps", "record", "step_name"],
-    "running.skipping": ["footprint", "without"],
-    "structure.locating": ["decoder_layers", "forget"],
+    "running.skipping": ["footprint", "is_skipping", "without"],
+    "structure.locating": ["LOCATED", "decoder_layers"],
     "structure.model_structure": ["cache_argument", "fingerprint", "text_config"],
     "structure.observation": ["Argument", "Branch", "LayerCall", "Op", "run_branches"],
     "structure.proving": ["relative_error"],
+    "structure.undoing": ["Undo"],
 }
 
 _HOMES = {entry.split()[-1]: (module, entry.split()[0]) for module, entries in NAMES.items() for entry in entries}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from api import forget
+from api import LOCATED
 from families import LAYERS, TOKENS, VOCABULARY, family
 from notall import UnsupportedModel, locate
 from verdicts import compare_or_record
@@ -57,7 +57,7 @@ def test_a_model_that_looks_ahead_is_refused(name: str) -> None:
 
     for block in locate(model).blocks:
         model.get_submodule(locate(model).layers)[block.index].register_forward_pre_hook(seeing, with_kwargs=True)
-    forget(model)
+    LOCATED.pop(model)
     with pytest.raises(UnsupportedModel, match="looks at the tokens that follow, as encoders do"):
         locate(model)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from api import LayerCall, locating, run_branches
+from api import LayerCall, run_branches, skipping
 from families import family, silenced
 from notall import Plan, UsageError, locate, remove, skip
 
@@ -53,22 +53,15 @@ def test_an_exception_inside_restores_the_model_too(model):
 
 
 def test_a_failure_while_entering_restores_the_model_too(model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("planted")
+
     before, dense = state(model), logits(model)
-    monkeypatch.setattr(locating, "remember", _fail_for_regrouped(model))
+    monkeypatch.setattr(skipping, "_are_cut", fail)  # it is asked last
     with pytest.raises(RuntimeError, match="planted"), skip(model, PLAN):
         pass
     assert state(model) == before
     assert torch.equal(logits(model), dense)
-
-
-def _fail_for_regrouped(model):
-    dense = model.model.layers
-
-    def remember(inner, layers, structure):
-        if layers is not dense:
-            raise RuntimeError("planted")
-
-    return remember
 
 
 def test_the_empty_plan_changes_nothing(model):

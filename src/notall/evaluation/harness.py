@@ -34,6 +34,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
 from ..running.generating import as_asked, greedy_each
 from ..running.skipping import skip
+from ..structure.undoing import Undo
 from .scoring import Request, Scorer, unless_out_of_memory
 
 try:
@@ -207,12 +208,9 @@ class PlansLM(HFLM):
 
     def chat(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[str, str]]:
         """What the plan says to a user, greedy, and what the dense model says."""
-        asked, number = self._as_chat(requests), self.number
-        try:
-            self.number = 0
+        asked = self._as_chat(requests)
+        with Undo() as undo, undo.put(vars(self), "number", 0):
             dense = self.generate_until(asked)
-        finally:
-            self.number = number
         return list(zip(self.generate_until(asked), dense))
 
     def first_choices(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:

@@ -8,13 +8,12 @@ residual), and the next norm adds them: what is left out passes the pair on, at 
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..engines.vllm import NATIVE
-from ..structure.slicing import replaced
+from ..structure.undoing import Undo
 from .remote_code import FAMILIES, classes_of, model_type_of
 
 # The module of vLLM's in which the layers are made, where it is not the one named as the architecture.
@@ -51,7 +50,7 @@ def _model(base: str) -> type:
 
     class Model(stock):
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            with _regrouping(base, vllm_config):
+            with Undo() as undo, _regrouping(base, vllm_config, undo):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     Model.__name__ = Model.__qualname__ = classes_of(base)[CAUSAL]
@@ -62,15 +61,15 @@ def _vllm_module(base: str) -> Any:
     return importlib.import_module(f"vllm.model_executor.models.{base.removesuffix('_text')}")
 
 
-def _regrouping(base: str, vllm_config: Any) -> AbstractContextManager[None]:
-    """Have vLLM build the layers of `base` as the config of the checkpoint says."""
+def _regrouping(base: str, vllm_config: Any, undo: Undo) -> Undo:
+    """Have vLLM build the layers of `base` as the config of the checkpoint says, until `undo` is left."""
     module, names = _vllm_module(LAYERS_IN.get(base, base)), MLP_IN.get(base, FAMILIES[base].mlp)
     make_layers = module.make_layers
 
     def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
         return make_layers(count, functools.partial(_regrouped_layer, make, names, vllm_config), prefix=prefix)
 
-    return replaced(vars(module), "make_layers", regrouped)
+    return undo.put(vars(module), "make_layers", regrouped)
 
 
 def _regrouped_layer(make: Callable[..., Any], names: Sequence[str], vllm_config: Any, prefix: str) -> nn.Module:

@@ -22,7 +22,8 @@ from ..errors import UnsupportedModel
 from ..running.replay import handing, states_before_output
 from ..structure.locating import locate
 from ..structure.model_structure import base_model, inputs_device, text_config
-from ..structure.observation import forward_replaced
+from ..structure.observation import forward_of
+from ..structure.undoing import Undo
 
 # Rows and columns of a tile, by device: small enough for a cache, or large enough to keep a GPU busy.
 TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}
@@ -101,7 +102,7 @@ class Head:
         def answer(states: Tensor) -> Tensor:
             return made.to(states.device).view(*states.shape[:-1], -1)
 
-        with forward_replaced(output, answer):
+        with Undo() as undo, undo.put(*forward_of(output), answer):
             given = self.logits(hidden).cpu().double()
         if given.shape != made.shape:
             return None

@@ -15,7 +15,8 @@ from ..measuring.token_scores import Head
 from ..running.replay import record
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, text_config
-from ..structure.observation import LayerCall, child, forward_replaced
+from ..structure.observation import LayerCall, child, forward_of
+from ..structure.undoing import Undo
 
 PROBED = 16  # tokens to find a projection with
 READERS = 4  # sublayers that follow: what is further away reads other streams
@@ -143,7 +144,7 @@ class _Trial:
         if path is None or answer is None:
             return branch.run(self.layer, self.hidden, self.call)
         module = self.layer.get_submodule(path)
-        with forward_replaced(module, lambda given: answer.view(*given.shape[:-1], -1)):
+        with Undo() as undo, undo.put(*forward_of(module), lambda given: answer.view(*given.shape[:-1], -1)):
             added = branch.run(self.layer, self.hidden, self.call).view(self.hidden.shape).to(self.exact)
         return added - self.hidden.to(self.exact) if branch.adds_itself else added
 

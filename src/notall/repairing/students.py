@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
-from ..running.repaired import RepairedPlan, set_weights
+from ..running.repaired import RepairedPlan, placed_at
 from ..running.replay import Recording, live_steps, states_before_output
 from ..running.skipping import remove
 from ..structure.locating import decoder_layers, locate
@@ -61,8 +61,9 @@ class Student(nn.Module):
         own: dict[int, nn.Parameter | Tensor] = {id(buffer): buffer for buffer in model.buffers()}
         own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
         self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
-        if isinstance(plan, RepairedPlan):
-            set_weights(self.model, plan.weights)
+        for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
+            parameters, name, parameter = placed_at(self.model, path, weight)
+            parameters[name] = parameter
         self.adapters = _adapted(self.model, wanted, config.rank) if config.train == "lora" else {}
         self.trained = {
             path: one

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..errors import UsageError, expect, raised_by, shortened
 from ..plan import Plan
 from ..structure.locating import has_missing
 from ..structure.model_structure import base_model, positions_of
-from ..structure.slicing import replaced
+from ..structure.undoing import Undo
 from .skipping import skip
 
 # What transformers cannot do with the model's own settings is said as a `UsageError`.
@@ -97,7 +97,7 @@ def greedy(
     ends = ends_of(model)
     until = {"max_new_tokens": new_tokens, "eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
     settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **until)
-    with _generating_by(model, settings):
+    with Undo() as undo, _generating_by(settings, model, undo):
         rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
     return [up_to_end(model, row) for row in rows]
 
@@ -112,7 +112,7 @@ def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: in
     """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
-    with _seeded(model, seed), _generating_by(model, whole), _settings_explained():
+    with _seeded(model, seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
         return _generate(model, prompts)
 
 
@@ -138,11 +138,10 @@ def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *
     return said
 
 
-def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> ExitStack:
-    """Have `model` generate by `settings` alone, for the time of a `with`, and not by those of its checkpoint."""
-    undo = ExitStack()
+def _generating_by(settings: GenerationConfig, model: PreTrainedModel, undo: Undo) -> Undo:
+    """Have `model` generate by `settings` alone, until `undo` is left, and not by those of its checkpoint."""
     for one in {model, base_model(model)}:
-        undo.enter_context(replaced(one.__dict__, "generation_config", settings))
+        undo.put(one.__dict__, "generation_config", settings)
     return undo
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -28,7 +28,7 @@ from ..results.provenance import Provenance
 from ..results.record import Record
 from ..results.repairs import HealRecord, RefitRecord, RepairStep
 from ..structure.model_structure import ModelStructure, Sublayer
-from ..structure.slicing import replaced
+from ..structure.undoing import Undo
 
 PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", "weights.safetensors"
 BEFORE = "before"  # the history of what was healed
@@ -194,16 +194,10 @@ def refuse_maps(plan: Plan) -> None:
 @contextmanager
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
-    with ExitStack() as undo:
+    with Undo() as undo, undo:
         for path, weight in weights.items():
-            undo.enter_context(replaced(*placed_at(module, path, weight)))
+            undo.put(*placed_at(module, path, weight))
         yield
-
-
-def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give parameters, by their paths, these values for good, all or none."""
-    for parameters, name, parameter in [placed_at(module, *pair) for pair in weights.items()]:
-        parameters[name] = parameter
 
 
 def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:

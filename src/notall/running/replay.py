@@ -19,7 +19,8 @@ from ..errors import UnsupportedModel
 from ..plan import Plan
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model
-from ..structure.observation import Arguments, LayerCall, called_with, first, forward_replaced, run_branches, scaled
+from ..structure.observation import Arguments, LayerCall, called_with, first, forward_of, run_branches, scaled
+from ..structure.undoing import Undo
 from .repaired import LinearMap, RepairedPlan, with_weights
 from .skipping import refuse_skipping, skip
 
@@ -258,7 +259,7 @@ def standing_in(
     model: PreTrainedModel, structure: ModelStructure, forward: Callable[[nn.Module, Block], Callable[..., object]]
 ) -> Iterator[None]:
     """Have `forward(layer, block)` stand in for each layer's forward, below accelerate's hooks, in the `with`."""
-    with ExitStack() as replaced:
+    with Undo() as undo, undo:
         for layer, block in zip(model.get_submodule(structure.layers).children(), structure.blocks):
-            replaced.enter_context(forward_replaced(layer, forward(layer, block)))
+            undo.put(*forward_of(layer), forward(layer, block))
         yield

@@ -7,10 +7,11 @@ with one mixer each (see `regroup`), so that whatever counts layers, such as cac
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
+from threading import RLock, get_ident
 from typing import NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,18 +22,40 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UsageError, expect
 from ..plan import Fingerprint, Plan
 from ..results.facts import Footprint
-from ..structure import locating, slicing
 from ..structure.in_place import stubbed_layer
-from ..structure.locating import locate
+from ..structure.locating import LOCATED, locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, text_config
 from ..structure.observation import LayerCall, called_with, child, parameter_names, run_branches
-from ..structure.slicing import move_inputs_like, renumber, replaced, restored, set_child, shallow_clone, slice_config
+from ..structure.slicing import free_cache_slots, move_inputs_like, renumber, set_child, shallow_clone, slice_config
+from ..structure.undoing import ABSENT, Undo
 from ..structure.weights import weights_of
 from .regrouping import Layer, layers_of
-from .repaired import RepairedPlan, refuse_maps, set_weights, with_weights
+from .repaired import RepairedPlan, placed_at, refuse_maps
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-_ACTIVE: WeakKeyDictionary[nn.Module, list[tuple[Plan, ExitStack]]] = WeakKeyDictionary()  # what each undoes
+
+
+class _Skip(Undo):
+    """One `with skip(...)`, among all `active` ones of its model, the innermost last."""
+
+    def __init__(self, active: list["_Skip"], plan: Plan) -> None:
+        super().__init__()
+        self.active, self.plan, self.thread = active, plan, get_ident()
+
+    def expect_innermost(self) -> None:
+        """Raise `UsageError` where it isn't, as another was left out of turn."""
+        if self.active[-1:] != [self]:
+            told = "a `with notall.skip(...)` was left ahead of one inside of it, and neither counts any more"
+            raise UsageError(f"{told}: leave the one that was entered last first")
+
+    def __exit__(self, *_: object) -> None:
+        while self in self.active:  # and any that is inside of it still
+            Undo.__exit__(self.active[-1])
+            self.active.pop()
+
+
+_ACTIVE: WeakKeyDictionary[nn.Module, list[_Skip]] = WeakKeyDictionary()
+_ENTERING = RLock()
 
 
 @contextmanager
@@ -40,29 +63,33 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     """Run `model` without the sublayers of `plan`, for the time of the `with`.
 
     Inside, the model holds no KV cache for a skipped attention and spends no time on what is skipped; its config
-    counts live layers. Leaving, also by an exception, gives back the very same modules and config. A `skip` inside a
-    `skip` leaves out what either names, by dense indices. Change device, dtype or mode of the model outside.
+    counts live layers. Leaving, also by an exception and wherever Ctrl-C falls, gives back the very same modules and
+    config. A `skip` inside a `skip` leaves out what either names, by dense indices; leaving the outer one first leaves
+    both, and each raises `UsageError`. Change device, dtype or mode of the model outside.
 
-    Not for two threads at once on one model. Raises `UsageError` when the plan does not fit the model or its repair
-    keeps matrices at run time, and `UnsupportedModel` when the model's sublayers cannot be located.
+    Raises `UsageError` when the plan does not fit the model, its repair keeps matrices at run time, or another thread
+    is inside a `skip` of the model, and `UnsupportedModel` when the model's sublayers cannot be located.
     """
     expect(model, nn.Module, "first the model, as notall.load returns it, and then the plan")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     inner = base_model(model)
-    active, structure = _ACTIVE.setdefault(inner, []), locate(inner)
-    plan.check(structure)
-    whole_plan = active[-1][0] | plan if active else plan
-    whole_plan.check(structure)
-    if active:
-        active[-1][1].close()
-    active.append((whole_plan, _apply(inner, structure, whole_plan)))
-    try:
+    with (mine := _Skip(_ACTIVE.setdefault(inner, []), plan)), mine:
+        with _ENTERING:
+            around = mine.active.copy()
+            if around and around[-1].thread != mine.thread:
+                fix = "take turns, or give each thread a model of its own, as notall.draft_model makes them"
+                raise UsageError(f"another thread is inside a `with notall.skip(...)` of this model: {fix}")
+            mine.active.append(mine)
+        structure = locate(inner)
+        plan.check(structure)
+        mine.plan = around[-1].plan | plan if around else plan
+        mine.plan.check(structure)
+        for place, name, dense in [entry for other in around for entry in other.entries][::-1]:  # from the dense model
+            mine.put(place, name, dense)
+        _apply(inner, structure, mine.plan, mine)
         yield model
-    finally:
-        active.pop()[1].close()
-        if active:
-            active[-1] = active[-1][0], _apply(inner, structure, active[-1][0])
+        mine.expect_innermost()
 
 
 def is_skipping(model: PreTrainedModel) -> bool:
@@ -83,7 +110,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     a portable plan leaves an ordinary model, which `save_pretrained` writes. Otherwise saving is refused, as what it
     wrote would load with random weights; such a model generates, and nothing else of notall takes it again.
 
-    Raises as `skip` does, and `UsageError` inside a `skip`.
+    Raises as `skip` does, and `UsageError` inside a `skip`; whatever is raised leaves the model whole.
     """
     inner = base_model(model)
     refuse_skipping(inner, "removing anything for good")
@@ -93,12 +120,12 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     plan.check(structure)
     if not plan:
         return
-    if isinstance(plan, RepairedPlan):
-        set_weights(inner, {path: weight.clone() for path, weight in plan.weights.items()})
-    _cut(inner, structure, plan, ExitStack(), merge=True)
-    locating.forget(inner)
-    if _are_cut(inner, structure) or not _is_built_again(inner):
-        inner.save_pretrained = partial(_refuse_to_save, NOT_A_CHECKPOINT)
+    with Undo() as undo, undo:
+        _cut(inner, structure, plan, undo, for_good=True)
+        undo.put(LOCATED, inner, ABSENT)  # `locate` is to look again
+        if _are_cut(inner, structure) or not _is_built_again(inner):
+            undo.put(inner.__dict__, "save_pretrained", partial(_refuse_to_save, NOT_A_CHECKPOINT))
+        undo.entries.clear()
 
 
 def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -185,49 +212,35 @@ def _place(model: PreTrainedModel, structure: ModelStructure) -> tuple[nn.Module
     return parent, name, list({id(config): config for config in configs if config is not None}.values())
 
 
-def _put(model: PreTrainedModel, structure: ModelStructure, layers: nn.ModuleList) -> None:
+def _put(model: PreTrainedModel, structure: ModelStructure, layers: nn.ModuleList, undo: Undo) -> None:
     parent, name, _ = _place(model, structure)
     layers.training = parent.training
-    parent._modules[name] = layers
+    undo.put(parent._modules, name, layers)
 
 
-def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> ExitStack:
-    """Put the regrouped layers in; what comes back puts the dense ones back when it is closed."""
-    undo = ExitStack()
+def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: Undo) -> None:
+    """Put the regrouped layers in, until `undo` is closed."""
     if not plan and not structure.missing:
-        return undo
-    (parent, name, configs), dense = _place(model, structure), _layers(model, structure)
+        return
     with suppress(ImportError):  # transformers 5 hooks the layers for `output_hidden_states` once, at the first use
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-        if isinstance(parent, PreTrainedModel):
+        if isinstance(parent := _place(model, structure)[0], PreTrainedModel):
             maybe_install_capturing_hooks(parent)
-    for config in configs:
-        undo.enter_context(restored(config))
-    undo.callback(parent._modules.__setitem__, name, dense)
-    undo.callback(locating.remember, model, dense, structure)
-    # what `generate` keeps between calls counts layers
-    kept = {name: model.__dict__.pop(name) for name in ("_cache",) if name in model.__dict__}
-    undo.callback(model.__dict__.update, kept)
-    undo.callback(model.__dict__.pop, "_cache", None)
-    try:
-        if isinstance(plan, RepairedPlan):
-            undo.enter_context(with_weights(model, plan.weights))
-        _cut(model, structure, plan, undo)
-        if _are_cut(model, structure):
-            undo.enter_context(replaced(model.__dict__, "save_pretrained", partial(_refuse_to_save, SKIPPED)))
-        locating.remember(model, _layers(model, structure), structure)
-    except BaseException:
-        undo.close()
-        raise
-    return undo
+    undo.put(model.__dict__, "_cache", ABSENT)  # what `generate` keeps between calls counts layers
+    _cut(model, structure, plan, undo)
+    if _are_cut(model, structure):
+        undo.put(model.__dict__, "save_pretrained", partial(_refuse_to_save, SKIPPED))
+    undo.put(LOCATED, model, (_layers(model, structure), structure))
 
 
-def _cut(
-    model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, *, merge: bool = False
-) -> None:
+def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: Undo, *, for_good: bool = False) -> None:
     """Make the layers without what `plan` skips the model's own, and have its config and its caches count them."""
     dense, configs = _layers(model, structure), _place(model, structure)[2]
+    for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
+        undo.put(*placed_at(model, path, weight.clone() if for_good else weight))
+    for config in configs:
+        undo.put_fields(config)
     if structure.in_place:
         running = structure.running(plan)
 
@@ -240,16 +253,16 @@ def _cut(
         layers = nn.ModuleList(map(stubbed, dense, structure.blocks))
         freed = [index for index in plan.attention if f"attn.{index}" not in running]
         for config in configs if freed else ():
-            slicing.free_cache_slots(config, freed)
+            free_cache_slots(config, freed)
     else:
-        merges = merge and not structure.scaled
+        merges = for_good and not structure.scaled
         groups = layers_of(structure, plan, lambda i, j: merges and type(dense[i]) is type(dense[j]))
         layers = nn.ModuleList(regrouped_layer(structure, dense, group) for group in groups)
         for config in configs:
             slice_config(config, [group.attention for group in groups])
         for index, layer in enumerate(layers):
             renumber(layer, index, undo)
-    _put(model, structure, layers)
+    _put(model, structure, layers, undo)
 
 
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
@@ -275,8 +288,8 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
         else regrouped_layer(structure, dense, Layer(block.index, None, start=block.index, end=block.index + 1))
         for layer, block, before in zip(dense, blocks, whole.blocks)
     )
-    _put(model, structure, layers)
-    locating.remember(model, layers, structure)
+    _put(model, structure, layers, Undo())
+    LOCATED[model] = layers, structure
     model.save_pretrained = partial(_refuse_to_save, MISSING)
     kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(blocks)
     # transformers counts the tokens of a cache by the first layer of each kind

@@ -4,7 +4,7 @@ There is no table of architectures: what `observation` reads each layer as is ru
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -21,11 +21,12 @@ from .in_place import DummyLayer, Stubs, halves, whole
 from .model_structure import Block, ModelStructure, Sublayer, base_model, fingerprint, name_of, text_config
 from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerTrace, Place, Watch, child, first, lines_of, watching
 from .proving import Alone, prove, prove_apart, prove_causal, run_probe
-from .slicing import LAYER_INDICES, replaced
+from .slicing import LAYER_INDICES
+from .undoing import Undo
 from .weights import is_weightless, running_weightless, weights_of
 
 Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
-_LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
+LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()  # of these layers
 
 
 def locate(model: PreTrainedModel) -> ModelStructure:
@@ -44,14 +45,14 @@ def locate(model: PreTrainedModel) -> ModelStructure:
     if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
         held = f"which transformers {transformers.__version__} holds in a cache of the model's own"
         raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, {held}; install transformers 5")
-    known = _LOCATED.get(model)
+    known = LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
     try:
-        with torch.no_grad(), ExitStack() as undo:
+        with torch.no_grad(), Undo() as undo, undo:
             for module in model.modules():
                 if module.training:
-                    undo.enter_context(replaced(module.__dict__, "training", False))
+                    undo.put(module.__dict__, "training", False)
             weightless = is_weightless(model)
             with running_weightless(model) if weightless else nullcontext(model) as call:
                 structure, watch = _found(model, path, layers, partial(run_probe, model, call))
@@ -67,24 +68,14 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         told = f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason})"
         fix = "choose another model, or describe this one in an issue"
         raise UnsupportedModel(f"{type(model).__name__} cannot be watched: {told}; {fix}") from error
-    remember(model, layers, structure)
+    LOCATED[model] = layers, structure
     return structure
-
-
-def remember(model: nn.Module, layers: nn.ModuleList, structure: ModelStructure) -> None:
-    """Note that `structure` is what `locate` answers while `layers` are the model's."""
-    _LOCATED[model] = layers, structure
 
 
 def has_missing(model: nn.Module) -> bool:
     """Whether sublayers of `model` are known to be missing, so that only `skip` counts its layers right."""
-    known = _LOCATED.get(base_model(model))
+    known = LOCATED.get(base_model(model))
     return bool(known and known[1].missing)
-
-
-def forget(model: nn.Module) -> None:
-    """Have `locate` look again: the model was changed for good."""
-    _LOCATED.pop(model, None)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModel
-from .slicing import replaced
+from .undoing import Undo
 
 Arguments = dict[str, Any]  # of a call, by their names
 Place = tuple[int, str | None]  # a layer, and its child module, or None: the layer itself
@@ -378,34 +378,30 @@ def callable_children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
     """Attach a watch to `layers` and to `cache` for the time of the `with`."""
     watch = Watch()
-    with ExitStack() as undo:
+    with Undo() as undo, undo:
         for index, layer in enumerate(layers):
-            forward = partial(watch.run_layer, index, layer, getattr(layer, _forward_name(layer)))
-            undo.enter_context(forward_replaced(layer, forward))
+            fields, forward = forward_of(layer)
+            undo.put(fields, forward, partial(watch.run_layer, index, layer, getattr(layer, forward)))
             for name, module in callable_children(layer):
-                undo.callback(module.register_forward_pre_hook(lambda *_, name=name: watch.inside.append(name)).remove)
-                undo.callback(module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True).remove)
+                for hooks in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"):
+                    undo.put(module.__dict__, hooks, copy.copy(getattr(module, hooks)))
+                module.register_forward_pre_hook(lambda *_, name=name: watch.inside.append(name))
+                module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True)
         for name in dir(type(cache)):  # by which a layer writes keys and values, and states of fixed size
-            if name.startswith("update"):
-                write = getattr(cache, name)
-                signature = inspect.signature(write)
-                if "layer_idx" in signature.parameters:
-                    undo.enter_context(replaced(cache.__dict__, name, partial(watch.write_cache, write, signature)))
-        undo.enter_context(watch)
-        yield watch
+            write = getattr(cache, name) if name.startswith("update") else None
+            if write and "layer_idx" in (signature := inspect.signature(write)).parameters:
+                undo.put(cache.__dict__, name, partial(watch.write_cache, write, signature))
+        with watch:
+            yield watch
     for trace in watch.traces:
         written = [vars(cache.layers[index]) for index in {write.layer_idx for write in trace.cache_writes}]
         states = tree_leaves([value for held in written for name, value in held.items() if name.endswith("_states")])
         trace.state_bytes = sum(state[0].nbytes for state in states if isinstance(state, Tensor))
 
 
-def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> AbstractContextManager[None]:
-    """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
-    return replaced(module.__dict__, _forward_name(module), forward)
-
-
-def _forward_name(module: nn.Module) -> str:
-    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+def forward_of(module: nn.Module) -> tuple[dict[str, Any], str]:
+    """Where a module's forward is held, below an accelerate hook: another put there runs in its place."""
+    return module.__dict__, "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, MutableMapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,12 +26,13 @@ from .observation import (
     as_given,
     called_with,
     first,
-    forward_replaced,
+    forward_of,
     run_branches,
     scaled,
     tensors_in,
 )
-from .slicing import free_cache_slots, renumber, restored, slice_config
+from .slicing import free_cache_slots, renumber, slice_config
+from .undoing import Undo
 
 NOT_WHAT = " differs by {error:.1e} of its largest value from {what} (expected at most {most:.0e})"
 NOT_LOCAL = (
@@ -60,9 +60,8 @@ class Alone:
     sharing: Sharing
     in_place: bool
 
-    def numbered(self) -> ExitStack:
-        """Have it count itself as layer 0 for the time of a `with`, if it is the only one there is."""
-        undo = ExitStack()
+    def numbered(self, undo: Undo) -> Undo:
+        """Have it count itself as layer 0 until `undo` is left, if it is the only one there is."""
         if not self.in_place:
             renumber(self.trace.layer, 0, undo)
         return undo
@@ -73,7 +72,8 @@ class Alone:
 
     def arguments(self, freed: bool = False) -> Arguments:
         """What it was called with. What others lend and it was not seen to read makes no difference: zeros."""
-        with restored(self.config):
+        with Undo() as undo, undo:
+            undo.put_fields(self.config)
             if not self.in_place:
                 slice_config(self.config, [self.trace.index])
             elif freed:
@@ -112,7 +112,7 @@ class Alone:
 
 def prove(alone: Alone, block: Block) -> None:
     """Raise `UnsupportedModel` unless a layer is made of what `block` says: its parts give what it gave."""
-    with alone.numbered():
+    with Undo() as undo, alone.numbered(undo):
         if not block.sublayers[0].stub:
             _prove_lines(alone, block)
         elif alone.in_place:
@@ -185,7 +185,7 @@ def prove_causal(alone: Alone) -> None:
     """What a layer makes of a token must not hang on those that follow, as in an encoder: tried on the last one."""
     trace = alone.trace
     axis, changed = _tokens_axis(trace.hidden), _flipped(trace.hidden, last=True)
-    with alone.numbered():
+    with Undo() as undo, alone.numbered(undo):
         found = alone.run(changed)
     # the first one is padding in the probe, where attention may look anywhere
     found, expected = (answer.narrow(axis, 1, PROBE_TOKENS - 2) for answer in (found, first(trace.answer)))
@@ -202,10 +202,11 @@ def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None
         given.append(arguments)
         return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
 
-    with restored(config), ExitStack() as idling:
+    with Undo() as undo, undo:
+        undo.put_fields(config)
         free_cache_slots(config, freed)
         for trace in watch.traces:
-            idling.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
+            undo.put(*forward_of(trace.layer), partial(idle, trace))
         probe()
     for trace, other in zip(watch.traces, given):
         made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]

@@ -1,14 +1,14 @@
 """A model cut to some of its layers, for a while or for good: its config, their numbers, and clones of modules."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig
 
-Value = TypeVar("Value")
+from .undoing import Undo
+
 Cloned = TypeVar("Cloned", bound=nn.Module)
 
 # What modules call the index of their layer, by which they address the cache.
@@ -16,33 +16,6 @@ LAYER_INDICES = ("layer_idx", "layer_id")
 
 # Per-layer lists that a config holds and that caches, masks or layers read while the model runs.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
-
-
-@contextmanager
-def replaced(fields: MutableMapping[str, Value], name: str, value: Value) -> Iterator[None]:
-    """Have `fields`, such as a module's `__dict__`, hold `value` as `name` for the time of the `with`."""
-    missing = name not in fields
-    before = fields.get(name)
-    fields[name] = value
-    try:
-        yield
-    finally:
-        if missing:
-            fields.pop(name, None)
-        else:
-            fields[name] = before  # type: ignore[assignment]
-
-
-@contextmanager
-def restored(config: PretrainedConfig) -> Iterator[None]:
-    """Have `config` be what it was when the `with` is left, whatever is done to it inside."""
-    fields, kind = dict(config.__dict__), type(config)
-    try:
-        yield
-    finally:
-        config.__class__ = kind
-        config.__dict__.clear()
-        config.__dict__.update(fields)
 
 
 def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
@@ -78,13 +51,12 @@ def _told(config_class: type, lists: Mapping[str, object]) -> type:
     return type(config_class)(config_class.__name__, (config_class,), fields)
 
 
-def renumber(module: nn.Module, index: int, undo: ExitStack) -> None:
+def renumber(module: nn.Module, index: int, undo: Undo) -> None:
     """Make `module` and all below it layer `index`, until `undo` is closed."""
     for inner in module.modules():
         for name in LAYER_INDICES:
-            if isinstance(before := inner.__dict__.get(name), int):
-                undo.callback(setattr, inner, name, before)
-                setattr(inner, name, index)
+            if isinstance(inner.__dict__.get(name), int):
+                undo.put(inner.__dict__, name, index)
 
 
 def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module | None], layer_class: type[Cloned]) -> Cloned:

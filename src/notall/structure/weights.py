@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .slicing import replaced
+from .undoing import Undo
 
 STORED = "stored_bytes"  # of a parameter without values: what it weighs in the files of its model
 
@@ -91,8 +91,8 @@ def running_weightless(model: nn.Module) -> Iterator[Callable[..., Any]]:
     Where a step needs values (how many tokens go to this expert?) it gets zeros: any show which module hands what on.
     """
     # the log of torch's fake tensors holds each step that needs values for an error
-    quiet = replaced(logging.getLogger(torch._subclasses.fake_tensor.__name__).__dict__, "disabled", True)
-    with quiet, FakeTensorMode(allow_non_fake_inputs=True) as fake, _ZerosForValues(fake):
+    log, fake = logging.getLogger(torch._subclasses.fake_tensor.__name__), FakeTensorMode(allow_non_fake_inputs=True)
+    with Undo() as undo, undo.put(vars(log), "disabled", True), fake, _ZerosForValues(fake):
         named = chain(model.named_parameters(), model.named_buffers())
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
         yield lambda **inputs: functional_call(model, tensors, (), inputs)
