@@ -222,7 +222,7 @@ NAMES = {
     "exporters.quantisation": ["cut_quantisation", "renamed_notes"],
     "exporters.remote_code": ["FAMILIES", "check_code", "source_of"],
     "exporters.tensors": ["FLOATS", "check_tensors", "read_header", "read_tensors", "write_shards"],
-    "inputs": ["DoubledKey", "read_json"],
+    "files": ["DoubledKey", "read_json"],
     "measuring.acceptance": ["Accepted", "acceptance", "judge", "rounds", "tokens_per_round", "write_texts"],
     "measuring.quality": ["Passage", "evaluate", "measure_similarity", "score", "summarize", "walk"],
     "measuring.speed": ["Timing as speed_Timing"],

@@ -32,7 +32,7 @@ from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Request, Scorer
 from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options import ModelOptions, TextOptions
-from notall.inputs import Settings
+from notall.files import Settings
 from notall.measuring.statistics import mean_and_error, normal_p_value
 from notall.models.texts import fields, read_file
 from notall.plan import KIND_NAMES, Kind

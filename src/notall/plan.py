@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
-from .files import contents, refuse_others, write_whole
-from .inputs import DoubledKey, read_json
+from .files import DoubledKey, contents, read_json, refuse_others, write_whole
 
 if TYPE_CHECKING:
     from .structure.model_structure import ModelStructure

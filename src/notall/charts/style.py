@@ -8,8 +8,7 @@ from typing import Any
 import altair as alt
 
 from ..errors import UsageError, printable, shortened
-from ..files import write_whole
-from ..inputs import Settings
+from ..files import Settings, write_whole
 
 Colour = str | alt.ExprRef
 Colours = Mapping[str, Colour]  # by name, in the order of the legend

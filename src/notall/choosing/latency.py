@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from ..digests import digest_of_json
 from ..errors import UsageError, expect
-from ..files import cache_folder, contents, keep
-from ..inputs import Settings, read_json
+from ..files import Settings, cache_folder, contents, keep, read_json
 from ..measuring.speed import compare, machine, speedup
 from ..options import Workload
 from ..plan import Plan

@@ -11,7 +11,7 @@ from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOp
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
-from ..inputs import Settings
+from ..files import Settings
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan

@@ -12,7 +12,7 @@ from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_pl
 from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
-from ..inputs import read_json
+from ..files import read_json
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress

@@ -13,8 +13,7 @@ from typing import ClassVar
 import psutil
 
 from ..errors import UsageError, nearest
-from ..files import contents
-from ..inputs import read_json
+from ..files import contents, read_json
 from ..plugins import class_named
 
 ENGINES = {

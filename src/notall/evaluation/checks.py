@@ -18,7 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task, TaskConfig
 
 from ..errors import UsageError, nearest, need, shortened
-from ..inputs import read_json
+from ..files import read_json
 from ..models.prompts import prompts
 from ..models.retrieval import UNSEEN, Form, episode
 from .scoring import common

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of_json
 from ..errors import UsageError, raised_by, shortened
-from ..inputs import Settings
+from ..files import Settings
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
 from ..models.load_errors import quiet
 from ..models.mix import origin

@@ -16,8 +16,7 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..errors import FIGURES, UsageError, installed, need, shortened
-from ..files import write_whole
-from ..inputs import Settings
+from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import Plan

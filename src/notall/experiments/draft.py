@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
-from ..inputs import Settings
+from ..files import Settings
 from ..options import Workload, option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent, tracked

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from ..inputs import Settings
+from ..files import Settings
 from ..plan import Fingerprint, Plan, several
 from ..results import lines
 from ..results.facts import Footprint, Quality, Similarity, Times

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, nearest, need, shortened
-from ..inputs import Settings
+from ..files import Settings
 from ..models.names import DEFAULT_TEXT, USE
 from ..options import Option, option
 from ..plan import Plan

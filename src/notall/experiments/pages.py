@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import Field
 
 from ..errors import shortened
-from ..inputs import Settings
+from ..files import Settings
 from ..plan import several
 from ..results.facts import DELTA_NLL, KL, Footprint, Quality, Similarity, Times
 from ..results.ledger import header_of, read

@@ -19,8 +19,7 @@ from pydantic import Field
 
 from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
-from ..files import write_whole
-from ..inputs import Settings
+from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import Plan, several

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..errors import FIGURES, installed
-from ..files import write_whole
-from ..inputs import Settings
+from ..files import Settings, write_whole
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import shortened
-from ..inputs import Settings
+from ..files import Settings
 from ..models.names import DEFAULT_TEXT, USE
 from ..plan import Plan
 from ..results.facts import RECOVERY, Footprint, PlanScore, Quality

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
-from ..files import FULL, open_to_others
-from ..inputs import Settings
+from ..files import FULL, Settings, open_to_others
 from ..plan import Plan
 from ..plugins import class_named
 from ..progress import Progress, silent

@@ -22,8 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ..errors import UsageError
-from ..files import ADAPTER, contents, named_weights, own_file, refuse_adapter, saving
-from ..inputs import Settings
+from ..files import ADAPTER, Settings, contents, named_weights, own_file, refuse_adapter, saving
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source, named_dtype, reader_of, refuse_export
 from ..models.names import named_gguf

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..files import contents, own_file
-from ..inputs import Settings, read_json
+from ..files import Settings, contents, own_file, read_json
 from ..models.load_errors import quiet
 from ..models.quantisation import quantisation_name
 from ..plan import Plan

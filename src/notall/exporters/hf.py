@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..inputs import Settings
+from ..files import Settings
 from ..models.load_errors import explained, quiet
 from ..models.loading import reader_of
 from ..plan import Plan

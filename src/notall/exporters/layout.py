@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import UsageError
-from ..inputs import Settings
+from ..files import Settings
 from ..models.loading import build_empty
 from ..running.regrouping import Layer, folded
 from ..structure.model_structure import ModelStructure, Sublayer

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import UsageError, printable, shortened
-from ..files import contents
-from ..inputs import Settings, read_json
+from ..files import Settings, contents, read_json
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan
 from ..results.repairs import LITTLE

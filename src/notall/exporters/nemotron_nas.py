@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from ..errors import UsageError
-from ..inputs import Settings
+from ..files import Settings
 from ..models.own_exports import MULTIPLE
 from ..models.quantisation import quantisation_name
 from ..plan import Plan

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..errors import UsageError, shortened
-from ..inputs import Settings
+from ..files import Settings
 from ..models.quantisation import quantisation_name
 
 Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept

@@ -12,8 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import __version__
 from ..errors import UsageError
-from ..files import cache_folder, contents, keep
-from ..inputs import read_json
+from ..files import cache_folder, contents, keep, read_json
 from ..models.own_exports import REGROUPED
 
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
-from ..files import INDEX, expanded, saving
-from ..inputs import read_json
+from ..files import INDEX, expanded, read_json, saving
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import hub_id
 from ..models.own_exports import first_file, shard_index, weight_files

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..errors import UsageError
-from ..inputs import Settings
+from ..files import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import Plan
 from ..progress import Progress, silent

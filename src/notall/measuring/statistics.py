@@ -81,6 +81,8 @@ def recovery_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
     items and where both agree on all; of other values by Fieller's theorem (1954), with Student's t. The interval ends
     at infinity where `theirs` may have no mean above zero; then the ratio may be nan.
     """
+    from scipy.special import stdtrit
+
     both, total, base = len(ours), math.fsum(ours), math.fsum(theirs)
     ratio = total / base if base > 0 else math.nan
     if base <= 0 or both < 2:
@@ -89,7 +91,7 @@ def recovery_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
         return (ratio, *_of_proportions(ours, theirs))
     mean, dense = total / both, base / both
     pairs = [(one - mean, other - dense) for one, other in zip(ours, theirs)]
-    t = _student(both - 1)
+    t = stdtrit(both - 1, (1 + LEVEL) / 2)
     own, shared, their = (
         t * t * math.fsum(products) / (both - 1) / both for products in zip(*((a * a, a * b, b * b) for a, b in pairs))
     )
@@ -115,15 +117,3 @@ def _of_proportions(ours: Sequence[float], theirs: Sequence[float]) -> tuple[flo
 
     (low, high), (base_low, base_high) = wilson(right), wilson(base)
     return low / base_high, high / base_low if base_low > 0 else math.inf
-
-
-def _student(freedom: int) -> float:
-    """The quantile of Student's t that an interval takes, by Fisher and Cornish's expansion (1960)."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UnknownArchitecture, UsageError, shortened
-from ..inputs import read_json
+from ..files import read_json
 from ..plan import Plan
 from .gguf_file import open_gguf
 from .names import named_gguf, near_model

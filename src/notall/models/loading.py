@@ -13,8 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..digests import digest_of, digest_of_file
 from ..errors import UsageError, expect, nearest, shortened
-from ..files import contents, expanded, named_weights, refuse_adapter
-from ..inputs import Settings, read_json
+from ..files import Settings, contents, expanded, named_weights, read_json, refuse_adapter
 from ..plan import Plan
 from ..running.skipping import without
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder

@@ -5,8 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UsageError, nearest, shortened
-from ..files import expanded
-from ..inputs import Settings
+from ..files import Settings, expanded
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation

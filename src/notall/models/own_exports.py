@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import UsageError, shortened
-from ..files import INDEX, SINGLE, contents, own_file
-from ..inputs import Settings, read_json
+from ..files import INDEX, SINGLE, Settings, contents, own_file, read_json
 from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
 

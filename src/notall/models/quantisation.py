@@ -7,7 +7,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UsageError, shortened
-from ..inputs import Settings
+from ..files import Settings
 from .load_errors import quiet
 
 # What transformers runs each kind with: a package of its name, or others.

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
-from ..files import contents, expanded
-from ..inputs import read_json
+from ..files import contents, expanded, read_json
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`

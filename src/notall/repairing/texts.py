@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError
-from ..inputs import Settings
+from ..files import Settings
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
 from ..models.names import USE

@@ -14,8 +14,7 @@ from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
 from ..experiments.folder import Figure, Folder, Section, Shown, Step
-from ..files import contents, refuse_others, write_whole
-from ..inputs import Settings
+from ..files import Settings, contents, refuse_others, write_whole
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read
 from ..results.record import KINDS, Record

@@ -14,8 +14,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..files import refuse_endless
-from ..inputs import Settings, read_json
+from ..files import Settings, read_json, refuse_endless
 
 MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ..errors import shortened
-from ..inputs import Settings
+from ..files import Settings
 
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 

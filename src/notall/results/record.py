@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, field_validator
 from typing_extensions import Self
 
-from ..inputs import Settings
+from ..files import Settings
 from ..plan import Plan
 from .lines import finite
 from .provenance import Provenance
