@@ -33,7 +33,7 @@ periods; for Qwen3.5 the file lists them, which llama.cpp reads since 2026.
 
 ## Works
 
-Each was run: the engine's outputs equal those of the pruned model in memory (float32; logits, or log-probabilities of
+Each was run on tiny models: the engine's outputs equal those of the pruned model in memory (float32; logits, or log-probabilities of
 the likeliest tokens). GGUF files of hybrids and of Gemma 4 are compared with llama.cpp's own outputs for the original file, in which
 the skipped sublayers add nothing.
 
