@@ -8,7 +8,6 @@ import math
 import re
 from html import unescape
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 from types import SimpleNamespace
 
@@ -136,16 +135,6 @@ def test_a_csv_has_every_figure_of_the_facts_with_its_digits():
     cells = [("a", 0.1), ("b", 1 / 3)]  # of rows that are no facts what they sort by
     told = table("t", [words("name", lambda row: row[0]), number("loss", lambda row: row[1])], cells)
     assert told.csv == f"name,loss\na,0.1\nb,{1 / 3}\n"
-
-
-def test_the_page_of_the_paper_shows_the_headings_of_a_sweep():
-    page = (Path(__file__).parent.parent / "docs" / "paper.md").read_text(encoding="utf-8")
-    lines = page[page.index("| skipped |") :].partition("\n\n")[0]
-    headings = [cell.strip() for cell in lines.splitlines()[0].strip("|").split("|")]
-    columns = [column for column in SWEEP_COLUMNS if column.heading in headings]
-    assert headings == [column.heading for column in columns]
-    assert {"skipped", "NLL added", "decode speedup", "perplexity"} <= set(headings)
-    assert page.partition(lines)[2].strip().startswith(table("", columns, result_folders.all_records()).legend)
 
 
 def test_quartiles_are_written_from_the_low_to_the_high():
