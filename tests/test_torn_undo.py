@@ -72,10 +72,6 @@ Run = Callable[[Planting], None]
 Choose = Callable[[list[Place]], Iterable[int]]
 
 
-def every(places: list[Place]) -> Iterable[int]:
-    return range(len(places))
-
-
 def first(places: list[Place]) -> Iterable[int]:
     """The first time that each line or opcode is run."""
     return sorted({place: number for number, place in reversed([*enumerate(places)])}.values())
@@ -167,11 +163,11 @@ def test_a_skip_of_layers_in_place_is_undone_wherever_it_is_interrupted() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REGROUPED_OR_NOT)
-@pytest.mark.parametrize("opcodes", [False, True], ids=["each time a line runs", "each opcode"])
-def test_a_skip_is_undone_whenever_it_is_interrupted(name: str, opcodes: bool) -> None:
-    model = family(name).build()
-    check_interrupted(model, repaired(model, Plan([0, 2], [1])), first if opcodes else every, opcodes=opcodes)
+@pytest.mark.timeout(900)
+@pytest.mark.any_transformers  # of opcodes of ours
+def test_a_skip_is_undone_at_whichever_opcode_it_is_interrupted() -> None:
+    model = family("gemma3").build()
+    check_interrupted(model, repaired(model, Plan([0, 2], [1])), first, opcodes=True)
 
 
 @pytest.mark.slow
@@ -196,10 +192,10 @@ def test_a_skip_inside_a_skip_that_is_interrupted_leaves_the_outer_one_as_it_was
 
 
 @pytest.mark.slow
-def test_a_skip_inside_a_repaired_one_is_undone_whenever_it_is_interrupted() -> None:
+def test_a_skip_inside_a_repaired_one_is_undone_wherever_it_is_interrupted() -> None:
     model = family("gemma3").build()
     with skip(model, repaired(model, Plan([0]))):
-        check_interrupted(model, repaired(model, Plan([2], [3])), every)
+        check_interrupted(model, repaired(model, Plan([2], [3])), first)
 
 
 def test_a_first_skip_that_is_interrupted_leaves_no_watch_behind() -> None:
@@ -210,9 +206,13 @@ def test_a_first_skip_that_is_interrupted_leaves_no_watch_behind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", REGROUPED_OR_NOT)
 def test_a_first_skip_is_undone_wherever_it_is_interrupted(name: str) -> None:
-    check_interrupted(family(name).build().train(), Plan([2]), first, cold=True)
+    def some(places: list[Place]) -> Iterable[int]:
+        return [*first(places)][::8]
+
+    check_interrupted(family(name).build().train(), Plan([2]), some, cold=True)
 
 
 def test_what_interrupts_contextlib_itself_is_undone_when_it_is_let_go() -> None:
