@@ -354,8 +354,8 @@ class Search:
         verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
         plans: dict[State, Plan] = {"skipped": found.plan}
         if self.repair:
-            repair = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
-            plans["repaired"], windows = repair[0], {text: others} if self.text.held_out else repair[1]
+            plans["repaired"], own = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
+            windows = {text: others} if self.text.held_out else own
             measured = measure(net, plans, windows, self.folder, settings, progress)
             verdict = Verdict.on(net, plans["repaired"], measured[-1].quality, measured[-1].text)
         passkeys = [] if tasks else self._passkeys(net, tokenizer, plans, batches)
