@@ -57,6 +57,9 @@ def test_transformers_skips_what_a_config_names(patched, tmp_path):
         expected = dense(tokens, attention_mask=mask).logits
         text = dense.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
     torch.testing.assert_close(model(tokens, attention_mask=mask).logits, expected, rtol=0, atol=1e-6)
+    begun = model(tokens[:, :4], attention_mask=mask[:, :4], use_cache=True)  # a cache counts the tokens that it has
+    behind = model(tokens[:, 4:], attention_mask=mask, cache=begun.cache)
+    torch.testing.assert_close(behind.logits, expected[:, 4:], rtol=0, atol=1e-6)
     said = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
     assert torch.equal(said, text)
     assert not torch.allclose(dense(tokens, attention_mask=mask).logits, expected, atol=1e-3)
