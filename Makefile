@@ -117,7 +117,7 @@ bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure expo
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
 	for engine in transformers vllm llama.cpp; do \
-	  $(VENV)/bin/python benchmarks/engines/workloads.py --engine $$engine --vllm-python $(VENV_VLLM)/bin/python --out results/workloads; \
+	  $(VENV)/bin/python benchmarks/engines/workloads.py --engine $$engine --vllm-python $(VENV_VLLM)/bin/python --lengths 128 2048 --out results/workloads; \
 	done
 	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py --out results/executorch
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python

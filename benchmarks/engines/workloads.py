@@ -25,7 +25,7 @@ from pathlib import Path
 from measure import Running
 
 import notall
-from notall.engines import engine_named
+from notall.engines import Engine, engine_named
 from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.models.loading import load_config
 from notall.models.names import named_gguf
@@ -77,29 +77,32 @@ def plans(depth: int) -> dict[str, notall.Plan]:
     }
 
 
+def checkpoint(reader: Engine, spec: str, plan: notall.Plan, kind: str, place: Path) -> None:
+    """Write to the folder `place` what the engine reads."""
+    if kind == AS_IT_IS:
+        notall.export(spec, plan, reader.target, place, verify=False)
+        return
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        source = reader.source(spec, Path(scratch))
+        plain = notall.export(source, plan, reader.target, Path(scratch) / "plain", verify=False)
+        made = place
+        if reader.suffix:  # a file is what it reads
+            plain, made = next(plain.glob(f"*{reader.suffix}")), place / f"model{reader.suffix}"
+            place.mkdir()
+        if kind == reader.plain:
+            shutil.move(plain, made)
+        else:
+            reader.quantise(plain, kind, made)
+
+
 def checkpoints(spec: str, engine: str, dtype: str, names: list[Name], folder: Path) -> dict[Name, Path]:
     """What the engine reads of each; one that is there is taken as it is."""
     reader, by_name = engine_named(engine)(cores(), dtype), plans(load_config(spec).num_hidden_layers)
-    found = {}
-    for name in names:
-        place, plan = folder / "-".join(name).replace(" ", "-"), by_name[name[0]]
+    found = {name: folder / "-".join(name).replace(" ", "-") for name in names}
+    for (plan, kind), place in found.items():
         if not place.exists():
-            if name[1] == AS_IT_IS:
-                notall.export(spec, plan, reader.target, place, verify=False)
-            else:
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    source = reader.source(spec, Path(scratch))
-                    plain = notall.export(source, plan, reader.target, Path(scratch) / "plain", verify=False)
-                    if reader.suffix:
-                        plain = next(plain.glob(f"*{reader.suffix}"))
-                        place.mkdir()
-                    made = place / f"model{reader.suffix}" if reader.suffix else place
-                    if name[1] == reader.plain:
-                        shutil.move(plain, made)
-                    else:
-                        reader.quantise(plain, name[1], made)
+            checkpoint(reader, spec, by_name[plan], kind, place)
             print(f"written: {place.name}", file=sys.stderr)
-        found[name] = place
     return found
 
 
