@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from api import LOCATED, Undo, is_skipping, skipping
-from families import TRANSFORMERS_5, family, representatives, stack_of
+from families import REFUSED_IN_4, TRANSFORMERS_5, family, representatives, stack_of
 from notall import Plan, RepairedPlan, UsageError, locate, remove, skip
 from test_in_place import KINDS
 
@@ -82,6 +82,11 @@ def first_of_changes(places: list[Place]) -> Iterable[int]:
     return [number for number in first(places) if places[number][1] in CHANGING]
 
 
+def eighth(number: int) -> Choose:
+    """Of the same, one in eight, from the first on or a later one: tests of eight numbers have all between them."""
+    return lambda places: [*first(places)][number % 8 :: 8]
+
+
 def interrupted(run: Run, choose: Choose, **how: Any) -> Iterator[Place]:
     """Do `run` with an exception at each event that `choose` picks. Goes on while what was raised is still held."""
     run(Planting(**how))
@@ -108,6 +113,7 @@ def state(model: Any) -> tuple[Any, ...]:
         for name, module in model.named_modules()
         for *place, fields in ((vars(module),), *((n, v) for n, v in vars(module).items() if isinstance(v, dict)))
         for key, value in fields.items()
+        if key != "rope_deltas"  # each forward of Qwen-VL in transformers 4.57 notes its own
     }
     return held, model.config.to_dict(), type(config), {name: id(value) for name, value in vars(config).items()}
 
@@ -163,26 +169,27 @@ def test_a_skip_of_layers_in_place_is_undone_wherever_it_is_interrupted() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.any_transformers  # of opcodes of ours
-def test_a_skip_is_undone_at_whichever_opcode_it_is_interrupted() -> None:
+def test_a_skip_is_undone_where_it_is_interrupted_within_a_line() -> None:
     model = family("gemma3").build()
-    check_interrupted(model, repaired(model, Plan([0, 2], [1])), first, opcodes=True)
+    check_interrupted(model, repaired(model, Plan([0, 2], [1])), eighth(0), opcodes=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", representatives(), ids=str)
-def test_a_skip_of_each_structure_is_undone(family: Any) -> None:
+@pytest.mark.parametrize(("number", "family"), [*enumerate(representatives())], ids=str)
+def test_a_skip_of_each_structure_is_undone(number: int, family: Any) -> None:
+    if family.name in REFUSED_IN_4 and not TRANSFORMERS_5:
+        pytest.skip("refused there")
     model = family.build()
-    check_interrupted(model, repaired(model, PLAN), first)
+    check_interrupted(model, repaired(model, PLAN), eighth(number))
 
 
 @in_place
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_a_skip_of_each_kind_of_layers_in_place_is_undone(name: str) -> None:
+@pytest.mark.parametrize(("number", "name"), [*enumerate(KINDS)])
+def test_a_skip_of_each_kind_of_layers_in_place_is_undone(number: int, name: str) -> None:
     one = family(name)
-    check_interrupted(one.build(), Plan([0]) if one.only_attention else Plan([1], [0]), first)
+    check_interrupted(one.build(), Plan([0]) if one.only_attention else Plan([1], [0]), eighth(number))
 
 
 def test_a_skip_inside_a_skip_that_is_interrupted_leaves_the_outer_one_as_it_was() -> None:
@@ -209,10 +216,7 @@ def test_a_first_skip_that_is_interrupted_leaves_no_watch_behind() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", REGROUPED_OR_NOT)
 def test_a_first_skip_is_undone_wherever_it_is_interrupted(name: str) -> None:
-    def some(places: list[Place]) -> Iterable[int]:
-        return [*first(places)][::8]
-
-    check_interrupted(family(name).build().train(), Plan([2]), some, cold=True)
+    check_interrupted(family(name).build().train(), Plan([2]), eighth(0), cold=True)
 
 
 def test_what_interrupts_contextlib_itself_is_undone_when_it_is_let_go() -> None:
