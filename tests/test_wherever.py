@@ -118,12 +118,12 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 @pytest.mark.slow
-def test_compiled_whole_with_a_static_cache(name: str = "gemma3") -> None:
+def test_compiled_whole_with_a_static_cache() -> None:
     from transformers import StaticCache
 
     from api import cache_argument
 
-    model = family(name).build("sdpa")
+    model = family("gemma3").build("sdpa")
     with skip(model, PLAN), torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=16)
         assert len(cache.layers) == 2
@@ -135,7 +135,7 @@ def test_compiled_whole_with_a_static_cache(name: str = "gemma3") -> None:
             extra = {} if TRANSFORMERS_5 else {"cache_position": where}
             output = step(BATCH[:, start:end], position_ids=where[None], **{cache_argument(model): cache}, **extra)
             found.append(output.logits)
-    close(torch.cat(found, 1), slow_logits(model, name, BATCH))
+    close(torch.cat(found, 1), slow_logits(model, "gemma3", BATCH))
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="continuous batching runs on a CPU from transformers 5 on")
@@ -239,10 +239,10 @@ def test_bfloat16(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_flex_attention(name: str = "mistral") -> None:
-    model = family(name).build("flex_attention", head_dim=16)
+def test_flex_attention() -> None:
+    model = family("mistral").build("flex_attention", head_dim=16)
     tokens = BATCH.repeat(1, 4)  # on a CPU, torch 2.13 answers noise for fewer than 16 tokens
-    expected = slow_logits(model, name, tokens)
+    expected = slow_logits(model, "mistral", tokens)
     with skip(model, PLAN), torch.no_grad():
         close(model(tokens).logits, expected)
 
