@@ -90,8 +90,8 @@ def shown_by(folder: Folder) -> list[Shown]:
     found = [shown(folder) for shown in asked if shown] or [Shown()]
     for file in sorted(folder.path.glob(f"*.search/{search.SearchRecord.file}")):
         chosen, (first, *others) = search.shown(read_folder(file.parent)), found
-        steps = {"steps": (*first.steps, *chosen.steps), "first": len(first.steps) + chosen.first}
-        found = [replace(first, message=chosen.message, **steps), chosen, *others]
+        steps, begin = (*first.steps, *chosen.steps), len(first.steps) + chosen.first
+        found = [replace(first, message=chosen.message, steps=steps, first=begin), chosen, *others]
     return found
 
 
