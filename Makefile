@@ -64,7 +64,8 @@ $(VENV_GPTQ)/.done: pyproject.toml
 	$(VENV_GPTQ)/bin/python -m pip install --quiet --no-compile --no-deps --no-build-isolation gptqmodel optimum device-smi pypcre tokenicer logbar defuser ninja
 	touch $@
 
-# Little of everything, for minutes on two cores, and one attention: without two, own answers change. The text is Python's documentation: the mix would have to be written first.
+# Little of everything, for minutes on two cores, and one attention: without two, own answers change. The text is Python's
+# documentation: the mix would have to be written first.
 demo: setup ## run the paper's experiment on the default model, choose a plan and repair it: one page, in results/demo
 	$(VENV)/bin/notall sweep --rounds 3 --generation-tokens 8 --out results/demo
 	$(VENV)/bin/notall search --skip attention:1 --text prose --sequences 4 --length 256 --patience 3 --repair refit \
