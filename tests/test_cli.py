@@ -49,6 +49,7 @@ def bad_inputs(folder, tmp_path):
         "a number that is none": (["plan", folder, "--skip", "mlp:-1"], "--skip mlp:-1 is no kind and number"),
         "two numbers": (["eval", folder, "--skip", "mlp:1,2", *QUICK], "asks for several plans: give one number"),
         "more than all": (["plan", folder, "--skip", "mlp:7"], "cannot skip 7 of 6 mlp: give"),
+        "a kind that has no deepest": (["plan", folder, "--skip", "portable:4"], "`notall search --skip portable:4`"),
         "half a layer": (["plan", folder, "--skip", "mlp:1.5"], "give a whole one, or a share below 1"),
         "a plan that names no layer of the model": (["eval", folder, "--plan", plan, *QUICK], "0 to 5"),
         "a plan for another model": (["eval", folder, "--plan", other, *QUICK], "made for llama-2x8"),
@@ -217,8 +218,12 @@ def test_ray_may_stand_without_an_address(run, folder, tmp_path, monkeypatch, wo
 def test_notall_alone_says_what_to_do_first(run):
     code, out, err = run()
     assert (code, err) == (0, "")
-    assert "notall sweep --out results" in out
-    assert "notall report results" in out
+    for line in (
+        "notall search MODEL --recovery 0.95 --tasks passkey,answers",
+        "notall report plan.search -o report.html",
+        "notall sweep --out results",
+    ):
+        assert f"  {line}\n" in out
     assert run("--version")[1] == f"notall {notall.__version__}\n"
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from tiny_checkpoint import save_tiny_checkpoint
 pytestmark = pytest.mark.any_transformers  # it looks up names
 
 MINE = '''
+import torch
+
 from notall import RepairedPlan
 from notall.choosing.criteria import Choice, Criterion
+from notall.running.repaired import LinearMap
 
 def by_depth(setting):
     """The seventh wonder.
@@ -52,6 +56,9 @@ def silently(model, plan, batches):
 def strongly(model, plan, batches, strength=1.5):
     assert strength == 1.5
     return RepairedPlan.of(plan)
+
+def mapped(model, plan, batches):
+    return RepairedPlan.of(plan, maps={"attn.1": LinearMap(torch.eye(model.config.hidden_size))})
 
 def halved(model, plan, batches, progress=None):
     """Half of an MLP."""
@@ -214,6 +221,16 @@ def undated(records):
     return [one | {"provenance": one["provenance"]["what"]} for one in records]
 
 
+@contextmanager
+def changed_mine():
+    """The file of `mine` is another one, for a while."""
+    file = Path(sys.modules["mine"].__file__)
+    before = file.read_text()
+    file.write_text(f"{before}\nCHANGED = True\n")
+    yield
+    file.write_text(before)
+
+
 def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=5)
     small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt"]
@@ -227,6 +244,16 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     assert '"mine:halved"' in out
     again = json.loads(run("compare", model, *named, *small, "--out", "c", "--json")[1])  # from what it wrote
     assert undated(again["comparison"]) == undated(json.loads(out)["comparison"])
+    repaired = ["--criterion", "deepest", *named[2:]]
+    assert run("compare", model, *repaired, *small, "--out", "d")[0] == 0
+    with changed_mine():
+        for words, out, said in (
+            (named, "c", "c holds results with function_sha256 "),
+            (repaired, "d", "d/repairs has repairs by mine:halved as it was before it changed: choose another --out"),
+        ):
+            code, _, err = run("compare", model, *words, *small, "--out", out)
+            assert (code, err.count("\n")) == (2, 1)
+            assert said in err
     (kept,) = Path("c/plans").iterdir()
     assert Plan.load(kept).fingerprint == Plan.load("plan.json").fingerprint is not None
     assert len(list(Path("c/repairs").glob("mine-halved-*.safetensors"))) == 1
@@ -284,7 +311,7 @@ def test_a_repair_that_fails_is_one_line(mine):
     model = family("llama").build()
     with pytest.raises(UsageError, match=r"the repair mine:breaks failed: ZeroDivisionError: .* \(mine.py, line \d+\)"):
         methods.method("mine:breaks").repair(model, Plan([2]), BATCHES)
-    with pytest.raises(UsageError, match="give back a RepairedPlan from the repair mine:forgets, not Plan"):
+    with pytest.raises(UsageError, match=r"RepairedPlan \(docs/add-repair.md\) from the repair mine:forgets, not Plan"):
         methods.method("mine:forgets").repair(model, Plan([2]), BATCHES)
 
 
@@ -316,6 +343,10 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     with pytest.MonkeyPatch.context() as patched:  # it is there, and nothing is made again
         patched.setattr(sys.modules["mine"], "halved", lambda *_, **__: pytest.fail("made again"))
         assert run(*command)[:2] == (0, shown)
+    with changed_mine():
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "made holds results with function_sha256 " in err
     assert {file.name: file.read_bytes() for file in Path("made").iterdir()} == before
     code, _, err = run("export", model, "--plan", "made", "--to", "hf", "--out", "fast", "--dtype", "float32")
     assert code == 0, err
@@ -329,6 +360,7 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     [
         (["--repair", "nbl"], "nbl keeps a matrix and a bias each at run time"),
         (["--repair", "refitt"], "did you mean refit?"),
+        (["--repair", "mine:mapped"], "or give back weights: docs/add-repair.md"),
         (["--repair", "mine:elsewhere"], "the repaired model.layers.0.mlp.down_proj.weight is (1, "),
         (["--repair", "replaceme", "--offload", "s"], "--offload goes with --repair refit"),
     ],

@@ -1,5 +1,6 @@
 """The first sentence of a report, for each kind of folder: what can be left out, the loss, the gain, what is next."""
 
+import re
 import shlex
 
 import pytest
@@ -39,6 +40,21 @@ def test_of_a_sweep_it_is_the_fastest_usable_plan_and_the_search_for_a_better_on
     assert shown.message.usable
     assert shown.message.command == "notall search tiny --skip attention:2 --text t --out plan.json"
     assert shown.steps[shown.first].plan.attention == (7, 8)
+
+
+def test_of_a_sweep_with_a_search_in_its_folder_it_is_what_the_search_chose(tmp_path):
+    folder = result_folders.write(tmp_path, *result_folders.all_records())
+    alone = first(folder)
+    result_folders.write_search(folder / "plan.search")
+    search, shown = first(folder / "plan.search"), first(folder)
+    assert shown.message == search.message
+    assert str(folder / "plan.json") in shown.message.command
+    assert shown.steps == (*alone.steps, *search.steps)
+    assert shown.steps[shown.first] == search.steps[search.first]
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    (body,) = re.findall('<table id="table-results-2".*?</table>', page, re.S)
+    rows = [shown.steps[int(number)] for number in re.findall('data-plan="(.*?)"', body)]
+    assert [row.plan.indices for row in rows] == [step.plan.indices for step in search.steps]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What others add to notall: by an entry point of their package, or named in place as `module:function`."""
 
+import hashlib
 import inspect
 import os
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UsageError, nearest, shortened
@@ -50,6 +52,12 @@ def find(name: str, group: str) -> Any | None:
             of = f" of {point.dist.name}" if point.dist else ""
             return _loaded(point.value, f"{shortened(name)} ({shortened(point.value)}{of})")
     return _loaded(name, shortened(name)) if ":" in name else None
+
+
+def source_of(name: str) -> dict[str, str]:
+    """For a provenance: a hash of the file of `module:function`, which may change, once it is imported."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) if ":" in name else None
+    return {"function_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
     base = alt.Chart(alt.Data(values=rows)).transform_filter("datum.plan == plan")
     base = base.encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
     scale, axis = alt.Scale(domain=[0, most], nice=False), alt.Axis(format=".0%", tickCount=6)
-    drawn = base.mark_bar(height={"band": 0.42}, color=KIND_COLOURS["attention"], yOffset=BAR).encode(
+    drawn = base.mark_bar(height=20, color=KIND_COLOURS["attention"], yOffset=BAR).encode(
         x=alt.X("share:Q", title="share of the dense model's", scale=scale, axis=axis),
         tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")],
     )

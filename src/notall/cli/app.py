@@ -51,10 +51,11 @@ FIRST_STEPS = """\
 notall removes sublayers of a language model, and measures the loss and the
 gain.
 
-  First run   notall sweep --out results             the paper's grid: minutes
-  Look        notall report results -o report.html   one page, for a browser
-  Your model  notall sweep MODEL --out results       a hub id, a folder, a .gguf
-  All else    notall --help                          every command
+  Your model  notall search MODEL --recovery 0.95 --tasks passkey,answers
+              what can go while tasks stay; a hub id, a folder, a .gguf
+  Look        notall report plan.search -o report.html
+  The paper   notall sweep --out results
+  All else    notall --help
 """
 
 
@@ -130,7 +131,7 @@ def notall(
 ) -> None:
     """Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.
 
-    First run:  [bold]notall sweep --out results[/bold], then [bold]notall report results -o report.html[/bold]
+    What can go while your tasks stay:  [bold]notall search MODEL --recovery 0.95 --tasks passkey,answers[/bold]
     """
     if version:
         typer.echo(f"notall {__version__}")

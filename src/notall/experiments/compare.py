@@ -20,6 +20,7 @@ from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import Plan
+from ..plugins import source_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import BESIDE, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.ledger import Ledger, working_in
@@ -398,7 +399,7 @@ class _Choosing:
     def __init__(self, subject: Subject, objectives: Mapping[str, CalibratedObjective], about: Provenance) -> None:
         self.subject, self.objectives, self.about = subject, objectives, about
         self.scored: dict[tuple[str, str, str], tuple[UnitScores, SearchCost]] = {}
-        self.held = Ledger(subject.out, ChoiceRecord, lambda record: self._about(record.objective))
+        self.held = Ledger(subject.out, ChoiceRecord, lambda record: self._about(record.criterion, record.objective))
 
     def choices(self, asked: Sequence[tuple[Run, Progress]]) -> list[ChoiceRecord]:
         for run, progress in asked:
@@ -407,10 +408,11 @@ class _Choosing:
             progress(1, 1, run.name)
         return [self.held[run.key] for run, _ in asked]
 
-    def _about(self, objective: str) -> Provenance:
-        """Where a choice by this objective comes from; nothing is held against one that is not asked for."""
+    def _about(self, criterion: str, objective: str) -> Provenance:
+        """Where a choice by these comes from; nothing is held against those that are not asked for."""
         by = self.objectives.get(objective)
-        return Provenance.of(self.about, by=f"{by.objective.name} {by.objective.digest()}") if by else self.about
+        told = {"by": f"{by.objective.name} {by.objective.digest()}"} if by else {}
+        return Provenance.of(self.about, **told, **source_of(criterion))
 
     def _choose(self, run: Run, progress: Progress) -> ChoiceRecord:
         """Scores are shared between counts."""
@@ -450,7 +452,7 @@ class _Choosing:
             spent=spent,
             forwards=spent.executions / evaluator.forward,
             calibration_delta=rise,
-            provenance=self._about(run.objective),
+            provenance=self._about(run.criterion, run.objective),
         )
 
 
@@ -465,10 +467,7 @@ TOLD = (
     "By: the objective that a criterion goes by, if by one. NLL and KL in nats a token; behind the best: NLL beyond "
     "that of the best row that is repaired alike, paired by window. Forward passes: over the text that is chosen by."
 )
-TIMED_ONCE = (
-    "Plans that leave equal parameters, weights and KV cache take equal time, so one of them was timed, and the others "
-    "show its times."
-)
+TIMED_ONCE = "Plans that leave equal parameters, weights and KV cache take equal time: one was timed for all of them."
 
 
 def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str, made: str) -> None:

@@ -208,13 +208,9 @@ def _sections(folder: Folder) -> Iterator[Section]:
 def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
     """What a plan scores on tasks, where that was measured."""
     if scores := scores_of(folder, plan):
-        note = (
-            "Recovery is the share of the dense model's score on the same items that is kept, with its 95 % interval. "
-            "Worse: p < 0.05."
-        )
-        yield Section(
-            "tasks", "What is kept of what the dense model can do", (), table("tasks", PLAN_SCORES, scores), note=note
-        )
+        note = "Recovery: the share of the dense model's score that is kept, [95 % interval]. Worse: p < 0.05."
+        title, scored = "What is kept of what the dense model can do", table("tasks", PLAN_SCORES, scores)
+        yield Section("tasks", title, table=scored, note=note, opens=True)
 
 
 def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:

@@ -257,13 +257,15 @@ class PlanOptions:
 
     def of(self, model: PreTrainedModel) -> Plan:
         """The plan that was read, or by the paper's rule the deepest of a kind. Raises as `deepest` does."""
-        from ..choosing.criteria.data_free import deepest
+        from ..choosing.criteria.data_free import SKIPPABLE, deepest
         from ..structure.locating import locate
 
         skip = self.amount
         if skip is None:
             return self._read
         structure, (amount, *more) = locate(model), skip.amounts
+        if skip.kind in {"portable", "sublayer", "period", *structure.mixers}.difference(SKIPPABLE):
+            raise UsageError(f"--skip {skip} has no deepest: choose a set with `notall search --skip {skip}`")
         if more:
             raise UsageError(f"--skip {skip} asks for several plans: give one number")
         if amount >= 1 and amount % 1:

@@ -41,10 +41,7 @@ P = TypeVar("P", bound=MeasuredPlan)
 
 
 def fastest(records: Iterable[P]) -> P | None:
-    """The fastest usable one: of those that may be as fast, by its quartiles, what loses least.
-
-    Where nothing was timed, the smallest, then the best.
-    """
+    """The fastest usable one: of those as fast by quartiles, what loses least; untimed: the smallest, then the best."""
     usable = [one for one in records if one.plan and is_usable(one.quality)]
 
     def pace(one: P) -> float:

@@ -54,10 +54,7 @@ if TYPE_CHECKING:
 FARTHEST = 0.3  # nats up to which a plan is looked for that keeps a recovery
 WITH_RETRIEVAL = "kl + 0.3*retrieval"  # an episode has few tokens to judge, each of which is lost at once
 RESOURCES: Mapping[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
-NOTE = (
-    "The objective is what the search went by, on its own text; NLL and KL, where they are given, were measured on "
-    "held-out text."
-)
+NOTE = "The objective is of the text that was chosen by; NLL and KL, where they are given, are of held-out text."
 
 
 class SearchRecord(Record, Skips, kind="search", key=("chosen", "plan", "in_time")):  # times are never the same twice
@@ -456,13 +453,12 @@ def shown(folder: Folder) -> Shown:
     )
     verdict = verdict.judged(scores_of(folder, last.plan))
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
-    results = table("results", COLUMNS, records)
     return Shown(
         message=verdict.message(*what_next(verdict, folder.model, made)),
         steps=steps,
         first=len(records) - 1,
         sections=(
-            Section("results", "Results", (), results, tuple(range(len(records))), NOTE),
+            Section("results", "The choice", (), table("results", COLUMNS, records), (*range(len(records)),), NOTE),
             *tasks_section(folder, last.plan),
         ),
         costs=read_costs(folder.path),

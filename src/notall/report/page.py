@@ -85,9 +85,14 @@ def read_folder(path: Path) -> Folder:
 
 
 def shown_by(folder: Folder) -> list[Shown]:
-    """What the verbs that a folder holds records of have to say of it."""
+    """What the verbs that a folder holds records of have to say of it; the first one opens on a search in it."""
     asked = (next((shown for shown, kinds in group if any(kind in folder for kind in kinds)), None) for group in VERBS)
-    return [shown(folder) for shown in asked if shown]
+    found = [shown(folder) for shown in asked if shown] or [Shown()]
+    for file in sorted(folder.path.glob(f"*.search/{search.SearchRecord.file}")):
+        chosen, (first, *others) = search.shown(read_folder(file.parent)), found
+        steps, begin = (*first.steps, *chosen.steps), len(first.steps) + chosen.first
+        found = [replace(first, message=chosen.message, steps=steps, first=begin), chosen, *others]
+    return found
 
 
 def render(folder: Folder, shown: Sequence[Shown] | None = None) -> str:

@@ -187,8 +187,8 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
 def refuse_maps(plan: Plan) -> None:
     """Raise `UsageError` where a plan keeps matrices at run time, which only `Replay` runs."""
     if isinstance(plan, RepairedPlan) and plan.maps:
-        told = "this plan's repair keeps matrices at run time, and can neither generate nor be exported"
-        raise UsageError(f"{told}; repair the plan with notall.repair instead")
+        told = "this plan's repair keeps matrices at run time (LinearMaps), and can neither generate nor be exported"
+        raise UsageError(f"{told}; repair the plan with notall.repair, or give back weights: docs/add-repair.md")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
 from ...models.loading import dtype_name
 from ...plan import Plan
-from ...plugins import explained, first_line, named, takes
+from ...plugins import explained, first_line, named, source_of, takes
 from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
@@ -93,7 +93,7 @@ def _guarded(name: str, function: Repairing) -> Repairing:
         more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
             found = function(model, plan, batches, *(() if by_name or takes(function, 3) else (progress,)), **more)
-        expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
+        expect(found, RepairedPlan, f"back a RepairedPlan (docs/add-repair.md) from the repair {shortened(name)}")
         return found
 
     return guarded
@@ -112,8 +112,13 @@ def kept_repair(
             tensors |= {MATRIX + where: one.matrix} | ({} if one.bias is None else {BIAS + where: one.bias})
         return tensors, {"seconds": str(time.process_time() - start)}
 
+    method(name)  # imports it
+    spelt = name.replace(":", "-").replace("/", "-")
+    stem = "-".join([spelt, *(digest[:8] for digest in source_of(name).values())])
+    if stem != spelt and any(not old.name.startswith(stem) for old in folder.glob(f"{spelt}-*")):
+        raise UsageError(f"{folder} has repairs by {name} as it was before it changed: choose another --out")
     key = [plan.indices, dtype_name(base_model(model)), digest_of(batches)[:16]]
-    tensors, notes = repaired.kept_tensors(folder, name.replace(":", "-").replace("/", "-"), key, make)
+    tensors, notes = repaired.kept_tensors(folder, stem, key, make)
 
     def named(kind: str) -> dict[str, Tensor]:
         return {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
@@ -139,11 +144,12 @@ def repair_into(
         raise UsageError(f"--repair {name} keeps its weights: give --out")
     structure = locate(base_model(model))
     plan.check(structure)
-    about = about_weights(settings, base_model(model), plan, calibration=digest_of(batches)[:16], method=name)
+    way, how = method(name), {"calibration": digest_of(batches)[:16], "method": name}
+    about = about_weights(settings, base_model(model), plan, **how, **source_of(name))
     with working_in(folder, "repair"):
         ledger = Ledger(folder, RefitRecord, about)
         if not repaired.refuse_other_work(folder, RefitRecord, plan):
-            found = method(name).repair(model, plan, batches, progress)
+            found = way.repair(model, plan, batches, progress)
             repaired.refuse_maps(found)
             found.check(structure)
             found.placed(model)  # refuses weights of another model
