@@ -6,7 +6,6 @@ Each of these folders holds a `NAME.py` for every module there is, which leaves 
 from __future__ import annotations
 
 import json
-
 import subprocess
 import sys
 from collections.abc import Iterable

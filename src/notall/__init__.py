@@ -4,6 +4,7 @@ Names listed here are public, and those on the documentation's page on the Pytho
 """
 
 from importlib import import_module
+
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
