@@ -47,10 +47,7 @@ LINES: dict[str, tuple[str, ...]] = {
     "draft": (f"model --skip attention:0.25 --text text.txt --sequences 1 --most 1 {TIMES} --out draft",),
     "eval": (f"model --plan plan.json {TEXT} {TASKS} --out eval",),
     "paper": (f"model {TIMED} {TASKS} --out paper",),
-    "pareto": (
-        f"model.gguf --plan plan.json --repair none --types F16 {TIMED} --threads 1 --out pareto",
-        f"model --engine transformers --plan plan.json --repair none --types int8 {TIMED} --threads 1 --out packed",
-    ),
+    "pareto": (f"model.gguf --plan plan.json --repair none --types F16 {TIMED} --threads 1 --out pareto",),
     "sweep": (f"model {TIMED} --out sweep",),
     "tasks": ("tiny --task-path tasks",),
     "report": ("sweep -o page.html", "paper -o paper.html"),
