@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import engines
-from api import Field, GGUFTensor, Source, exporters_gguf, llamacpp, silent, target_named
+from api import Field, GGUFTensor, LlamaCpp, Source, exporters_gguf, llamacpp, nemotron_nas, silent, target_named
 from families import family
 from notall import Plan, UsageError
 from tiny_gguf import WORDS, write_gguf
@@ -117,8 +117,11 @@ def write(export: Any, folder: Path) -> Path:
 
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas", "gguf"])
 def test_files_that_are_not_what_was_to_be_written_are_refused(target, tmp_path, monkeypatch):
-    """To the last bit, whatever the type of the numbers, and whether an engine is there or not."""
+    """To the last bit, whether an engine is there or not; sound ones are not."""
+    monkeypatch.setattr(LlamaCpp, "is_installed", lambda self: False)
+    monkeypatch.setattr(nemotron_nas, "find_spec", lambda name: None)
     with prepared(target, tmp_path) as export:
+        export.verify(write(export, tmp_path / "sound"))
         for kind in KINDS:
             folder = write(damaged(export, target, kind), tmp_path / kind)
             with pytest.raises(UsageError, match="does not hold what was written"):
