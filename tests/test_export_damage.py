@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import engines
-from api import Field, GGUFTensor, LlamaCpp, Source, exporters_gguf, llamacpp, nemotron_nas, silent, target_named
+from api import Field, GGUFTensor, LlamaCpp, Source, nemotron_nas, silent, target_named
 from families import family
 from notall import Plan, UsageError
 from tiny_gguf import WORDS, write_gguf
@@ -30,13 +29,11 @@ DOWN = {
     "hf": "model.layers.0.mlp.down_proj.weight",
     "nemotron-nas": "model.layers.0.mlp.down_proj.weight",
     "gguf": "blk.0.ffn_down.weight",
-    "executorch": "layers.0.feed_forward.w2.weight",
 }
 KEYS = {
     "hf": "model.layers.0.self_attn.k_proj.weight",
     "nemotron-nas": "model.layers.0.self_attn.k_proj.weight",
     "gguf": "blk.0.attn_k.weight",
-    "executorch": "layers.0.attention.wk.weight",
 }
 Made = dict[str, Any]
 
@@ -68,12 +65,6 @@ DAMAGE: dict[str, Callable[[str, Made], Made]] = {
 }
 ROPE = "another base of RoPE"
 KINDS = [*DAMAGE, ROPE]
-needs_an_engine = {
-    "hf": (),
-    "nemotron-nas": engines.needs("mlx_lm"),
-    "gguf": engines.needs("xllamacpp", "pip install xllamacpp"),
-    "executorch": engines.needs("executorch", "make test-executorch"),
-}
 
 
 @contextmanager
@@ -128,25 +119,13 @@ def test_files_that_are_not_what_was_to_be_written_are_refused(target, tmp_path,
                 export.verify(folder)
 
 
-@pytest.mark.parametrize("target", [pytest.param(one, marks=marks) for one, marks in needs_an_engine.items()])
 @pytest.mark.slow
-def test_wrong_tensors_and_settings_are_seen_in_what_an_engine_answers(target, tmp_path, monkeypatch):
-    once: dict[Path, Any] = {}  # a process each time
-
-    def asked(path: Path, *prompts: Any) -> Any:
-        if path.name != "dense.gguf":
-            return llamacpp.next_token_logprobs(path, *prompts)
-        if path not in once:
-            once[path] = llamacpp.next_token_logprobs(path, *prompts)
-        return once[path]
-
-    monkeypatch.setattr(exporters_gguf, "next_token_logprobs", asked)
-    with prepared(target, tmp_path) as export:
+def test_wrong_tensors_and_settings_are_seen_in_what_transformers_answers(tmp_path):
+    with prepared("hf", tmp_path) as export:
         sound = export.verify(write(export, tmp_path / "sound"))
         assert sound.difference < sound.most / 3
         for kind in KINDS:
-            if (target, kind) == ("executorch", ROPE):
-                continue  # its angles are computed from the original model's config
-            wrong = damaged(export, target, kind)
+            wrong = damaged(export, "hf", kind)
+            folder = write(wrong, tmp_path / kind)
             with pytest.raises(UsageError, match="answers differently"):
-                wrong.verify(write(wrong, tmp_path / kind))
+                wrong.verify(folder)
