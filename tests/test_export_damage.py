@@ -24,7 +24,7 @@ from tiny_gguf import WORDS, write_gguf
 
 PLAN = Plan([1], [1])  # leaves three layers in the ordinary form
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}
-# Where each target has a matrix, the layers whose tensors have places swapped, and the base of RoPE.
+# By which names each target has two matrices of the first layer.
 DOWN = {
     "hf": "model.layers.0.mlp.down_proj.weight",
     "nemotron-nas": "model.layers.0.mlp.down_proj.weight",
