@@ -103,7 +103,7 @@ NAMES = {
     "choosing.objective": ["answers", "build_objective", "kl", "mix", "nll", "read_prompts", "retrieval", "task"],
     "choosing.space": ["Space", "names_in", "plan_of as space_plan_of"],
     "cli": ["DROPPED", "Without", "drop_chatter"],
-    "cli.app": ["MISSED", "app", "conclude"],
+    "cli.app": ["COMMANDS", "MISSED", "app", "conclude"],
     "engines": ["ENGINES", "Engine", "Timing as engine_Timing", "engine_named", "weight_bytes"],
     "engines.llamacpp": ["LlamaCpp"],
     "engines.transformers": ["Transformers"],

@@ -4,7 +4,8 @@ Names listed here are public, and those on the documentation's page on the Pytho
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan as choose_plan

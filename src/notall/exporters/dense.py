@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -26,11 +26,11 @@ from ..files import ADAPTER, Settings, contents, named_weights, own_file, refuse
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source, named_dtype, reader_of, refuse_export
 from ..models.names import named_gguf
-from ..models.quantisation import quantisation_of, why_not_here
+from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
 from ..plan import Plan
 from ..progress import Progress
 from ..running.repaired import RepairedPlan
-from ..running.skipping import refuse_skipping
+from ..running.skipping import refuse_skipping, skip
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, Sublayer, base_model, text_config
 from . import UNPACKED, Export, Source
@@ -157,6 +157,19 @@ class DenseModel:
         settings = {**self.settings, says: str(dtype).removeprefix("torch.")}
         return replace(self, tensors=tensors, settings=settings, dtype=dtype)
 
+    def unlike_llama(self, families: Sequence[str]) -> str:
+        """Why engines whose layers are Llama's do not run it; nothing where they may."""
+        config = self.config
+        window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+        if config.model_type not in families:
+            return f"{config.model_type} is not built of Llama's layers"
+        if config.hidden_act != "silu":
+            return f"its activation is {config.hidden_act}, not silu"
+        if self.quantisation is not None:
+            return f"its weights are quantised ({quantisation_name(self.quantisation)})"
+        is_narrow = window and window < config.max_position_embeddings
+        return f"its attention has a window of {window} tokens" if is_narrow else ""
+
     def load(self) -> PreTrainedModel:
         """With its weights. Raises `UsageError` where transformers does not run its quantisation here."""
         if self.quantisation is not None and (reason := why_not_here(self.quantisation)):
@@ -221,12 +234,22 @@ class CheckpointExport(Export):
                 dense = dense.with_weights(plan.weights)
             yield cls.of(dense.in_dtype(named_dtype(dtype)) if dtype else dense, plan)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        return {**self.files, "config.json": json.dumps(self.settings, indent=2) + "\n"}
+
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
-        config = json.dumps(self.settings, indent=2) + "\n"
-        for name, text in {**self.files, "config.json": config}.items():
+        for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
         self.copy_companions(folder)
+
+    def skipped_logits(self) -> tuple[Tensor, Tensor]:
+        """Token ids, (2, 13), and what the dense model that skips the plan answers: (2, 13, vocabulary)."""
+        model = self.dense.load()
+        tokens = probe_tokens(model, 13)
+        with skip(model, self.plan), torch.inference_mode():
+            return tokens, model(input_ids=tokens).logits
 
     def copy_companions(self, folder: Path) -> None:
         for file in self.companions:

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..files import Settings, contents, own_file, read_json
 from ..models.load_errors import quiet
-from ..models.quantisation import quantisation_name
 from ..plan import Plan
 from ..progress import Progress
 from ..running.regrouping import layers_of, sparse_layers
-from ..running.skipping import skip
 from ..structure.proving import relative_error
-from .dense import CheckpointExport, DenseModel, probe_tokens
+from .dense import CheckpointExport, DenseModel
 from .manifest import Verdict, Verified
 from .tensors import FLOATS, Weight, Weights
 
@@ -108,13 +106,9 @@ class ExecuTorchExport(CheckpointExport):
 
     def verify(self, folder: Path) -> Verdict:
         """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens one by one."""
-        model = self.dense.load()
-        tokens = probe_tokens(model, 13)
-        with skip(model, self.plan), torch.inference_mode():
-            expected = model(input_ids=tokens).logits[:, -2:]
-        del model
+        tokens, expected = self.skipped_logits()
         most = 1e-4 if expected.dtype == torch.float32 else 5e-2
-        error = relative_error(logits_of_program(folder / PROGRAM, tokens), expected)
+        error = relative_error(logits_of_program(folder / PROGRAM, tokens), expected[:, -2:])
         return Verified(f"ExecuTorch {version('executorch')}", error, most, "of the largest logit").checked()
 
 
@@ -134,24 +128,15 @@ def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
 
 
 def _check(dense: DenseModel) -> None:
-    config = dense.config
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    config, problem = dense.config, dense.unlike_llama(FAMILIES)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if config.model_type not in FAMILIES:
-        problem = f"{config.model_type} is not built of Llama's layers"
-    elif dense.quantisation is not None:
-        problem = f"its weights are quantised ({quantisation_name(dense.quantisation)})"
-    elif config.hidden_act != "silu":
-        problem = f"its activation is {config.hidden_act}, not silu"
-    elif foreign := {*dense.outside_layers} - {*AROUND} | {name for one in dense.layers for name in one} - {*LAYER}:
+    foreign = {*dense.outside_layers} - {*AROUND} | {name for one in dense.layers for name in one} - {*LAYER}
+    if not problem and foreign:
         problem = f"it has no place for {min(foreign)}"
-    elif window and window < config.max_position_embeddings:
-        problem = f"its attention has a window of {window} tokens"
-    elif (kind := rope.get("rope_type", "default")) in BY_LENGTH:
+    elif not problem and (kind := rope.get("rope_type", "default")) in BY_LENGTH:
         problem = f"its RoPE ({kind}) goes by how long a text is"
-    else:
-        return
-    raise UsageError(f"ExecuTorch's Llama does not fit this model: {problem}; export to hf")
+    if problem:
+        raise UsageError(f"ExecuTorch's Llama does not fit this model: {problem}; export to hf")
 
 
 def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:

@@ -110,7 +110,7 @@ class GGUFExport(Export):
         """
         written = folder / self.name
         found = read_gguf(written)
-        same = (found.fields.keys(), found.tensors.keys()) == (self.fields.keys(), self.tensors.keys())
+        same = (found.fields, found.tensors.keys()) == (self.fields, self.tensors.keys())
         pairs = ((found.tensors[name].data, tensor.data) for name, tensor in self.tensors.items())
         if not same or not all(np.array_equal(*pair) for pair in pairs):
             raise UsageError(f"{written.name} does not hold what was written to it; check the disk, and export again")

@@ -71,14 +71,14 @@ class HFExport(CheckpointExport):
         return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)
 
     def verify(self, folder: Path) -> Verdict:
-        """By logits, one model at a time; of a quantised one that transformers does not run here, by its tensors."""
+        """By its bytes, and by logits, one model at a time, unless it is quantised and not to be run here."""
         dense, base = self.dense, self.dense.config.model_type
+        check_copies(folder, self.tensors, self.texts)
         try:
             model = dense.load()
         except UsageError as error:
             if dense.quantisation is None:
                 raise
-            check_copies(folder, self.tensors)
             return NotVerified(f"{error}; each tensor is the dense model's, bit for bit")
         with skip(model, self.plan):
             expected = _logits_of(model)

@@ -20,16 +20,14 @@ from transformers import PretrainedConfig
 from ..errors import UsageError
 from ..files import Settings
 from ..models.own_exports import MULTIPLE
-from ..models.quantisation import quantisation_name
 from ..plan import Plan
 from ..progress import Progress
 from ..running.regrouping import layers_of, sparse_layers
-from ..running.skipping import skip
 from ..structure.proving import relative_error
-from .dense import CheckpointExport, DenseModel, probe_tokens
+from .dense import CheckpointExport, DenseModel
 from .layout import rope_names
 from .manifest import NotVerified, Verdict, Verified
-from .tensors import Weight
+from .tensors import Weight, check_copies
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +69,11 @@ class NemotronExport(CheckpointExport):
             logger.warning(WITHOUT_FIRST_ATTENTION)
 
     def verify(self, folder: Path) -> Verdict:
-        """In MLX-LM, on a batch without padding; says so where MLX-LM is not installed."""
+        """By its bytes, and in MLX-LM, on a batch without padding; says so where MLX-LM is not installed."""
+        check_copies(folder, self.tensors, self.texts)
         if find_spec("mlx_lm") is None:
             return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
-        model = self.dense.load()
-        tokens = probe_tokens(model, 13)
-        with skip(model, self.plan), torch.inference_mode():
-            expected = model(input_ids=tokens).logits
+        tokens, expected = self.skipped_logits()
         most = 1e-3 if expected.dtype == torch.float32 else 5e-2  # its kernels are its own
         error = relative_error(logits_in_mlx(folder, tokens), expected)
         return Verified(f"MLX-LM {version('mlx-lm')}", error, most, "of the largest logit").checked()
@@ -94,21 +90,12 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def _check(dense: DenseModel) -> None:
-    config = dense.config
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if config.model_type not in FAMILIES:
-        problem = f"{config.model_type} is not built of Llama's layers"
-    elif config.hidden_act != "silu":
-        problem = f"its activation is {config.hidden_act}, not silu"
-    elif getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
+    config, problem = dense.config, dense.unlike_llama(FAMILIES)
+    usual = (None, config.hidden_size // config.num_attention_heads)
+    if not problem and getattr(config, "head_dim", None) not in usual:
         problem = "its heads are not the hidden size divided by their number"
-    elif dense.quantisation is not None:
-        problem = f"its weights are quantised ({quantisation_name(dense.quantisation)})"
-    elif window and window < config.max_position_embeddings:
-        problem = f"its attention has a window of {window} tokens"
-    else:
-        return
-    raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
+    if problem:
+        raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
 
 
 def _settings(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> Settings:

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -169,10 +169,11 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def check_copies(folder: Path, tensors: Weights) -> None:
-    """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for bit."""
+def check_copies(folder: Path, tensors: Weights, texts: Mapping[str, str]) -> None:
+    """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for bit, and these texts."""
     found = read_tensors(folder)[1]
     alike = {name: (one.dtype, one.shape) for name, one in found.items()}
     same = alike == {name: (one.dtype, one.shape) for name, one in tensors.items()}
+    same &= all((folder / name).read_text(encoding="utf-8") == text for name, text in texts.items())
     if not same or not all(torch.equal(found[name].read_bytes(), tensors[name].read_bytes()) for name in tensors):
         raise UsageError(f"{folder.name} does not hold what was written; check the disk, and export again")
