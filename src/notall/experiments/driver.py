@@ -157,10 +157,8 @@ class HeldScores:
         held = [self._held[place] for place in places]
         for one, tokens in zip(held, self.subject.batches):
             if len(one.nll) != len(tokens):
-                raise UsageError(
-                    f"{self.kept.path} has scores of {len(one.nll)} sequences, not {len(tokens)}; delete that file, "
-                    "to score anew"
-                )
+                told = f"{self.kept.path} has scores of {len(one.nll)} sequences, not {len(tokens)}"
+                raise UsageError(f"{told}; delete that file, to score anew")
         whole = {name: tuple(one if is_number(one) else math.inf for one in some) for name, some in reduce(add, held)}
         return Scores(**whole)
 

@@ -250,9 +250,8 @@ class PlanOptions:
                 beside, dense = shortened(weights_beside(Path(model)) or model), dense_of(Path(model))
                 wrong = f"{shortened(model)} is what is left of another model"
                 raise UsageError(f"{wrong}: name that one, such as {dense}, and give --plan {beside}")
-            raise UsageError(
-                "say what to leave out: --plan plan.json (notall search writes one), or --skip attention:0.25"
-            )
+            give = "--plan plan.json (notall search writes one), or --skip attention:0.25"
+            raise UsageError(f"say what to leave out: {give}")
         _ = self.amount, self._read
 
     def of(self, model: PreTrainedModel) -> Plan:

@@ -176,10 +176,9 @@ def check_method(name: str, offload: Path | None = None) -> None:
 
     adds = method(name).adds
     if adds != "nothing":
-        raise UsageError(
-            f"{shortened(name)} keeps {adds} at run time, which no checkpoint has room for: measure it with `notall "
-            f"compare --repair {shortened(name)}`, or give --repair {REFIT}"
-        )
+        told = f"{shortened(name)} keeps {adds} at run time, which no checkpoint has room for"
+        fix = f"measure it with `notall compare --repair {shortened(name)}`, or give --repair {REFIT}"
+        raise UsageError(f"{told}: {fix}")
     if offload and name != REFIT:
         raise UsageError(f"--offload goes with --repair {REFIT}, the default")
 

@@ -202,9 +202,8 @@ def named_dtype(name: str, *others: str) -> torch.dtype:
 def refuse_export(folder: Path) -> None:
     """Raise `UsageError` where a folder holds an export in a form of its own: it has no dense model's files."""
     if _settings_of_export(folder, None):
-        raise UsageError(
-            f"{shortened(folder.name)} is an export already: give the dense model, and a plan that skips what both skip"
-        )
+        told = f"{shortened(folder.name)} is an export already"
+        raise UsageError(f"{told}: give the dense model, and a plan that skips what both skip")
 
 
 def _load_plain(
