@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import FIGURES, need, printable
+from ..experiments.driver import write_similarity
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..files import contents, refuse_others
 from ..options import Json, Option, RunOptions, Seed
@@ -99,7 +100,6 @@ def similarity(
     out: Annotated[Path | None, Option("also write OUT.csv, .tex, .png, .svg and .html", ("--out", "-o"))] = None,
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
-    from ..experiments.driver import write_similarity
     from ..measuring.quality import measure_similarity
 
     if out:

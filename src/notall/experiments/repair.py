@@ -14,6 +14,7 @@ from ..progress import Progress
 from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
+from ..results.terminal import progress_bar
 from .evaluate import shown_measured
 from .folder import Folder, Shown, check_folder
 from .options import ClusterOptions, ModelOptions, Words, check_texts
@@ -100,7 +101,6 @@ class FitOptions:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
     ) -> RepairTexts:
         from ..repairing.texts import RepairTexts
-        from ..results.terminal import progress_bar
 
         texts, size = self.text or (USE,), {"sequences": self.windows, "most": most, "length": self.length}
         with progress_bar("reading the texts") as progress:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..digests import digest_of
 from ..errors import UnsupportedModel, UsageError, expect
 from ..measuring.token_scores import Dense, Head, TokenScorer
+from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
 from ..plan import Plan
@@ -341,8 +342,6 @@ def _work(
     device: str | None, is_first: bool, *, training: Training, folder: Path, about: Provenance, load: Mapping[str, Any]
 ) -> None:
     """What each worker does; the first of them writes it down."""
-    from ..models.loading import load as load_model
-
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
     trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
     if is_first:
