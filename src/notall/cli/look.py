@@ -85,10 +85,8 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
     ]
     shape = "parallel blocks" if any(block.parallel for block in structure.blocks) else "blocks"
     states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
-    title = (
-        f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {total.params:,} parameters, "
-        f"{total.kv_bytes_per_token:,} KV bytes a token{states} in {dtype_name(net)}"
-    )
+    sizes = f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a token{states}"
+    title = f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in {dtype_name(net)}"
     show({"sublayers": table(title, COLUMNS, found)}, as_json=as_json)
 
 
