@@ -72,10 +72,9 @@ class ChosenPlan:
 
     def __str__(self) -> str:
         before, after = (round(cost, 3) + 0.0 for cost in (self.dense_cost, self.cost))  # none is -0.000
-        return (
-            f"skip {self.plan}: {self.judged_by} {before:.3f} without the plan, {after:.3f} with it; "
-            f"{self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
-        )
+        costs = f"{self.judged_by} {before:.3f} without the plan, {after:.3f} with it"
+        took = f"{self.forwards:,.1f} forward passes over the text"
+        return f"skip {self.plan}: {costs}; {took}{f'; {self.missed}' if self.missed else ''}"
 
 
 def check_minutes(most: float | None) -> None:

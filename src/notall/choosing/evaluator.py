@@ -1,7 +1,5 @@
 """What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

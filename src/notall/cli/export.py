@@ -12,6 +12,9 @@ from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_pl
 from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
+from ..exporters import Source, check_export
+from ..exporters import export as export_model
+from ..exporters.manifest import read_manifest, verdict_of
 from ..files import read_json
 from ..options import Json, Option
 from ..plan import Plan
@@ -56,9 +59,6 @@ def export(
 
     OUT appears whole or not at all.
     """
-    from ..exporters import Source, check_export
-    from ..exporters import export as export_model
-
     kept = out.with_name(f"{out.name}.repaired")
     wanted = read_plan(plan)
     repair.check(kept)
@@ -111,8 +111,6 @@ def _repaired(
 
 def _conclusion(out: Path, to: str) -> dict[str, str]:
     """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
-    from ..exporters.manifest import read_manifest, verdict_of
-
     manifest, config = read_manifest(out), out / "config.json"
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
     told = read_json(config.read_text(encoding="utf-8")) if config.is_file() else {}  # a GGUF has types for each tensor

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import FIGURES, need, printable
+from ..experiments.driver import write_similarity
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..files import contents, refuse_others
 from ..options import Json, Option, RunOptions, Seed
@@ -84,10 +85,8 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
     ]
     shape = "parallel blocks" if any(block.parallel for block in structure.blocks) else "blocks"
     states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
-    title = (
-        f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {total.params:,} parameters, "
-        f"{total.kv_bytes_per_token:,} KV bytes a token{states} in {dtype_name(net)}"
-    )
+    sizes = f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a token{states}"
+    title = f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in {dtype_name(net)}"
     show({"sublayers": table(title, COLUMNS, found)}, as_json=as_json)
 
 
@@ -99,7 +98,6 @@ def similarity(
     out: Annotated[Path | None, Option("also write OUT.csv, .tex, .png, .svg and .html", ("--out", "-o"))] = None,
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
-    from ..experiments.driver import write_similarity
     from ..measuring.quality import measure_similarity
 
     if out:

@@ -4,8 +4,6 @@ Retrieval by form and length, the model's own answers, and questions of reasonin
 the same for every model; none is among what texts to fit to are made of.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -188,10 +186,8 @@ def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
         return MAKERS[name](name, items, seed)
     generator = name.removeprefix(GYM)
     if generator not in generators():
-        near = nearest(generator, generators())
-        raise UsageError(
-            f"reasoning-gym has no generator {shortened(generator)!r}{near}: `notall tasks gym` lists them"
-        )
+        told = f"reasoning-gym has no generator {shortened(generator)!r}{nearest(generator, generators())}"
+        raise UsageError(f"{told}: `notall tasks gym` lists them")
     return reasoning(generator, name, items, seed)
 
 

@@ -138,9 +138,8 @@ class Answers:
         answer = self._known[key, self.names[number]]
         if not isinstance(answer, form):
             where = self._ledger.path if self._ledger is not None else "what was answered"
-            raise UsageError(
-                f"{where} has {shortened(repr(answer))} where an answer should be; delete the file, and ask again"
-            )
+            told = f"{where} has {shortened(repr(answer))} where an answer should be"
+            raise UsageError(f"{told}; delete the file, and ask again")
         return answer
 
     def has(self, key: str, number: int) -> bool:
@@ -287,10 +286,8 @@ class PlansLM(HFLM):
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
         """What the model reads, cut on the left as HFLM cuts it."""
         if not 0 < len(continuation) <= self.max_length:
-            raise UsageError(
-                f"an answer of {self.task} has {len(continuation)} tokens, and the model takes 1 to {self.max_length}; "
-                "leave the task out, or mend it"
-            )
+            told = f"an answer of {self.task} has {len(continuation)} tokens"
+            raise UsageError(f"{told}, and the model takes 1 to {self.max_length}; leave the task out, or mend it")
         sequence = (context + continuation)[-(self.max_length + 1) :][:-1]
         return Request(tuple(sequence), tuple(continuation))
 
@@ -316,9 +313,8 @@ class PlansLM(HFLM):
             prompt, options = request.args
             new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             if new >= self.max_length:
-                raise UsageError(
-                    f"{self.task} generates {new} tokens, but the model's context is {self.max_length}; leave it out"
-                )
+                told = f"{self.task} generates {new} tokens, but the model's context is {self.max_length}"
+                raise UsageError(f"{told}; leave it out")
             widths.append(len(self.tok_encode(prompt)) + new)
         self._check_fit(widths, self.max_length)
         return min(max(widths), self.max_length)
@@ -326,10 +322,9 @@ class PlansLM(HFLM):
     def _check_fit(self, lengths: Sequence[int], most: int) -> None:
         too_long = sum(length > most for length in lengths)
         if too_long and not self.truncate:
-            raise UsageError(
-                f"{too_long} requests of {self.task} are longer than the model's context of {self.max_length} tokens "
-                f"(up to {max(lengths)}); show fewer examples, or have them cut on the left with truncate"
-            )
+            told = f"{too_long} requests of {self.task} are longer than the model's context of {self.max_length} tokens"
+            fix = "show fewer examples, or have them cut on the left with truncate"
+            raise UsageError(f"{told} (up to {max(lengths)}); {fix}")
 
     def _report(self, done: int, total: int) -> None:
         self.progress(done, total, f"{self.task}: answering")

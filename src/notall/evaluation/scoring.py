@@ -105,10 +105,8 @@ class Scorer:
         """Run at most half of that from now on: it took more memory than there is. Raises `UsageError` at one row."""
         clear_device_cache(garbage_collection=True)
         if rows == 1:
-            raise UsageError(
-                f"one sequence of {width} tokens takes more memory than {self.device} has; "
-                "give a smaller dtype, fewer examples, or a device_map"
-            )
+            told = f"one sequence of {width} tokens takes more memory than {self.device} has"
+            raise UsageError(f"{told}; give a smaller dtype, fewer examples, or a device_map")
         if self.most_tokens < math.inf:
             self.most_tokens = rows * width // 2
         else:

@@ -226,11 +226,7 @@ def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
     said = str(cause).strip() or type(cause).__name__
     if re.search("Couldn't reach|OfflineMode|Connection ?Error|Max retries|offline mode", said, re.I):
-        return (
-            f"cannot read the data of {name}: the hub is out of reach. Give --task-path DIR, a folder of tasks on "
-            "files of your own (docs/evaluating.md, Benchmarks without a network)"
-        )
-    return (
-        f"cannot build the requests of {name}: {shortened(said, 160)}; check its data (a network, or its files), "
-        "examples and limit"
-    )
+        fix = "a folder of tasks on files of your own (docs/evaluating.md, Benchmarks without a network)"
+        return f"cannot read the data of {name}: the hub is out of reach. Give --task-path DIR, {fix}"
+    told = f"cannot build the requests of {name}: {shortened(said, 160)}"
+    return f"{told}; check its data (a network, or its files), examples and limit"

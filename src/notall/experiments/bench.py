@@ -138,10 +138,9 @@ def conclusion(record: BenchRecord) -> str:
         one.times.prefill_ms.median + record.generation_tokens * one.times.decode_ms_per_token.median
         for one in (record.dense, record.skipped)
     )
-    return (
-        f"Without {record.plan.in_words()} the prompt and {record.generation_tokens} new tokens take "
-        f"{skipped:,.0f} ms, where the dense model takes {dense:,.0f}: {dense / skipped:.2f} times as fast, by medians."
-    )
+    tokens, faster = f"the prompt and {record.generation_tokens} new tokens", f"{dense / skipped:.2f} times as fast"
+    told = f"Without {record.plan.in_words()} {tokens} take {skipped:,.0f} ms"
+    return f"{told}, where the dense model takes {dense:,.0f}: {faster}, by medians."
 
 
 def shown(folder: Folder) -> Shown:

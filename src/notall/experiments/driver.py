@@ -157,10 +157,8 @@ class HeldScores:
         held = [self._held[place] for place in places]
         for one, tokens in zip(held, self.subject.batches):
             if len(one.nll) != len(tokens):
-                raise UsageError(
-                    f"{self.kept.path} has scores of {len(one.nll)} sequences, not {len(tokens)}; delete that file, "
-                    "to score anew"
-                )
+                told = f"{self.kept.path} has scores of {len(one.nll)} sequences, not {len(tokens)}"
+                raise UsageError(f"{told}; delete that file, to score anew")
         whole = {name: tuple(one if is_number(one) else math.inf for one in some) for name, some in reduce(add, held)}
         return Scores(**whole)
 
@@ -194,10 +192,8 @@ def similarities(subject: Subject, about: Provenance, progress: Progress) -> lis
 def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: str = "") -> list[Path]:
     """`path`.csv and .tex, and with the extra `report` .png, .svg and .html; what was written, measured on `text`."""
     on = f" on {text}" if text else ""
-    caption = (
-        f"Cosine similarity of the residual stream of {model} before and after each block, attention and MLP{on}: mean "
-        "over tokens ± standard error over windows."
-    )
+    what = f"Cosine similarity of the residual stream of {model} before and after each block, attention and MLP{on}"
+    caption = f"{what}: mean over tokens ± standard error over windows."
     figures = [(row, KIND_NAMES[row.kind], COSINE.cell(row)) for row in sorted(rows, key=lambda row: row.layer)]
     lines, _ = pivot("similarity", SIMILARITY[:1], figures, lambda row: row.layer)
     texts = {".csv": as_csv(rows), ".tex": as_latex(lines, caption=caption, label="similarity")}

@@ -153,11 +153,8 @@ def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
         lost, was = one.quality, before[one.text]
         if lost.nats_lost > was.nats_lost + sum(se for se in (lost.delta_nll_se, was.delta_nll_se) if is_number(se)):
             on = f" on {one.text}" if one.text else ""
-            print(
-                f"warning: the repair makes it worse{on}: {lost.nats_lost:.3f} nats where it was "
-                f"{was.nats_lost:.3f}; repair with more text, in another way, or not at all",
-                file=sys.stderr,
-            )
+            told = f"the repair makes it worse{on}: {lost.nats_lost:.3f} nats where it was {was.nats_lost:.3f}"
+            print(f"warning: {told}; repair with more text, in another way, or not at all", file=sys.stderr)
 
 
 def shown(folder: Folder) -> Shown:

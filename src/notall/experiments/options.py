@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, nearest, need, shortened
-from ..files import Settings
-from ..models.names import DEFAULT_TEXT, USE
+from ..exporters import UNPACKED
+from ..exporters.manifest import MANIFEST, dense_of, plan_of, weights_beside
+from ..files import Settings, named_weights
+from ..models.names import DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
 from ..plan import Plan
 from ..progress import Progress, silent
+from ..results.provenance import Provenance, this_run
+from ..results.terminal import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +28,7 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
     from ..evaluation.ray_workers import Workers
     from ..evaluation.tasks import Job, Limits, TaskShelf
-    from ..results.provenance import Provenance
 
-MANIFEST = "notall.json"  # of an export
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
     "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers and "
@@ -53,20 +55,15 @@ class ModelOptions:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer. Raises as `notall.load` does."""
         from ..models.loading import load
-        from ..results.terminal import progress_bar
 
         with progress_bar(f"loading {self.model}"):
             return load(**self.arguments)
 
     def empty(self) -> PreTrainedModel:
         """The model of a config, without weights, in the dtype that is named, or else as its checkpoint is stored."""
-        from ..exporters import UNPACKED
         from ..exporters.tensors import stored_sizes
-        from ..files import named_weights
         from ..models.loading import load_empty, named_dtype
-        from ..models.names import named_gguf
         from ..models.quantisation import quantisation_of
-        from ..results.terminal import progress_bar
         from ..structure.weights import count_as_stored
 
         named = self.own_dtype or (UNPACKED if named_gguf(self.model) else None)
@@ -91,7 +88,6 @@ class ModelOptions:
         """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
         from ..measuring.speed import machine
         from ..models.loading import dtype_name, identify
-        from ..results.provenance import Provenance, this_run
 
         about = machine(model.device)
         where = {name: about[name] for name in ("device", "threads", "versions")} | {"machine": about} | this_run()
@@ -200,8 +196,6 @@ def check_texts(*sources: str | None) -> None:
 def read_plan(path: Path) -> Plan:
     """The plan of a file, an export, or the folder of a repair, with its weights."""
     if (path / MANIFEST).is_file():
-        from ..exporters.manifest import plan_of
-
         return plan_of(path)
     if path.is_dir():
         from ..running.repaired import RepairedPlan
@@ -245,14 +239,11 @@ class PlanOptions:
             raise UsageError("--keep-last says which of what is left out: add --skip attention, mlp or block")
         if needed and not (self.plan or self.skip):
             if model and (Path(model) / MANIFEST).is_file():
-                from ..exporters.manifest import dense_of, weights_beside
-
                 beside, dense = shortened(weights_beside(Path(model)) or model), dense_of(Path(model))
                 wrong = f"{shortened(model)} is what is left of another model"
                 raise UsageError(f"{wrong}: name that one, such as {dense}, and give --plan {beside}")
-            raise UsageError(
-                "say what to leave out: --plan plan.json (notall search writes one), or --skip attention:0.25"
-            )
+            give = "--plan plan.json (notall search writes one), or --skip attention:0.25"
+            raise UsageError(f"say what to leave out: {give}")
         _ = self.amount, self._read
 
     def of(self, model: PreTrainedModel) -> Plan:
@@ -343,8 +334,6 @@ class TaskOptions:
         if not (wanted or objectives or also):
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
-        from ..results.terminal import progress_bar
-
         with progress_bar("reading the harness's tasks"):
             from ..evaluation.tasks import Limits, TaskShelf
 

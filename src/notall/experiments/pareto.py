@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
+from ..exporters import export
 from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
@@ -471,8 +472,6 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, 
     with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
         source = engine.source(spec, Path(scratch))
         if plan or source == spec:
-            from ..exporters import export
-
             dtype = engine.dtype if engine.plain == engine.dtype else None
             folder = export(source, plan, engine.target, Path(scratch) / "export", dtype=dtype, verify=False, **loading)
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder

@@ -14,6 +14,7 @@ from ..progress import Progress
 from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
+from ..results.terminal import progress_bar
 from .evaluate import shown_measured
 from .folder import Folder, Shown, check_folder
 from .options import ClusterOptions, ModelOptions, Words, check_texts
@@ -100,7 +101,6 @@ class FitOptions:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
     ) -> RepairTexts:
         from ..repairing.texts import RepairTexts
-        from ..results.terminal import progress_bar
 
         texts, size = self.text or (USE,), {"sequences": self.windows, "most": most, "length": self.length}
         with progress_bar("reading the texts") as progress:
@@ -176,10 +176,9 @@ def check_method(name: str, offload: Path | None = None) -> None:
 
     adds = method(name).adds
     if adds != "nothing":
-        raise UsageError(
-            f"{shortened(name)} keeps {adds} at run time, which no checkpoint has room for: measure it with `notall "
-            f"compare --repair {shortened(name)}`, or give --repair {REFIT}"
-        )
+        told = f"{shortened(name)} keeps {adds} at run time, which no checkpoint has room for"
+        fix = f"measure it with `notall compare --repair {shortened(name)}`, or give --repair {REFIT}"
+        raise UsageError(f"{told}: {fix}")
     if offload and name != REFIT:
         raise UsageError(f"--offload goes with --repair {REFIT}, the default")
 
@@ -189,10 +188,8 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
-    title = (
-        f"{out}: {refit} of {total} kept sublayers refit; refitting others did not help on held-out text; shown are "
-        f"those that mend over {LITTLE:.0%}"
-    )
+    told = f"{out}: {refit} of {total} kept sublayers refit; refitting others did not help on held-out text"
+    title = f"{told}; shown are those that mend over {LITTLE:.0%}"
     return replace(table(title, REFITS, shown), facts=repaired.refits)
 
 

@@ -75,10 +75,9 @@ def _export_in(path: Path) -> str | None:
         dense, plan = str(manifest["dense"]["model"]), Plan(manifest["plan"]["attention"], manifest["plan"]["mlp"])
     except (ValueError, KeyError, TypeError):
         return None
-    return (
-        f"{shortened(path)} is notall's export of {shortened(dense)} without {shortened(plan)}, in a form that only "
-        f"llama.cpp runs (llama-cli -m FILE -fa on); here, give {shortened(dense)} with --plan {shortened(path.parent)}"
-    )
+    told = f"{shortened(path)} is notall's export of {shortened(dense)} without {shortened(plan)}"
+    fix = f"here, give {shortened(dense)} with --plan {shortened(path.parent)}"
+    return f"{told}, in a form that only llama.cpp runs (llama-cli -m FILE -fa on); {fix}"
 
 
 @contextmanager

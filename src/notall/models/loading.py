@@ -202,9 +202,8 @@ def named_dtype(name: str, *others: str) -> torch.dtype:
 def refuse_export(folder: Path) -> None:
     """Raise `UsageError` where a folder holds an export in a form of its own: it has no dense model's files."""
     if _settings_of_export(folder, None):
-        raise UsageError(
-            f"{shortened(folder.name)} is an export already: give the dense model, and a plan that skips what both skip"
-        )
+        told = f"{shortened(folder.name)} is an export already"
+        raise UsageError(f"{told}: give the dense model, and a plan that skips what both skip")
 
 
 def _load_plain(
@@ -226,11 +225,10 @@ def _load_plain(
         tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
         model, report = reader_of(config).from_pretrained(source, use_safetensors=True, **how, **options)
     if told and (missing := sorted(map(str, report["missing_keys"]))):
-        raise UsageError(
-            f"transformers {transformers.__version__} does not read the {quantisation_name(told)} weights of "
-            f"{shortened(str(spec))} as they are stored ({len(missing)} are missing, first {shortened(missing[0])}): "
-            "give another checkpoint; notall inspect, plan and export take this one"
-        )
+        of = f"the {quantisation_name(told)} weights of {shortened(str(spec))} as they are stored"
+        lacks = f"{len(missing)} are missing, first {shortened(missing[0])}"
+        fix = "give another checkpoint; notall inspect, plan and export take this one"
+        raise UsageError(f"transformers {transformers.__version__} does not read {of} ({lacks}): {fix}")
     check_weights(spec, report)
     if told and not quantisation_of(model.config):
         setattr(model, UNPACKED_FROM, quantisation_name(told))

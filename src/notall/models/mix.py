@@ -3,8 +3,6 @@
 Source of text that the model writes itself: Williams et al. 2024, arXiv 2410.17170.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -3,8 +3,6 @@
 Of each list the words at even places make prompts to fit to, those at odd places prompts to judge by.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 

@@ -66,10 +66,9 @@ def token_batches(
         fitting = len(ids) // sequences + len(start)
         fits = [f"lower sequences to {windows} or "] if windows else []
         fits += [f"lower length to {fitting} or "] if fitting >= 2 else []
-        raise UsageError(
-            f"the text {shortened(text.name)} has {len(ids)} tokens, and {sequences} sequences of {length} need "
-            f"{sequences * width}: {''.join(fits)}give a longer text"
-        )
+        told = f"the text {shortened(text.name)} has {len(ids)} tokens"
+        need = f"{sequences} sequences of {length} need {sequences * width}"
+        raise UsageError(f"{told}, and {need}: {''.join(fits)}give a longer text")
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
     rows = ids[: windows * width].view(windows, width)[order].long()  # (sequences, width)
     rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)

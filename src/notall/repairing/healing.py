@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..digests import digest_of
 from ..errors import UnsupportedModel, UsageError, expect
 from ..measuring.token_scores import Dense, Head, TokenScorer
+from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
 from ..plan import Plan
@@ -98,17 +99,15 @@ def _check(model: PreTrainedModel, training: Training) -> None:
     if not 0 <= warm_up <= 1:
         raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
     if told := quantisation_of(model.config):
-        raise UsageError(
-            f"healing trains plain weights, and these are quantised ({quantisation_name(told)}): heal the plan on the "
-            "model that was quantised, export that, and quantise the export"
-        )
+        why = f"healing trains plain weights, and these are quantised ({quantisation_name(told)})"
+        fix = "heal the plan on the model that was quantised, export that, and quantise the export"
+        raise UsageError(f"{why}: {fix}")
     structure = locate(model)
     plan.check(structure)
     structure.refuse_stubs("healing")
     if Head(model).projection is None:
-        raise UnsupportedModel(
-            f"the head of {type(model).__name__} is no matrix, and cannot be aimed at; use notall.repair instead"
-        )
+        why = f"the head of {type(model).__name__} is no matrix, and cannot be aimed at"
+        raise UnsupportedModel(f"{why}; use notall.repair instead")
     if not plan or not training.batches or not training.held_out:
         raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
     if len({batch.shape[1] for batch in training.batches}) > 1:
@@ -320,9 +319,8 @@ class Spread:
             raise UsageError("a training is started from a machine of the cluster: give --ray auto or HOST:PORT there")
         count = count or self.count or 1
         if count < 1 or rows % count:
-            raise UsageError(
-                f"{count} workers cannot share a batch of {rows} evenly: give another --batch-size or --ray-workers"
-            )
+            told = f"{count} workers cannot share a batch of {rows} evenly"
+            raise UsageError(f"{told}: give another --batch-size or --ray-workers")
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
         """As `Training.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
@@ -344,8 +342,6 @@ def _work(
     device: str | None, is_first: bool, *, training: Training, folder: Path, about: Provenance, load: Mapping[str, Any]
 ) -> None:
     """What each worker does; the first of them writes it down."""
-    from ..models.loading import load as load_model
-
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
     trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
     if is_first:

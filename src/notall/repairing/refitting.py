@@ -79,10 +79,9 @@ def repair(
             text = DenseStream(inner, batches, offload=offload)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
     if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
-        raise UsageError(
-            f"what this plan keeps is quantised ({quantisation_name(told)}), and a refit weight is none of its "
-            "numbers: repair the plan on the model that was quantised, export that, and quantise the export"
-        )
+        why = f"what this plan keeps is quantised ({quantisation_name(told)})"
+        fix = "repair the plan on the model that was quantised, export that, and quantise the export"
+        raise UsageError(f"{why}, and a refit weight is none of its numbers: {fix}")
     return found.model_copy(update={"history": (repaired.step_of("repair", about),)})
 
 

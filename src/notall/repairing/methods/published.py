@@ -39,10 +39,9 @@ def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> li
     for line in lines:
         left_out = [name in plan.names for name in line.names]
         if any(left_out) != all(left_out):
-            raise UsageError(
-                f"block {line.block.index} runs its attention and its MLP side by side, and the plan skips one of "
-                "them; this repair makes up for whole blocks there: choose another"
-            )
+            told = f"block {line.block.index} runs its attention and its MLP side by side"
+            fix = "this repair makes up for whole blocks there: choose another"
+            raise UsageError(f"{told}, and the plan skips one of them; {fix}")
         skipped.append(all(left_out))
     runs = groupby(range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index))
     gaps = [list(run) for (out, _), run in runs if out]
@@ -68,9 +67,8 @@ def _least_squares(inputs: Batches, outputs: Batches, *, ridge: float = 0.0, bia
         moments.add(given, wanted, given.new_ones(len(given)))
     found = moments.solve(ridge, alike=True)
     if found is None:
-        raise UsageError(
-            f"the text is too short for a matrix of {inputs[0].shape[-1]} channels; give more of it, with --sequences"
-        )
+        told = f"the text is too short for a matrix of {inputs[0].shape[-1]} channels"
+        raise UsageError(f"{told}; give more of it, with --sequences")
     return found
 
 
@@ -177,10 +175,8 @@ def prune_and_comp(model: PreTrainedModel, plan: Plan, batches: Batches, progres
 def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
     layer, projection = stream.layers[part.index], stream.projections.of(part)
     if projection is None or projection.norm:
-        raise UsageError(
-            f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix, so that no "
-            "weights rescale it; choose another repair than prune-and-comp"
-        )
+        told = f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix"
+        raise UsageError(f"{told}, so that no weights rescale it; choose another repair than prune-and-comp")
     bias = projection.bias(layer)
     new = projection.parameters(layer, projection.matrix(layer) / scale, None if bias is None else bias / scale)
     return stream.placed(line, new)
