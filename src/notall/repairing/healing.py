@@ -79,13 +79,15 @@ def heal(
         ledger, is_finished = Ledger(folder, HealRecord, about), repaired.refuse_other_work(folder, HealRecord, plan)
         processes.wait_for_everyone()  # all have looked before the first of them writes
         if is_finished:
-            return RepairedPlan.load(folder)
+            healed = RepairedPlan.load(folder)
+            healed.check_replaced(inner)
+            return healed
         if workers:
             trained = workers.train(training, folder, about, progress)
         else:
             trained = training.run(inner, folder, ledger, progress)
         history = (*earlier.history, repaired.step_of("heal", about))
-        healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history)
+        healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
         if out and is_first:
             repaired.keep_whole(folder, healed, repaired.HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
