@@ -1,0 +1,64 @@
+"""Whether what was written is what is read: JSON that ends with its own digest, and the digests of a folder's files.
+
+A folder that is written at once has a manifest, written last. Lines that are added one by one have a digest each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from .digests import digest_of, digest_of_file
+from .errors import UsageError, shortened
+from .files import Settings, contents, own_file, read_json, write_whole
+
+MANIFEST = "notall.json"  # of a checkpoint
+SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
+LETTERS = 16  # of a digest
+
+
+def sealed(table: bytes) -> bytes:
+    """The JSON of a table that is not empty, with the digest of all else as its last field."""
+    rest = table.rstrip()[:-1].rstrip()
+    return rest + SEALED + digest_of([rest])[:LETTERS].encode() + b'"}'
+
+
+def unsealed(table: bytes) -> bytes | None:
+    """What was `sealed`, or a table that never was; None for another than was written."""
+    rest, found, digest = table.rstrip().rpartition(SEALED)
+    if not found:
+        return table
+    return rest + b"}" if digest == digest_of([rest])[:LETTERS].encode() + b'"}' else None
+
+
+def check_files(folder: Path, files: Mapping[str, str], fix: str) -> None:
+    """Raise `UsageError`, with `fix`, where a file of these SHA-256 is missing, or is not what was written."""
+    for name, digest in files.items():
+        if (file := own_file(folder, name)) is None:
+            raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {fix}")
+        if digest_of_file(file) != digest:
+            raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {fix}")
+
+
+def write_manifest(folder: Path, told: Settings, beside: tuple[str, ...] = ()) -> None:
+    """Write down what `folder` holds, but for files `beside` it that anyone may change."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in beside)
+    files = {name: digest_of_file(folder / name) for name in names}
+    write_whole(folder / MANIFEST, sealed(json.dumps({**told, "files": files}, indent=2).encode()) + b"\n")
+
+
+def read_manifest(folder: Path, fix: str) -> Settings:
+    """What a folder says of itself. Raises `UsageError`, with `fix`, where that is damaged."""
+    try:
+        if (table := unsealed(contents(folder / MANIFEST))) and isinstance(told := read_json(table), dict):
+            return told
+    except (ValueError, OSError):
+        pass
+    raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
+
+
+def check_manifest(folder: Path, fix: str) -> None:
+    """Raise `UsageError`, with `fix`, for a folder that is not what its manifest says; without one it is as it is."""
+    if own_file(folder, MANIFEST):
+        check_files(folder, read_manifest(folder, fix).get("files", {}), fix)
