@@ -14,6 +14,8 @@ from .errors import UsageError, shortened
 from .files import Settings, contents, own_file, read_json, write_whole
 
 MANIFEST = "notall.json"  # of a checkpoint
+REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"
+UNLISTED = (".md", ".py")  # a card that people go on writing, and code that notall never reads
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
 LETTERS = 16  # of a digest
 
@@ -41,14 +43,14 @@ def check_files(folder: Path, files: Mapping[str, str], fix: str) -> None:
             raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {fix}")
 
 
-def write_manifest(folder: Path, told: Settings, beside: tuple[str, ...] = ()) -> None:
-    """Write down what `folder` holds, but for files `beside` it that anyone may change."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in beside)
+def write_manifest(folder: Path, told: Settings) -> None:
+    """Write down what a finished `folder` holds."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix not in UNLISTED)
     files = {name: digest_of_file(folder / name) for name in names}
     write_whole(folder / MANIFEST, sealed(json.dumps({**told, "files": files}, indent=2).encode()) + b"\n")
 
 
-def read_manifest(folder: Path, fix: str) -> Settings:
+def read_manifest(folder: Path, fix: str = REDONE) -> Settings:
     """What a folder says of itself. Raises `UsageError`, with `fix`, where that is damaged."""
     try:
         if (table := unsealed(contents(folder / MANIFEST))) and isinstance(told := read_json(table), dict):
@@ -58,7 +60,7 @@ def read_manifest(folder: Path, fix: str) -> Settings:
     raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
 
 
-def check_manifest(folder: Path, fix: str) -> None:
+def check_manifest(folder: Path, fix: str = REDONE) -> None:
     """Raise `UsageError`, with `fix`, for a folder that is not what its manifest says; without one it is as it is."""
     if own_file(folder, MANIFEST):
         check_files(folder, read_manifest(folder, fix).get("files", {}), fix)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, nearest, need, shortened
 from ..files import Settings
+from ..integrity import MANIFEST
 from ..models.names import DEFAULT_TEXT, USE
 from ..options import Option, option
 from ..plan import Plan
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import Job, Limits, TaskShelf
     from ..results.provenance import Provenance
 
-MANIFEST = "notall.json"  # of an export
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
     "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers and "

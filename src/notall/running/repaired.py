@@ -184,9 +184,9 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         """The same, with samples of `model`'s own weights, which these replace."""
         return self.model_copy(update={"replaced": dict(_samples(model, self.weights))})
 
-    def check_replaced(self, model: nn.Module) -> None:
-        """Raise `UsageError` where `model`'s own weights are not those that were replaced, in whatever dtype."""
-        for path, found in _samples(model, self.replaced):
+    def check_replaced(self, own: nn.Module | Mapping[str, Tensor]) -> None:
+        """Raise `UsageError` where a model's own weights are not those that were replaced, in whatever dtype."""
+        for path, found in _samples(own, self.replaced):
             rounding = ROUNDING if found.dtype != self.replaced[path].dtype else 0
             if not torch.allclose(found.double(), self.replaced[path].double(), rtol=rounding, atol=rounding / 1000):
                 told = f"the repaired {path} is for another model of this shape, whose own has other numbers"
@@ -301,9 +301,9 @@ def read_weights(folder: Path, name: str, digest: str) -> tuple[Tensors, Tensors
     return weights, replaced
 
 
-def _samples(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _samples(own: nn.Module | Mapping[str, Tensor], paths: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """A few numbers of each weight, where it is there and plain: a quantised one has none of its own."""
-    own = dict(model.named_parameters())
+    own = dict(own.named_parameters()) if isinstance(own, nn.Module) else own
     for path in paths:
         if path in own and type(own[path].data) is Tensor and own[path].device.type != "meta":
             flat = own[path].detach().flatten()
