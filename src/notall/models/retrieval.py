@@ -17,15 +17,8 @@ NOUNS = ("river", "window", "market", "garden", "harbour", "station", "kettle", 
          "meadow", "violin", "ladder", "carpet", "engine", "island", "pocket", "mirror", "basket",
          "candle")  # fmt: skip
 ADJECTIVES = ("old", "quiet", "green", "narrow", "heavy", "bright", "wooden", "cold", "small", "famous")
-VERBS = (
-    "stands behind",
-    "belongs to",
-    "was sold with",
-    "looks like",
-    "is older than",
-    "was built near",
-    "shines above",
-)
+VERBS = ("stands behind", "belongs to", "was sold with", "looks like", "is older than", "was built near",
+         "shines above")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 raise UsageError(f"{told}; give that model, or repair this one")
 
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own.
-
-        Raises as `placed_at` and `check_replaced` do.
-        """
+        """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and `check_replaced` do."""
         weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
         self.check_replaced(model)
         found = self.model_copy(update={"weights": weights})
@@ -289,10 +286,7 @@ def write_weights(path: Path, plan: RepairedPlan) -> str:
 
 
 def read_weights(folder: Path, name: str, digest: str) -> tuple[Tensors, Tensors]:
-    """Weights, and samples of what they replace, by their paths in the dense model.
-
-    Raises `UsageError` for a file that is not there, and for a damaged one.
-    """
+    """Weights, and samples of those that they replace, by path. Raises `UsageError` for an absent or damaged file."""
     weights, _ = read_tensors(_file(folder, name), digest, fix=FIX)
     replaced = {path.removeprefix(REPLACED): weights.pop(path) for path in [*weights] if path.startswith(REPLACED)}
     for path, weight in weights.items():
