@@ -1,6 +1,6 @@
 """What people ask a model: varied prompts without a data set, to have it write its own answers to.
 
-Of each list, also of prompts.json, words at even places make prompts to fit to, those at odd places prompts to judge by.
+Of each list, of prompts.json too, words at even places make prompts to fit to, those at odd places prompts to judge by.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _explain(pick: Pick, draw: random.Random) -> str:
 
 def _program(pick: Pick, draw: random.Random) -> str:
     language = draw.choice(("Python", "Python", "JavaScript"))
-    return f"Write a {language} function that {pick(LISTS['functions'])}."
+    return f"Write a {language} function that {pick(FUNCTIONS)}."
 
 
 def _sum(pick: Pick, draw: random.Random) -> str:
@@ -73,7 +73,7 @@ def _as_json(pick: Pick, draw: random.Random) -> str:
 
 
 def _translate(pick: Pick, draw: random.Random) -> str:
-    return f"Translate into {draw.choice(LANGUAGES)}: {pick(LISTS['sentences'])}"
+    return f"Translate into {draw.choice(LANGUAGES)}: {pick(SENTENCES)}"
 
 
 def _price(pick: Pick, draw: random.Random) -> str:
@@ -82,5 +82,5 @@ def _price(pick: Pick, draw: random.Random) -> str:
 
 def _write(pick: Pick, draw: random.Random) -> str:
     if draw.random() < 0.5:
-        return f"Write a polite email {pick(LISTS['requests'])}."
+        return f"Write a polite email {pick(REQUESTS)}."
     return f"Write three sentences that advertise {pick(THINGS)} to people in {pick(CITIES)}."
