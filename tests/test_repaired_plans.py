@@ -427,7 +427,7 @@ def with_no_number(folder, name, **seal):
 
 WEIGHTS = "attn.1.safetensors"
 DAMAGES = {
-    "another plan": (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is another plan"),
+    "another plan": (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is damaged"),
     "no records": (lambda f: (f / "refits.jsonl").unlink(), "lacks refits.jsonl"),
     "a line less": (lambda f: with_other_bytes(f, "refits.jsonl", without_a_line), "refits.jsonl of .* is damaged"),
     "another header": (
@@ -477,7 +477,7 @@ def test_a_repairs_folder_that_is_damaged_is_not_believed(folders, tmp_path, dam
 @pytest.mark.parametrize(
     ("do", "said"),
     [
-        (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is another plan"),
+        (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is damaged"),
         (lambda f: (f / "healing.jsonl").unlink(), "lacks healing.jsonl"),
         (lambda f: with_other_bytes(f, "healing.jsonl", without_a_line), "healing.jsonl of .* is damaged"),
         (lambda f: with_other_bytes(f, "healed.safetensors", with_one_bit_flipped), "healed.safetensors is damaged"),
@@ -507,6 +507,17 @@ def test_an_unfinished_repair_goes_on_from_whole_files_alone(folders, tmp_path):
             repair(model, REGROUPED, TEXTS, out=folder)
         (folder / WEIGHTS).write_bytes(sound)
     assert repair(model, REGROUPED, TEXTS, out=folder) == whole == RepairedPlan.load(folder)
+
+
+def test_a_seal_of_before_knows_what_the_plan_skips(folders, tmp_path):
+    folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
+    known = Seal.model_validate_json(unsealed((folder / SEAL).read_bytes()))
+    files = {name: digest for name, digest in known.files.items() if name != "plan.json"}
+    (folder / SEAL).write_text(Seal(plan=known.plan, files=files).model_dump_json())
+    assert RepairedPlan.load(folder) == RepairedPlan.load(folders / "repaired")
+    Plan([1], [1]).save(folder / "plan.json")
+    with pytest.raises(UsageError, match=r"plan\.json of .* is another plan than the one that was repaired"):
+        RepairedPlan.load(folder)
 
 
 def test_a_repair_leaves_the_plan_of_another_alone(tmp_path):

@@ -30,6 +30,7 @@ from api import (
     kind_at,
     read,
     refuse_foreign,
+    sealed,
     this_run,
     working_in,
 )
@@ -104,7 +105,7 @@ def test_a_malformed_line_elsewhere_is_named(path, bad):
     with pytest.raises(UsageError, match=r"line 3 of .*results.jsonl is no JSON record; repair or delete"):
         lines.read(path)
     lines.append(path, {"variant": "mlp"})
-    assert path.read_bytes() == before + b'{"variant": "mlp"}\n'
+    assert path.read_bytes() == before + sealed(b'{"variant": "mlp"}') + b"\n"
 
 
 def test_a_malformed_last_line_that_was_written_to_its_end_is_no_torn_one(path):

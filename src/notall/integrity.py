@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .digests import digest_of, digest_of_file
@@ -17,21 +18,21 @@ MANIFEST = "notall.json"  # of a checkpoint
 REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"
 UNLISTED = (".md", ".py")  # a card that people go on writing, and code that notall never reads
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
-LETTERS = 16  # of a digest
+LITTLE = 1 << 20  # bytes that are read sooner than it is found out whether they were changed
 
 
 def sealed(table: bytes) -> bytes:
     """The JSON of a table that is not empty, with the digest of all else as its last field."""
     rest = table.rstrip()[:-1].rstrip()
-    return rest + SEALED + digest_of([rest])[:LETTERS].encode() + b'"}'
+    return rest + SEALED + digest_of([rest])[:16].encode() + b'"}'
 
 
 def unsealed(table: bytes) -> bytes | None:
     """What was `sealed`, or a table that never was; None for another than was written."""
-    rest, found, digest = table.rstrip().rpartition(SEALED)
+    rest, found, _ = table.rpartition(SEALED)
     if not found:
         return table
-    return rest + b"}" if digest == digest_of([rest])[:LETTERS].encode() + b'"}' else None
+    return rest + b"}" if sealed(rest + b"}") == table.rstrip() else None
 
 
 def check_files(folder: Path, files: Mapping[str, str], fix: str) -> None:
@@ -39,7 +40,8 @@ def check_files(folder: Path, files: Mapping[str, str], fix: str) -> None:
     for name, digest in files.items():
         if (file := own_file(folder, name)) is None:
             raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {fix}")
-        if digest_of_file(file) != digest:
+        found = digest_of([file.read_bytes()]) if file.stat().st_size < LITTLE else digest_of_file(file)
+        if found != digest:
             raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {fix}")
 
 
@@ -52,11 +54,9 @@ def write_manifest(folder: Path, told: Settings) -> None:
 
 def read_manifest(folder: Path, fix: str = REDONE) -> Settings:
     """What a folder says of itself. Raises `UsageError`, with `fix`, where that is damaged."""
-    try:
+    with suppress(ValueError, OSError):
         if (table := unsealed(contents(folder / MANIFEST))) and isinstance(told := read_json(table), dict):
             return told
-    except (ValueError, OSError):
-        pass
     raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
 
 

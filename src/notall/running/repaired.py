@@ -37,7 +37,7 @@ PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", 
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 MADE_BY: dict[str, type[Record]] = {"repair": RefitRecord, "heal": HealRecord}  # what writes weights, and its records
-FIX = "delete the folder, and repair the plan again"
+FIX, AGAIN = "delete the folder, and repair the plan again", "delete it, and run again"
 DIGEST, OF = "sha256", "of"  # of the tensors, and of what they were made of, in the metadata of their file
 REPLACED = "replaced "  # the sample of a weight, beside the one that replaces it
 SAMPLE = 16  # numbers of a weight that tell it from another model's
@@ -144,11 +144,11 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                     again = f"run the same `notall {by}` again, and it goes on"
                     raise UsageError(f"what {shortened(folder)} holds was not finished: {again}")
             raise UsageError(f"{shortened(folder)} is no repaired plan: give a plan file, or one that was repaired")
+        check_files(folder, {name: d for name, d in seal.files.items() if not name.endswith(".safetensors")}, FIX)
         weights, replaced = _sealed_weights(folder, seal)
         plan = Plan.load(_file(folder, PLAN))
         if plan.indices != seal.plan:
             raise UsageError(f"{PLAN} of {shortened(folder)} is another plan than the one that was repaired: {FIX}")
-        check_files(folder, {name: d for name, d in seal.files.items() if not name.endswith(".safetensors")}, FIX)
         refits, history = tuple(read(folder / RefitRecord.file, RefitRecord)), list[RepairStep]()
         for by, kind in MADE_BY.items():
             if (header := header_of(folder / kind.file)) and (about := header.provenance):
@@ -363,9 +363,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     return digest
 
 
-def read_tensors(
-    path: Path, digest: str | None = None, *, of: str | None = None, fix: str = "delete it, and run again"
-) -> Kept:
+def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None, fix: str = AGAIN) -> Kept:
     """The tensors of a file, and its notes. Raises `UsageError`, with `fix`, for others than were written, or `of`."""
     try:
         with safe_open(path, "pt") as file:
