@@ -92,7 +92,7 @@ def test_shards_are_read_as_one_file(dense, tmp_path):
     with skip(model, Plan()):
         torch.testing.assert_close(logits(model), skipped_logits(dense, plan), atol=1e-5, rtol=1e-4)
     next(out.glob("*.safetensors")).unlink()
-    with pytest.raises(UsageError, match=r"lacks model-.*\.safetensors; download"):
+    with pytest.raises(UsageError, match=r"lacks model-.*\.safetensors: export it anew"):
         notall.load(out)
 
 

@@ -20,11 +20,12 @@ def digest_of(parts: Iterable[str | bytes | Tensor]) -> str:
     """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the other."""
     digest = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, str | bytes):
+        if isinstance(part, str | bytes):
+            digest.update(part.encode() if isinstance(part, str) else part)
+        else:
             import torch  # only where there are tensors
 
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(part.encode() if isinstance(part, str) else part)
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
