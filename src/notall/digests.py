@@ -25,7 +25,7 @@ def digest_of(parts: Iterable[str | bytes | Tensor]) -> str:
         else:
             import torch  # only where there are tensors
 
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
