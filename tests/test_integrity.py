@@ -123,6 +123,10 @@ def test_an_export_is_what_it_says_also_as_a_plan(folders, tmp_path):
     folder = shutil.copytree(folders / "hf" / "one", tmp_path / "copy")
     assert manifest_plan_of(folder) == PLAN
     manifest = folder / "notall.json"
+    theirs = shutil.copytree(folder, tmp_path / "swapped")
+    shutil.copy(folders / "hf" / "two" / "notall.json", theirs)
+    with pytest.raises(UsageError, match=r"of .*swapped is damaged \(it is not what was written\)"):
+        manifest_plan_of(theirs)
     for content in (
         manifest.read_text().replace("1", "2", 1),
         manifest.read_text()[:-9],

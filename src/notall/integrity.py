@@ -60,7 +60,8 @@ def read_manifest(folder: Path, fix: str = REDONE) -> Settings:
     raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
 
 
-def check_manifest(folder: Path, fix: str = REDONE) -> None:
-    """Raise `UsageError`, with `fix`, for a folder that is not what its manifest says; without one it is as it is."""
-    if own_file(folder, MANIFEST):
-        check_files(folder, read_manifest(folder, fix).get("files", {}), fix)
+def check_manifest(folder: Path, fix: str = REDONE) -> Settings:
+    """As `read_manifest`, and for a folder that is not what its manifest says; without one it is as it is: {}."""
+    told = read_manifest(folder, fix) if own_file(folder, MANIFEST) else {}
+    check_files(folder, told.get("files", {}), fix)
+    return told

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..errors import UsageError, printable, shortened
 from ..files import Settings
-from ..integrity import MANIFEST, REDONE, read_manifest, write_manifest
+from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan
 from ..results.repairs import LITTLE
@@ -98,7 +98,7 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
 
 def plan_of(folder: Path) -> Plan:
     """In the dense model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
-    manifest = read_manifest(folder)
+    manifest = check_manifest(folder)
     try:
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
         is_repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
