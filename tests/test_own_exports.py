@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import notall
-from api import FAMILIES, decoder_layers, deepest, evaluate, footprint
+from api import FAMILIES, decoder_layers, deepest, evaluate, footprint, unsealed
 from api import manifest_plan_of as plan_of
 from command_line import FAST, QUICK
 from families import family
@@ -92,7 +92,7 @@ def test_shards_are_read_as_one_file(dense, tmp_path):
     with skip(model, Plan()):
         torch.testing.assert_close(logits(model), skipped_logits(dense, plan), atol=1e-5, rtol=1e-4)
     next(out.glob("*.safetensors")).unlink()
-    with pytest.raises(UsageError, match=r"lacks model-.*\.safetensors; download"):
+    with pytest.raises(UsageError, match=r"lacks model-.*\.safetensors: export it anew"):
         notall.load(out)
 
 
@@ -216,8 +216,13 @@ def test_a_gguf_that_only_llama_cpp_runs_says_so_and_what_to_do(run, tmp_path):
     assert code == 0, err
 
 
+def unsealed_manifest(path):
+    return json.loads(unsealed(path.read_bytes()))
+
+
 def broken(folder, tmp_path, **changes):
-    shutil.copytree(folder, tmp_path / "broken")
+    """As if it had been written so."""
+    shutil.copytree(folder, tmp_path / "broken", ignore=shutil.ignore_patterns("notall.json"))
     config = tmp_path / "broken" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     return tmp_path / "broken"
@@ -251,8 +256,7 @@ def test_a_wrong_type_in_the_config_of_an_export_is_one_line(run, exported, tmp_
 
 def test_code_of_its_tokenizer_is_never_run(exported, tmp_path, monkeypatch):
     """Nor is it asked whether to: who answers would say yes."""
-    folder, ran = tmp_path / "out", tmp_path / "ran"
-    shutil.copytree(exported("hf"), folder)
+    folder, ran = broken(exported("hf"), tmp_path), tmp_path / "ran"
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     code = "from transformers import PreTrainedTokenizer as OwnTokenizer"
@@ -271,8 +275,7 @@ def test_layers_of_several_sizes_are_refused(run, exported, tmp_path):
 
 
 def test_weights_that_an_export_says_it_has_are_missed(exported, tmp_path):
-    shutil.copytree(exported("hf"), tmp_path / "broken")
-    path = tmp_path / "broken" / "model.safetensors"
+    path = broken(exported("hf"), tmp_path) / "model.safetensors"
     weights = load_file(path)
     lost = next(name for name in weights if ".after.0." in name)
     del weights[lost]
@@ -286,7 +289,7 @@ def test_a_manifest_that_is_damaged_or_of_a_repair_is_no_plan(run, dense, export
     manifest = tmp_path / "broken" / "notall.json"
     for text, says in (
         ("{", "notall.json of"),
-        (json.dumps(json.loads(manifest.read_text()) | {"repair": {}}), "was exported from a repaired plan"),
+        (json.dumps(unsealed_manifest(manifest) | {"repair": {}}), "was exported from a repaired plan"),
     ):
         manifest.write_text(text)
         code, _, err = run("eval", dense, "--plan", tmp_path / "broken", *QUICK)
@@ -303,7 +306,7 @@ def test_an_export_is_measured_beside_its_dense_model(run, exported):
 def test_what_an_export_was_made_of_is_named_with_the_repair_beside_it(run, exported, tmp_path):
     folder = shutil.copytree(exported("nemotron-nas"), tmp_path / "out")
     manifest = folder / "notall.json"
-    told = json.loads(manifest.read_text())
+    told = unsealed_manifest(manifest)
     manifest.write_text(json.dumps(told | {"dense": told["dense"] | {"model": "some-model"}}))
     (tmp_path / "out.repaired").mkdir()
     code, _, err = run("eval", folder)
@@ -316,7 +319,7 @@ def test_what_an_export_was_made_of_is_named_with_the_repair_beside_it(run, expo
 def test_the_repair_beside_an_export_is_named(tmp_path, exported):
     folder = shutil.copytree(exported("nemotron-nas"), tmp_path / "out")
     manifest = folder / "notall.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"repair": {}}))
+    manifest.write_text(json.dumps(unsealed_manifest(manifest) | {"repair": {}}))
     for kept, said in ((False, "repair itself$"), (True, r"repair itself, .*out\.repaired$")):
         if kept:
             (tmp_path / "out.repaired").mkdir()

@@ -26,6 +26,7 @@ from api import (
     record,
     step_name,
     tensor_files_read_tensors,
+    unsealed,
     write_tensors,
 )
 from families import TRANSFORMERS_5, family, replayed_logits
@@ -336,7 +337,7 @@ def test_weights_for_quantised_tensors_are_refused(model, tmp_path):
     with opened(Source(tmp_path)) as dense:
         packed = {name: replace(tensor, dtype="F8_E4M3") for name, tensor in dense.tensors.items()}
         with pytest.raises(UsageError, match="quantised there"):
-            replace(dense, tensors=packed).with_weights(repaired_of(model).weights)
+            replace(dense, tensors=packed).with_weights(repaired_of(model))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2"])
@@ -419,14 +420,14 @@ def with_no_number(folder, name, **seal):
     next(iter(tensors.values())).view(-1)[0] = torch.nan
     digest = write_tensors(folder / name, tensors, notes)
     if seal:
-        known = Seal.model_validate_json((folder / SEAL).read_bytes())
+        known = Seal.model_validate_json(unsealed((folder / SEAL).read_bytes()))
         files = {**known.files, name: digest}
         (folder / SEAL).write_text(Seal(plan=known.plan, files=files).model_dump_json())
 
 
 WEIGHTS = "attn.1.safetensors"
 DAMAGES = {
-    "another plan": (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is another plan"),
+    "another plan": (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is damaged"),
     "no records": (lambda f: (f / "refits.jsonl").unlink(), "lacks refits.jsonl"),
     "a line less": (lambda f: with_other_bytes(f, "refits.jsonl", without_a_line), "refits.jsonl of .* is damaged"),
     "another header": (
@@ -476,7 +477,7 @@ def test_a_repairs_folder_that_is_damaged_is_not_believed(folders, tmp_path, dam
 @pytest.mark.parametrize(
     ("do", "said"),
     [
-        (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is another plan"),
+        (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is damaged"),
         (lambda f: (f / "healing.jsonl").unlink(), "lacks healing.jsonl"),
         (lambda f: with_other_bytes(f, "healing.jsonl", without_a_line), "healing.jsonl of .* is damaged"),
         (lambda f: with_other_bytes(f, "healed.safetensors", with_one_bit_flipped), "healed.safetensors is damaged"),
@@ -506,6 +507,17 @@ def test_an_unfinished_repair_goes_on_from_whole_files_alone(folders, tmp_path):
             repair(model, REGROUPED, TEXTS, out=folder)
         (folder / WEIGHTS).write_bytes(sound)
     assert repair(model, REGROUPED, TEXTS, out=folder) == whole == RepairedPlan.load(folder)
+
+
+def test_a_seal_of_before_knows_what_the_plan_skips(folders, tmp_path):
+    folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
+    known = Seal.model_validate_json(unsealed((folder / SEAL).read_bytes()))
+    files = {name: digest for name, digest in known.files.items() if name != "plan.json"}
+    (folder / SEAL).write_text(Seal(plan=known.plan, files=files).model_dump_json())
+    assert RepairedPlan.load(folder) == RepairedPlan.load(folders / "repaired")
+    Plan([1], [1]).save(folder / "plan.json")
+    with pytest.raises(UsageError, match=r"plan\.json of .* is another plan than the one that was repaired"):
+        RepairedPlan.load(folder)
 
 
 def test_a_repair_leaves_the_plan_of_another_alone(tmp_path):

@@ -30,6 +30,7 @@ from api import (
     kind_at,
     read,
     refuse_foreign,
+    sealed,
     this_run,
     working_in,
 )
@@ -58,7 +59,9 @@ def read_quietly(path):
 
 def test_records_come_back_in_order_one_a_line(path):
     assert read_quietly(path) == RECORDS
-    assert [json.loads(line) for line in path.read_text().splitlines()] == RECORDS
+    assert [{**json.loads(line), "sealed": 0} for line in path.read_text().splitlines()] == [
+        {**record, "sealed": 0} for record in RECORDS
+    ]
     assert path.read_bytes().endswith(b"}\n")
 
 
@@ -102,7 +105,7 @@ def test_a_malformed_line_elsewhere_is_named(path, bad):
     with pytest.raises(UsageError, match=r"line 3 of .*results.jsonl is no JSON record; repair or delete"):
         lines.read(path)
     lines.append(path, {"variant": "mlp"})
-    assert path.read_bytes() == before + b'{"variant": "mlp"}\n'
+    assert path.read_bytes() == before + sealed(b'{"variant": "mlp"}') + b"\n"
 
 
 def test_a_malformed_last_line_that_was_written_to_its_end_is_no_torn_one(path):

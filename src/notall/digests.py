@@ -20,11 +20,12 @@ def digest_of(parts: Iterable[str | bytes | Tensor]) -> str:
     """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the other."""
     digest = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, str | bytes):
+        if isinstance(part, str | bytes):
+            digest.update(part.encode() if isinstance(part, str) else part)
+        else:
             import torch  # only where there are tensors
 
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        digest.update(part.encode() if isinstance(part, str) else part)
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -40,9 +41,9 @@ def digest_of_file(path: Path) -> str:
     same = (path.resolve(), state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino, state.st_ctime_ns)
     note = cache_folder() / "sha256" / digest_of([":".join(map(str, same))])
     with contextlib.suppress(OSError, ValueError):
-        if re.fullmatch("[0-9a-f]{64}", kept := contents(note).decode()):
-            return kept
+        if twice := re.fullmatch(r"([0-9a-f]{64})\1", contents(note).decode()):
+            return twice[1]
     with path.open("rb") as file:
         found = digest_of(iter(lambda: file.read(1 << 22), b""))
-    keep(note, found)
+    keep(note, found * 2)  # so that a damaged note is none
     return found

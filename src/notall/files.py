@@ -105,7 +105,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def keep(path: Path, content: str) -> None:
+def keep(path: Path, content: str | bytes) -> None:
     """Write a file of the cache; where it can't be, only the next run is slower."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..digests import digest_of_json
 from ..errors import UsageError, expect
 from ..files import Settings, cache_folder, contents, keep, read_json
+from ..integrity import sealed, unsealed
 from ..measuring.speed import compare, machine, speedup
 from ..options import Workload
 from ..plan import Plan
@@ -77,7 +78,8 @@ def measure_times(
         saved = statistics.median(differences) / len(halves.get(name, group))
         each |= {part.name: saved for part in group}
     times = SublayerTimes(workload, statistics.median(took["dense"]), each)
-    keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each).model_dump_json())
+    stored = _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each)
+    keep(path, sealed(stored.model_dump_json().encode()))
     return times
 
 
@@ -92,7 +94,7 @@ class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 def _read(path: Path, about: Mapping[str, object], workload: Workload, names: set[str]) -> SublayerTimes | None:
     """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
-        stored = _Stored.model_validate(read_json(contents(path)))
+        stored = _Stored.model_validate(read_json(unsealed(contents(path)) or b""))
         plausible = all(abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values())
         if plausible and stored.about == about and stored.sublayer_ms.keys() == names:
             return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, nearest, need, shortened
 from ..exporters import UNPACKED
-from ..exporters.manifest import MANIFEST, dense_of, plan_of, weights_beside
+from ..exporters.manifest import dense_of, plan_of, weights_beside
 from ..files import Settings, named_weights
+from ..integrity import MANIFEST
 from ..models.names import DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
 from ..plan import Plan

@@ -21,6 +21,7 @@ from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
 from ..files import Settings, write_whole
+from ..integrity import check_manifest
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import Plan, several
@@ -389,6 +390,8 @@ class _Run:
                 from ..exporters.remote_code import check_code  # here, as it imports transformers
 
                 check_code(checkpoint)
+            if checkpoint.is_dir():
+                check_manifest(checkpoint, "delete it, and run again")
             return checkpoint
         if checkpoint.is_dir():
             shutil.rmtree(checkpoint)

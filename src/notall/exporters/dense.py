@@ -132,15 +132,16 @@ class DenseModel:
             raise UsageError(f"{told}, because transformers renames it on loading; skip whole blocks")
         return absent[0]
 
-    def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
-        """With these values of parameters, by their paths in the model. Raises `UsageError` where files differ."""
+    def with_weights(self, plan: RepairedPlan) -> DenseModel:
+        """With those of a repair. Raises `UsageError` where files differ, and where they are of another model."""
         tensors = dict(self.tensors)
-        for path, weight in weights.items():
+        for path, weight in plan.weights.items():
             name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
             stored = tensors.get(name)
             if stored is None or stored.shape != tuple(weight.shape) or stored.dtype not in FLOATS:
                 told = f"the files of {self.origin.model} do not hold {path} as the model does"
                 raise UsageError(f"{told} (it is renamed, fused or quantised there): export the plan unrepaired")
+            plan.check_replaced({path: stored.read()})
             tensors[name] = stored.holding(weight)
         return replace(self, tensors=tensors)
 
@@ -231,7 +232,7 @@ class CheckpointExport(Export):
         with opened(source) as dense:
             plan.check(dense.structure)
             if isinstance(plan, RepairedPlan):
-                dense = dense.with_weights(plan.weights)
+                dense = dense.with_weights(plan)
             yield cls.of(dense.in_dtype(named_dtype(dtype)) if dtype else dense, plan)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,15 +10,14 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import UsageError, printable, shortened
-from ..files import Settings, contents, read_json
+from ..files import Settings
+from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan
 from ..results.repairs import LITTLE
 
 if TYPE_CHECKING:
     from . import Export
-
-MANIFEST = "notall.json"
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def describe(folder: Path, export: Export, verdict: Verdict, measured: Settings 
     """Write the manifest, with what is known now that the weights are written, and the card."""
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
     whole = {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)}
-    (folder / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    write_manifest(folder, whole)
     (folder / "README.md").write_text(_card(export, verdict, measured), encoding="utf-8")
 
 
@@ -98,18 +96,14 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
     }
 
 
-def read_manifest(folder: Path) -> Settings:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
 def plan_of(folder: Path) -> Plan:
     """In the dense model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
+    manifest = check_manifest(folder)
     try:
-        manifest = read_json(contents(folder / MANIFEST))
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
         is_repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
+    except (KeyError, TypeError, AttributeError, UsageError):
+        raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}") from None
     if is_repaired:
         which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
         told = f"{shortened(folder)} was exported from a repaired plan"
@@ -127,9 +121,9 @@ def weights_beside(folder: Path) -> Path | None:
 def dense_of(folder: Path) -> str:
     """The name of the model that an export was made of; of the default model's file that of the default model."""
     try:
-        name = str(read_json(contents(folder / MANIFEST))["dense"]["model"])
+        name = str(read_manifest(folder)["dense"]["model"])
         return DEFAULT_MODEL if name == default_gguf().name else shortened(name)
-    except (ValueError, KeyError, TypeError, OSError, StopIteration):
+    except (UsageError, KeyError, TypeError, StopIteration):
         return "the hub id or folder that it was made of"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -164,26 +165,4 @@ def _padded(name: str, weight: Weight, width: int) -> Weight:
     return weight.changed(lambda values: pad(values, more), tuple(shape)) if any(more) else weight
 
 
-CONFIGURATION = '''\
-"""The configuration of a DeciLM (nemotron-nas) checkpoint: what each block has, as objects. Written by notall."""
-
-from transformers import PretrainedConfig
-
-
-class Part(dict):
-    """A dictionary whose entries are attributes too, as engines read them."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class DeciLMConfig(PretrainedConfig):
-    model_type = "nemotron-nas"
-
-    def __init__(self, block_configs=(), **settings):
-        self.block_configs = [Part({name: Part(part) for name, part in block.items()}) for block in block_configs]
-        super().__init__(**settings)
-'''
+CONFIGURATION = files("notall.exporters").joinpath("configuration_decilm.template").read_text(encoding="utf-8")

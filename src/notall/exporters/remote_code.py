@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -128,90 +129,7 @@ def source_of(base: str) -> str:
     )
 
 
-_MODEL = '''\
-"""$name with sublayers left out: every layer has one attention, and MLPs that lost theirs ride along with it.
-
-Written by notall. `sublayers` in config.json says what each layer holds, by the layer indices of the dense model.
-"""
-
-import torch$imports
-from torch import nn
-from transformers.models.$package.configuration_$package import $config
-from transformers.models.$package.modeling_$package import ${name}DecoderLayer, ${name}ForCausalLM, $model
-
-${release}MIXER = $mixer
-MLP = $mlp  # what an MLP sublayer runs, in order
-
-
-class Notall${name}Config($config):
-    model_type = "$model_type"
-
-
-class Nothing(nn.Module):
-    """Stands where an MLP was left out."""
-
-    def forward(self, hidden_states):
-        return $nothing
-
-
-class Notall${name}MLP(nn.Module):
-    """An MLP without an attention, with the norms of its own. (batch, tokens, hidden) to the same."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        layer = ${name}DecoderLayer(config, layer_idx)
-        for name in MLP:
-            setattr(self, name, getattr(layer, name))$keep_scale
-
-    def forward(self, hidden_states):
-        added = hidden_states
-        for name in MLP:
-            added = getattr(self, name)(added)
-            added = added[0] if isinstance(added, tuple) else added
-        return hidden_states + added$scaled
-
-
-class Notall${name}DecoderLayer(${name}DecoderLayer):
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        held = config.sublayers[layer_idx]
-        self.before = nn.ModuleList(Notall${name}MLP(config, layer_idx) for _ in held["before"])
-        self.after = nn.ModuleList(Notall${name}MLP(config, layer_idx) for _ in held["after"])
-        if held["mlp"] is None:
-            for name in MLP:
-                setattr(self, name, Nothing() if name == MIXER else nn.Identity())
-
-    def forward(self, hidden_states, *args, **kwargs):
-        for mlp in self.before:
-            hidden_states = mlp(hidden_states)
-        answer = super().forward(hidden_states, *args, **kwargs)
-        hidden_states = answer[0] if isinstance(answer, tuple) else answer
-        for mlp in self.after:
-            hidden_states = mlp(hidden_states)
-        return (hidden_states, *answer[1:]) if isinstance(answer, tuple) else hidden_states
-
-
-class Notall${name}Model($model):
-    config_class = Notall${name}Config
-    _no_split_modules = ["Notall${name}DecoderLayer"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers = nn.ModuleList(
-            Notall${name}DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
-        self.post_init()
-
-
-class Notall${name}ForCausalLM(${name}ForCausalLM):
-    config_class = Notall${name}Config
-    _no_split_modules = ["Notall${name}DecoderLayer"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = Notall${name}Model(config)
-        self.post_init()
-'''
+_MODEL = files("notall.exporters").joinpath("modeling.template").read_text(encoding="utf-8")
 
 _EXPERTS = """
 

@@ -15,14 +15,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..digests import digest_of_file
+from ..errors import UsageError
 from ..files import cache_folder, saving, unwritable
+from ..integrity import check_files, read_manifest, write_manifest
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
 logger = logging.getLogger(__name__)
 
 TRANSFORMERS_MAJOR = transformers.__version__.split(".")[0]
-COPY_FORMAT = 1  # one more whenever the copy of the same file comes out otherwise
+COPY_FORMAT = 2  # one more whenever the copy of the same file comes out otherwise
 
 
 def converted_folder(gguf: Path) -> Path:
@@ -34,17 +36,19 @@ def converted_folder(gguf: Path) -> Path:
 def convert_gguf(gguf: Path) -> Path:
     """The folder of a plain copy, made once: float32 safetensors, config and tokenizer. Raises `UsageError` if full."""
     folder = converted_folder(gguf)
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not folder.is_dir():
+            if not _is_whole(folder):
                 logger.info("copying %s, once, to %s", gguf.name, folder)
                 partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
                 try:
                     _write_plain_copy(gguf, partial)
+                    write_manifest(partial, {"copy_of": gguf.name})
+                    shutil.rmtree(folder, ignore_errors=True)
                     partial.replace(folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -53,6 +57,16 @@ def convert_gguf(gguf: Path) -> Path:
             raise
         raise unwritable(folder.parent, error) from error
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_files(folder, read_manifest(folder, "made anew")["files"], "made anew")
+    except (UsageError, KeyError) as error:
+        if folder.is_dir():
+            logger.warning("%s", error)
+        return False
+    return True
 
 
 def _write_plain_copy(gguf: Path, folder: Path) -> None:

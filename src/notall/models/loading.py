@@ -14,6 +14,7 @@ from transformers.utils import find_adapter_config_file
 from ..digests import digest_of, digest_of_file
 from ..errors import UsageError, expect, nearest, shortened
 from ..files import Settings, contents, expanded, named_weights, read_json, refuse_adapter
+from ..integrity import check_manifest
 from ..plan import Plan
 from ..running.skipping import without
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
@@ -57,6 +58,8 @@ def load(
     if device_map is not None and device != "auto":
         raise UsageError("device and device_map both say where the model goes: give one")
     with explained(spec):
+        file = named_gguf(spec)
+        check_manifest(file.parent if file else expanded(spec))
         settings = _settings_of_export(spec, revision)
         place = resolve_device(device)
         how: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
-from ..files import cache_folder, keep
+from ..files import cache_folder, contents, keep
+from ..integrity import sealed, unsealed
 from ..plan import Plan
 from ..progress import Progress, silent, tracked
 from ..running.generating import as_asked, greedy_each, prompt_tokens, sample
@@ -89,13 +90,13 @@ def _at_once(parts: list[T]) -> list[list[T]]:
 
 def _written(of: list[str], between: str, write: Callable[[], list[str]]) -> str:
     """What was written `of` this, from the cache, or else now."""
-    path = cache_folder() / "answers" / f"{digest_of(of)[:24]}.txt"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    path = cache_folder() / "answers" / f"{digest_of(of)[:24]}.json"
+    if path.is_file() and (table := unsealed(contents(path))):  # else damaged
+        return str(json.loads(table)["text"])
     content = between.join(write()).replace("\r\n", "\n").replace("\r", "\n")  # as a file of text is read
     content = content.encode(errors="replace").decode()
     path.parent.mkdir(exist_ok=True)
-    keep(path, content)
+    keep(path, sealed(json.dumps({"text": content}).encode()))
     return content
 
 

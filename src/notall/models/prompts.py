@@ -1,52 +1,21 @@
 """What people ask a model: varied prompts without a data set, to have it write its own answers to.
 
-Of each list the words at even places make prompts to fit to, those at odd places prompts to judge by.
+Of each list, of prompts.json too, words at even places make prompts to fit to, those at odd places prompts to judge by.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 
-TOPICS = (
-    "photosynthesis", "inflation", "how vaccines work", "the French Revolution", "plate tectonics", "binary search",
-    "why the sky is blue", "supply and demand", "the water cycle", "public-key encryption", "how bread rises",
-    "the rules of chess", "black holes", "compound interest", "how a bill becomes law", "natural selection",
-    "the printing press", "what an operating system does", "jet lag", "the moon landing", "how batteries store energy",
-    "the greenhouse effect", "the Silk Road", "why leaves change colour", "unit testing", "how glaciers move",
-    "probability", "what a database index is", "sleep", "the difference between weather and climate",
-)  # fmt: skip
-FUNCTIONS = (
-    "reverses the words of a sentence", "returns the n-th Fibonacci number", "counts how often each word occurs",
-    "checks whether a string is a palindrome", "merges two sorted lists", "removes duplicates and keeps the order",
-    "parses a date such as 2024-03-09", "finds the two numbers that add up to a target", "flattens a nested list",
-    "converts a Roman numeral to a number", "reads a CSV file into dictionaries", "tells whether a number is prime",
-    "rotates a matrix by 90 degrees", "groups words that are anagrams", "retries a call three times",
-    "computes a moving average",
-)  # fmt: skip
-SENTENCES = (
-    "The train leaves at seven in the morning.", "My sister has bought a small house near the sea.",
-    "Could you tell me where the library is?", "We have not seen each other for three years.",
-    "The soup is too hot to eat.", "It rained all day, so we stayed at home.",
-    "He forgot his keys and had to climb through the window.", "The museum is closed on Mondays.",
-    "She would rather read than watch a film.", "Please send me the report before Friday.",
-)  # fmt: skip
+_LISTS: dict[str, list[str]] = json.loads(files("notall.models").joinpath("prompts.json").read_text(encoding="utf-8"))
+TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS = _LISTS.values()
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese", "Dutch")
 PEOPLE = ("Anna", "Bruno", "Chloe", "David", "Elif", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kofi", "Lena")
 GOODS = ("pencils", "apples", "tickets", "books", "eggs", "stamps", "bottles", "chairs", "melons", "shirts")
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Kyoto", "Prague", "Quito", "Hanoi", "Tunis", "Perth", "Bergen", "Turin")
 THINGS = ("a running shoe", "a coffee machine", "a city bike", "a reading lamp", "a backpack", "a language course",
           "a raincoat", "a garden hose")  # fmt: skip
-REQUESTS = (
-    "moving a meeting to next week", "asking for a refund of a broken kettle", "thanking a colleague for her help",
-    "inviting neighbours to a summer party", "declining a job offer politely", "reporting a broken street light",
-    "asking a landlord to mend the heating", "ordering twenty chairs for an office",
-)  # fmt: skip
-
-OPENINGS = (
-    "The history of", "In 1998,", "She opened", "Researchers have", "The company", "How to", "A town", "When I",
-    "The film", "According to", "A new study", "The battle", "For this", "He was born", "The river", "Scientists",
-    "Many people", "The species", "There are", "To install", "It was", "The president", "Question:", "I think",
-    "Our products", "Dear", "The church", "During the", "If you", "The song", "As the", "def main",
-)  # fmt: skip
 
 Pick = Callable[[Sequence[str]], str]
 

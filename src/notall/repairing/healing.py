@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..digests import digest_of
+from ..digests import digest_of, digest_of_json
 from ..errors import UnsupportedModel, UsageError, expect
 from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
@@ -80,13 +80,15 @@ def heal(
         ledger, is_finished = Ledger(folder, HealRecord, about), repaired.refuse_other_work(folder, HealRecord, plan)
         processes.wait_for_everyone()  # all have looked before the first of them writes
         if is_finished:
-            return RepairedPlan.load(folder)
+            healed = RepairedPlan.load(folder)
+            healed.check_replaced(inner)
+            return healed
         if workers:
             trained = workers.train(training, folder, about, progress)
         else:
             trained = training.run(inner, folder, ledger, progress)
         history = (*earlier.history, repaired.step_of("heal", about))
-        healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history)
+        healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
         if out and is_first:
             repaired.keep_whole(folder, healed, repaired.HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -168,6 +170,7 @@ class _Loop:
         self.steps = -(-len(self.rows) // self.size)
         self.warm = round(self.config.warm_up * self.steps)
         self.every = max(1, self.steps // self.config.evaluations)
+        self.of = digest_of_json(_settings(training, ()))
         self.scorer, self.state, self.start = TokenScorer(teacher), _State(), time.process_time()
         self.student = Student(teacher, training.plan, self.config, training.batches[0], layerwise=self.warm > 0)
         processes_of(teacher)  # before accelerate settles who they are without the model
@@ -199,7 +202,7 @@ class _Loop:
                 if self.state.step % self.every == 0 or self.state.step == self.steps:
                     self._evaluate()
         self.accelerator.wait_for_everyone()
-        for path, weight in repaired.read_tensors(self.folder / BEST)[0].items():
+        for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
             self.student.trained[path].data.copy_(weight)
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
@@ -273,17 +276,18 @@ class _Loop:
     def _save(self, is_best: bool) -> None:
         trained, moments = self.student.trained, self.optimizer.state
         if is_best:
-            repaired.write_tensors(self.folder / BEST, trained)
+            repaired.write_tensors(self.folder / BEST, trained, {repaired.OF: self.of})
         if self.state.step:
             held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
             held |= {f"weight {path}": one for path, one in trained.items()}
-            repaired.write_tensors(self.folder / LAST, held, {STATE: json.dumps(asdict(self.state))})
+            notes = {STATE: json.dumps(asdict(self.state)), repaired.OF: self.of}
+            repaired.write_tensors(self.folder / LAST, held, notes)
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint, and say whether there is one whose evaluations are written down."""
         if not (self.folder / LAST).is_file() or not self.ledger:
             return False
-        held, notes = repaired.read_tensors(self.folder / LAST)
+        held, notes = repaired.read_tensors(self.folder / LAST, of=self.of)
         self.state = _State(**json.loads(notes[STATE]))
         for name, tensor in held.items():
             kind, _, path = name.partition(" ")

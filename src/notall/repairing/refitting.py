@@ -75,9 +75,10 @@ def repair(
         kept = Kept(folder, plan, about) if folder else None
         if kept and kept.finished:
             found = RepairedPlan.load(kept.folder)
+            found.check_replaced(inner)
         else:
             text = DenseStream(inner, batches, offload=offload)
-            found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
+            found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress).knowing(inner)
     if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
         why = f"what this plan keeps is quantised ({quantisation_name(told)})"
         fix = "repair the plan on the model that was quantised, export that, and quantise the export"
@@ -114,9 +115,10 @@ class Kept:
         self.refits = Ledger(folder, RefitRecord, about)
         self.finished = repaired.refuse_other_work(folder, RefitRecord, plan) and (folder / repaired.PLAN).is_file()
 
-    def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
+    def add(self, refit: RefitRecord, weights: dict[str, Tensor], model: PreTrainedModel) -> None:
         if weights:  # first: a line says that they are there
-            digest = repaired.write_tensors(self.folder / file_of(refit), weights)
+            brought = RepairedPlan(weights=weights).knowing(model)
+            digest = repaired.write_weights(self.folder / file_of(refit), brought)
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
@@ -198,11 +200,11 @@ class Repair:
             self.made.append((refit, weights))
         else:
             if (step.names,) not in self.kept.refits:
-                self.kept.add(*self._solve(step, target))
+                self.kept.add(*self._solve(step, target), self.text.model)
             refit, weights = self.kept.refits[(step.names,)], {}
             self.made.append((refit, {}))
             if refit.ridge is not None:  # from the file, so that those of all steps are never in memory together
-                weights = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256)
+                weights, _ = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256)
         with repaired.with_weights(self.text.model, weights):
             return self._run(step)
 

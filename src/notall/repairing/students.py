@@ -61,6 +61,8 @@ class Student(nn.Module):
         own: dict[int, nn.Parameter | Tensor] = {id(buffer): buffer for buffer in model.buffers()}
         own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
         self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
+        if isinstance(plan, RepairedPlan):
+            plan.check_replaced(model)
         for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
             parameters, name, parameter = placed_at(self.model, path, weight)
             parameters[name] = parameter

@@ -1,4 +1,4 @@
-"""Files of JSON lines that are only ever added to: what is written stays, whatever happens next."""
+"""Files of JSON lines that are only ever added to: what is written stays, and each line ends with its digest."""
 
 import errno
 import json
@@ -15,13 +15,14 @@ from filelock import FileLock, Timeout
 
 from ..errors import UsageError
 from ..files import Settings, read_json, refuse_endless
+from ..integrity import sealed, unsealed
 
 MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 
 
 def append(path: Path, *lines: Settings) -> None:
     """Add `lines` to a file, on disk when this returns. Raises `UsageError` where it stays as it was."""
-    text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
+    text = b"".join(sealed(json.dumps(finite(line), allow_nan=False).encode()) + b"\n" for line in lines)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
@@ -46,8 +47,11 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise UsageError(f"line {number} of {path} has {MOST_BYTES:,} bytes or more; delete that line")
                 if not text.endswith(b"\n") and _parse(text) is None:
                     warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
-                elif text.strip():
-                    yield number, text.rstrip(b"\n")
+                elif (line := unsealed(text)) is None:
+                    fix = 'delete that line, or, to keep it, its "sealed"'
+                    raise UsageError(f"line {number} of {path} was changed since it was written: {fix}")
+                elif line.strip():
+                    yield number, line.rstrip(b"\n")
     except FileNotFoundError:
         return
     except OSError as error:

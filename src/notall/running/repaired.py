@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
 from ..files import contents, open_to_others, own_file, saving, write_whole
+from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
 from ..results.provenance import Provenance
@@ -34,8 +37,11 @@ PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", 
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 MADE_BY: dict[str, type[Record]] = {"repair": RefitRecord, "heal": HealRecord}  # what writes weights, and its records
-FIX = "delete the folder, and repair the plan again"
-DIGEST = "sha256"  # of the tensors, in the metadata of their file
+FIX, AGAIN = "delete the folder, and repair the plan again", "delete it, and run again"
+DIGEST, OF = "sha256", "of"  # of the tensors, and of what they were made of, in the metadata of their file
+REPLACED = "replaced "  # the sample of a weight, beside the one that replaces it
+SAMPLE = 16  # numbers of a weight that tell it from another model's
+ROUNDING = 2.0**-8  # between dtypes, of a number
 
 Tensors = dict[str, Tensor]
 Notes = dict[str, str]
@@ -63,7 +69,8 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     """A plan, and for some parameters of what it keeps the values that go with it.
 
     `weights` maps the path of a parameter in the dense model to its value, of the same shape. Wherever a plan is run
-    or exported, this one runs and is exported with them; the dense model keeps its own.
+    or exported, this one runs and is exported with them; the dense model keeps its own. `replaced` are a few numbers of
+    those that they replace, and another model's are refused.
 
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are
     there to be measured against: `evaluate` runs them; `skip`, `remove` and `export` refuse them.
@@ -73,6 +80,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         super().__init__(attention, mlp, **fields)
 
     weights: Mapping[str, Tensor] = Field({}, exclude=True, repr=False)
+    replaced: Mapping[str, Tensor] = Field({}, exclude=True, repr=False, description="samples, by path")
     refits: tuple[RefitRecord, ...] = Field((), exclude=True, repr=False, description="how well, step by step")
     history: tuple[RepairStep, ...] = Field((), exclude=True, repr=False, description="what made the weights, in order")
     maps: Mapping[str, LinearMap] = Field({}, exclude=True, repr=False)
@@ -136,7 +144,8 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                     again = f"run the same `notall {by}` again, and it goes on"
                     raise UsageError(f"what {shortened(folder)} holds was not finished: {again}")
             raise UsageError(f"{shortened(folder)} is no repaired plan: give a plan file, or one that was repaired")
-        weights = _sealed_weights(folder, seal)
+        check_files(folder, {name: d for name, d in seal.files.items() if not name.endswith(".safetensors")}, FIX)
+        weights, replaced = _sealed_weights(folder, seal)
         plan = Plan.load(_file(folder, PLAN))
         if plan.indices != seal.plan:
             raise UsageError(f"{PLAN} of {shortened(folder)} is another plan than the one that was repaired: {FIX}")
@@ -147,7 +156,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                     history += [*HISTORY.validate_python(about.what.get(BEFORE, ())), step_of(by, about)]
                 except ValidationError:
                     raise UsageError(f"line 1 of {kind.file} in {shortened(folder)} is damaged: {FIX}") from None
-        return cls.of(plan, weights=weights, refits=refits, history=tuple(history))
+        return cls.of(plan, weights=weights, replaced=replaced, refits=refits, history=tuple(history))
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -157,7 +166,8 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     def __or__(self, other: Plan) -> RepairedPlan:
         both = super().__or__(other)
         theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
-        merged = {"weights": {**self.weights, **theirs.weights}, "maps": {**self.maps, **theirs.maps}}
+        names = ("weights", "replaced", "maps")
+        merged = {name: {**getattr(self, name), **getattr(theirs, name)} for name in names}
         return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, **merged)
 
     __ror__ = __or__
@@ -170,10 +180,23 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             if not path.startswith(known):
                 raise UsageError(f"no sublayer of the model has {shortened(path)}, as the plan has; repair this model")
 
+    def knowing(self, model: nn.Module) -> RepairedPlan:
+        """The same, with samples of `model`'s own weights, which these replace."""
+        return self.model_copy(update={"replaced": dict(_samples(model, self.weights))})
+
+    def check_replaced(self, own: nn.Module | Mapping[str, Tensor]) -> None:
+        """Raise `UsageError` where a model's own weights are not those that were replaced, in whatever dtype."""
+        for path, found in _samples(own, self.replaced):
+            rounding = ROUNDING if found.dtype != self.replaced[path].dtype else 0
+            if not torch.allclose(found.double(), self.replaced[path].double(), rtol=rounding, atol=rounding / 1000):
+                told = f"the repaired {path} is for another model of this shape, whose own has other numbers"
+                raise UsageError(f"{told}; give that model, or repair this one")
+
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `placed_at` does."""
+        """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and `check_replaced` do."""
         weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
-        found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
+        self.check_replaced(model)
+        found = self.model_copy(update={"weights": weights})
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
 
@@ -232,17 +255,17 @@ def step_of(by: str, about: Provenance) -> RepairStep:
 
 def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
     """Write a plan and its weights, all in the one file `name`: `HEALED` where they were trained, else `WHOLE`."""
-    seal(folder, plan.unrepaired, {name: write_tensors(folder / name, plan.weights)})
+    seal(folder, plan.unrepaired, {name: write_weights(folder / name, plan)})
 
 
 def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     """Write the plan and then the seal: the records are there, and the `weights`, by file their digests."""
     written = [path for kind in MADE_BY.values() if (path := folder / kind.file).is_file()]
-    records = {path.name: digest_of([path.read_bytes()]) for path in written}
     plan.save(folder / PLAN)
-    whole, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
+    digests = {path.name: digest_of([path.read_bytes()]) for path in (*written, folder / PLAN)}
+    whole, path = Seal(plan=plan.indices, files=digests | dict(weights)), folder / SEAL
     try:
-        write_whole(path, whole.model_dump_json(indent=1) + "\n")
+        write_whole(path, sealed(whole.model_dump_json(indent=1).encode()) + b"\n")
     except OSError as error:
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
 
@@ -257,13 +280,28 @@ def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     return seal is not None
 
 
-def read_weights(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
-    """By their paths in the dense model. Raises `UsageError` for a file that is not there, and for a damaged one."""
+def write_weights(path: Path, plan: RepairedPlan) -> str:
+    """Write those of a plan to a file; its digest."""
+    return write_tensors(path, {**plan.weights, **{REPLACED + where: one for where, one in plan.replaced.items()}})
+
+
+def read_weights(folder: Path, name: str, digest: str) -> tuple[Tensors, Tensors]:
+    """Weights, and samples of those that they replace, by path. Raises `UsageError` for an absent or damaged file."""
     weights, _ = read_tensors(_file(folder, name), digest, fix=FIX)
+    replaced = {path.removeprefix(REPLACED): weights.pop(path) for path in [*weights] if path.startswith(REPLACED)}
     for path, weight in weights.items():
         if not weight.isfinite().all():
             raise UsageError(f"{path} in {name} of {shortened(folder)} has numbers that are not finite: {FIX}")
-    return weights
+    return weights, replaced
+
+
+def _samples(own: nn.Module | Mapping[str, Tensor], paths: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """A few numbers of each weight, where it is there and plain: a quantised one has none of its own."""
+    own = dict(own.named_parameters()) if isinstance(own, nn.Module) else own
+    for path in paths:
+        if path in own and type(own[path].data) is Tensor and own[path].device.type != "meta":
+            flat = own[path].detach().flatten()
+            yield path, flat[:: -(-len(flat) // SAMPLE)].cpu().clone()
 
 
 def file_of(refit: RefitRecord) -> str:
@@ -273,25 +311,24 @@ def file_of(refit: RefitRecord) -> str:
 def _seal_of(folder: Path) -> Seal | None:
     file = own_file(folder, SEAL)
     try:
-        return Seal.model_validate_json(contents(file)) if file else None
+        return Seal.model_validate_json(unsealed(contents(file)) or b"") if file else None
     except (ValidationError, OSError):
         raise UsageError(f"{SEAL} of {shortened(folder)} is damaged: {FIX}") from None
 
 
-def _sealed_weights(folder: Path, seal: Seal) -> dict[str, Tensor]:
-    """The weights that a folder's files hold. Raises `UsageError` for damaged ones, and for others beside them."""
+def _sealed_weights(folder: Path, seal: Seal) -> tuple[Tensors, Tensors]:
+    """As `read_weights`, of all files of a folder. Raises `UsageError` for others beside them, too."""
     for path in sorted(folder.glob("*.safetensors")):
         # nothing reads them; but who put them there thinks otherwise
         if path.name.startswith((WHOLE, HEALED, "attn.", "mlp.")) and path.name not in seal.files:
             told = f"{shortened(folder)} holds {shortened(path.name)}"
             raise UsageError(f"{told}, which is no part of its repair: move that file away")
-    weights: dict[str, Tensor] = {}
+    weights, replaced = Tensors(), Tensors()
     for name, digest in seal.files.items():
         if name.endswith(".safetensors"):
-            weights |= read_weights(folder, name, digest)
-        elif name.endswith(".jsonl") and digest_of([_file(folder, name).read_bytes()]) != digest:
-            raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {FIX}")
-    return weights
+            for held, found in zip((weights, replaced), read_weights(folder, name, digest)):
+                held.update(found)
+    return weights, replaced
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -300,16 +337,17 @@ def _file(folder: Path, name: str) -> Path:
     return file
 
 
-def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of names, dtypes, shapes and bytes."""
-    named = sorted(tensors.items())
-    return digest_of(part for name, one in named for part in (f"{name} {one.dtype} {[*one.shape]}\n", one))
+def digest_of_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    """The SHA-256 of names, dtypes, shapes and bytes, and of what is noted beside them."""
+    named, noted = sorted(tensors.items()), (f"{name}: {note}\n" for name, note in sorted(notes.items()))
+    parts = (part for name, one in named for part in (f"{name} {one.dtype} {[*one.shape]}\n", one))
+    return digest_of(chain(parts, noted))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
     """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digest, part = digest_of_tensors(held), path.with_name(f"{path.name}.part")
+    digest, part = digest_of_tensors(held, notes or {}), path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with saving():
@@ -325,25 +363,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     return digest
 
 
-def read_tensors(path: Path, digest: str | None = None, *, fix: str = "delete it, and run again") -> Kept:
-    """The tensors of a file, and its notes. Raises `UsageError`, with `fix`, for others than were written."""
+def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None, fix: str = AGAIN) -> Kept:
+    """The tensors of a file, and its notes. Raises `UsageError`, with `fix`, for others than were written, or `of`."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
             notes: Notes = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{shortened(path)} is damaged ({shortened(error)}): {fix}") from None
-    found = digest_of_tensors(tensors)
-    if found != notes.pop(DIGEST, None):
+    said = notes.pop(DIGEST, None)
+    if said != (found := digest_of_tensors(tensors, notes)):
         raise UsageError(f"{shortened(path)} is damaged (its tensors are not those that were written): {fix}")
-    if digest not in (None, found):
+    if digest not in (None, found) or of not in (None, notes.get(OF)):
         raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")
     return tensors, notes
 
 
 def kept_tensors(folder: Path, name: str, key: object, make: Callable[[], Kept]) -> Kept:
     """What `make` returns, from `folder` where it is kept under this name and key, which JSON can write."""
-    path = folder / f"{name}-{digest_of_json(key)[:16]}.safetensors"
+    of = digest_of_json(key)
+    path = folder / f"{name}-{of[:16]}.safetensors"
     if not path.is_file():
-        write_tensors(path, *make())
-    return read_tensors(path)
+        tensors, notes = make()
+        write_tensors(path, tensors, {**notes, OF: of})
+    return read_tensors(path, of=of)

@@ -237,6 +237,8 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: 
 def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: Undo, *, for_good: bool = False) -> None:
     """Make the layers without what `plan` skips the model's own, and have its config and its caches count them."""
     dense, configs = _layers(model, structure), _place(model, structure)[2]
+    if isinstance(plan, RepairedPlan):
+        plan.check_replaced(model)
     for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
         undo.put(*placed_at(model, path, weight.clone() if for_good else weight))
     for config in configs:

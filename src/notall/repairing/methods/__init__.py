@@ -154,5 +154,7 @@ def repair_into(
             found.check(structure)
             found.placed(model)  # refuses weights of another model
             ledger.add()  # its first line alone: where the weights come from
-            repaired.keep_whole(folder, found, repaired.WHOLE)
-        return RepairedPlan.load(folder)
+            repaired.keep_whole(folder, found.knowing(base_model(model)), repaired.WHOLE)
+        kept = RepairedPlan.load(folder)
+        kept.check_replaced(base_model(model))
+        return kept
