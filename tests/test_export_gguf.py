@@ -271,7 +271,7 @@ def test_the_manifest_is_in_the_file_too(llama, tmp_path):
     inside = json.loads(read_gguf(next(out.glob("*.gguf"))).fields["notall.manifest"].value)
     outside = json.loads((out / "notall.json").read_text())
     assert outside.items() > inside.items()
-    assert outside.keys() - inside.keys() == {"verified", "weight_bytes"}
+    assert outside.keys() - inside.keys() == {"verified", "weight_bytes", "files", "sealed"}
     assert inside["plan"] == {"attention": [0, 3], "mlp": [1], "note": None}
 
 
