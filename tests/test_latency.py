@@ -87,6 +87,18 @@ def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
     assert check.off == pytest.approx(0)
 
 
+def test_what_is_far_out_of_reach_is_refused_before_each_sublayer_is_timed(model, clock, cache):
+    space = Space(locate(model), "mlp")
+    with pytest.raises(
+        UsageError, match=r"^a speedup of 9 is far out of reach: .* runs 1\.\d times as fast; ask for less$"
+    ):
+        measure_times(model, WORK, wanted=(space, 9))
+    assert clock == [["dense", "emptiest"]]
+    assert not (cache / "times").exists()
+    measure_times(model, WORK, wanted=(space, 1.2))
+    assert clock[1:] == [["dense", "emptiest"], ["0", "1", "dense"]]
+
+
 def test_they_are_measured_once(model, clock, cache):
     first = measure_times(model, WORK)
     again = measure_times(family("llama").build(num_hidden_layers=6), WORK)

@@ -32,6 +32,7 @@ from .space import Space
 
 DECODED = 32  # new tokens that are really decoded where more are asked about
 MOST_ERROR = 0.02  # of the speedup that is asked for: a noisy machine excuses no more
+FAR = 1.5  # times what one round of the emptiest model shows: more is refused before each sublayer is timed
 MOST_CHANGED = 0.1  # how far the dense model's time may be from the kept one before all are measured anew
 
 
@@ -49,13 +50,19 @@ class SublayerTimes:
 
 
 def measure_times(
-    model: PreTrainedModel, workload: Workload, *, seed: int = 0, progress: Progress = silent
+    model: PreTrainedModel,
+    workload: Workload,
+    *,
+    wanted: tuple[Space, float] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> SublayerTimes:
     """What each sublayer takes, by leaving out half of those that are alike, interleaved with the dense model.
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the dense model
     takes what it took, to a tenth. Of more than 32 new tokens 32 are decoded, and counted as many times as needed.
-    Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
+    Raises `UsageError` for a workload that the model has too few positions for, where the cache cannot be written, and
+    at once where a speedup is `wanted` that skipping all of a space, in one round, is far from.
     """
     structure = locate(model)
     about: dict[str, object] = {"fingerprint": structure.fingerprint, "dtype": str(model.dtype), **asdict(workload)}
@@ -68,6 +75,8 @@ def measure_times(
             return known
         then = f"the dense model took {known.dense_ms:.0f} ms then and takes {now:.0f} ms now"
         warnings.warn(f"the kept times no longer hold: {then}; they are measured anew", stacklevel=2)
+    if wanted:
+        _refuse_far(model, workload, *wanted, seed)
     groups = {str(number): group for number, group in enumerate(_alike(model))}
     halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure))}
     plans = {"dense": Plan(), **halves}
@@ -81,6 +90,17 @@ def measure_times(
     stored = _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each)
     keep(path, sealed(stored.model_dump_json().encode()))
     return times
+
+
+def _refuse_far(model: PreTrainedModel, workload: Workload, space: Space, faster: float, seed: int) -> None:
+    structure, every = locate(model), space.names
+    kept = min(structure.counting, default=None)  # of attentions that count tokens one stays
+    plan = space.plan(name for name in every if name != f"attn.{kept}")
+    took = _compare(model, {"dense": Plan(), "emptiest": plan}, replace(workload, rounds=1), seed)
+    most = took["dense"][0] / took["emptiest"][0]
+    if faster > FAR * most:
+        told = f"a speedup of {faster:g} is far out of reach: without all of it the model runs {most:.1f} times as fast"
+        raise UsageError(f"{told}; ask for less")
 
 
 class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):

@@ -210,7 +210,8 @@ class BudgetChoice:
         if name == "count":
             saving = by_count(space, amount)
         elif name == "speedup":
-            saving = by_speedup(space, measure_times(model, workload, progress=progress), amount)
+            times = measure_times(model, workload, wanted=(space, amount), progress=progress)
+            saving = by_speedup(space, times, amount)
         else:
             saving = by_footprint(model, space, RESOURCES[name], amount)
         return within_limit(saving, limit) if limit else saving
