@@ -5,7 +5,7 @@ Names listed here are public, and those on the documentation's page on the Pytho
 
 from importlib import import_module
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # as type checkers know it; `typing` may be a file of the working folder under python -m
 
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan as choose_plan

@@ -92,10 +92,8 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 
 def _check(dense: DenseModel) -> None:
     config, problem = dense.config, dense.unlike_llama(FAMILIES)
-    if not problem and getattr(config, "head_dim", None) not in (
-        None,
-        config.hidden_size // config.num_attention_heads,
-    ):
+    head = getattr(config, "head_dim", None)
+    if not problem and head not in (None, config.hidden_size // config.num_attention_heads):
         problem = "its heads are not the hidden size divided by their number"
     if problem:
         raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 _LISTS: dict[str, list[str]] = json.loads(files("notall.models").joinpath("prompts.json").read_text(encoding="utf-8"))
-TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS = _LISTS.values()
+NAMES = ("topics", "functions", "sentences", "requests", "openings")
+TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS = (_LISTS[name] for name in NAMES)
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese", "Dutch")
 PEOPLE = ("Anna", "Bruno", "Chloe", "David", "Elif", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kofi", "Lena")
 GOODS = ("pencils", "apples", "tickets", "books", "eggs", "stamps", "bottles", "chairs", "melons", "shirts")
