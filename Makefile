@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
-  engines architectures bench bench-engines lint fix docs notebook screenshots package browser clean
+  engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -14,6 +14,10 @@ VENV_EXECUTORCH := .venv-executorch
 VENV_GPTQ := .venv-gptq
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
 PYTEST := -m pytest -n 2 --dist worksteal -q
+# Of `make fuzz`, some forty minutes.
+SEED := 0
+FILES := 10000
+KILLS := 500
 # Two workers with one thread each: the suite is many small models, and never goes to a network.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # Bytecode is kept, whatever the shell says: what is installed is compiled when it is first imported, and not again by each
@@ -125,6 +129,10 @@ bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure expo
 	done
 	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py --out results/executorch
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
+
+fuzz: setup ## damage files and kill commands from seeds: make fuzz SEED=1 FILES=10000 KILLS=500
+	$(VENV)/bin/python tests/fuzzing.py --seed $(SEED) --count $(FILES)
+	$(VENV)/bin/python tests/killing.py --seed $(SEED) --count $(KILLS)
 
 lint: setup ## check style, types, and that imports point one way
 	$(VENV)/bin/ruff check

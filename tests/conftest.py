@@ -5,6 +5,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: the suite is many small models
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is its own: beside other work, its workers would hardly run
 
 import gc
 import importlib.util

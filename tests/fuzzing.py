@@ -236,7 +236,9 @@ def strict_json(content: bytes) -> Any:
 
 
 FREE = {"provenance", "what", "where", "settings", "versions", "machine", "tasks", "about"}  # hold any keys
-ANY_SIGN = re.compile(r"delta|cosine$|cost$|value|off$|answers|kl|^(attn|mlp)\.")  # a time saved is a difference, too
+ANY_SIGN = re.compile(
+    r"delta|cosine$|cost$|value|^figure$|off$|answers|kl|^(attn|mlp)\."
+)  # a time saved is a difference, too
 
 
 def alike(value: Any, model: Any, name: str = "") -> bool:
@@ -329,7 +331,7 @@ def lines_alike(seen: Seen) -> str | None:
         values.append(value)
     times = TIMES.get(seen.command.partition(" ")[0]) == seen.file
     if "--json" in seen.command and not times and all(value in models for value in values):
-        found, expected = (_untimed(json.loads(each.out)) for each in (seen.ended, seen.before))
+        found, expected = (untimed(json.loads(each.out)) for each in (seen.ended, seen.before))
         if found != expected:
             return "other figures from the same lines"
     return None
@@ -349,14 +351,14 @@ def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     return any(alike(found, form) for form in forms)
 
 
-TIMED = re.compile("ms|speedup|seconds|evaluations|executions|forwards|off$|provenance")
+MEASURED = re.compile("ms|speedup|seconds|evaluations|executions|forwards|off$|provenance")
 
 
-def _untimed(value: Any) -> Any:
+def untimed(value: Any) -> Any:
     """Without what is measured, or counted, anew each time."""
     if isinstance(value, dict):
-        return {name: _untimed(item) for name, item in value.items() if not TIMED.search(name)}
-    return [_untimed(item) for item in value] if isinstance(value, list) else value
+        return {name: untimed(item) for name, item in value.items() if not MEASURED.search(name)}
+    return [untimed(item) for item in value] if isinstance(value, list) else value
 
 
 def plan_as_it_says(seen: Seen) -> str | None:
@@ -808,11 +810,11 @@ def main() -> None:
             print(found.ended.out[-3000:], found.ended.err[-3000:], found.ended.trace, sep="\n")
             return
         asked.out.mkdir(parents=True, exist_ok=True)
-        tell((try_case(case, seeds) for case in cases(asked.count, asked.seed, kinds)), asked.out)
+        sys.exit(tell((try_case(case, seeds) for case in cases(asked.count, asked.seed, kinds)), asked.out))
 
 
-def tell(outcomes: Iterator[Outcome], out: Path) -> None:
-    """Counts by kind, offending files in `out`."""
+def tell(outcomes: Iterator[Outcome], out: Path) -> bool:
+    """Counts by kind, offending files in `out`; whether there are some."""
     counts: dict[str, Counter[str]] = {}
     longest, start, slowest = "", time.monotonic(), 0.0
     for found in outcomes:
@@ -832,6 +834,9 @@ def tell(outcomes: Iterator[Outcome], out: Path) -> None:
         print(f"{kind:24} {sum(by.values()):6}  " + ", ".join(f"{name}: {many}" for name, many in sorted(by.items())))
     print(f"longest message, {len(longest)} letters: {longest}")
     print(f"{time.monotonic() - start:.0f} s in all, at most {slowest:.1f} s a case")
+    return any(
+        name not in ("exit code 0", "exit code 2", f"exit code {MISSED}") for by in counts.values() for name in by
+    )
 
 
 if __name__ == "__main__":

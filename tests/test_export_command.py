@@ -169,6 +169,15 @@ def test_an_export_that_was_not_checked_says_why(run, target, monkeypatch):
         shutil.rmtree("written")
 
 
+def test_a_config_with_an_infinite_number_is_exported_as_it_stood(run):
+    """transformers wrote them so, in older checkpoints."""
+    config = Path("dense/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"not_used": float("inf")}))
+    code, _, err = run("--to", "hf", "--out", "written", "--no-verify")
+    assert code == 0, err
+    assert json.loads(Path("written/config.json").read_text())["not_used"] == float("inf")
+
+
 def test_nemotron_nas_is_a_target(run):
     assert run("--to", "nemotron-nas", "--out", "written", plan=Plan([2]))[0] == 0
 

@@ -1,8 +1,10 @@
 """What is written replaces what had the name, whole, and leaves alone what a link leads to."""
 
 import os
+import platform
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,28 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(write, tmp_path):
     assert (tmp_path / "others").read_text() == "theirs"
     assert not (tmp_path / "out").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["others", "out"]
+
+
+def gone_process():
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
+
+
+@pytest.mark.parametrize("name", ["out", "out[1] é"])
+def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp_path):
+    out, host = tmp_path / name, platform.node()[:16]
+    left, others = f".{name}.{host}.{gone_process()}", [f".{name}.{host}.{os.getppid()}", f".{name}.else.1", ".o.txt"]
+    for hidden in (left, *others):
+        (tmp_path / hidden).write_text("x")
+    files.write_whole(out, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, *others])
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "weights").write_text("x")
+    out.unlink()
+    with files.beside(out) as scratch:
+        scratch.mkdir()
+        assert not (tmp_path / left).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_tables_and_figures_are_written_so():

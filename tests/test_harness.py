@@ -465,6 +465,13 @@ def test_a_folder_without_tasks_is_named(run, tmp_path):
     refused("data holds no task: give a folder with", run, [], ["tiny_choice"], task_path=tmp_path / "data")
 
 
+@pytest.mark.usefixtures("own_tasks_only")
+def test_a_task_without_a_name_is_told(run, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "group.yaml").write_text("group:\ntask: [tiny_choice]\n")
+    refused("a task or group of .*tasks has a name that is no text", run, [], ["x"], task_path=tmp_path / "tasks")
+
+
 @pytest.mark.parametrize(
     "said", ["Couldn't reach 'allenai/ai2_arc' on the Hub (OfflineModeIsEnabled)", "Max retries exceeded with url: /x"]
 )

@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
+import platform
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic_core import from_json
 
 from .errors import UsageError, shortened
@@ -47,10 +51,10 @@ def contents(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def open_to_others(path: Path) -> None:
-    """Let others read a folder or a file that was made for its owner alone, as far as the umask allows."""
+    """Let others read a file that was made for its owner alone, as far as the umask allows."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    path.chmod(0o666 & ~mask)
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,12 +118,31 @@ def keep(path: Path, content: str | bytes) -> None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: what is there already, a link too, is replaced, or stays."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with beside(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name for what is to become `path`, a file or a folder; what is left of it goes, as does that of killed runs."""
+    host = platform.node()[:16].replace(os.sep, "")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*"):
+        owner = left.name.rpartition(".")[2]
+        if owner.isdecimal() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+            _remove(left)
+    partial = path.with_name(f".{path.name}.{host}.{os.getpid()}")
+    try:
+        yield partial
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """notall export: turn a plan into files for engines."""
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ from ..experiments.verdict import Verdict
 from ..exporters import Source, check_export
 from ..exporters import export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
-from ..files import read_json
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
@@ -113,7 +113,7 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
     """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
     manifest, config = read_manifest(out), out / "config.json"
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
-    told = read_json(config.read_text(encoding="utf-8")) if config.is_file() else {}  # a GGUF has types for each tensor
+    told = json.loads(config.read_bytes()) if config.is_file() else {}  # a GGUF has types for each tensor
     dtype = told.get("dtype") or told.get("torch_dtype")
     weights = f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}"
     said = {"Check": str(verdict_of(manifest)), "Weights": weights + (f" in {dtype}" if dtype else "")}

@@ -121,8 +121,13 @@ class TaskShelf:
             refuse_endless(file)  # the harness reads what it finds
         if task_path and not any(file.suffix == ".yaml" for file in files):
             raise UsageError(f"{shortened(task_path)} holds no task: {give}")
-        with quiet():
-            self.manager = TaskManager(include_path=str(task_path) if task_path else None)
+        try:
+            with quiet():
+                self.manager = TaskManager(include_path=str(task_path) if task_path else None)
+        except TypeError:  # it sorts the names
+            raise UsageError(
+                f"a task or group of {shortened(task_path)} has a name that is no text: give it one"
+            ) from None
 
     @classmethod
     def of(cls, tasks: TaskShelf | str | Path | None) -> TaskShelf:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from pydantic import Field
 from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
-from ..files import Settings, write_whole
+from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
@@ -402,8 +401,7 @@ class _Run:
             write_plain(self.engine, of.spec, of.plan, checkpoint, **loading)
             return checkpoint
         plain = self._written(Variant(variant.subject, self.engine.plain))
-        with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
-            partial_one = Path(scratch) / checkpoint.name
+        with beside(checkpoint) as partial_one:
             worker.call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
             partial_one.rename(checkpoint)
         return checkpoint
@@ -472,11 +470,12 @@ class _Run:
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
     """Write the model without what the plan skips, with its weights, plain, as the engine reads it; whole or not."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
-        source = engine.source(spec, Path(scratch))
+    with beside(checkpoint) as scratch:
+        scratch.mkdir()
+        source = engine.source(spec, scratch)
         if plan or source == spec:
             dtype = engine.dtype if engine.plain == engine.dtype else None
-            folder = export(source, plan, engine.target, Path(scratch) / "export", dtype=dtype, verify=False, **loading)
+            folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, verify=False, **loading)
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
         Path(source).rename(checkpoint)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
-from ..files import FULL, Settings, open_to_others
+from ..files import FULL, Settings, beside
 from ..plan import Plan
 from ..plugins import class_named
 from ..progress import Progress, silent
@@ -135,23 +134,20 @@ def check_export(source: Source, plan: Plan, target: str, out: Path) -> None:
 def appearing(out: Path) -> Iterator[Path]:
     """A scratch folder that takes the name `out` in the end, or is removed. Raises `UsageError` where it cannot."""
     check_absent(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another folder") from None
-    try:
-        yield scratch
-        open_to_others(scratch)  # mkdtemp makes folders that only their owner can read
-        os.rename(scratch, out)
-    except OSError as error:
-        if error.errno in FULL:
-            raise UsageError(f"no space left for {out}; free some, or choose another disk") from None
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise UsageError(f"{out} was made by someone else meanwhile; choose another folder") from None
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with beside(out) as scratch:
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another folder") from None
+        try:
+            yield scratch
+            os.rename(scratch, out)
+        except OSError as error:
+            if error.errno in FULL:
+                raise UsageError(f"no space left for {out}; free some, or choose another disk") from None
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise UsageError(f"{out} was made by someone else meanwhile; choose another folder") from None
+            raise
 
 
 def check_absent(out: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import contents, open_to_others, own_file, saving, write_whole
+from ..files import beside, contents, open_to_others, own_file, saving, write_whole
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -347,19 +347,17 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
     """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digest, part = digest_of_tensors(held, notes or {}), path.with_name(f"{path.name}.part")
+    digest = digest_of_tensors(held, notes or {})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with saving():
-            save_file(held, part, {**(notes or {}), DIGEST: digest})
-        open_to_others(part)  # safetensors makes files that only their owner can read
-        part.replace(path)
+        with beside(path) as part:
+            with saving():
+                save_file(held, part, {**(notes or {}), DIGEST: digest})
+            open_to_others(part)  # safetensors makes files that only their owner can read
+            part.replace(path)
     except OSError as error:
         fix = "make room, or choose another folder"
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; {fix}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
     return digest
 
 
