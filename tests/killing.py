@@ -56,6 +56,7 @@ COMMANDS: dict[str, tuple[Make, str]] = {
 TWICE = 0.3  # of the cases are killed as they go on, too
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+AGAIN = ("bench.jsonl", "drafts.jsonl")  # what has ended is measured again, and both are kept
 TABLES = (".html", ".svg", ".png", ".csv", ".md", ".tex")  # hold times
 TIMED_TOO = {"sealed", "predicted", "measured", "memory_bytes", "best", "figure", "here", "high", "low", "verdict"}
 SHARE = {"pareto": 0.1}  # of the cases that others have: its workers take seconds to start
@@ -129,7 +130,8 @@ def without_times(value: Any) -> Any:
 def content(name: str, held: bytes) -> Any:
     """What is to be the same of a file, in a form that can be compared."""
     if name.endswith(".jsonl"):
-        return sorted(json.dumps(without_times(json.loads(line)), sort_keys=True) for line in held.splitlines())
+        lines = [json.dumps(without_times(json.loads(line)), sort_keys=True) for line in held.splitlines()]
+        return sorted(set(lines) if name.endswith(AGAIN) else lines)
     if name.endswith(".json"):
         document = without_times(json.loads(held))
         return sorted(document["files"]) if name.endswith("finished.json") else document  # has digests of what is timed

@@ -422,6 +422,14 @@ def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(tm
             run_heal(tmp_path, **changes)
 
 
+def test_checkpoints_of_a_run_that_was_killed_as_it_ended_go(tmp_path):
+    healed = run_heal(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.safetensors").write_text("x")
+    assert same(run_heal(tmp_path), healed)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_plan_file_in_the_folder_is_no_finished_healing(tmp_path):
     """As where the plan to heal is given from there."""
     PLAN.save(tmp_path / "plan.json")
