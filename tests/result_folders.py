@@ -425,7 +425,8 @@ def write_nasty(folder: Path) -> Path:
     """A sweep in which every text is hostile."""
     records = [one.model_copy(update={"provenance": HOSTILE}) for one in all_records()]
     other = [{"name": NASTY, "value": 1.0, NASTY[:60]: NASTY}, {"name": "=1+1", "value": None}]
-    return write(folder, *records, *samples(NASTY, NASTY), other=other)
+    said = [one.model_copy(update={"provenance": HOSTILE}) for one in samples(NASTY, NASTY)]
+    return write(folder, *records, *said, other=other)
 
 
 def write_nasty_comparison(folder: Path) -> Path:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import notall
+import result_folders
 from api import (
     SEAL,
+    Provenance,
     RefitRecord,
     gguf_copies,
     kept_repair,
@@ -24,6 +26,7 @@ from api import (
     sealed,
     texts_mix,
     unsealed,
+    write_report,
 )
 from api import records_lines as lines
 from command_line import QUICK
@@ -117,6 +120,29 @@ def test_commands_end_with_one_line_and_code_2(run, folders, tmp_path):
         code, _, err = run("eval", dense, "--plan", folder, *QUICK)
         assert (code, err.count("\n")) == (2, 1), err
         assert f"error: {name} of " in err
+
+
+def test_what_is_inspected_is_what_was_written(run, folders, tmp_path):
+    """Weights apart, which it does not read."""
+    folder = shutil.copytree(folders / "hf" / "one", tmp_path / "copy")
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    sound = config.read_bytes()
+    config.write_bytes(sound.replace(b"10000", b"10001", 1))
+    code, _, err = run("inspect", folder)
+    assert (code, "config.json of " in err, "is damaged" in err) == (2, True, True), err
+    config.write_bytes(sound)
+    weights.unlink()
+    code, _, err = run("inspect", folder)
+    assert (code, "lacks model.safetensors" in err) == (2, True), err
+
+
+def test_results_of_another_model_are_not_told_beside_these(tmp_path):
+    other = Provenance(what=result_folders.ABOUT.what | {"revision": "another"}, where={})
+    write_report(result_folders.write_repair(tmp_path), tmp_path / "page.html")
+    (tmp_path / "refits.jsonl").unlink()
+    result_folders.write(tmp_path, *result_folders.refits(), about=other)
+    with pytest.raises(UsageError, match=r"several models \(measured\.jsonl is of tiny, refits\.jsonl is of tiny\)"):
+        write_report(tmp_path, tmp_path / "page.html")
 
 
 def test_an_export_is_what_it_says_also_as_a_plan(folders, tmp_path):

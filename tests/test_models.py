@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from api import UsageError, check_weights, digests, gguf_copies, paper_grid, read_text, score, summarize
+from api import UsageError, check_weights, digests, files, gguf_copies, paper_grid, read_text, score, summarize
 from api import loading as models
 from families import family
 from notall import Plan, locate
@@ -448,7 +448,8 @@ def test_those_who_want_a_copy_at_once_share_it(gguf, monkeypatch):
 
 def test_a_copy_that_was_killed_is_made_again(gguf):
     folder = gguf_copies.converted_folder(gguf)
-    partial = folder.with_name(f"{folder.name}.partial")
+    with files.beside(folder) as partial:
+        pass
     partial.mkdir(parents=True)
     (partial / "config.json").write_text("{")
     (partial / "half of it").touch()

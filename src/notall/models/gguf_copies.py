@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..digests import digest_of_file
 from ..errors import UsageError
-from ..files import cache_folder, saving, unwritable
+from ..files import beside, cache_folder, saving, unwritable
 from ..integrity import check_files, read_manifest, write_manifest
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
@@ -43,15 +43,11 @@ def convert_gguf(gguf: Path) -> Path:
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 logger.info("copying %s, once, to %s", gguf.name, folder)
-                partial = folder.with_name(f"{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-                try:
+                with beside(folder) as partial:
                     _write_plain_copy(gguf, partial)
                     write_manifest(partial, {"copy_of": gguf.name})
                     shutil.rmtree(folder, ignore_errors=True)
                     partial.replace(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno is None:  # not the disk's word but transformers'
             raise

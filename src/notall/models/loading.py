@@ -14,7 +14,7 @@ from transformers.utils import find_adapter_config_file
 from ..digests import digest_of, digest_of_file
 from ..errors import UsageError, expect, nearest, shortened
 from ..files import Settings, contents, expanded, named_weights, read_json, refuse_adapter
-from ..integrity import check_manifest
+from ..integrity import LITTLE, check_manifest
 from ..plan import Plan
 from ..running.skipping import without
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
@@ -74,6 +74,7 @@ def load_empty(
 ) -> PreTrainedModel:
     """The model of a config without weights, in `dtype` or as the checkpoint has it, quantised or not; see `load`."""
     with explained(spec):
+        check_manifest(expanded(spec), most=LITTLE)
         settings = _settings_of_export(spec, revision)
         if settings is None:
             config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)

@@ -63,7 +63,7 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
 
 
 def read_folder(path: Path) -> Folder:
-    """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
+    """Read what is there. Raises `UsageError` where nothing is, a line is malformed, or models are mixed."""
     if path.is_file():
         raise UsageError(f"{path} is a file: give the folder that it lies in")
     if not path.is_dir():
@@ -81,6 +81,13 @@ def read_folder(path: Path) -> Folder:
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         raise UsageError(f"{path} holds no results; {advice}")
+    about = {
+        KINDS[name].file: one.provenance.what for name, held in files.items() for one in held[:1] if one.provenance
+    }
+    models = {(what["model"], what.get("revision")): file for file, what in about.items() if "model" in what}
+    if len(models) > 1:
+        told = ", ".join(f"{file} is of {shortened(str(model))}" for (model, _), file in models.items())
+        raise UsageError(f"{path} holds results of several models ({told}): move those of another one elsewhere")
     return Folder(path, files, foreign)
 
 
