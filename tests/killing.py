@@ -56,7 +56,8 @@ COMMANDS: dict[str, tuple[Make, str]] = {
 TWICE = 0.3  # of the cases are killed as they go on, too
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
-AGAIN = ("bench.jsonl", "drafts.jsonl")  # what has ended is measured again, and both are kept
+# What has ended, or a round that has not, is measured again, and both are kept.
+AGAIN = ("bench.jsonl", "drafts.jsonl", "engine_times.jsonl")
 TABLES = (".html", ".svg", ".png", ".csv", ".md", ".tex")  # hold times
 TIMED_TOO = {"sealed", "predicted", "measured", "memory_bytes", "best", "figure", "here", "high", "low", "verdict"}
 SHARE = {"pareto": 0.1}  # of the cases that others have: its workers take seconds to start

@@ -211,13 +211,16 @@ def test_the_model_and_the_tokenizer_are_left_as_they_were(model, folder):
     assert model(input_ids=tokens).logits.equal(before)
 
 
-def test_progress_reaches_the_end(run):
+def test_tasks_are_told_as_one_count_by_what_they_read(run, folder):
+    """A task is a share of the whole, by the letters of its requests, and the count never goes back."""
     seen = []
     run(PLANS, ["tiny_choice", "tiny_words"], limit=5, progress=lambda *step: seen.append(step))
-    for name, total in (("tiny_choice", 5 * 4), ("tiny_words", 5 * 4)):  # answers; documents times plans
-        steps = [(done, of) for done, of, doing in seen if doing.startswith(name)]
-        assert steps[-1] == (total, total)
-        assert steps == sorted(steps)
+    choice, words = (TaskShelf(folder).build(name, limit=5).tokens for name in ("tiny_choice", "tiny_words"))
+    assert {of for _, of, _ in seen} == {choice + words}
+    steps = [done for done, _, _ in seen]
+    assert steps == sorted(steps)
+    assert max(done for done, _, doing in seen if doing.startswith("tiny_choice")) == choice
+    assert steps[-1] == choice + words
 
 
 # --- what the figures mean --------------------------------------------------------------------------------------------
@@ -466,10 +469,12 @@ def test_a_folder_without_tasks_is_named(run, tmp_path):
 
 
 @pytest.mark.usefixtures("own_tasks_only")
-def test_a_task_without_a_name_is_told(run, tmp_path):
+@pytest.mark.parametrize("others", ["", "other"])
+def test_a_task_without_a_name_is_told(run, tmp_path, others):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "group.yaml").write_text("group:\ntask: [tiny_choice]\n")
-    refused("a task or group of .*tasks has a name that is no text", run, [], ["x"], task_path=tmp_path / "tasks")
+    for name in ("", others):
+        (tmp_path / "tasks" / f"of{name}.yaml").write_text(f"group: {name}\ntask: [tiny_choice]\n")
+    refused("a task of .*tasks has a name that is no text", run, [], ["x"], task_path=tmp_path / "tasks")
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,21 @@ def test_a_bar_says_what_is_done_and_leaves_nothing(terminal, capsys):
     assert shown.endswith("\x1b[2K")  # the line is cleared: nothing stands there when the work is over
 
 
+def test_another_part_of_the_work_is_timed_by_itself(terminal, monkeypatch):
+    """Its pace is not that of the part before, and neither is the time that is left."""
+    bars, made = [], progress_bars.RichProgress
+    monkeypatch.setattr(
+        progress_bars, "RichProgress", lambda *given, **how: bars.append(made(*given, **how)) or bars[0]
+    )
+    with progress_bar() as tell:
+        for done in range(57):
+            tell(done, 56, "refitting")
+        before = bars[0].tasks[0].start_time
+        tell(0, 2, "measuring")
+        assert bars[0].tasks[0].start_time > before
+        assert (bars[0].tasks[0].completed, bars[0].tasks[0].total, bars[0].tasks[0].speed) == (0, 2, None)
+
+
 def test_what_tells_of_no_steps_is_shown_too(terminal, capsys):
     with progress_bar("loading tiny"):
         pass

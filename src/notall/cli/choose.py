@@ -43,8 +43,7 @@ def compare(
     text.check()
     choice = tasks.check(objectives=how.check())
     net, tokenizer = model.load()
-    with progress_bar("reading the text") as progress:
-        batches, held_out, described = text.both(net, tokenizer, seed=run.seed, progress=progress)
+    batches, held_out, described = text.both(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
     timed = workload if workload.rounds else None
     with progress_bar() as progress:

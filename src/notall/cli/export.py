@@ -144,7 +144,7 @@ def _measured(
     card, quality, named = dict[str, str](), None, ""
     if text:
         length = int(min(256, positions_of(net)))
-        batches, described = TextOptions(text, 8, length).windows(net, tokenizer, progress=progress)
+        batches, described = TextOptions(text, 8, length).windows(net, tokenizer)
         dense, *unrepaired, quality = evaluate(net, [Plan(), *plans.values()], batches)
         named = described["text"]
         card |= {

@@ -106,8 +106,7 @@ def similarity(
         refuse_others(Path(f"{out}.csv"), lambda csv: b"layer,kind," in contents(csv), "table of similarities")
     text.check()
     net, tokenizer = model.load()
-    with progress_bar("reading the text") as progress:
-        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
     with progress_bar() as progress:
         found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
     written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []

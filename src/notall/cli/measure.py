@@ -74,8 +74,7 @@ def evaluate(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
-    with progress_bar("reading the text") as progress:
-        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
     windows = text.for_diagnostics(net, tokenizer, run.seed) if diagnostics else None
     with progress_bar() as progress:
         if repair:
@@ -148,9 +147,8 @@ def draft(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     length = how.prompt_tokens + how.generation_tokens
-    with progress_bar("reading the text") as progress:
-        read = TextOptions(text.text, text.sequences, length, 1)
-        windows, described = read.windows(net, tokenizer, seed=run.seed, progress=progress)
+    read = TextOptions(text.text, text.sequences, length, 1)
+    windows, described = read.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=run.seed, progress=progress)
@@ -176,8 +174,7 @@ def sweep(
     check_folder(out, "sweep")
     text.check()
     net, tokenizer = model.load()
-    with progress_bar("reading the text") as progress:
-        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
     with ray.workers(net, model) as workers, progress_bar() as progress:
         records = sweeps.sweep(Subject(net, tokenizer, batches, out, about, run.seed, workers), workload, progress)
@@ -209,8 +206,7 @@ def paper(
     text.check()
     choice = tasks.check()
     net, tokenizer = model.load()
-    with progress_bar("reading the text") as progress:
-        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
     windows = text.for_diagnostics(net, tokenizer, run.seed) if how.diagnostics else ()
     with ray.workers(net, model) as workers, progress_bar() as progress:
@@ -253,8 +249,7 @@ def pareto(
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(words_of(engine.types))
-    with progress_bar("reading the text") as progress:
-        own, others, described = text.both(net, tokenizer, seed=run.seed, progress=progress)
+    own, others, described = text.both(net, tokenizer, seed=run.seed)
     windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"

@@ -28,7 +28,7 @@ from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, nor
 from ..models.load_errors import quiet
 from ..models.mix import origin
 from ..plan import Plan
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, silent
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
@@ -99,7 +99,9 @@ def run_tasks(
         lm = PlansLM(model, tokenizer, plans, folder, batch_size=batch_size, truncate=truncate, progress=progress)
         for job in jobs:
             lm.check(job)
-        return [result for job in jobs for result in evaluate_job(lm, job)]
+        stages = Stages(progress, sum(job.tokens for job in jobs))
+        told = [stages.stage(job.tokens) for job in jobs]
+        return [result for job, lm.progress in zip(jobs, told) for result in evaluate_job(lm, job)]
 
 
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:

@@ -101,6 +101,13 @@ class Job:
     def tasks(self) -> dict[str, Task]:
         return self.loaded["tasks"]
 
+    @property
+    def tokens(self) -> int:
+        """About how many tokens are read in the time that it takes: 25 for each that is generated."""
+        parts = [part for task in self.tasks.values() for request in task.instances for part in request.args]
+        generated = sum(part.get("max_gen_toks", 256) for part in parts if isinstance(part, dict))
+        return 25 * generated + sum(len(part) for part in parts if isinstance(part, str)) // 4
+
     def reported(self) -> dict[str, list[str]]:
         """The rows to report, with the tasks that each is made of: a group that has a mean is one row."""
         group: Group | None = self.loaded["groups"].get(self.name)
@@ -124,10 +131,9 @@ class TaskShelf:
         try:
             with quiet():
                 self.manager = TaskManager(include_path=str(task_path) if task_path else None)
-        except TypeError:  # it sorts the names
-            raise UsageError(
-                f"a task or group of {shortened(task_path)} has a name that is no text: give it one"
-            ) from None
+            "".join(self.manager.all_tasks)
+        except TypeError:
+            raise UsageError(f"a task of {shortened(task_path)} has a name that is no text: give it one") from None
 
     @classmethod
     def of(cls, tasks: TaskShelf | str | Path | None) -> TaskShelf:

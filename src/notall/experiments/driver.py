@@ -267,10 +267,10 @@ def benchmark(
                 asked[name] = job, generates and bool(generating_rows)
         for job, of_few in asked.values():
             model(of_few).check(job)
-        stages = Stages(progress, len(asked))
+        stages = Stages(progress, sum(job.tokens for job, _ in asked.values()))
         for name, (job, of_few) in asked.items():
             lm, before = model(of_few), {record.key for record in known(name)}
-            lm.progress = stages.stage(1)
+            lm.progress = stages.stage(job.tokens)
             answers = evaluate_job(lm, job)
             source = Provenance.of(abouts[name], records=len(answers))
             facts = ((one.score, rows_of[of_few][one.number]) for one in answers)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ..errors import UsageError
 from ..plan import Plan
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
@@ -86,11 +86,12 @@ class Evaluation:
 
         self.progress(0, 1, "reading the tasks")
         jobs = self.tasks.jobs()
-        self.progress(0, 1, "quality on the text")
-        plans = [*self.states.values()]
-        qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], batches))
+        words, asked = sum(batch.numel() for batch in batches), sum(job.tokens for job in jobs)
+        stages, plans = Stages(self.progress, words + asked), [*self.states.values()]
+        read = tracked(batches, "quality on the text", stages.stage(words))
+        qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]
-        scores = self._scores(jobs)
+        scores = self._scores(jobs, stages.stage(asked))
         if self.diagnostics is None:
             return Evaluated(quality, scores, [])
         found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, progress=self.progress)
@@ -114,8 +115,8 @@ class Evaluation:
             keep_scores(self.out, self.states, found.scores, settings)
         return records
 
-    def _scores(self, jobs: Sequence[Job]) -> list[PlanScore]:
-        return judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, self.progress)
+    def _scores(self, jobs: Sequence[Job], progress: Progress) -> list[PlanScore]:
+        return judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, progress)
 
     def _gsm8k(self) -> list[PlanScore]:
         """On a few documents, unless --limit names it; nothing where its data can't be had."""
@@ -124,7 +125,9 @@ class Evaluation:
             return []
         most = min((limits.most if limits else None) or GSM8K_DOCUMENTS, GSM8K_DOCUMENTS)
         try:
-            return self._scores([shelf.build(GSM8K, None, limits.by_task.get(GSM8K, most) if limits else most)])
+            return self._scores(
+                [shelf.build(GSM8K, None, limits.by_task.get(GSM8K, most) if limits else most)], self.progress
+            )
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []

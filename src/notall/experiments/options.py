@@ -18,7 +18,6 @@ from ..integrity import MANIFEST
 from ..models.names import DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
 from ..plan import Plan
-from ..progress import Progress, silent
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
     from ..evaluation.ray_workers import Workers
     from ..evaluation.tasks import Job, Limits, TaskShelf
+    from ..models.texts import Text
 
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
@@ -123,14 +123,13 @@ class TextOptions(PromptOptions):
     batch_size: int = option(4, "windows to run at a time")
 
     def windows(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, progress: Progress = silent
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
     ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
-        from ..models.mix import text_of
         from ..models.texts import token_batches
         from ..structure.model_structure import positions_of
 
-        text = text_of(model, tokenizer, self.text, progress)
+        text = _read(model, tokenizer, self.text)
         size = {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
@@ -151,13 +150,7 @@ class HeldOutOptions(TextOptions):
         check_texts(self.text, self.held_out)
 
     def both(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int = 0,
-        fewer: bool = False,
-        progress: Progress = silent,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
     ) -> tuple[list[Tensor], list[Tensor], Settings]:
         """Batches to calibrate on, batches to measure on, and what they are, for the record.
 
@@ -165,24 +158,30 @@ class HeldOutOptions(TextOptions):
         """
         from torch import cat
 
-        from ..models.mix import text_of
         from ..models.texts import windows_in
 
         count = self.held_out_sequences or self.sequences
         if self.held_out:
-            batches, described = self.windows(model, tokenizer, seed=seed, progress=progress)
+            batches, described = self.windows(model, tokenizer, seed=seed)
             other = replace(self, text=self.held_out, sequences=count)
-            others, about = other.windows(model, tokenizer, seed=seed, progress=progress)
+            others, about = other.windows(model, tokenizer, seed=seed)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
-            fitting = windows_in(tokenizer, text_of(model, tokenizer, self.text, progress), self.length)
+            fitting = windows_in(tokenizer, _read(model, tokenizer, self.text), self.length)
             count = max(0, min(count, fitting - self.sequences))
         every = replace(self, sequences=self.sequences + count)
-        both, described = every.windows(model, tokenizer, seed=seed, progress=progress)
+        both, described = every.windows(model, tokenizer, seed=seed)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
         others = list(rest.split(self.batch_size)) if count else []
         return list(own.split(self.batch_size)), others, described | held_out | {"sequences": self.sequences}
+
+
+def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> Text:
+    from ..models.mix import text_of
+
+    with progress_bar("reading the text") as progress:
+        return text_of(model, tokenizer, source, progress)
 
 
 def check_texts(*sources: str | None) -> None:

@@ -96,8 +96,7 @@ def keep_scores(folder: Path, plans: Mapping[State, Plan], scores: Sequence[Plan
     """Write down what plans score, unless it is there."""
     records = []
     for score in scores:
-        plan = plans[score.model]
-        about = Provenance.of(settings, weights=plan.digest)
+        plan, about = plans[score.model], Provenance.of(settings, weights=plans[score.model].digest)
         records.append(JudgedRecord(**dict(score), plan=plan.unrepaired, provenance=about))
     with lines.lock(folder):
         Ledger(folder, JudgedRecord).renew(records)

@@ -315,7 +315,7 @@ class Search:
         tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
         net, tokenizer = self.model.load()
         among = self.space.of(net)
-        batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True, progress=progress)
+        batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(

@@ -18,7 +18,7 @@ from ..models.mix import text_of
 from ..models.names import USE
 from ..models.texts import token_batches, windows_in
 from ..plan import Plan
-from ..progress import Progress, silent, tracked
+from ..progress import Progress, Stages, silent, tracked
 from ..results import lines
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
@@ -131,14 +131,16 @@ def measure(
     or holds a malformed line.
     """
     found: list[MeasuredRecord] = []
+    stages = Stages(progress, len(texts))
     with lines.lock(folder):
         kept = Ledger(folder, MeasuredRecord)
         for text, batches in texts.items():
             about = {name: about_measured(model, settings, plan, batches) for name, plan in plans.items()}
             lacking = {name: plan for name, plan in plans.items() if (text, name, about[name].key) not in kept}
+            telling = stages.stage(1)
             if lacking:
-                progress(0, 1, f"measuring on {text}")
-                qualities = zip(lacking.items(), evaluate(model, [*lacking.values()], batches))
+                read = tracked(batches, f"measuring on {text}", telling)
+                qualities = zip(lacking.items(), evaluate(model, [*lacking.values()], read))
                 kept.add(
                     *(
                         MeasuredRecord(text=text, model=name, plan=plan, quality=quality, provenance=about[name])

@@ -81,10 +81,8 @@ def read_folder(path: Path) -> Folder:
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         raise UsageError(f"{path} holds no results; {advice}")
-    about = {
-        KINDS[name].file: one.provenance.what for name, held in files.items() for one in held[:1] if one.provenance
-    }
-    models = {(what["model"], what.get("revision")): file for file, what in about.items() if "model" in what}
+    heads = [(KINDS[name].file, held[0].provenance) for name, held in files.items() if held]
+    models = {(one.what["model"], one.what.get("revision")): file for file, one in heads if one and "model" in one.what}
     if len(models) > 1:
         told = ", ".join(f"{file} is of {shortened(str(model))}" for (model, _), file in models.items())
         raise UsageError(f"{path} holds results of several models ({told}): move those of another one elsewhere")

@@ -187,7 +187,13 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
 
     with RichProgress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(fitting(doing), total=None)
-        yield lambda done, total, doing: bar.update(task, completed=done, total=total, description=fitting(doing))
+
+        def tell(done: float, total: float, doing: str) -> None:
+            if done < bar.tasks[0].completed:  # another part of the work, which has a pace of its own
+                bar.reset(task)
+            bar.update(task, completed=done, total=total, description=fitting(doing))
+
+        yield tell
 
 
 @contextmanager

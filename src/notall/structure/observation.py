@@ -495,7 +495,8 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Sl
     declared = _signature(type(trace.layer).forward).items()
     defaults = {name: None if one.default is one.empty else one.default for name, one in declared}
     held = defaults | trace.arguments
-    if name in held and _same(given, held[name]):
+    same = isinstance(given, CONSTANTS) and name in held and type(given) is type(held[name]) and given == held[name]
+    if same or (name in held and given is held[name]):
         return Argument(name, defaults.get(name))
     if isinstance(given, CONSTANTS):
         return given
@@ -504,10 +505,6 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Sl
             return Argument(other, defaults.get(other))
     found = f"{node} is given {name or 'a tensor'} that the layer itself computes"
     raise _unsupported(trace, found, "the layer's own arguments")
-
-
-def _same(given: object, held: object) -> bool:
-    return given is held or (isinstance(given, CONSTANTS) and type(given) is type(held) and given == held)
 
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ...progress import Progress, Stages, silent
 from ..budget import Budget, contiguous_runs
-from ..space import Choice, Skipped, Space, Unit, names_in
+from ..space import Choice, Skipped, Unit, names_in
 from .one_pass import score_cosine
 from .setting import Setting
 
@@ -34,7 +34,9 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
     are, so that what comes back meets the budget.
     """
     cheap = score_cosine(setting) if cheap is None else cheap
-    searches = [_Search(replace(setting, space=space), budget, cheap) for space in _spaces(setting.space)]
+    space = setting.space  # whole blocks are portable sets, which a search among single pairs does not always find
+    spaces = [space, replace(space, kind="block")] if space.by_pairs else [space]
+    searches = [_Search(replace(setting, space=one), budget, cheap) for one in spaces]
     stages = Stages(setting.progress, sum(one.total for one in searches))
     for one in searches:
         one.progress = stages.stage(one.total)
@@ -51,11 +53,6 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
     setting.progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
     setting.evaluator.cost(looking.skipped)  # late it is not known yet
     return Choice(looking.skipped, tuple(looking.order))
-
-
-def _spaces(space: Space) -> list[Space]:
-    """Where to look: whole blocks are portable sets, which a search among single pairs does not always find."""
-    return [space, replace(space, kind="block")] if space.by_pairs else [space]
 
 
 @dataclass
