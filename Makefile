@@ -101,7 +101,7 @@ test-mlx: $(VENV_MLX)/.done
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py tests/test_mixer_exports.py -k 'test_export_nemotron_nas or mlx'
 
 test-executorch: $(VENV_EXECUTORCH)/.done
-	NOTALL_ENGINE=executorch $(TEST_ENV) $(VENV_EXECUTORCH)/bin/python -m pytest -q tests/test_export_executorch.py
+	NOTALL_ENGINE=executorch $(TEST_ENV) $(VENV_EXECUTORCH)/bin/python -m pytest -q tests/test_export_executorch.py tests/test_export_damage.py -k executorch
 
 # On its own: the package is built from source, which takes a compiler and minutes.
 test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ

@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import engines
 from api import Field, GGUFTensor, LlamaCpp, Source, nemotron_nas, silent, target_named
-from families import family
+from families import ROPE_FIELD, family
 from notall import Plan, UsageError
 from tiny_gguf import WORDS, write_gguf
 
+needs_executorch = engines.needs("executorch", "make test-executorch")
 PLAN = Plan([1], [1])  # leaves three layers in the ordinary form
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}
 # By which names each target has two matrices of the first layer.
@@ -29,11 +31,13 @@ DOWN = {
     "hf": "model.layers.0.mlp.down_proj.weight",
     "nemotron-nas": "model.layers.0.mlp.down_proj.weight",
     "gguf": "blk.0.ffn_down.weight",
+    "executorch": "layers.0.feed_forward.w2.weight",
 }
 KEYS = {
     "hf": "model.layers.0.self_attn.k_proj.weight",
     "nemotron-nas": "model.layers.0.self_attn.k_proj.weight",
     "gguf": "blk.0.attn_k.weight",
+    "executorch": "layers.0.attention.wk.weight",
 }
 Made = dict[str, Any]
 
@@ -90,6 +94,10 @@ def damaged(export: Any, target: str, kind: str) -> Any:
         name = f"{export.form}.rope.freq_base"
         export.fields = export.fields | {name: Field(2 * export.fields[name].value, export.fields[name].kind)}
         return export
+    if target == "executorch":  # RoPE is built from the original's config
+        config = copy.deepcopy(export.dense.config)
+        vars(config)[ROPE_FIELD] = with_base(vars(config)[ROPE_FIELD])
+        return replace(export, dense=replace(export.dense, config=config))
     return replace(export, settings=with_base(export.settings))
 
 
@@ -119,13 +127,16 @@ def test_files_that_are_not_what_was_to_be_written_are_refused(target, tmp_path,
                 export.verify(folder)
 
 
-@pytest.mark.slow
-def test_wrong_tensors_and_settings_are_seen_in_what_transformers_answers(tmp_path):
-    with prepared("hf", tmp_path) as export:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "target", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("executorch", marks=needs_executorch)]
+)
+def test_wrong_tensors_and_settings_are_seen_in_what_the_engine_answers(target, tmp_path):
+    with prepared(target, tmp_path) as export:
         sound = export.verify(write(export, tmp_path / "sound"))
         assert sound.difference < sound.most / 3
         for kind in KINDS:
-            wrong = damaged(export, "hf", kind)
+            wrong = damaged(export, target, kind)
             folder = write(wrong, tmp_path / kind)
             with pytest.raises(UsageError, match="answers differently"):
-                wrong.verify(folder)
+                (export if target == "executorch" else wrong).verify(folder)
