@@ -162,7 +162,7 @@ def searched(model: Any, batches: Sequence[Tensor], scorer: TokenScorer, count: 
 
 @torch.inference_mode()
 def scored(model: Any, plans: Sequence[Plan], batches: Sequence[Tensor], scorer: TokenScorer, likeliest: bool) -> float:
-    """CPU seconds of NLL and KL of each of `plans` and of the dense model, as `evaluate` takes them."""
+    """CPU seconds of NLL and KL of each of `plans` and of the original model, as `evaluate` takes them."""
     seconds: list[float] = []
     with timed(seconds):
         replay = Replay(model, [Plan(), *plans])

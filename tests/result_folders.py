@@ -159,7 +159,7 @@ def alone() -> list[LeaveOneOutRecord]:
 
 
 def evaluations(layers: int = LAYERS, batches: int | str = "all") -> list[EvaluationRecord]:
-    """What a search or a comparison evaluated: the dense model, each attention alone, and two together."""
+    """What a search or a comparison evaluated: the original model, each attention alone, and two together."""
     sets = [(), *((f"attn.{i}",) for i in range(layers)), ("attn.1", "attn.2")]
     costs = [1.0, *(1 + 0.1 * i for i in range(layers)), 9.0]
     spent = SearchCost(evaluations=1, executions=2.0, seconds=0.1)
@@ -252,7 +252,7 @@ def looks() -> list[HealRecord]:
 
 
 def benched(variant: str = "attention", weight_bytes: int = 4_000_000, **changes: Any) -> BenchRecord:
-    """The deepest third of a kind, timed beside the dense model; of none of them the dense model alone."""
+    """The deepest third of a kind, timed beside the original model; of none of them the original model alone."""
     plan = deepest(variant, 0.33 * (variant != "dense"))
     skipped = Timed(times=times(1 + 0.33 * FASTER[variant]), footprint=footprint(plan, weight_bytes))
     fields = {
@@ -335,7 +335,7 @@ def claims() -> list[ClaimRecord]:
 
 
 def engines() -> list[ParetoRecord]:
-    """The dense model, quantised, and less four attentions, in an engine."""
+    """The original model, quantised, and less four attentions, in an engine."""
     figures = {"nll_se": 0.1, "bits_per_byte": 0.9, "bits_per_byte_se": 0.01, "delta_bits_se": 0.001, "windows": 8}
     figures |= {"tokens": 512, "memory_bytes": 5_000_000, "rounds": 5, "provenance": ABOUT}
     rows = (

@@ -85,7 +85,7 @@ def results(found: Sequence[Step], columns: Sequence[Column[Step]] = COLUMNS) ->
     lines = "".join(f"{number},{one.quality.delta_nll if one.quality else ''}\n" for number, one in enumerate(found))
     return Section(
         "results",
-        "Every plan beside the dense model",
+        "Every plan beside the original model",
         table=replace(table("results", columns, found), csv=f"step,lost\n{lines}"),
         steps=tuple(range(len(found))),
         note="Differences are paired.",
@@ -101,7 +101,7 @@ def swept(found: Sequence[Step] = (), **more: object) -> Shown:
     figure = Figure(charts_style.on_page(drawn), "quality lost against speed", note="Lower right is better.")
     return Shown(
         message=Message("Without 2 attentions, tiny is faster.", True, "look for a better set", "notall search tiny"),
-        cards=(Card("Dense model", "12.2", "perplexity", "50 ms a token"), Card("Fastest", "1.12×", "", "as fast")),
+        cards=(Card("Original model", "12.2", "perplexity", "50 ms a token"), Card("Fastest", "1.12×", "", "as fast")),
         steps=tuple(found),
         first=min(4, len(found) - 1),
         sections=(Section("tradeoff", "Quality against measured speed", (figure,)), results(found)),

@@ -245,7 +245,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None, **opti
 
 
 def static_cache_works(model: PreTrainedModel) -> bool:
-    """Whether the dense model runs with a static cache, and says the same as without."""
+    """Whether the original model runs with a static cache, and says the same as without."""
     try:
         _, scores = generate(model, *prompt(False), cache_implementation="static")
     except (ValueError, RuntimeError, TypeError, AttributeError, LookupError):

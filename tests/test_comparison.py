@@ -195,7 +195,7 @@ def test_the_table_has_a_part_for_each_budget_and_the_best_first(compared):
 
 
 def test_each_choice_stands_beside_the_best_of_as_many(model, compared):
-    """Paired by window, by hand: what both lose over the dense model is of no account."""
+    """Paired by window, by hand: what both lose over the original model is of no account."""
     _, records = compared
     for (space, count), group in groups_of(records).items():
         best, *others = sorted(group, key=lambda record: record.quality.delta_nll)

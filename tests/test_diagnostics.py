@@ -106,7 +106,7 @@ def test_a_passkey_is_found_where_greedy_decoding_says_it(model, monkeypatch):
 
 def test_writing_is_compared_with_the_dense_model_s(model):
     found = by_name(check_writing(model, [Plan(), *PLANS], WINDOWS, 12))
-    assert found["tokens as dense", 0].value == found["length written", 0].value  # the dense model beside itself
+    assert found["tokens as dense", 0].value == found["length written", 0].value  # the original model beside itself
     texts = []
     for plan in (Plan(), *PLANS):
         with skip(model, plan):

@@ -95,7 +95,7 @@ def test_there_is_no_draft_of_a_model_that_is_being_skipped(model):
         draft_model(model, PLAN)
 
 
-# --- the text of the dense model --------------------------------------------------------------------------------------
+# --- the text of the original model ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_sampled_text_is_drawn_from_the_whole_distribution(model):
 
 @torch.no_grad()
 def really_draft(model, draft, prompt, new, drafted):
-    """Draft so many tokens, one by one and without a cache; verify; keep what the dense model says. Counts rounds."""
+    """Draft so many tokens, one by one and without a cache; verify; keep what the original says. Counts rounds."""
     said, counted, accepted = prompt, 0, []
     while (left := new - (said.shape[1] - prompt.shape[1])) > 0:
         tried = said
@@ -214,7 +214,7 @@ class Table(nn.Module):
 
 
 def every_text():
-    """Each text behind the token 0, as often as the dense model says it of 256 times."""
+    """Each text behind the token 0, as often as the original model says it of 256 times."""
     for text in itertools.product(WORDS, repeat=LENGTH):
         chance = math.prod(P[before, word].item() for before, word in zip((0, *text), text))
         yield from [text] * round(256 * chance)

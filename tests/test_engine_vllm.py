@@ -38,7 +38,7 @@ CHANGED = {
 
 @pytest.fixture
 def written(tmp_path):
-    """A function that exports a tiny model with a tokenizer: the dense model and the folder."""
+    """A function that exports a tiny model with a tokenizer: the original model and the folder."""
 
     def write(name, plan, target="hf", **changes):
         model = family(name).build(**SIZES | changes)

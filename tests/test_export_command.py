@@ -79,7 +79,7 @@ def test_each_export_says_at_the_terminal_by_what_it_was_checked(run):
         out,
         re.M,
     )
-    assert re.search(r"^Weights: [\d.]+ KiB, 79% of the dense model's [\d.]+ KiB in float32$", out, re.M)
+    assert re.search(r"^Weights: [\d.]+ KiB, 79% of the original model's [\d.]+ KiB in float32$", out, re.M)
     assert re.search(r"^Next:    notall generate checked '.*'$", out, re.M)
     assert out.endswith("\nServe:   vllm serve checked\n")
     verified = json.loads(Path("checked/notall.json").read_text())["verified"]
@@ -123,7 +123,7 @@ def test_weights_are_written_in_another_dtype_that_is_asked_for(run, target, pla
     manifest = json.loads(Path("half/notall.json").read_text())
     assert manifest["weight_bytes"]["written"] * 2 == sum(4 * weight.numel() for weight in own.values())
     own_bytes = json.loads(Path("own/notall.json").read_text())["weight_bytes"]["dense"]
-    assert manifest["weight_bytes"]["dense"] * 2 == own_bytes  # as the dense model would be in that dtype
+    assert manifest["weight_bytes"]["dense"] * 2 == own_bytes  # as the original model would be in that dtype
     if target == "hf":
         assert "difference" in manifest["verified"]
     assert run("--to", target, "--out", "same", "--dtype", "float32", plan=plan)[0] == 0

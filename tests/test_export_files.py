@@ -30,7 +30,7 @@ MIXED = Plan([0, 3], [1])
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """The folder of a dense model, as one would fetch it from a hub: weights, tokenizer, licence, pickles."""
+    """The folder of an original model, as one would fetch it from a hub: weights, tokenizer, licence, pickles."""
     folder = tmp_path_factory.mktemp("dense") / "tiny-llama"
     family("llama").build().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
@@ -303,7 +303,7 @@ def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch, more):
 
 @pytest.fixture
 def damaged(dense, tmp_path):
-    """A function that exports the dense model with its weights file changed."""
+    """A function that exports the original model with its weights file changed."""
 
     def run(change):
         folder = tmp_path / "damaged"
@@ -395,7 +395,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 @pytest.fixture
 def shards(dense, tmp_path):
-    """A copy of the dense model in shards, and the index of them."""
+    """A copy of the original model in shards, and the index of them."""
     folder = tmp_path / "shards"
     folder.mkdir()
     shutil.copyfile(dense / "config.json", folder / "config.json")
@@ -418,7 +418,7 @@ def assert_same_weights(found, expected):
 
 @pytest.fixture
 def beside(dense, tmp_path):
-    """A copy of the dense model, to lay things beside."""
+    """A copy of the original model, to lay things beside."""
     return Path(shutil.copytree(dense, tmp_path / "beside"))
 
 

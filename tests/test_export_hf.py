@@ -53,7 +53,7 @@ def _modules_of_checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """A function from a family's name and a plan's to its dense model and the folder of its export, written once."""
+    """A function from a family's name and a plan's to its original model and the folder of its export, written once."""
     known = {}
 
     def write(name, plan_name):
@@ -227,7 +227,7 @@ def test_the_card_shows_how_to_load_it_and_that_runs(tmp_path, monkeypatch, caps
 
 @each_form
 def test_stock_transformers_refuses_the_regrouped_form(exported, name, monkeypatch):
-    """Their bug: `model_type: llama` loads as a dense model, with random weights for what was left out."""
+    """Their bug: `model_type: llama` loads as an original model, with random weights for what was left out."""
     folder = exported(name, "mixed")[1]
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # other tests register the form in this process
     with pytest.raises(ValueError, match=r"notall_|trust_remote_code"):

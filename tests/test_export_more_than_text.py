@@ -71,7 +71,7 @@ def test_gemma_4_is_cut_where_its_layers_share_nothing(tmp_path) -> None:
 
 @torch.no_grad()
 def test_what_was_cut_sees_as_it_did(tmp_path) -> None:
-    """With an image: as the dense model whose text part skips the plan."""
+    """With an image: as the original model whose text part skips the plan."""
     one = family("llava (text part)")
     sizes = {"image_token_index": IMAGE, "vision_feature_layer": -1}
     one.build(**sizes).save_pretrained(tmp_path / "dense")

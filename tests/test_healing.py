@@ -1,4 +1,4 @@
-"""A healed plan is nearer to the dense model, which stays as it is, and goes on where it was killed."""
+"""A healed plan is nearer to the original model, which stays as it is, and goes on where it was killed."""
 
 from __future__ import annotations
 

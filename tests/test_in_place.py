@@ -220,7 +220,7 @@ def test_what_is_removed_is_what_is_skipped(name: str, tmp_path: Any) -> None:
     assert relative_error(cached(model, tokens[0], None)[0], expected[1]) < EXACT
     assert sum(p.numel() for p in model.parameters()) == weights - freed > 0
     if name == "gemma4_text":
-        with pytest.raises(UsageError, match="keep the dense checkpoint"):
+        with pytest.raises(UsageError, match="keep the original checkpoint"):
             model.save_pretrained(tmp_path)
         with pytest.raises(UnsupportedModel, match="removed from this model for good"):
             locate(model)
@@ -245,7 +245,7 @@ def test_an_export_without_whole_layers_is_exact(name: str, tmp_path: Any) -> No
 def test_layers_that_a_list_by_index_tells_are_not_saved_wrong(tmp_path: Any) -> None:
     model = family("qwen4_exp_text (n-grams)").build()
     remove(model, Plan([0]))
-    with pytest.raises(UsageError, match="keep the dense checkpoint"):
+    with pytest.raises(UsageError, match="keep the original checkpoint"):
         model.save_pretrained(tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_eval_leaves_with_3_where_too_little_is_kept(run, model):
     assert code == 3, err
     told = " ".join(out.split())
     assert "Missed a recovery of 0.95 on 1 of 1 scores: answers (first choices) lost, 0." in told
-    assert "less than 0.95 of the dense model's score is kept on answers" in told
+    assert "less than 0.95 of the original model's score is kept on answers" in told
     code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
     told = json.loads(out)
     assert (code, told["verdict"]["missed"]) == (0, None)
@@ -97,7 +97,7 @@ def test_eval_keeps_what_it_scored_for_a_report(run, model, tmp_path):
     (score,) = read(tmp_path / "kept" / JudgedRecord.file, JudgedRecord)
     assert (score.task, score.plan) == ("answers", Plan(mlp=[5]))
     assert run("report", tmp_path / "kept", "-o", tmp_path / "page.html")[0] == 0
-    assert "What is kept of what the dense model can do" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "What is kept of what the original model can do" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_page_shows_the_scores_of_the_plan_that_it_tells_of(run, model, tmp_path):
@@ -107,7 +107,7 @@ def test_a_page_shows_the_scores_of_the_plan_that_it_tells_of(run, model, tmp_pa
     for count, shown in ((2, False), (1, True)):  # the second is not judged
         assert run(*words, "--skip", f"attention:{count}")[0] == 0
         assert run("report", tmp_path / "plan.search", "-o", page)[0] == 0
-        assert ("What is kept of what the dense model can do" in page.read_text(encoding="utf-8")) == shown
+        assert ("What is kept of what the original model can do" in page.read_text(encoding="utf-8")) == shown
         (tmp_path / "plan.search" / SearchRecord.file).unlink()
 
 
@@ -193,7 +193,7 @@ def test_what_is_kept_before_and_after_is_told_and_kept(run, model, plan, tmp_pa
     assert (out / JudgedRecord.file).read_text(encoding="utf-8").count("\n") == 2  # the same is written once
     page = tmp_path / "page.html"
     assert run("report", out, "-o", page)[0] == 0
-    assert "What is kept of what the dense model can do" in page.read_text(encoding="utf-8")
+    assert "What is kept of what the original model can do" in page.read_text(encoding="utf-8")
 
 
 def test_an_export_says_what_it_keeps(run, model, plan, tmp_path):
@@ -222,7 +222,7 @@ def test_a_plan_that_loses_a_task_is_of_no_use_however_it_reads():
     assert "kept on passkey_256" in plain.judged([score(0.4, 0.8)]).said
     assert plain.judged([score(0.9, 1.0)]).usable  # inconclusive
     assert kept_in_words([score(0.4, 0.8), score(0.9, 1.0), score(0.96, 1)]) == (
-        "Recovery: 1 of 3 scores keep 0.95 of the dense model's, 1 lost, 1 inconclusive."
+        "Recovery: 1 of 3 scores keep 0.95 of the original model's, 1 lost, 1 inconclusive."
     )
     assert plain.judged([score(0.9, 1.0)], 0.95).missed.startswith("a recovery of 0.95 on 1 of 1 scores: passkey_256")
 

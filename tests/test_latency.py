@@ -112,7 +112,7 @@ def test_they_are_measured_once(model, clock, cache):
 
 
 def test_times_that_no_longer_hold_are_measured_anew_with_a_word(model, clock, monkeypatch):
-    """The dense model takes 74 ms, and 12 of its sublayers 3 or 4 each."""
+    """The original model takes 74 ms, and 12 of its sublayers 3 or 4 each."""
     first = measure_times(model, WORK)
     monkeypatch.setitem(EACH, "mlp", (4.0, 0.1))  # 80 ms: less than a tenth more
     assert measure_times(model, WORK) == first

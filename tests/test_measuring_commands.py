@@ -103,7 +103,7 @@ def test_a_bench_ends_with_what_a_whole_answer_takes(run, folder, tmp_path):
         one.times.prefill_ms.median + 2 * one.times.decode_ms_per_token.median for one in (record.dense, record.skipped)
     )
     assert (
-        f"take {skipped:,.0f} ms, where the dense model takes {dense:,.0f}: {dense / skipped:.2f} times as fast"
+        f"take {skipped:,.0f} ms, where the original model takes {dense:,.0f}: {dense / skipped:.2f} times as fast"
         in " ".join(told.split())
     )
     assert "Without" not in run("bench", folder, *FAST)[1]

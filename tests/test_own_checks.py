@@ -275,7 +275,7 @@ def test_the_worst_of_a_plans_last_state_decides():
     assert short_of(skipped + kept, 0.96) == f"a recovery of 0.96 on 1 of 2 scores: {said}"
     assert short_of(skipped, 0.95).count("lost") == 2
     unknown = kept[0].model_copy(update={"recovery": None, "value": 0.0, "delta": 0.0})
-    assert "a (found) inconclusive, as the dense model scores 0.00" in short_of([unknown], 0.5)
+    assert "a (found) inconclusive, as the original model scores 0.00" in short_of([unknown], 0.5)
     length = kept[0].model_copy(update={"recovery": None, "higher_is_better": None})
     assert short_of([*kept, length], 0.95) is None
     assert short_of([length], 0.95) == "a recovery of 0.95: no task has a score of which more is better"

@@ -124,7 +124,7 @@ def test_exports_of_every_family_are_opened(name, tmp_path):
 
 
 def test_what_an_export_skips_further_is_what_the_dense_model_skips_at_once(dense, exported):
-    """Evaluated with shared prefixes, and run: attn.2 of the export is attn.1 of the dense model, and so on."""
+    """Evaluated with shared prefixes, and run: attn.2 of the export is attn.1 of the original model, and so on."""
     first, more = Plan([2], [3]), Plan([4], [1])
     model, _ = notall.load(exported("hf", first), dtype="float32")
     names = [part.name for part in notall.load(dense, dtype="float32") and locate(notall.load(dense)[0]).sublayers]
@@ -168,7 +168,7 @@ def test_every_command_takes_an_export(run, exported, tmp_path, target):
     assert run("generate", folder, "hello", "--plan", plan, "--max-new-tokens", "2", "--dtype", "float32")[0] == 0
     code, _, err = run("export", folder, "--plan", plan, "--to", "hf", "--out", tmp_path / "again")
     assert code == 2
-    assert err.endswith("is an export already: give the dense model, and a plan that skips what both skip\n")
+    assert err.endswith("is an export already: give the original model, and a plan that skips what both skip\n")
 
 
 def test_what_a_load_would_fill_with_random_weights_is_not_saved(exported, tmp_path):
@@ -243,7 +243,7 @@ def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):
     for command in (["inspect", folder], ["generate", folder, "hello"]):
         code, _, err = run(*command)
         assert code == 2
-        assert "export it anew from the dense model" in err
+        assert "export it anew from the original model" in err
         assert err.count("\n") == 1
 
 

@@ -50,6 +50,13 @@ def test_a_log_is_told_also_while_a_step_goes_on(monkeypatch, capsys):
     assert lines.count("25% after 0:00:00: measuring") > 1
 
 
+def test_of_bars_in_bars_the_one_that_has_begun_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(progress_bars, "SILENT", 0.05)
+    with progress_bar(), progress_bar("reading"):
+        time.sleep(0.3)
+    assert set(capsys.readouterr().err.splitlines()) == {"0% after 0:00:00: reading"}
+
+
 def test_stages_nest():
     seen = []
     outer = Stages(lambda *state: seen.append(state[:2]), 8)

@@ -142,7 +142,7 @@ def test_an_export_that_cannot_be_run_here_holds_the_same_bits_and_says_so(kind,
     monkeypatch.setattr(exporters_dense, "why_not_here", lambda told: "no kernels here")
     export(dense, PORTABLE, "hf", out)
     verdict = verdict_of(read_manifest(out))
-    assert verdict == NotVerified("no kernels here; each tensor is the dense model's, bit for bit")
+    assert verdict == NotVerified("no kernels here; each tensor is the original model's, bit for bit")
     before, after = tensors_of(dense), tensors_of(out)
     expected = {new: before[name] for name in before if (new := moved_by_hand(name))}
     assert after.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Recovery: the share of the dense model's score that is kept, and whether its interval says so."""
+"""Recovery: the share of the original model's score that is kept, and whether its interval says so."""
 
 import math
 import random
@@ -13,7 +13,7 @@ def of(ours, theirs):
 
 
 def pairs(draw, items, dense, share):
-    """Right and wrong answers to items: the dense model's, and those of a plan that keeps `share` of its score."""
+    """Right and wrong answers to items: the original model's, and those of a plan that keeps `share` of its score."""
     gained = 0.1
     kept = share - (1 - dense) * gained / dense
     theirs = [float(draw.random() < dense) for _ in range(items)]
@@ -42,7 +42,7 @@ def test_other_values_have_an_interval_that_holds():
 
 
 def test_bonett_and_price_by_hand():
-    """13 of 15 found where the dense model finds all: their formula, written out."""
+    """13 of 15 found where the original model finds all: their formula, written out."""
     n11, n10, n01 = 13, 2, 0
     n = n11 + n10 + n01
     a = math.sqrt((n10 + n01 + 2) / ((n11 + n01 + 1) * (n11 + n10 + 1)))

@@ -118,7 +118,7 @@ def test_replaceme_is_its_formula(model):
 
 
 def test_replaceme_folds_over_gaps_of_sublayers(model):
-    """Before attn.1 stands mlp.0; before mlp.2, attn.2; each gap is measured on the dense model."""
+    """Before attn.1 stands mlp.0; before mlp.2, attn.2; each gap is measured on the original model."""
     repaired, seen = replaceme(model, MIXED, BATCHES), streams(model)
     assert repaired.weights.keys() == {
         "model.layers.0.mlp.down_proj.weight",

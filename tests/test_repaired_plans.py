@@ -1,4 +1,4 @@
-"""A plan with weights runs, and is exported, as what it keeps with those weights; the dense model keeps its own."""
+"""A plan with weights runs, and is exported, as what it keeps with those weights; the original model keeps its own."""
 
 from __future__ import annotations
 
@@ -379,7 +379,7 @@ def test_the_manifest_and_the_card_say_what_is_skipped_and_what_made_the_weights
         assert [text["text"] for text in steps[0]["texts"]] == ["a book", "pages"]
         assert said["repair"]["weights"] == plan.digest
         assert "refit in closed form on 16 windows of 12 tokens of a book and of pages" in card
-        assert ("then trained to say what the dense model says on 4 windows" in card) == (number > 1)
+        assert ("then trained to say what the original model says on 4 windows" in card) == (number > 1)
         refits = said["repair"]["refits"]
         assert [refit["left"] for refit in refits] == ([refit.left for refit in found.refits] if number < 2 else [])
         best = next(refit for refit in found.refits if refit.ridge is not None)

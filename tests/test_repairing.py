@@ -1,4 +1,4 @@
-"""A repair is what its slow twin comes to, leaves the dense model alone, and goes on where it was stopped."""
+"""A repair is what its slow twin comes to, leaves the original model alone, and goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_model_that_is_skipping_is_refused():
         repair(model, Plan([1]), TEXTS)
 
 
-# --- the dense model stays as it is -----------------------------------------------------------------------------------
+# --- the original model stays as it is -------------------------------------------------------------------------------
 
 
 def parameters(model):

@@ -76,8 +76,9 @@ def test_every_part_is_there_in_its_order(page):
     assert list(data["specs"]) == ["map", "savings", "similarity", "tradeoff"]
     assert data["followers"] == ["savings", "tradeoff"]
     assert headings(page) == [
-        *("Dense model", "Fastest", "The model, plan by plan", "Quality against measured speed"),
-        *("Every plan beside the dense model", "How much each layer changes", "What they say", "Where this comes from"),
+        *("Original model", "Fastest", "The model, plan by plan", "Quality against measured speed"),
+        *("Every plan beside the original model", "How much each layer changes"),
+        *("What they say", "Where this comes from"),
     ]
     assert len(data["plans"]) == 19
     assert data["plans"][4] == {
@@ -127,7 +128,7 @@ def test_savings_are_shares_of_the_dense_model(page):
 
 
 def test_what_a_step_lacks_has_no_bar():
-    step = Step("a", Plan((1,)), footprint=shown_pages.DENSE)  # of a dense model nothing is known
+    step = Step("a", Plan((1,)), footprint=shown_pages.DENSE)  # of an original model nothing is known
     page = render(shown_pages.folder(Path("f")), [Shown(steps=(step,))])
     assert list(data_of(page)["specs"]) == ["map"]
     left = shown_pages.DENSE.model_copy(update={"state_bytes": 50})

@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself is drawn from its own distributions, and once."""
+"""Text that the original model writes itself is drawn from its own distributions, and once."""
 
 from __future__ import annotations
 

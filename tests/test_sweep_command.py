@@ -29,7 +29,7 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     assert [row["variant"] for row in table] == variants
     assert [float(row["delta_nll"]) for row in table] == [one.quality.delta_nll for one in records]
     markdown = (out / "table.md").read_text(encoding="utf-8")
-    assert "tiny without its deepest attentions, MLPs or blocks, beside the dense model" in markdown
+    assert "tiny without its deepest attentions, MLPs or blocks, beside the original model" in markdown
     assert sum(line.startswith("| ") for line in markdown.splitlines()) == 19 + 2
     latex = (out / "table.tex").read_text(encoding="utf-8")
     assert latex.count(" \\\\\n") == 19 + 1

@@ -161,7 +161,7 @@ TABLES: dict[str, tuple[Table, tuple[str, ...]]] = {
     ),
     "search": (
         table("title", SEARCH_COLUMNS, [CHOSEN.model_copy(update={"quality": None, "check": None})]),
-        ("chosen", "objective on its text", "dense model's objective", "search finished"),
+        ("chosen", "objective on its text", "original model's objective", "search finished"),
     ),
     "search --speedup": (table("title", SEARCH_COLUMNS, large(CHOSEN)), ("chosen", "NLL added", "measured speedup")),
 }

@@ -56,7 +56,7 @@ def in_float64(output):
 
 @torch.no_grad()
 def slow(found, model, *, projection_in_float64=True):
-    """Of the dense model and of the plan: log-probabilities of each token but the last, (tokens, vocabulary)."""
+    """Of the original model and of the plan: log-probabilities of each token but the last, (tokens, vocabulary)."""
     answers = []
     for plan in (Plan(), PLAN):
         with silenced(model, found, plan.attention, plan.mlp):
@@ -77,7 +77,7 @@ def dense_rows(model):
 
 @torch.inference_mode()
 def fast(model, scorer=None):
-    """Of the dense model, then of the plan."""
+    """Of the original model, then of the plan."""
     scorer, scores, dense = scorer or TokenScorer(model), [], None
     for _, hidden in Replay(model, [Plan(), PLAN]).hidden_states(record(model, input_ids=IDS)):
         rows = hidden[:, :-1].flatten(0, 1)

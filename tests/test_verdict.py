@@ -123,7 +123,7 @@ def test_what_missed_a_budget_leaves_with_3_and_a_word(model, capsys, as_json):
 
 def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told(model):
     (line,) = Verdict.on(model, Plan(), quality(0.0, 1.0), "book.txt").lines()
-    assert line == "Nothing is left out: this is the dense model."
+    assert line == "Nothing is left out: this is the original model."
     *_, line = replace(Verdict.on(model, PLAN), late=True).lines()
     assert line == "The time was up before the search was done: with more --max-minutes it may find better."
 
@@ -235,7 +235,7 @@ def test_search_and_eval_end_with_a_verdict_on_text_that_was_not_chosen_by(run, 
 def test_after_a_search_that_left_out_nothing_comes_one_that_asks_for_less(run, folder, tmp_path):
     none = ["search", folder, "--max-nll", "0", "--max-minutes", "0", "-o", tmp_path / "none.json", *QUICK, "--json"]
     verdict = verdict_in(run(*none)[1])
-    assert verdict["said"].startswith("Nothing is left out: this is the dense model. The time was up ")
+    assert verdict["said"].startswith("Nothing is left out: this is the original model. The time was up ")
     asked = shlex.split(verdict["next"])
     assert asked[1:3] == ["search", str(folder)]
     assert asked[asked.index("--max-nll") + 1] == "0.1"

@@ -192,7 +192,7 @@ def measure(dense: Path, draft: Path, prompts: list[list[int]], given: argparse.
 
 
 def exports(given: argparse.Namespace, plan: notall.Plan, folder: Path) -> tuple[Path, Path]:
-    """The dense model and the draft, as the engine takes them."""
+    """The original model and the draft, as the engine takes them."""
     if given.engine == "vllm":
         dense = notall.export(given.model, notall.Plan(), "hf", folder / "dense", verify=False)
         return dense, notall.export(given.model, plan, "hf", folder / "draft", verify=False)

@@ -3,7 +3,7 @@
     python benchmarks/engines/executorch_programs.py --out DIR [--rounds 15] [--threads 2]   # an hour of one core
     python benchmarks/engines/executorch_programs.py --out /tmp/look --sets b4 --windows 8 --rounds 3   # a look
 
-In an environment with ExecuTorch (`make .venv-executorch/.done`). Of the dense model, of each set as it is and repaired
+In an environment with ExecuTorch (`make .venv-executorch/.done`). Of the original, of each set as it is and repaired
 on the mix, and of a stock model of as many layers as blocks leave: the first ones, with fewer `num_hidden_layers`. Each
 program is held against the skipped model in float32, by logits of a prompt and of a token and by 64 greedy tokens.
 Then they are timed in one process: in each round all are asked in turn, forwards and then backwards. Ratios are the

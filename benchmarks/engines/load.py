@@ -1,9 +1,9 @@
-"""The dense model and an export on vLLM's OpenAI server, with many requests at once: does it hold, and how fast is it?
+"""The original and an export on vLLM's OpenAI server, with many requests at once: does it hold, and how fast is it?
 
 Each server in turn gets `--requests` requests, `--at-once` of them at a time: completions, chats and streams, all of
 `--new` tokens. Among them come requests that are malformed, which must be refused and harm nobody, and clients that
 hang up. Then no request may be left and every block of the KV cache must be free; and the answers of the export must
-have the form of the dense model's. The last line is JSON; the exit code is 1 where anything of that does not hold.
+have the form of the original model's. The last line is JSON; the exit code is 1 where anything of that does not hold.
 
     python benchmarks/engines/load.py --vllm-python .venv-vllm/bin/python [--requests 200] [--at-once 16] [--new 32]
 """
@@ -254,7 +254,7 @@ def wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def compared(found: dict[str, Held]) -> list[str]:
-    """What is wrong with each, and where answers have another form than the dense model's."""
+    """What is wrong with each, and where answers have another form than the original model's."""
     faults = [f"{name}: {fault}" for name, held in found.items() for fault in held.faults]
     dense = found["dense"].forms
     return faults + [

@@ -3,7 +3,7 @@
 Four models: dense; 33 % of the attentions left out; 33 % of the blocks; a portable plan of as many sublayers as the
 blocks. `stock` is a checkpoint of transformers' own with as many layers as the last two: they should be as fast.
 Each runs in a process of its own; in every round all are asked in turn, so that what disturbs one disturbs the others.
-Speedups are over the dense model: median [quartiles] (ideal). The last line is JSON.
+Speedups are over the original model: median [quartiles] (ideal). The last line is JSON.
 
     python benchmarks/engines/measure.py [--engines transformers,llama.cpp] [--rounds 7] [--prompt 128] [--new 16]
 """
@@ -149,7 +149,7 @@ def measure(
 
 
 def paired(dense: Running, model: Running, what: str) -> list[float]:
-    """The speedup over the dense model, by round: lower quartile, median, upper quartile."""
+    """The speedup over the original model, by round: lower quartile, median, upper quartile."""
     ratios = [before[what] / after[what] for before, after in zip(dense.timings, model.timings)]
     return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
 

@@ -3,10 +3,10 @@
     python benchmarks/engines/workloads.py --engine llama.cpp --out DIR [--model smollm2] [--lengths 128 2048 8064]
     python benchmarks/engines/workloads.py --engine vllm --vllm-python .venv-vllm/bin/python --out DIR
 
-The dense model, and what is left without a quarter of its attentions, of its MLPs, and of its blocks: the deepest but
+The original, and what is left without a quarter of its attentions, of its MLPs, and of its blocks: the deepest but
 the last (which ones they are makes no difference to a time). Beside them quantised ones: `--also dense:Q8_0`. Each runs
 in a process of its own; in every round all are asked in turn, forwards and then backwards. `first` is the time until
-all sequences have their first token, `step` that of a token of all of them. Speedups are over the dense model by round:
+all sequences have their first token, `step` that of a token of all of them. Speedups are over the original by round:
 median [quartiles]. A cell that is in DIR is taken as it is.
 """
 

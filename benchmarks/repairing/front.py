@@ -6,7 +6,7 @@
     python benchmarks/repairing/front.py --data DATA --speeds                        # last, alone again
 
 What is skipped is chosen as it is, by KL; what is repaired is chosen by the KL that a cheap repair leaves. Both go by
-what each sublayer takes of decoding. The speeds told are measured, all plans in turn with the dense model, with the
+what each sublayer takes of decoding. The speeds told are measured, all plans in turn with the original model, with the
 weights that they have then. Texts are those of methods.py beside this. Called again with the same --out, it goes on.
 """
 
@@ -71,7 +71,7 @@ class Measured(Quality):
 
 
 class Speed(Fact):
-    """How fast a plan decodes: the speedup's median and quartiles; `weights` is the share of the dense model's."""
+    """How fast a plan decodes: the speedup's median and quartiles; `weights` is the share of the original model's."""
 
     faster: float
     chosen: str
@@ -98,7 +98,7 @@ SPEEDS: tuple[Column[Speed], ...] = (
     number("speedup", lambda row: row.speedup),
     number("lower quartile", lambda row: row.lower_quartile),
     number("upper quartile", lambda row: row.upper_quartile),
-    number("of the dense model's weights", lambda row: row.weights),
+    number("of the original model's weights", lambda row: row.weights),
 )
 
 
@@ -236,7 +236,7 @@ class Front:
 
 
 def speeds(model: Any, made: dict[float, dict[str, Plan]], rounds: int) -> list[Speed]:
-    """How fast each plan decodes, in turn with the dense model: as it is chosen, or with its repaired weights."""
+    """How fast each plan decodes, in turn with the original model: as it is chosen, or with its repaired weights."""
     plans = {(faster, STATES[state]): plan for faster, of in made.items() for state, plan in of.items()}
     entering = {"dense": partial(notall.skip, model, Plan())}
     entering |= {f"{faster:g} {way}": partial(notall.skip, model, plan) for (faster, way), plan in plans.items()}

@@ -89,7 +89,7 @@ def main() -> None:
     options.add_argument("--rate", type=float, default=3e-4)
     options.add_argument("--train", choices=get_args(Trained), default="outputs")
     options.add_argument("--warm-up", type=float, default=0.0, help="share of the tokens that aim at the stream")
-    options.add_argument("--sample", action="store_true", help="train on what the dense model writes itself")
+    options.add_argument("--sample", action="store_true", help="train on what the original model writes itself")
     options.add_argument("--passes", type=int, default=1, help="over the text, in one training")
     options.add_argument("--train-tokens", type=int, help="to train on, where that is not what the repair is fitted to")
     asked = options.parse_args()

@@ -4,10 +4,10 @@
     python benchmarks/repairing/served.py --skip attn.6 attn.7 attn.26 attn.29         # repaired on the way
     python benchmarks/repairing/served.py --plan repaired --vllm-python .venv-vllm/bin/python
 
-Each engine runs in a process of its own, on the windows' token ids, with the dense model and the repaired one: what it
+Each engine runs in a process of its own, on the windows' token ids, with the original and the repaired one: what it
 rounds (llama.cpp: activations to 8 bits, where a file has few) shows in both. What an engine does not tell (llama.cpp:
 tokens that end within a character) is left out on both sides. It ends with 1 where an NLL is off by more than --most
-beyond the dense model's, and says which engines are not there.
+beyond the original model's, and says which engines are not there.
 """
 
 from __future__ import annotations

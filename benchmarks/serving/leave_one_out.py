@@ -56,7 +56,7 @@ SHARE, PER_ANSWER, PER_TOKEN = "share lost", "nats/answer", "nats/token"
 DRAWS = 2000  # of the bootstrap
 PALE = 0.2  # share lost, from which on a cell is so dark that its number is white
 
-Scores = Mapping[tuple[str, str], Sequence[TaskScore]]  # by check and unit: of the dense model, then of each sublayer
+Scores = Mapping[tuple[str, str], Sequence[TaskScore]]  # by check and unit: of the original, then of each sublayer
 Floats = NDArray[np.float64]
 Interval = tuple[float, float, float]
 
@@ -142,7 +142,7 @@ def text_columns(name: str) -> list[Column[Harm]]:
 
 @dataclass(frozen=True)
 class Judge:
-    """What is asked of a model and its plans; the first plan is the dense model, beside which the others stand."""
+    """What is asked of a model and its plans; the first plan is the original model, beside which the others stand."""
 
     asked: argparse.Namespace
     model: PreTrainedModel
@@ -208,7 +208,7 @@ class Judge:
 
 
 def nll_score(task: str, unit: str, values: Sequence[float], dense: Sequence[float]) -> TaskScore:
-    """NLLs of the same answers by a plan and by the dense model, as a score."""
+    """NLLs of the same answers by a plan and by the original model, as a score."""
     value, value_se = mean_and_error(values)
     delta, delta_se = mean_and_error([one - base for one, base in zip(values, dense)])
     return TaskScore(
@@ -234,7 +234,7 @@ def measures_of(texts: Mapping[str, Sequence[Quality]], scores: Scores) -> list[
 
 
 def item_measure(name: str, unit: str, values: Floats) -> Measure:
-    """From values of items, (plans, items), the dense model's first."""
+    """From values of items, (plans, items), the original model's first."""
 
     def lost(part: Floats) -> Floats:
         means = part.mean(1)
@@ -312,7 +312,7 @@ def harm_map(measures: Sequence[Measure], harms: Sequence[Harm], title: str) -> 
     told = (
         "Share lost, per cent (below 0: a gain): of passkeys found at 256 and 512 tokens, of facts and copies "
         "retrieved,",
-        "of first choices in the dense model's own answers. Text: 1 − exp(−KL); GSM8K: 1 − exp(−NLL added).",
+        "of first choices in the original model's own answers. Text: 1 − exp(−KL); GSM8K: 1 − exp(−NLL added).",
     )
     rows_of = alt.Row("kind:N", title=None, sort=["attentions", "MLPs"], header=alt.Header(labelFontSize=12))
     whole = layers.properties(width=26 * (1 + max(one.layer for one in harms)), height=24 * len(rows))
@@ -331,7 +331,7 @@ def settings(asked: argparse.Namespace, model: PreTrainedModel) -> Provenance:
 def write(
     out: Path, about: Provenance, dense: Settings, harms: Sequence[Harm], correlations: Sequence[Correlation]
 ) -> None:
-    """The records and the tables; `dense` are the dense model's values on the items of each check."""
+    """The records and the tables; `dense` are the original model's values on the items of each check."""
     for name, facts in (("sublayers", harms), ("correlations", correlations)):
         first = {**about.what, **about.where} | ({"dense": dense} if facts is harms else {})
         lines = [json.dumps(finite(first)), *(one.model_dump_json(exclude_none=True) for one in facts)]

@@ -30,7 +30,7 @@ MOST_BYTES = 1 << 20  # of a plan file
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
-    """The sublayers to skip, by their layer index in the dense model, from 0.
+    """The sublayers to skip, by their layer index in the original model, from 0.
 
     A block is skipped by naming it in both lists. `fingerprint` is the shape of the model that the plan was made for
     (see `ModelStructure.fingerprint`); `note` is free text. Plans that run alike are equal, whatever these two say.

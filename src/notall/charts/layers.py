@@ -95,7 +95,7 @@ def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
 
 
 class Saving(Fact):
-    """What a plan takes of the dense model's time or bytes, as a share with its quartiles."""
+    """What a plan takes of the original model's time or bytes, as a share with its quartiles."""
 
     plan: int  # the number of the page's step
     name: str
@@ -107,14 +107,14 @@ class Saving(Fact):
 
 
 def savings(bars: Sequence[Saving]) -> alt.LayerChart:
-    """Bars of the plan that the param `plan` counts, from 0, beside the dense model's."""
+    """Bars of the plan that the param `plan` counts, from 0, beside the original model's."""
     most = max([1.15, *(WIDER * bar.share for bar in bars)])
     rows = [{**bar.figures(), "to": min(bar.high, most)} for bar in bars]
     base = alt.Chart(alt.Data(values=rows)).transform_filter("datum.plan == plan")
     base = base.encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
     scale, axis = alt.Scale(domain=[0, most], nice=False), alt.Axis(format=".0%", tickCount=6)
     drawn = base.mark_bar(height=20, color=KIND_COLOURS["attention"], yOffset=BAR).encode(
-        x=alt.X("share:Q", title="share of the dense model's", scale=scale, axis=axis),
+        x=alt.X("share:Q", title="share of the original model's", scale=scale, axis=axis),
         tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")],
     )
     spread = base.mark_rule(strokeWidth=2, color=INK, yOffset=BAR).encode(x="low:Q", x2="to:Q")

@@ -94,7 +94,7 @@ def tradeoff(
     ]
     scale = alt.Scale(domain=list(span), zero=False, nice=False, padding=PADDING)
     axis = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
-    x = alt.X("speedup:Q", title=f"{SPEEDUPS[0].heading} over the dense model", axis=axis, scale=scale)
+    x = alt.X("speedup:Q", title=f"{SPEEDUPS[0].heading} over the original model", axis=axis, scale=scale)
     series, chosen = _series(points, rows, x, lost, colours, colour)
     bare = alt.Legend(symbolFillColor=GREY, symbolStrokeWidth=0)
     marks = series.mark_point(filled=True, size=75).encode(

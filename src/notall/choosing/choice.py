@@ -39,7 +39,7 @@ BESIDE = 3  # other sets that save enough, of which more may be kept
 
 @dataclass(frozen=True)
 class Recovering:
-    """How much a plan keeps of what the dense model can do, from 0 on, and how much it is to keep."""
+    """How much a plan keeps of what the original model can do, from 0 on, and how much it is to keep."""
 
     kept: Callable[[Plan], float]
     least: float
@@ -54,7 +54,7 @@ class ChosenPlan:
 
     `forwards` is `spent.executions` in dense forward passes over the calibration text; `in_time` says whether it was
     found before the time was up, and `missed`, where the plan is not what was asked for, what was reached. `times`
-    are predicted and measured where a speedup was asked for; `weighed` is what the dense model and the plan weigh.
+    are predicted and measured where a speedup was asked for; `weighed` is what the original model and the plan weigh.
     """
 
     plan: Plan
@@ -105,7 +105,7 @@ def choose_plan(
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
 
     `batches` are token ids, (batch, tokens) each, for criteria such as cosine. Without an `objective`, sets are judged
-    by the KL to the dense model on `batches`; with `after_repair` by the KL that a cheap repair leaves on half of them,
+    by the KL to the original on `batches`; with `after_repair` by the KL that a cheap repair leaves on half of them,
     to which it was not fitted. A folder `out` keeps evaluations, and the same call with the same `provenance` resumes.
     The search ends after `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed,
     and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves most within the limit

@@ -242,7 +242,7 @@ class AfterRepair(Evaluator):
         return repair
 
     def _text(self, numbers: frozenset[int]) -> tuple[DenseStream, dict[int, Dense]]:
-        """Some of the sequences, and what the dense model says of those that are judged, by their places."""
+        """Some of the sequences, and what the original model says of those that are judged, by their places."""
         if numbers not in self._texts:
             tokens = [self.objective.batches[number].inputs["input_ids"] for number in sorted(numbers)]
             text = DenseStream(self.model, tokens, one_in=ONE_IN, keep_all=True)

@@ -33,19 +33,19 @@ from .space import Space
 DECODED = 32  # new tokens that are really decoded where more are asked about
 MOST_ERROR = 0.02  # of the speedup that is asked for: a noisy machine excuses no more
 FAR = 1.5  # times what one round of the emptiest model shows: more is refused before each sublayer is timed
-MOST_CHANGED = 0.1  # how far the dense model's time may be from the kept one before all are measured anew
+MOST_CHANGED = 0.1  # how far the original model's time may be from the kept one before all are measured anew
 
 
 @dataclass(frozen=True)
 class SublayerTimes:
-    """Milliseconds of a workload: of the dense model, and of each sublayer by name (prefill and all new tokens)."""
+    """Milliseconds of a workload: of the original model, and of each sublayer by name (prefill and all new tokens)."""
 
     workload: Workload
     dense_ms: float
     sublayer_ms: Mapping[str, float]
 
     def predicted_ms(self, plan: Plan) -> float:
-        """The dense model's time less what the skipped sublayers take, which were timed apart: they may sum to more."""
+        """The original's time less what the skipped sublayers take, which were timed apart: they may sum to more."""
         return max(self.dense_ms - sum(self.sublayer_ms[name] for name in plan.names), self.dense_ms / 1000)
 
 
@@ -57,9 +57,9 @@ def measure_times(
     seed: int = 0,
     progress: Progress = silent,
 ) -> SublayerTimes:
-    """What each sublayer takes, by leaving out half of those that are alike, interleaved with the dense model.
+    """What each sublayer takes, by leaving out half of those that are alike, interleaved with the original model.
 
-    Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the dense model
+    Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the original
     takes what it took, to a tenth. Of more than 32 new tokens 32 are decoded, and counted as many times as needed.
     Raises `UsageError` for a workload that the model has too few positions for, where the cache cannot be written, and
     at once where a speedup is `wanted` that skipping all of a space, in one round, is far from.
@@ -73,7 +73,7 @@ def measure_times(
         (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]
         if abs(now / known.dense_ms - 1) <= MOST_CHANGED:
             return known
-        then = f"the dense model took {known.dense_ms:.0f} ms then and takes {now:.0f} ms now"
+        then = f"the original model took {known.dense_ms:.0f} ms then and takes {now:.0f} ms now"
         warnings.warn(f"the kept times no longer hold: {then}; they are measured anew", stacklevel=2)
     if wanted:
         _refuse_far(model, workload, *wanted, seed)
@@ -124,7 +124,7 @@ def _read(path: Path, about: Mapping[str, object], workload: Workload, names: se
 def check_times(
     model: PreTrainedModel, plan: Plan, times: SublayerTimes, *, rounds: int = 5, seed: int = 0
 ) -> SpeedCheck:
-    """Time `plan` interleaved with the dense model, and hold it against what the sublayers' times add up to."""
+    """Time `plan` interleaved with the original model, and hold it against what the sublayers' times add up to."""
     took = _compare(model, {"dense": Plan(), "skipped": plan}, replace(times.workload, rounds=rounds), seed)
     predicted = times.predicted_ms(plan)
     return SpeedCheck(

@@ -85,7 +85,7 @@ def export(
     also |= {"verdict": verdict.in_numbers()} if verdict else {}
     show(tables, as_json=as_json, also=also)
     if not wanted:
-        print(f"note: the plan skips nothing, so {out} is the dense model", file=sys.stderr)
+        print(f"note: the plan skips nothing, so {out} is the original model", file=sys.stderr)
     warn_if_worse(measured)
     if verdict:
         conclude(verdict, as_json=as_json)
@@ -115,7 +115,7 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
     told = json.loads(config.read_bytes()) if config.is_file() else {}  # a GGUF has types for each tensor
     dtype = told.get("dtype") or told.get("torch_dtype")
-    weights = f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}"
+    weights = f"{in_bytes(written)}, {written / dense:.0%} of the original model's {in_bytes(dense)}"
     said = {"Check": str(verdict_of(manifest)), "Weights": weights + (f" in {dtype}" if dtype else "")}
     if period := manifest.get("breaks_period"):
         said["Period"] = BROKEN.format(period)
@@ -149,7 +149,7 @@ def _measured(
         named = described["text"]
         card |= {
             "text": f"{named}, 8 windows of {length} tokens",
-            f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(dense),
+            f"{PERPLEXITY.heading} of the original model": PERPLEXITY.text(dense),
             **{column.titled: column.text(quality) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
             **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one) for one in unrepaired},
         }

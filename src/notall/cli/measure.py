@@ -105,7 +105,7 @@ def bench(
     workload: Workload = Workload(generation_tokens=32),
     out: KeepIn = None,
 ) -> None:
-    """Time prefill and decode of the dense and the skipped model, interleaved, with a real KV cache."""
+    """Time prefill and decode of the original and the skipped model, interleaved, with a real KV cache."""
     from ..structure.locating import locate
 
     check_folder(out, "bench")

@@ -150,7 +150,7 @@ def dense_gguf(spec: object) -> Path:
     if path is None:
         if isinstance(spec, str | Path) and not expanded(spec).exists():
             hub_id(spec)
-        raise UsageError(f"llama.cpp needs a .gguf file, the dense model's: give that file, not {shortened(spec)}")
+        raise UsageError(f"llama.cpp needs a .gguf file, the original model's: give that file, not {shortened(spec)}")
     return path
 
 

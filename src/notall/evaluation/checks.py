@@ -116,21 +116,21 @@ def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> Made
 
 
 def answers(name: str, items: int, seed: int) -> MadeTask:
-    """The share of tokens of the dense model's own greedy answers that stay the first choice, given those before."""
+    """The share of tokens of the original model's own greedy answers that stay the first choice, given those before."""
     metric = "first_choices"
     return MadeTask(name, own_prompts(items, seed), metric, {metric: True}, lambda _, share: {metric: share})
 
 
 def written(name: str, items: int, seed: int) -> MadeTask:
-    """What a plan writes to prompts, beside what the dense model writes."""
+    """What a plan writes to prompts, beside what the original model writes."""
     metrics = {"same_beginning": True, "same_number": True, "valid_json": True, "words": False}
     return MadeTask(name, own_prompts(items, seed), "chat", metrics, beside_dense)
 
 
 def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
-    """Of what a plan and the dense model wrote: the share of words up to the first other one, and the plan's words.
+    """Of what a plan and the original model wrote: the share of words up to the first other one, and the plan's words.
 
-    Where the dense model's has a number, whether the last one is the same; where it has a JSON object, whether the
+    Where the original model's has a number, whether the last one is the same; where it has a JSON object, whether the
     plan's has one with the same fields.
     """
     ours, theirs = said

@@ -42,7 +42,7 @@ def run_diagnostics(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[list[Check]]:
-    """Of each of `plans` its checks, beside the dense model: all, or some `parts` of them.
+    """Of each of `plans` its checks, beside the original model: all, or some `parts` of them.
 
     `windows` are token ids, (1, tokens) each, the longer the better: they give NLL by position and calibration, their
     beginnings the prompts to continue, their text the haystack of the passkey at `contexts` tokens. Raises
@@ -175,10 +175,10 @@ def _passkey(
 def check_writing(
     model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence[Tensor], new_tokens: int
 ) -> list[list[Check]]:
-    """Greedy continuations of the windows' beginnings: where they leave the dense model's, repetition, length.
+    """Greedy continuations of the windows' beginnings: where they leave the original model's, repetition, length.
 
     Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
-    a continuation that never leaves the dense model's counts as leaving it behind its last token.
+    a continuation that never leaves the original model's counts as leaving it behind its last token.
     """
     prompts, ends = torch.cat([window[:, :64] for window in windows]), ends_of(model)
     texts = []
@@ -215,6 +215,6 @@ def _checks(
 def _check(
     name: str, value: Known, delta: Known, better: bool | None, p_value: float, kept: Recovery | None = None
 ) -> Check:
-    """`value`, and what it has more than the dense model's; `better`: whether higher is."""
+    """`value`, and what it has more than the original model's; `better`: whether higher is."""
     figures = dict(zip(("value", "value_se", "delta", "delta_se"), (*value, *delta)))
     return Check(check=name, **figures, p_value=p_value, higher_is_better=better, recovery=kept)

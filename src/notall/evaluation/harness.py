@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
-OWN = 32  # prompts that the dense model answers at once
+OWN = 32  # prompts that the original model answers at once
 CHATS = ("chat", "first_choices")  # our own kinds of requests
 
 
@@ -70,7 +70,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One plan on one task by one metric, beside the dense model on the same documents."""
+    """One plan on one task by one metric, beside the original model on the same documents."""
 
     number: int  # of the plan, in the order given
     plan: Plan
@@ -168,7 +168,7 @@ class Answers:
 
 
 class PlansLM(HFLM):
-    """The harness's `HFLM`, which computes a request for the dense model and all plans, and answers as one of them."""
+    """The harness's `HFLM`, which computes a request for the original and all plans, and answers as one of them."""
 
     def __init__(
         self,
@@ -208,14 +208,14 @@ class PlansLM(HFLM):
         return [replace(one, arguments=(as_asked(self.tokenizer, prompt), how)) for one, prompt, how in parts]
 
     def chat(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[str, str]]:
-        """What the plan says to a user, greedy, and what the dense model says."""
+        """What the plan says to a user, greedy, and what the original model says."""
         asked = self._as_chat(requests)
         with Undo() as undo, undo.put(vars(self), "number", 0):
             dense = self.generate_until(asked)
         return list(zip(self.generate_until(asked), dense))
 
     def first_choices(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """The share, 0 to 1, of the tokens of the dense model's own greedy answer that are the first choice."""
+        """The share, 0 to 1, of the tokens of the original model's own greedy answer that are the first choice."""
         asked = self._as_chat(requests)
         keys = [self.answers.key("first_choices", *request.args) for request in asked]
         for chunk in self._missing(keys, asked, OWN):

@@ -48,7 +48,7 @@ class Workers(AbstractContextManager["Workers"]):
         self.held.close()
 
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
-        """As `quality.score`: scores of the dense model, then of each plan, on one batch of token ids."""
+        """As `quality.score`: scores of the original model, then of each plan, on one batch of token ids."""
         groups = self._split(plans)
         tasks = [("score", ([plans[number] for number in group], tokens.cpu())) for group in groups]
         answers = self.pool.run(tasks)

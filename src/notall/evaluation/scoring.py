@@ -128,7 +128,7 @@ class Scorer:
         return packs + list(plain(sequence for sequence in about if len(sequence) > self.window))
 
     def _prove(self, pack: Pack, about: Sequences) -> str | None:
-        """Compare a pack with its last and its longest path run alone, on the dense model; None if nothing differs."""
+        """Compare a pack with its last and its longest path run alone, on the original; None if nothing differs."""
         dense = Replay(self.model, [Plan()])
         expected: dict[int, float] = {}
         for single in plain({max(pack.paths, key=len), list(pack.paths)[-1]}):

@@ -1,4 +1,4 @@
-"""Time prefill and decode of the dense and the skipped model, interleaved in one run."""
+"""Time prefill and decode of the original and the skipped model, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Timed(Fact):
 
 
 class BenchRecord(Record, Skips, kind="bench"):
-    """A plan and the dense model, timed in one run. Every measurement is one of its own."""
+    """A plan and the original model, timed in one run. Every measurement is one of its own."""
 
     prompt_tokens: Count
     generation_tokens: Count
@@ -111,7 +111,7 @@ def bench(
     seed: int = 0,
     progress: Progress = silent,
 ) -> BenchRecord:
-    """`plan` and the dense model, timed; kept in the folder `out` with earlier records, if given.
+    """`plan` and the original model, timed; kept in the folder `out` with earlier records, if given.
 
     Raises `UsageError` before anything is timed when it cannot be kept there.
     """
@@ -140,7 +140,7 @@ def conclusion(record: BenchRecord) -> str:
     )
     tokens, faster = f"the prompt and {record.generation_tokens} new tokens", f"{dense / skipped:.2f} times as fast"
     told = f"Without {record.plan.in_words()} {tokens} take {skipped:,.0f} ms"
-    return f"{told}, where the dense model takes {dense:,.0f}: {faster}, by medians."
+    return f"{told}, where the original model takes {dense:,.0f}: {faster}, by medians."
 
 
 def shown(folder: Folder) -> Shown:
@@ -151,7 +151,7 @@ def shown(folder: Folder) -> Shown:
         plan = row.bench.plan if row.model is row.bench.skipped else Plan()
         name, dense = f"{row.plan_words}, {row.bench.told}", row.bench.dense.footprint
         steps.append(Step(name, plan, None, row.model.times, row.model.footprint, dense))
-    note = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
+    note = "Plan and original model are timed in turn; a speedup is the median of the rounds' own ratios."
     results = Section("results", "Results", (), table("results", COLUMNS, rows), tuple(range(len(rows))), note)
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:

@@ -100,7 +100,7 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
 
     @property
     def chosen_by(self) -> str:
-        """What evaluates nothing but the dense model goes by no objective."""
+        """What evaluates nothing but the original model goes by no objective."""
         return self.criterion + (f" by {self.objective}" if self.by_objective else "")
 
     @property
@@ -331,7 +331,7 @@ def compare_criteria(
 def shared_times(
     subject: Subject, plans: Sequence[Plan], workload: Workload, about: Provenance, progress: Progress
 ) -> dict[Plan, Times]:
-    """Of each plan, in turn with the dense model; plans that leave as much of each kind are timed once."""
+    """Of each plan, in turn with the original model; plans that leave as much of each kind are timed once."""
     from ..running.skipping import footprint
 
     about = Provenance.of(about, workload=asdict(workload))

@@ -37,7 +37,7 @@ Samples = Mapping[str, Sequence[float]]  # milliseconds, a round each, by what w
 DENSE, DRAFT, CHECK = "a decode step", "a draft step", "the check of {}"
 ALONE, WITH = "generating", "generating with a draft"
 NOTE = (
-    "The plan's model drafts tokens, and the dense model checks them in one step: the text is the dense model's. Below "
+    "The plan's model drafts tokens, and the original checks them in one step: the text is the original model's. Below "
     "1, drafting is slower. Predicted: what a round gives over what its steps take. Measured: transformers' own "
     "generate, greedy, at the number of tokens that is best."
 )
@@ -51,11 +51,11 @@ class DraftRecord(Record, Skips, kind="draft"):
     drafted: Count = Field(description="tokens that are drafted a round")
     acceptance: Share = Field(description="how likely the last of them is accepted once those before it were, 0 to 1")
     acceptance_se: Unsigned = Field(description="over texts")
-    tokens_per_round: Positive = Field(description="tokens that a round gives, with the dense model's own one")
+    tokens_per_round: Positive = Field(description="tokens that a round gives, with the original model's own one")
     tokens_per_round_se: Unsigned = Field(description="over texts")
-    dense_ms: Positive = Field(description="milliseconds of a decode step of the dense model, median of the rounds")
+    dense_ms: Positive = Field(description="milliseconds of a decode step of the original model, median of the rounds")
     draft_ms: Positive = Field(description="likewise of the draft model")
-    check_ms: Positive = Field(description="likewise of the dense model's check: one step of drafted + 1 tokens")
+    check_ms: Positive = Field(description="likewise of the original model's check: one step of drafted + 1 tokens")
     predicted: Quartiles = Field(description="speedup of decoding by these times, one ratio a round; > 1: faster")
     measured: Quartiles | None = Field(
         None, description="likewise of transformers' generate with the draft, prefill and all; greedy, at the best"
@@ -167,7 +167,7 @@ def measure_draft(
 
 
 def _record(said: partial[DraftRecord], drafted: int, texts: Sequence[Accepted], times: Samples) -> DraftRecord:
-    """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
+    """A round takes so many draft steps and a check; the same tokens took the original model a step each."""
     from ..measuring.acceptance import acceptance, tokens_per_round
     from ..measuring.speed import speedup
 

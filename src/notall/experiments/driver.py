@@ -40,7 +40,7 @@ RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:f
 
 
 class ScoresRecord(Record, kind="scores", key=("batch", "repair", "names")):
-    """Scores on one batch of token ids, by what is skipped; of the dense model by nothing."""
+    """Scores on one batch of token ids, by what is skipped; of the original model by nothing."""
 
     batch: Count = Field(description="its number, from 0")
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
@@ -59,7 +59,7 @@ class LeaveOneOutRecord(Record, kind="leave_one_out", key=("sublayer",)):
     """One sublayer left out, on a few sequences."""
 
     sublayer: SublayerName
-    delta_nll: Number = Field(description="nll less the dense model's, nats per token")
+    delta_nll: Number = Field(description="nll less the original model's, nats per token")
     delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
     sequences: Count | None = Field(None, description="on how many")
 
@@ -67,13 +67,13 @@ class LeaveOneOutRecord(Record, kind="leave_one_out", key=("sublayer",)):
 class BenchmarkRecord(
     Record, TaskScore, Configured, kind="benchmark", key=("task", "metric", "variant", "fraction", "keep_last")
 ):
-    """One configuration on one task, beside the dense model on the same documents."""
+    """One configuration on one task, beside the original model on the same documents."""
 
 
 class DiagnosticsRecord(
     Record, Check, Configured, kind="diagnostics", key=("part", "check", "variant", "fraction", "keep_last")
 ):
-    """One check of one configuration beside the dense model."""
+    """One check of one configuration beside the original model."""
 
     part: str = Field(description="of the diagnostics")
 
@@ -104,7 +104,7 @@ class Subject:
         return sum(batch.numel() for batch in self.batches)
 
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
-        """As `quality.score`: of the dense model, then of each plan."""
+        """As `quality.score`: of the original model, then of each plan."""
         from ..measuring.quality import score
 
         return self.workers.score(plans, tokens) if self.workers else score(self.model, plans, tokens)

@@ -50,7 +50,7 @@ QUALITIES: tuple[Column[ModelQuality], ...] = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Of the dense model and of each state of the plan the quality on a text, and of those its scores and checks."""
+    """Of the original model and of each state of the plan the quality on a text, and of those its scores and checks."""
 
     quality: list[ModelQuality]
     scores: list[PlanScore]
@@ -187,13 +187,13 @@ def _sections(folder: Folder) -> Iterator[Section]:
 
     if measured := folder.of(MeasuredRecord):
         note = (
-            "The same windows of text, which nothing was fitted or trained to, read by the dense model, by the plan "
-            "before and by the plan after. Lower is better. Differences are paired with the dense model."
+            "The same windows of text, which nothing was fitted or trained to, read by the original model, by the plan "
+            "before and by the plan after. Lower is better. Differences are paired with the original model."
         )
         yield Section("measured", "Before and after", (), table("measured", MEASURED, measured), note=note)
     yield from tasks_section(folder, measured[-1].plan if measured else None)
     if looks := folder.of(HealRecord):
-        note = "KL to the dense model, on text that is not trained on. The weights that were best there are kept."
+        note = "KL to the original model, on text that is not trained on. The weights that were best there are kept."
         drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the training", note=note)
         yield Section("healing", "How the healing went", (drawn,), table("healing", HEALING, looks))
     if refits := folder.of(RefitRecord):
@@ -208,8 +208,8 @@ def _sections(folder: Folder) -> Iterator[Section]:
 def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
     """What a plan scores on tasks, where that was measured."""
     if scores := scores_of(folder, plan):
-        note = "Recovery: the share of the dense model's score that is kept, [95 % interval]. Worse: p < 0.05."
-        title, scored = "What is kept of what the dense model can do", table("tasks", PLAN_SCORES, scores)
+        note = "Recovery: the share of the original model's score that is kept, [95 % interval]. Worse: p < 0.05."
+        title, scored = "What is kept of what the original model can do", table("tasks", PLAN_SCORES, scores)
         yield Section("tasks", title, table=scored, note=note, opens=True)
 
 

@@ -357,7 +357,7 @@ class TaskChoice:
     batch_size: int | Literal["auto"] = "auto"
     truncate: bool = False
     limits: Limits | None = None
-    recovery: float | None = None  # the share of the dense model's score that each must keep
+    recovery: float | None = None  # the share of the original model's score that each must keep
 
     def __bool__(self) -> bool:
         return bool(self.names)

@@ -78,7 +78,7 @@ class ClaimRecord(Record, kind="claim", key=("claim",)):
 
 
 class Average(Compared, Configured):
-    """Of a configuration over tasks, beside the dense model's."""
+    """Of a configuration over tasks, beside the original model's."""
 
     tasks: Count = Field(description="over how many")
 
@@ -451,22 +451,22 @@ def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
 
 ENDINGS = {False: "last-skipped", True: "last-kept"}
 RATIOS = (
-    "in brackets how many times the dense model's speed [quartiles]. These ratios are taken within a round, so that "
+    "in brackets how many times the original model's speed [quartiles]. These ratios are taken within a round, so that "
     "they may differ from those of the medians."
 )
 # Of each kind of table: its title, and what its cells say.
 CAPTIONS = {
     "benchmarks": (
         "Benchmarks",
-        "Per cent ± standard error; in brackets the difference to the dense model, paired by document, ± its standard "
+        "Per cent ± standard error; in brackets the difference to the original, paired by document, ± its standard "
         "error. * p < 0.05 (McNemar's exact test for accuracies; flipped signs of documents' differences for the "
         "average), not corrected for the number of comparisons. The average is over the tasks that every row has.",
     ),
     "diagnostics": (
         "What accuracy hides",
         "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
-        "expected calibration error of the next token, and greedy continuations beside the dense model's. In brackets "
-        "the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the number of "
+        "expected calibration error of the next token, and greedy continuations beside the original's. In brackets "
+        "the difference to the original model ± its standard error; * worse, p < 0.05, not corrected for the number of "
         "comparisons.",
     ),
     "prefill": ("Prefill time (ms)", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),

@@ -67,7 +67,7 @@ class EngineScoresRecord(Record, Represented, kind="engine_scores", key=NAMED):
     nll: tuple[Number, ...] = Field(description="nats per token, a mean a window")
     tokens: tuple[Count, ...] = Field(description="that were to be predicted, of each window")
     text_bytes: tuple[Count, ...] = Field(description="what those tokens are in UTF-8")
-    tokens_as_dense: bool = Field(description="whether its tokens are the dense model's, so that nats are comparable")
+    tokens_as_dense: bool = Field(description="whether its tokens are the original's, so that nats are comparable")
 
     @property
     def bits_per_byte(self) -> list[float]:
@@ -93,30 +93,30 @@ class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     skipped: SublayerNames = Field("", description="names of sublayers that it leaves out")
     nll: Loss = Field(math.nan, description="as the engine computes it on held-out text, nats per token")
     nll_se: Unsigned = Field(math.nan, description="over windows")
-    delta_nll: Number = Field(math.nan, description="nll less the dense model's; none where its tokens are others")
+    delta_nll: Number = Field(math.nan, description="nll less the original model's; none where its tokens are others")
     delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, over windows")
     bits_per_byte: Loss = Field(math.nan, description="of the predicted text: comparable between tokenizers")
     bits_per_byte_se: Unsigned = Field(math.nan, description="over windows")
-    delta_bits: Number = Field(math.nan, description="bits_per_byte less the dense model's")
+    delta_bits: Number = Field(math.nan, description="bits_per_byte less the original model's")
     delta_bits_se: Unsigned = Field(math.nan, description="of the paired differences, over windows")
     windows: Count | None = Field(None, description="of held-out text")
     tokens: Count | None = Field(None, description="predicted, of all windows")
     file_bytes: Count | None = Field(None, description="of weights on disk")
     memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
     times: Times | None = Field(
-        None, description="speedups are over the plain dense model in this engine; models of one shape share theirs"
+        None, description="speedups are over the plain original model in this engine; models of one shape share theirs"
     )
     rounds: Count | None = Field(None, description="in which it was timed")
     best: bool = Field(False, description="whether what loses less is slower, beyond the spread of the rounds")
     failed: str | None = Field(None, description="what the engine said, where it could not run it")
 
     def loss(self, *, by_bits: bool) -> tuple[float, float]:
-        """What it loses to the dense model, with its error: bits per byte, or nats per token."""
+        """What it loses to the original model, with its error: bits per byte, or nats per token."""
         return (self.delta_bits, self.delta_bits_se) if by_bits else (self.delta_nll, self.delta_nll_se)
 
     @property
     def faster(self) -> float:
-        """How many times as fast as the dense model it decodes; nan where it was not timed."""
+        """How many times as fast as the original model it decodes; nan where it was not timed."""
         return self.times.speedup_decode.median if self.times else math.nan
 
 
@@ -300,11 +300,11 @@ def measure_pareto(
     *,
     progress: Progress = silent,
 ) -> list[ParetoRecord]:
-    """Measure each subject in each type; the first subject is the dense model, and the first type plain.
+    """Measure each subject in each type; the first subject is the original model, and the first type plain.
 
     Records are written to `out` as they come, and the same call goes on where one that was killed stopped. What an
     engine cannot run is in the records with what it said, and is tried again by the next call. Raises `EngineFailed`
-    where that is the plain dense model, and `UsageError` where `out` is in use or holds other work.
+    where that is the plain original model, and `UsageError` where `out` is in use or holds other work.
     """
     check_workload(workload)
     names = [(subject.name, subject.plan.state) for subject in subjects]

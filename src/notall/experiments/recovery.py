@@ -1,4 +1,4 @@
-"""What is kept of what the dense model can do, by tasks: what is asked for, measured, kept, and said."""
+"""What is kept of what the original model can do, by tasks: what is asked for, measured, kept, and said."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def checks_of(tasks: TaskChoice) -> TaskChoice:
 
 
 class JudgedRecord(Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")):
-    """A plan, with its weights if it has any, on a task, beside the dense model on the same items."""
+    """A plan, with its weights if it has any, on a task, beside the original model on the same items."""
 
 
 def judge(
@@ -117,7 +117,7 @@ def last_state(scores: Sequence[PlanScore]) -> list[PlanScore]:
 
 
 def verdict_on(score: PlanScore, least: float) -> Recovered:
-    """Where the dense model scores nothing, nothing can be told."""
+    """Where the original model scores nothing, nothing can be told."""
     return score.recovery.is_kept(least) if score.recovery else "inconclusive"
 
 
@@ -137,20 +137,20 @@ def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str |
     if not verdicts:
         return None
     rest = [f"{verdicts.count(word)} {word}" for word in ("lost", "inconclusive") if word in verdicts]
-    told = f"Recovery: {verdicts.count('kept')} of {len(verdicts)} scores keep {least:.2g} of the dense model's"
+    told = f"Recovery: {verdicts.count('kept')} of {len(verdicts)} scores keep {least:.2g} of the original model's"
     return f"{told}{''.join(f', {one}' for one in rest)}."
 
 
 def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
-    """Which scores of the last state are not seen to keep `least` of the dense model's; None: all are.
+    """Which scores of the last state are not seen to keep `least` of the original model's; None: all are.
 
-    Every metric counts of which more is better; where the dense model scores nothing, it is inconclusive.
+    Every metric counts of which more is better; where the original model scores nothing, it is inconclusive.
     """
     last, short = last_state(scores), []
     for one in last:
         name, verdict = f"{one.task} ({one.usual_metric})", verdict_on(one, least)
         if one.recovery is None:
-            short.append(f"{name} {verdict}, as the dense model scores {one.value - one.delta:.2f}")
+            short.append(f"{name} {verdict}, as the original model scores {one.value - one.delta:.2f}")
         elif verdict != "kept":
             share, low, high = one.recovery.interval
             more = one.recovery.items_to_tell(least)

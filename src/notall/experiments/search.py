@@ -62,7 +62,7 @@ class SearchRecord(Record, Skips, kind="search", key=("chosen", "plan", "in_time
 
     chosen: str = Field(description="how, by what, and how much")
     order: tuple[tuple[SublayerName, ...], ...] = Field(description="what was skipped together, in order of choosing")
-    dense_cost: Number = Field(description="the objective of the dense model")
+    dense_cost: Number = Field(description="the objective of the original model")
     cost: Number = Field(description="the objective of the plan")
     spent: SearchCost
     forwards: Amount = Field(description="executions in dense forward passes over the calibration text")
@@ -71,7 +71,7 @@ class SearchRecord(Record, Skips, kind="search", key=("chosen", "plan", "in_time
     quality: Quality | None = Field(None, description="on held-out text")
     check: SpeedCheck | None = Field(None, description="where a speedup was asked for")
     footprint: Footprint | None = Field(None, description="what the plan leaves")
-    dense: Footprint | None = Field(None, description="of the dense model")
+    dense: Footprint | None = Field(None, description="of the original model")
 
     @property
     def key(self) -> Key:  # chosen again from the same text, it is the same choice
@@ -83,7 +83,7 @@ COLUMNS: tuple[Column[SearchRecord], ...] = (
     *within(QUALITY, lambda one: one.quality),
     *within(SPEED_CHECK, lambda one: one.check),
     number("objective on its text", lambda one: one.cost, ".4f"),
-    number("dense model's objective", lambda one: one.dense_cost, ".4f"),
+    number("original model's objective", lambda one: one.dense_cost, ".4f"),
     words("search finished", lambda one: "yes" if one.in_time else "no"),
     number("forward passes", lambda one: one.forwards, ",.1f"),
     number("evaluations", lambda one: one.spent.evaluations, ",d"),

@@ -1,4 +1,4 @@
-"""The paper's experiment: three variants, three fractions, with and without the last layer, beside the dense model."""
+"""The paper's experiment: three variants, three fractions, with and without the last layer, beside the original."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     timed = asked.format_map(about.what["workload"])
     place = place_of(about.where.get("machine"), versions=False)
     caption = (
-        f"{model} without its deepest attentions, MLPs or blocks, beside the dense model: quality on "
+        f"{model} without its deepest attentions, MLPs or blocks, beside the original model: quality on "
         f"{windows_in_words(about.what)}. Fraction: of the layers; where nothing is said, the last layer is skipped "
         f"too. NLL and KL in nats a token. {lines.legend} Times of {timed}; {about.what['dtype']} on {place}."
     )

@@ -68,7 +68,7 @@ class Verdict:
     missed: str | None = None  # what was reached of a budget that was not
     late: bool = False  # the time was up before the search was done
     scores: Sequence[PlanScore] = ()  # on tasks
-    least: float = RECOVERY  # the share of the dense model's score to keep
+    least: float = RECOVERY  # the share of the original model's score to keep
     next: str = ""  # the command to type
 
     @classmethod
@@ -104,7 +104,7 @@ class Verdict:
     @property
     def faults(self) -> list[str]:
         lost = lost_in(self.scores, self.least)
-        told = [f"less than {self.least:.2g} of the dense model's score is kept on {joined(lost)}"] if lost else []
+        told = [f"less than {self.least:.2g} of the original model's score is kept on {joined(lost)}"] if lost else []
         return (faults_of(self.quality) if self.quality else []) + told
 
     def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> Verdict:
@@ -140,7 +140,7 @@ class Verdict:
             yield f"Next:    {self.next}"
 
     def in_numbers(self) -> Settings:
-        """What it says, for programs; of bytes those of the dense model, and those that are left."""
+        """What it says, for programs; of bytes those of the original model, and those that are left."""
         dense, left = vars(self.dense), vars(self.footprint)
         told = {
             **{name: getattr(self, name) for name in ("said", "usable", "missed", "next")},
@@ -155,7 +155,7 @@ class Verdict:
 
     def _said(self) -> Iterator[str]:
         if not self.plan:
-            yield "Nothing is left out: this is the dense model."
+            yield "Nothing is left out: this is the original model."
         else:
             among = f" of its {self.layers} layers" if self.layers else ""
             among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""

@@ -36,7 +36,7 @@ UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they ar
 
 @dataclass(frozen=True)
 class Source:
-    """The dense model of an export, as `export` takes it."""
+    """The original model of an export, as `export` takes it."""
 
     model: PreTrainedModel | str | Path
     tokenizer: PreTrainedTokenizerBase | None = None

@@ -1,4 +1,4 @@
-"""The dense model as files, of which no weight is loaded before it is written, and exports of it as such files."""
+"""The original model as files, of which no weight is loaded before it is written, and exports of it as such files."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ class CheckpointExport(Export):
         self.copy_companions(folder)
 
     def skipped_logits(self) -> tuple[Tensor, Tensor]:
-        """Token ids, (2, 13), and what the dense model that skips the plan answers: (2, 13, vocabulary)."""
+        """Token ids, (2, 13), and what the original model that skips the plan answers: (2, 13, vocabulary)."""
         model = self.dense.load()
         tokens = probe_tokens(model, 13)
         with skip(model, self.plan), torch.inference_mode():
@@ -260,7 +260,7 @@ class CheckpointExport(Export):
 
 @contextmanager
 def opened(source: Source) -> Iterator[DenseModel]:
-    """The dense model as files, fetched if it is a hub id; a live one is saved to a scratch folder first."""
+    """The original model as files, fetched if it is a hub id; a live one is saved to a scratch folder first."""
     model, revision = source.model, source.revision
     if not isinstance(model, str | Path):
         model = base_model(model)
@@ -298,7 +298,7 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     structure = locate(model)
     if not structure.cuttable:
         told = f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint"
-        raise UsageError(f"{told}; keep the dense checkpoint with the plan file, and skip in memory")
+        raise UsageError(f"{told}; keep the original checkpoint with the plan file, and skip in memory")
     check_tensors(name, model, tensors)
     depth, card = len(structure.blocks), own_file(folder, "README.md")
     origin = Origin(**identity, layers=depth, fingerprint=structure.fingerprint, weights=weights, card=card)

@@ -1,4 +1,4 @@
-"""llama.cpp: rewrite the GGUF of the dense model, whatever its quantisation. No weight is changed but repaired ones.
+"""llama.cpp: rewrite the GGUF of the original model, whatever its quantisation. No weight is changed but repaired ones.
 
 A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each.
 """
@@ -67,7 +67,7 @@ DECI_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_n
 NARROW = 32  # the width of an MLP of zeros: llama.cpp's `deci` would drop an attention that has no MLP behind it
 
 USE = (
-    "llama.cpp, and what is built on it, run this file as they do the dense model's. Turn flash attention on "
+    "llama.cpp, and what is built on it, run this file as they do the original model's. Turn flash attention on "
     "(`-fa on`): without it, llama.cpp holds a cache for skipped attentions too."
 )
 # llama.cpp rounds what it multiplies with quantised matrices, in the dense file too. Differences up to these pass.
@@ -76,7 +76,7 @@ PROMPTS, LENGTH = 8, 12  # prompts that are compared, and the tokens of each
 
 
 class GGUFExport(Export):
-    """A GGUF file that llama.cpp runs, in the types of the dense model's."""
+    """A GGUF file that llama.cpp runs, in the types of the original model's."""
 
     def __init__(self, dense: Path, plan: Plan) -> None:
         """Raises `UsageError` for a damaged file, a plan of another model, and one that no GGUF file can express."""
@@ -97,14 +97,14 @@ class GGUFExport(Export):
     @contextmanager
     def prepared(cls, source: Source, plan: Plan) -> Iterator[GGUFExport]:
         if source.dtype:
-            raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
+            raise UsageError("a GGUF export keeps the types of the original model's file: leave --dtype out")
         yield cls(dense_gguf(source.model), plan)
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
         write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
     def verify(self, folder: Path) -> Verdict:
-        """By llama.cpp's likeliest next tokens, against the dense model that skips the plan in transformers.
+        """By llama.cpp's likeliest next tokens, against the original model that skips the plan in transformers.
 
         What is compared is the mean difference of log-probabilities, beside that of the dense file.
         """
@@ -138,7 +138,7 @@ class GGUFExport(Export):
             dense, off = gap(self.dense, Plan()), gap(written, self.plan)
         except UnknownArchitecture as reason:
             return NotVerified(str(reason))
-        unit = f"nats on average, where the dense file is off by {dense:.2g}"
+        unit = f"nats on average, where the original file is off by {dense:.2g}"
         by = f"llama.cpp (xllamacpp {llama.version})"
         return Verified(by, off, max(TIMES_DENSE * dense, NATS), unit).checked()
 

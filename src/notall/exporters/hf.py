@@ -28,7 +28,7 @@ from .tensors import check_copies, read_notes
 SUBLAYERS = ("attention", "mlp", "before", "after")  # of each layer, as config.json has them
 TOKENS, PADDING = 12, 5  # of the sequences that are compared; and of these, on the left of the first
 
-ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
+ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the original loads this one, with no code of its own."
 REGROUPED_USE = (
     "Every layer has one attention, and MLPs that lost theirs ride along; the modeling file beside the weights says "
     "how. Load it with `trust_remote_code=True`, or after `notall.register()`:\n\n"
@@ -79,7 +79,7 @@ class HFExport(CheckpointExport):
         except UsageError as error:
             if dense.quantisation is None:
                 raise
-            return NotVerified(f"{error}; each tensor is the dense model's, bit for bit")
+            return NotVerified(f"{error}; each tensor is the original model's, bit for bit")
         with skip(model, self.plan):
             expected = _logits_of(model)
         del model

@@ -163,7 +163,7 @@ def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[Sequen
 
 
 def _new_names(dense: DenseModel, parts: Sequence[Sublayer], tensors: Weights, start: str) -> dict[str, str]:
-    """The names of a piece's modules in the dense model, to those in the export."""
+    """The names of a piece's modules in the original model, to those in the export."""
     index = parts[0].index
     layer = dense.layer(index)
     paths = [path for part in parts for path in part.modules]

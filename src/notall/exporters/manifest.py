@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """The dense model of an export."""
+    """The original model of an export."""
 
     model: str
     revision: str  # what fixes its weights
@@ -36,7 +36,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Verified:
-    """An engine ran what was written, and answered as the dense model that skips the plan."""
+    """An engine ran what was written, and answered as the original model that skips the plan."""
 
     by: str  # the engine and its release
     difference: float  # in `unit`
@@ -97,7 +97,7 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
 
 
 def plan_of(folder: Path) -> Plan:
-    """In the dense model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
+    """In the original model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
     manifest = check_manifest(folder)
     try:
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
@@ -133,7 +133,7 @@ def verdict_of(manifest: Settings) -> Verdict:
 
 
 def _card(export: Export, verdict: Verdict, measured: Settings | None) -> str:
-    """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
+    """What was left out of which model, how to run it, and what was measured. Keeps the original model's licence."""
     from huggingface_hub import ModelCardData
 
     manifest = export.manifest
@@ -146,7 +146,7 @@ def _card(export: Export, verdict: Verdict, measured: Settings | None) -> str:
         f"# {dense['model']} without some of its sublayers",
         f"Written by notall {manifest['notall']} from `{dense['model']}` ({dense['revision']}), which has "
         f"{dense['layers']} layers. What is left out is in no file, takes no time and holds no cache.",
-        _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
+        _table(("sublayer", "left out of these layers of the original model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
         *(_on_repair(manifest["repair"]) if "repair" in manifest else []),
         export.use,
@@ -160,7 +160,7 @@ def _card(export: Export, verdict: Verdict, measured: Settings | None) -> str:
 
 
 def _on_repair(repair: Settings) -> Iterator[str]:
-    """That weights are not the dense model's, by what they were made, and what is left of the error."""
+    """That weights are not the original model's, by what they were made, and what is left of the error."""
     steps = "; then ".join(step["told"] for step in repair["history"])
     made = f" They were {steps}." if steps else ""
     yield "## Repaired"
@@ -170,11 +170,11 @@ def _on_repair(repair: Settings) -> Iterator[str]:
     if refit:
         yield f"{len(refit)} steps were refit, and {len(rows)} of them left at most {1 - LITTLE:.0%} of the error."
     if rows:
-        yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), rows)
+        yield _table(("refit, in the original model's numbers", "error left on text that it was not fitted to"), rows)
 
 
 def _terms(dense_card: Path | None) -> Settings:
-    """What the dense model's card says of its licence and language: words, or lists of words."""
+    """What the original model's card says of its licence and language: words, or lists of words."""
     from huggingface_hub import metadata_load
 
     if dense_card is None:
@@ -182,7 +182,7 @@ def _terms(dense_card: Path | None) -> Settings:
     try:
         known = metadata_load(dense_card) or {}
     except Exception:  # whatever YAML makes of it
-        logger.warning("%s of the dense model is damaged: look its licence up, and add it", dense_card.name)
+        logger.warning("%s of the original model is damaged: look its licence up, and add it", dense_card.name)
         return {}
     found = {name: known.get(name) for name in ("license", "license_name", "license_link", "language")}
     lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}

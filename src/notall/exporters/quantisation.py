@@ -1,6 +1,6 @@
 """The quantisation settings of a checkpoint that loses layers: each pattern of modules is renumbered.
 
-A pattern means, of what is kept, just what it meant in the dense model: as it is, renumbered, or as a list of names.
+A pattern means, of what is kept, just what it meant in the original model: as it is, renumbered, or as a list of names.
 """
 
 import json
@@ -16,7 +16,7 @@ from ..errors import UsageError, shortened
 from ..files import Settings
 from ..models.quantisation import quantisation_name
 
-Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
+Moved = dict[str, str | None]  # names of modules in the original model, to those in the export, if they are kept
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 
@@ -135,7 +135,7 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
 
 
 def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[str]:
-    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
+    """The patterns that mean, of what is kept, what `pattern` meant in the original model; none where that is gone."""
     told = f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber"
     unknown = UsageError(f"{told}, so this plan runs in memory only")
     meant = {new for name, new in moved.items() if words.means(pattern, name)}

@@ -1,6 +1,6 @@
-"""How many tokens of a draft the dense model accepts, told by one pass of both over text that the dense model wrote.
+"""How many tokens of a draft the original accepts, told by one pass of both over text that the original model wrote.
 
-Greedy, a drafted token is accepted where it is the dense model's first choice. Sampled, one drafted from q is with the
+Greedy, a drafted token is accepted where it is the original's first choice. Sampled, one drafted from q is with the
 probability min(1, p/q), any with sum(min(p, q)), and one that the text goes on with with min(p, q) / p. Source:
 Leviathan et al. 2023, arXiv 2211.17192.
 """

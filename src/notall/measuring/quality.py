@@ -1,4 +1,4 @@
-"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model."""
+"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the original model."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ from .token_scores import TokenScorer
 
 
 def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
-    """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside the dense model.
+    """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside the original model.
 
     All plans run together, sharing the sublayers before the first that differs. Raises `UsageError` when a plan
     does not fit, for what are no token ids of the model, and for a model inside a `skip`.
@@ -43,7 +43,7 @@ def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Te
 
 
 def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
-    """Scores of the dense model, then of each plan, on one batch of token ids, (batch, tokens)."""
+    """Scores of the original model, then of each plan, on one batch of token ids, (batch, tokens)."""
     replay, scorer = Replay(model, [Plan(), *plans]), TokenScorer(model)
     targets = tokens[:, 1:].flatten()
     found: dict[int, Scores] = {}
@@ -51,7 +51,7 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
     with torch.inference_mode():
         for numbers, hidden in replay.hidden_states(record(replay.model, input_ids=tokens)):
             rows = hidden[:, :-1].flatten(0, 1)
-            if dense is None:  # the dense model comes first
+            if dense is None:  # the original model comes first
                 scores, dense = scorer.dense(rows, targets, likeliest=True)
                 likeliest = scores.likeliest
             else:
@@ -69,7 +69,7 @@ def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
 
 
 def summarize(scores: Scores, dense: Scores) -> Quality:
-    """Means and errors over sequences, paired with the dense model's scores on the same sequences."""
+    """Means and errors over sequences, paired with the original model's scores on the same sequences."""
     found: dict[str, float] = {}
     differences = [value - base for value, base in zip(scores.nll, dense.nll)]
     samples = {"nll": scores.nll, "delta_nll": differences, "kl": scores.kl, "top1_agreement": scores.top1_agreement}
@@ -92,7 +92,7 @@ Look = Callable[[Passage], None]
 
 
 def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
-    """Cosine similarity of the residual stream before and after each block, attention and MLP of the dense model.
+    """Cosine similarity of the residual stream before and after each block, attention and MLP of the original model.
 
     `batches` are token ids, (batch, tokens) each. The last block is compared before the final norm. Costs less than a
     forward pass, since no head is run, and keeps one block's hidden states at a time.
@@ -120,7 +120,7 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
 
 
 def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
-    """Have `look` see the dense model's passages on `inputs`, a block's states at a time, without running the head."""
+    """Have `look` see the original's passages on `inputs`, a block's states at a time, without running the head."""
     inner = base_model(model)
     structure, shape = locate(inner), inputs["input_ids"].shape
 

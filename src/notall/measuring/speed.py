@@ -1,4 +1,4 @@
-"""How long a model takes: prefill apart from decode, variants interleaved, each beside the dense model."""
+"""How long a model takes: prefill apart from decode, variants interleaved, each beside the original model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Timing:
     peak_bytes: int | None
 
     def beside(self, dense: Timing) -> Times:
-        """With the speedups over the dense model, of one `compare`."""
+        """With the speedups over the original model, of one `compare`."""
         return Times(
             prefill_ms=Quartiles.of(self.prefill_samples_ms),
             decode_ms_per_token=Quartiles.of(self.decode_samples_ms),
@@ -137,7 +137,7 @@ def time_plans(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Times]:
-    """The times of the dense model and of each of `plans` by name, `dense` first. Raises as `skip` and `compare` do."""
+    """The times of the original and of each of `plans` by name, `dense` first. Raises as `skip` and `compare` do."""
     variants = {name: partial(skip, model, plan) for name, plan in {"dense": Plan(), **plans}.items()}
     timings = compare(model, variants, workload, seed=seed, progress=progress)
     return {name: timing.beside(timings["dense"]) for name, timing in timings.items()}

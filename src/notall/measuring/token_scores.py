@@ -1,7 +1,7 @@
 """What the next token's distribution says, for rows of the last layer's output, at the cost of one logsumexp.
 
 With a head that is a matrix, log p(v) = w_v . h - lse(h). So NLL is lse(h) - w_target . h, and KL(dense || plan) is
-lse(h) less E_p[w] . h, up to what only depends on the dense model p: its mean row of the head, E_p[w], is as wide as
+lse(h) less E_p[w] . h, up to what only depends on the original model p: its mean row of the head, E_p[w], is as wide as
 the model and is computed once. No logits are kept: the matrix is taken a tile at a time, which stays in the cache.
 Each tile is taken less a logit near the row's largest ones, inside the matrix product, so that a dtype of few bits
 rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time, by the model.
@@ -133,7 +133,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model's distributions, a row each, as plans are held against them."""
+    """The original model's distributions, a row each, as plans are held against them."""
 
     kept: Tensor  # the head's mean row, (rows, width); if it is no matrix, the last layer's output, (rows, hidden)
     anchor: Tensor | None  # (rows,): what its product with a plan's states lacks to their logsumexp without any KL
@@ -163,7 +163,7 @@ class TokenScorer:
 
     @torch.no_grad()
     def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
-        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`."""
+        """As if the vocabulary were the `words` likeliest in rows of the original model, and the `targets`."""
         if not self.is_matrix or 2 * words > len(self.weight):  # that would save less than half
             return self
         likely = torch.stack([self._mass(rows) for rows in hidden]).sum(0).topk(words).indices
@@ -176,7 +176,7 @@ class TokenScorer:
     def dense(
         self, hidden: Tensor, targets: Tensor | None = None, *, likeliest: bool = False
     ) -> tuple[TokenScores, Dense]:
-        """Of the dense model's rows: its own scores, with a KL of 0, and what plans are held against."""
+        """Of the original model's rows: its own scores, with a KL of 0, and what plans are held against."""
         if not self.is_matrix:
             zeros = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
             return replace(self._by_definition(hidden, targets, None, likeliest), kl=zeros), Dense(hidden, None)
@@ -194,7 +194,7 @@ class TokenScorer:
         states, wanted = self._read(hidden, targets)
         alike = None if dense is None else self._alike(states, dense)
         about = wanted if alike is None else alike
-        assert about is not None, "give targets, the dense model's distributions, or both"
+        assert about is not None, "give targets, the original model's distributions, or both"
         sums = self._sums(states, about, likeliest)
         kl = None if alike is None else sums.log_sums + (sums.about - alike)
         return _scores(sums, wanted, kl, likeliest)

@@ -204,10 +204,10 @@ def named_dtype(name: str, *others: str) -> torch.dtype:
 
 
 def refuse_export(folder: Path) -> None:
-    """Raise `UsageError` where a folder holds an export in a form of its own: it has no dense model's files."""
+    """Raise `UsageError` where a folder holds an export in a form of its own: it has no original model's files."""
     if _settings_of_export(folder, None):
         told = f"{shortened(folder.name)} is an export already"
-        raise UsageError(f"{told}: give the dense model, and a plan that skips what both skip")
+        raise UsageError(f"{told}: give the original model, and a plan that skips what both skip")
 
 
 def _load_plain(

@@ -59,7 +59,7 @@ def text_of(
 
 
 def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> str:
-    """The dense model's greedy answers behind their prompts, in its chat template where it has one."""
+    """The original model's greedy answers behind their prompts, in its chat template where it has one."""
     asked = [as_asked(tokenizer, prompt) for prompt in prompts(ANSWERS)]
 
     def write() -> list[str]:
@@ -70,7 +70,7 @@ def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prog
 
 
 def completions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> str:
-    """What the dense model goes on with from the first words of a text, drawn from its distributions."""
+    """What the original model goes on with from the first words of a text, drawn from its distributions."""
     rows = [prompt_tokens(tokenizer, one, add_special_tokens=False) for one in openings(COMPLETIONS)]
     begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
 

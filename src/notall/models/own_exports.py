@@ -19,7 +19,7 @@ from .load_errors import quiet
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
 TENSOR = re.compile(r"(?P<start>.*\blayers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)")
-REDONE = "export it anew from the dense model"
+REDONE = "export it anew from the original model"
 
 
 @dataclass(frozen=True)

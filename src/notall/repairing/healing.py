@@ -54,7 +54,7 @@ def heal(
     workers: Spread | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
-    """`plan`, repaired or not, with weights of what it keeps trained to be near the dense model.
+    """`plan`, repaired or not, with weights of what it keeps trained to be near the original model.
 
     `batches` are token ids, (batch, tokens) each, of as many steps of AdamW as `config` says how. It ends early where
     the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
@@ -184,7 +184,7 @@ class _Loop:
         # what is trained is in float32, also where the rest has fewer bits
         half = teacher.dtype in (torch.bfloat16, torch.float16)
         self.autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=half)
-        self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the dense model says of them
+        self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the original says of them
         for ids in training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
             targets = ids[:, 1:].flatten()
             scores, dense = self.scorer.dense(rows_of(teacher, ids), targets, likeliest=True)

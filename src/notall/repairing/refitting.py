@@ -1,7 +1,7 @@
-"""Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream comes near the dense model's.
+"""Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream comes near the original model's.
 
 At a kept sublayer with features z and output projection W, the least change C is sought for which S + (W + C) z is near
-D: S is the skipped model's stream, with all that was refit before, D the dense model's behind the gap that follows. A
+D: S is the skipped model's stream, with all that was refit before, D the original's behind the gap that follows. A
 ridge on C is chosen on sequences that it was not fitted to. Nothing is trained, and no tensor is added.
 """
 

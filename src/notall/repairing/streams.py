@@ -1,4 +1,4 @@
-"""The dense model's residual stream, line by line, for all batches: what a repair aims at."""
+"""The original model's residual stream, line by line, for all batches: what a repair aims at."""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence

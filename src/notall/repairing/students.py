@@ -31,7 +31,7 @@ class TrainConfig:
 
     `train` says which weights: `outputs` are norms and output projections, `all` those of every kept sublayer, and
     `lora` has two thin matrices of `rank` beside each of those, which are added to them in the end. For the share
-    `warm_up` of the steps each kept sublayer aims at the dense model's stream behind it, and only then all of them at
+    `warm_up` of the steps each kept sublayer aims at the original's stream behind it, and only then all of them at
     the next token. The held-out text is looked at `evaluations` times, evenly; `patience` of them in a row without a
     gain end it: while the rate is high there may be none, and as it falls there are.
     """
@@ -89,7 +89,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """What was trained, by its path in the dense model, in the dtype that it has there; with LoRA merged."""
+        """What was trained, by its path in the original model, in the dtype that it has there; with LoRA merged."""
         if not self.adapters:
             return {path: one.detach().to(self.dtypes[path]) for path, one in self.trained.items()}
         found = {}
@@ -170,7 +170,7 @@ class Layerwise:
 
     @torch.no_grad()
     def targets(self, ids: Tensor) -> tuple[Recording, list[Tensor]]:
-        """A batch as the dense model runs it, and its streams behind each kept step and the gap that follows."""
+        """A batch as the original model runs it, and its streams behind each kept step and the gap that follows."""
         dense = DenseStream(self.model, [ids])
         return dense.recordings[0], [states for (states,) in dense.before(*(step.behind for step in self.steps))]
 

@@ -203,7 +203,7 @@ class Page:
         if not bars:
             return None
         spec = on_page(layers.savings(bars), BAR * len({bar.measure for bar in bars}))
-        told = "time and bytes of the plan beside the dense model"
+        told = "time and bytes of the plan beside the original model"
         return Figure(spec, told, csv=as_csv(bars), id="savings", copied="savings", follows=True)
 
     @property
@@ -249,7 +249,7 @@ class Page:
 
 
 def _savings(number: int, step: Step) -> Iterator[Saving]:
-    """Shares of the dense model's; of times as they were paired, round by round."""
+    """Shares of the original model's; of times as they were paired, round by round."""
 
     def bar(measure: str, text: str, share: float, low: float, high: float) -> Saving:
         told = f"{measure}: {text}"

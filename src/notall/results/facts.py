@@ -26,16 +26,16 @@ Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest tok
 
 
 class Quality(Fact):
-    """What a plan costs. `_se`: standard error over sequences; differences are paired with the dense model's."""
+    """What a plan costs. `_se`: standard error over sequences; differences are paired with the original model's."""
 
     nll: Loss = Field(description="negative log-likelihood, nats per token")
     nll_se: Unsigned = Field(description="nats per token")
-    delta_nll: Number = Field(description="nll less the dense model's on the same sequences, nats per token")
+    delta_nll: Number = Field(description="nll less the original model's on the same sequences, nats per token")
     delta_nll_se: Unsigned = Field(description="of the paired differences, nats per token")
     perplexity: Unsigned = Field(description="exp(nll)")
     kl: Number = Field(description="KL(dense || skipped) of the next token, nats per token")
     kl_se: Unsigned = Field(description="nats per token")
-    top1_agreement: Share = Field(description="share of tokens with the dense model's first choice, 0 to 1")
+    top1_agreement: Share = Field(description="share of tokens with the original model's first choice, 0 to 1")
     top1_agreement_se: Unsigned = Field(description="0 to 1")
     sequences: Count = Field(description="how many sequences the quality was measured on")
 
@@ -76,7 +76,7 @@ QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, NLL)
 
 
 class Times(Fact):
-    """What a model takes beside the dense model of the same rounds: milliseconds, and ratios paired by round."""
+    """What a model takes beside the original model of the same rounds: milliseconds, and ratios paired by round."""
 
     prefill_ms: Quartiles = Field(description="milliseconds from the prompt to the first new token")
     decode_ms_per_token: Quartiles = Field(description="milliseconds of a decode step, for the whole batch")
@@ -169,11 +169,11 @@ CONFIGURED: tuple[Column[Configured], ...] = (
 
 
 class SpeedCheck(Fact):
-    """A plan's speedup of a workload as it was predicted, and as it was measured, interleaved with the dense model."""
+    """A plan's speedup of a workload as it was predicted, and as it was measured, interleaved with the original."""
 
     predicted_ms: Positive
     measured_ms: Positive
-    predicted_speedup: Positive = Field(description="ratio to the dense model")
+    predicted_speedup: Positive = Field(description="ratio to the original model")
     measured_speedup: Quartiles = Field(description="the rounds' own ratios")
 
     @property
@@ -191,22 +191,22 @@ SPEED_CHECK: tuple[Column[SpeedCheck], ...] = (
 )
 
 SIGNIFICANT = 0.05
-RECOVERY = 0.95  # of the dense model's score, that serving asks for
+RECOVERY = 0.95  # of the original model's score, that serving asks for
 
 Recovered = Literal["kept", "lost", "inconclusive"]
 
 
 class Recovery(Fact):
-    """The share of the dense model's score that a plan keeps, paired by item, with its interval at the level 0.95."""
+    """The share of the original's score that a plan keeps, paired by item, with its interval at the level 0.95."""
 
-    share: Number = Field(description="the plan's score over the dense model's on the same items")
+    share: Number = Field(description="the plan's score over the original model's on the same items")
     low: Number = Field(description="the interval's lower end")
     high: Number = Field(description="its upper end")
     items: Count
 
     @classmethod
     def of(cls, interval: tuple[float, float, float], items: int) -> Self | None:
-        """None where the interval has no end: the dense model may be at zero."""
+        """None where the interval has no end: the original model may be at zero."""
         share, low, high = interval
         return cls(share=share, low=low, high=high, items=items) if math.isfinite(share) and high < math.inf else None
 
@@ -228,11 +228,11 @@ class Recovery(Fact):
 
 
 class Compared(Fact):
-    """One figure of a plan beside the dense model's, over the same documents, windows or prompts."""
+    """One figure of a plan beside the original model's, over the same documents, windows or prompts."""
 
     value: Number
     value_se: Unsigned = Field(math.nan, description="standard error of value")
-    delta: Number = Field(description="value less the dense model's")
+    delta: Number = Field(description="value less the original model's")
     delta_se: Unsigned = Field(description="standard error of delta, paired")
     p_value: Share = Field(math.nan, description="of no difference")
     higher_is_better: bool | None = Field(None, description="None where neither way is good")

@@ -53,11 +53,11 @@ class RepairStep(BaseModel, frozen=True, extra="allow"):
     sequences: int | None = Field(None, ge=1, description="windows of all texts together")
     length: int | None = Field(None, ge=1, description="tokens a window")
     method: str = Field("refit", max_length=100, description="how weights were repaired")
-    sampled: bool = Field(False, description="whether the dense model wrote the windows, from the texts' first words")
+    sampled: bool = Field(False, description="whether the original wrote the windows, from the texts' first words")
 
     def __str__(self) -> str:
         repaired = "refit in closed form" if self.method == "refit" else f"repaired by {self.method}"
-        verb = repaired if self.by == "repair" else "trained to say what the dense model says"
+        verb = repaired if self.by == "repair" else "trained to say what the original model says"
         on = " and of ".join(one.text for one in self.texts)
         by = "that it wrote itself from the first words " if self.sampled else ""
         return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb
@@ -84,12 +84,12 @@ REFITS: tuple[Column[RefitRecord], ...] = (
 
 
 class HealRecord(Record, kind="healing", key=("tokens",), headed=True):
-    """How far from the dense model the healing is, on text that it does not train on."""
+    """How far from the original model the healing is, on text that it does not train on."""
 
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(math.nan, description="negative log-likelihood there, nats per token")
-    held_out_agreement: Share = Field(math.nan, description="share of the dense model's first choices there, 0 to 1")
+    held_out_agreement: Share = Field(math.nan, description="share of the original model's first choices there, 0 to 1")
     seconds: Amount = Field(description="CPU seconds so far of all threads, also before a break, of the first worker")
 
 

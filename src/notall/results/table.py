@@ -110,7 +110,7 @@ def with_quartiles(heading: str, get: Callable[[F], Quartiles | None], form: str
 
 
 def with_interval(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
-    """A share of the dense model's, with the ends of its interval."""
+    """A share of the original model's, with the ends of its interval."""
     return _column(heading, get, lambda found: _between(*found, ".2f"), note="[ ]: 95 % interval, paired")
 
 
@@ -119,14 +119,14 @@ def _between(value: float, low: float, high: float, form: str) -> Cell:
 
 
 def with_difference(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
-    """A figure with its difference to the dense model and its error; nothing beside the dense model itself."""
+    """A figure with its difference to the original model and its error; nothing beside the original model itself."""
 
     def cell(found: tuple[float, float, float]) -> Cell:
         value, delta, error = found
         beside = f"({written(delta, '+.3f')} ± {written(error, '.3f')})" if is_number(delta) else ""
         return Cell(value, written(value, ".3f"), beside) if is_number(value) else EMPTY
 
-    return _column(heading, get, cell, note="( ): difference to the dense model ± its standard error")
+    return _column(heading, get, cell, note="( ): difference to the original model ± its standard error")
 
 
 def inherited(kind: type[F], columns: Iterable[Column[G]]) -> tuple[Column[F], ...]:

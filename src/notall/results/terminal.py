@@ -209,7 +209,7 @@ def _log(console: Console, doing: str) -> Iterator[Progress]:
 
     def speak() -> None:
         nonlocal told
-        if (now := time.monotonic()) - told >= SILENT:
+        if doing != "starting" and (now := time.monotonic()) - told >= SILENT:  # what is begun says so itself
             told = now
             passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
             console.print(f"{share:.0%} after {passed}: {said}", markup=False)

@@ -37,7 +37,7 @@ BOTH = ("attention", "mlp")
 
 
 def regroup(kinds: Sequence[Sequence[str]], plan: Plan, fits: Callable[[int, int], bool]) -> list[Layer]:
-    """Cut what `plan` keeps into layers of one attention each, in the order of the dense model.
+    """Cut what `plan` keeps into layers of one attention each, in the order of the original model.
 
     `kinds` are those of each layer's sublayers; a layer of one sublayer stays as it is, or goes. The first MLP j behind
     a lone attention i becomes its layer's own where it `fits(i, j)`.

@@ -68,8 +68,8 @@ class LinearMap:
 class RepairedPlan(Plan, arbitrary_types_allowed=True):
     """A plan, and for some parameters of what it keeps the values that go with it.
 
-    `weights` maps the path of a parameter in the dense model to its value, of the same shape. Wherever a plan is run
-    or exported, this one runs and is exported with them; the dense model keeps its own. `replaced` are a few numbers of
+    `weights` maps the path of a parameter in the original model to its value, of the same shape. Wherever a plan is run
+    or exported, this one runs and is exported with them; the original keeps its own. `replaced` are a few numbers of
     those that they replace, and another model's are refused.
 
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are

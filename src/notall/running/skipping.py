@@ -85,7 +85,7 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
         plan.check(structure)
         mine.plan = around[-1].plan | plan if around else plan
         mine.plan.check(structure)
-        for place, name, dense in [entry for other in around for entry in other.entries][::-1]:  # from the dense model
+        for place, name, dense in [entry for other in around for entry in other.entries][::-1]:  # from the original
             mine.put(place, name, dense)
         _apply(inner, structure, mine.plan, mine)
         yield model
@@ -164,8 +164,8 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
 
 
 # Why a model is not saved: a load would fill what it does not find under the names that it knows with random weights.
-NOT_A_CHECKPOINT = "these layers are ones that a checkpoint cannot hold or tell apart; keep the dense checkpoint"
-SKIPPED = "leave the `with notall.skip(...)` and save the dense model, or write the smaller one with notall.export"
+NOT_A_CHECKPOINT = "these layers are ones that a checkpoint cannot hold or tell apart; keep the original checkpoint"
+SKIPPED = "leave the `with notall.skip(...)` and save the original model, or write the smaller one with notall.export"
 MISSING = "a load would fill what this model lacks with random weights; copy the folder that it was loaded from"
 
 

@@ -130,7 +130,7 @@ def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Prob
 def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe, depend: bool) -> tuple[tuple[Block, ...], bool]:
     """The blocks, and whether their layers must stay where they are, as those that depend on others do."""
     if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
-        raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
+        raise UnsupportedModel("sublayers were removed from this model for good; start from the original model")
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
     writing = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
     mixers = frozenset(type(child(layer, module)) for layer, module in writing if module)
@@ -194,7 +194,7 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
         raise UnsupportedModel(f"{trace}: {told}. It cannot be skipped by halves; choose another model")
     if len(others) > 1:
         told = f"expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}"
-        fix = "if sublayers were removed from this model for good, start from the dense model"
+        fix = "if sublayers were removed from this model for good, start from the original model"
         raise UnsupportedModel(f"{trace}: {told}. It cannot be skipped by halves; {fix}")
     parts = [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)] if mixing else []
     if mlps:  # a norm that both have weighs with the mixer

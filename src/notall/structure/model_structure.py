@@ -186,7 +186,7 @@ class ModelStructure:
         return next((length for length in range(1, half + 1) if kinds[length:] == kinds[:-length]), 0)
 
     def keeps_period(self, layers: Sequence[int]) -> bool:
-        """Whether `layers` alone have mixers of the kinds that as many layers have in the dense model's beginning."""
+        """Whether `layers` alone have mixers of the kinds that as many layers have in the original's beginning."""
         kinds = self._mixers_by_layer
         return [kinds[index] for index in layers] == kinds[: len(layers)]
 

@@ -1,4 +1,4 @@
-"""By one pass of the dense model over the text: what a part does to the stream, or the gradient of its gate."""
+"""By one pass of the original model over the text: what a part does to the stream, or the gradient of its gate."""
 
 import math
 import time

@@ -49,7 +49,7 @@ def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> li
 
 
 def _stream(model: PreTrainedModel, plan: Plan, batches: Batches) -> DenseStream:
-    """The dense model on the calibration text. Raises `UsageError` for a plan that does not fit, or a model."""
+    """The original model on the calibration text. Raises `UsageError` for a plan that does not fit, or a model."""
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
@@ -81,7 +81,7 @@ def _over(stream: DenseStream, gap: Gap, *, ridge: float = 0.0, biased: bool = F
 
 @torch.no_grad()
 def nbl(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
-    """Neural Block Linearization, arXiv 2505.21077: W = C_yx C_xx^-1, b = E[y] - W E[x], of the dense model.
+    """Neural Block Linearization, arXiv 2505.21077: W = C_yx C_xx^-1, b = E[y] - W E[x], of the original model.
 
     x is the stream before an attention and y what it adds, as its repository's layers run: no norm stands before W.
     A skipped MLP gets a map as well, and a block that is skipped whole one for both, as in the paper's Block NBL.
@@ -111,7 +111,7 @@ def ghosted(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Prog
 def replaceme(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
     """ReplaceMe, arXiv 2505.02819: what a gap did, as a linear map, folded into the output projection before it.
 
-    Its `lstsq` with an `alpha` of 0: T = (M'M)^-1 M'(h_n + M - h_i), and T'W in place of W, all of the dense model. M
+    Its `lstsq` with an `alpha` of 0: T = (M'M)^-1 M'(h_n + M - h_i), and T'W in place of W, all of the original. M
     is what the projection W, of whatever is kept before the gap, adds to the stream, h_i the stream behind it, h_n that
     behind the gap. A gap stays that has nothing before it, or a sublayer that a norm or no single matrix ends.
     """
