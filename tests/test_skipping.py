@@ -114,7 +114,7 @@ def test_remove_equals_skip_and_frees_the_weights(model):
 
 def test_what_cannot_be_saved_as_this_architecture_is_not_saved(model, tmp_path):
     remove(model, PLAN)
-    with pytest.raises(UsageError, match="dense checkpoint"):
+    with pytest.raises(UsageError, match="original checkpoint"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
