@@ -122,7 +122,7 @@ NAMES = {
     "evaluation.harness": ["Answers", "run_tasks"],
     "evaluation.ray_workers": ["Workers", "split_branches"],
     "evaluation.scoring": ["Pack", "Request", "Scorer", "inputs_of", "packed", "plain as packing_plain"],
-    "evaluation.tasks": ["Limits", "OPENLLM", "TaskShelf", "_complaint", "no_bars"],
+    "evaluation.tasks": ["Job", "Limits", "OPENLLM", "TaskShelf", "_complaint", "no_bars"],
     "experiments.bench": ["BenchRecord", "COLUMNS as BENCH_COLUMNS", "Timed", "bench", "rows_of as bench_rows"],
     "experiments.compare": [
         "CalibratedObjective",

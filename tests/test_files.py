@@ -1,7 +1,6 @@
 """What is written replaces what had the name, whole, and leaves alone what a link leads to."""
 
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -35,26 +34,33 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(write, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["others", "out"]
 
 
-def gone_process():
-    with subprocess.Popen(["true"]) as process:
-        return process.pid
-
-
 @pytest.mark.parametrize("name", ["out", "out[1] é"])
 def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp_path):
-    out, host = tmp_path / name, platform.node()[:16]
-    left, others = f".{name}.{host}.{gone_process()}", [f".{name}.{host}.{os.getppid()}", f".{name}.else.1", ".o.txt"]
-    for hidden in (left, *others):
-        (tmp_path / hidden).write_text("x")
-    files.write_whole(out, "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, *others])
-    (tmp_path / left).mkdir()
-    (tmp_path / left / "weights").write_text("x")
-    out.unlink()
-    with files.beside(out) as scratch:
-        scratch.mkdir()
-        assert not (tmp_path / left).exists()
+    out = tmp_path / name
+    with files.beside(out) as ours, files.beside(out) as again:  # as in two threads
+        assert ours.name != again.name
+    ours = ours.name.partition(f".{os.getpid()}.")[0]
+    with subprocess.Popen(["sleep", "60"]) as running, subprocess.Popen(["true"]) as ended:
+        ended.wait()
+        left = [f"{ours}.{ended.pid}", f"{ours}.{ended.pid}.ab"]
+        others = [f"{ours}.{running.pid}.ab", f"{ours}.{os.getpid()}.a", f"{ours}.x", f".{name}.0.{ended.pid}", ".o"]
+        for hidden in (*left, *others):
+            (tmp_path / hidden).write_text("x")
+        files.write_whole(out, "new")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, *others])
+        (tmp_path / left[0]).mkdir()
+        (tmp_path / left[0] / "weights").write_text("x")
+        out.unlink()
+        with files.beside(out) as scratch:
+            scratch.mkdir()
+            assert not (tmp_path / left[0]).exists()
+        running.kill()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_name_that_is_too_long_is_told_as_such(tmp_path):
+    with pytest.raises(OSError, match="too long"):
+        files.write_whole(tmp_path / ("x" * 250), "new")
 
 
 def test_tables_and_figures_are_written_so():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import forked
-from api import OPENLLM, AnswersRecord, Scorer, TaskShelf, _complaint, harness, no_bars
+from api import OPENLLM, AnswersRecord, Job, Scorer, TaskShelf, _complaint, harness, no_bars
 from notall import Plan, UsageError, skip
 from small_disk import fills_up
 from tiny_tasks import byte_tokenizer, copy_task, run_tasks, tiny_llama, write_tasks
@@ -466,6 +467,20 @@ def test_a_folder_without_tasks_is_named(run, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "questions.jsonl").write_text("{}")
     refused("data holds no task: give a folder with", run, [], ["tiny_choice"], task_path=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("how", "tokens"),
+    [
+        ({"until": [], "max_gen_toks": 4}, 41),
+        ({"max_gen_toks": "4"}, 41),
+        ({"max_new_tokens": 3}, 31),
+        ({"max_gen_toks": None}, 2561),
+    ],
+)
+def test_what_is_generated_counts_as_the_harness_reads_it(how, tokens):
+    request = SimpleNamespace(args=("abcd", how))
+    assert Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None).tokens == tokens
 
 
 @pytest.mark.usefixtures("own_tasks_only")

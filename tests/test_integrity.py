@@ -141,7 +141,7 @@ def test_results_of_another_model_are_not_told_beside_these(tmp_path):
     write_report(result_folders.write_repair(tmp_path), tmp_path / "page.html")
     (tmp_path / "refits.jsonl").unlink()
     result_folders.write(tmp_path, *result_folders.refits(), about=other)
-    with pytest.raises(UsageError, match=r"several models \(measured\.jsonl is of tiny, refits\.jsonl is of tiny\)"):
+    with pytest.raises(UsageError, match=r"measured\.jsonl is of tiny, none; refits\.jsonl is of tiny, another"):
         write_report(tmp_path, tmp_path / "page.html")
 
 

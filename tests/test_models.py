@@ -448,8 +448,9 @@ def test_those_who_want_a_copy_at_once_share_it(gguf, monkeypatch):
 
 def test_a_copy_that_was_killed_is_made_again(gguf):
     folder = gguf_copies.converted_folder(gguf)
-    with files.beside(folder) as partial:
-        pass
+    with files.beside(folder) as partial, subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    partial = partial.with_name(partial.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
     partial.mkdir(parents=True)
     (partial / "config.json").write_text("{")
     (partial / "half of it").touch()

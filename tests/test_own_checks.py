@@ -166,6 +166,14 @@ def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
     assert result.score.values == pytest.approx([sample.value for sample in result.samples])
 
 
+def test_the_count_of_what_is_done_never_goes_back(model, tokenizer):
+    """Though texts of the original model are written for those of each plan, where nothing is kept."""
+    jobs, seen = [TaskShelf().build(name, None, 2) for name in ("written", "passkey_256")], []
+    harness.run_tasks(model, tokenizer, [PLAN, Plan([0])], jobs, progress=lambda done, *_: seen.append(done))
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(job.tokens for job in jobs)
+
+
 def test_answers_are_kept_and_not_computed_again(model, tokenizer, tmp_path, monkeypatch):
     jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
     first = harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)

@@ -8,14 +8,16 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-import psutil
 from pydantic_core import from_json
 
 from .errors import UsageError, shortened
@@ -126,23 +128,44 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name for what is to become `path`, a file or a folder; what is left of it goes, as does that of killed runs."""
-    host = platform.node()[:16].replace(os.sep, "")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*"):
-        owner = left.name.rpartition(".")[2]
-        if owner.isdecimal() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+    ours = f".{path.name}.{_numbering()}."
+    for left in path.parent.glob(f"{glob.escape(ours)}*"):
+        if not _is_running(left.name.removeprefix(ours).partition(".")[0]):
             _remove(left)
-    partial = path.with_name(f".{path.name}.{host}.{os.getpid()}")
+    partial = path.with_name(f"{ours}{os.getpid()}.{secrets.token_hex(3)}")
     try:
         yield partial
     finally:
         _remove(partial)
 
 
+@cache
+def _numbering() -> str:
+    """A name for the processes that are numbered with this one: of this host and, in a container, of that alone."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return f"{crc32((platform.node() + space).encode()):08x}"
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process has this number, or it can't be told."""
+    try:
+        if os.name == "posix":  # elsewhere this would end it
+            os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -211,6 +211,7 @@ class PlansLM(HFLM):
         """What the plan says to a user, greedy, and what the original model says."""
         asked = self._as_chat(requests)
         with Undo() as undo, undo.put(vars(self), "number", 0):
+            undo.put(vars(self), "progress", silent)  # which would begin anew
             dense = self.generate_until(asked)
         return list(zip(self.generate_until(asked), dense))
 

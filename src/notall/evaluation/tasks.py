@@ -18,6 +18,7 @@ import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from ..errors import UsageError, installed, nearest, shortened
@@ -105,7 +106,7 @@ class Job:
     def tokens(self) -> int:
         """About how many tokens are read in the time that it takes: 10 for each that is generated."""
         parts = [part for task in self.tasks.values() for request in task.instances for part in request.args]
-        generated = sum(part.get("max_gen_toks", 256) for part in parts if isinstance(part, dict))
+        generated = sum(normalize_gen_kwargs(part)["max_gen_toks"] for part in parts if isinstance(part, dict))
         return 10 * generated + sum(len(part) for part in parts if isinstance(part, str)) // 4
 
     def reported(self) -> dict[str, list[str]]:

@@ -111,10 +111,7 @@ def bench(
     seed: int = 0,
     progress: Progress = silent,
 ) -> BenchRecord:
-    """`plan` and the original model, timed; kept in the folder `out` with earlier records, if given.
-
-    Raises `UsageError` before anything is timed when it cannot be kept there.
-    """
+    """`plan` and the original, timed; kept in the folder `out`, if given, or `UsageError` before anything is timed."""
     from ..measuring.speed import time_plans
     from ..running.skipping import footprint
 

@@ -152,10 +152,7 @@ class HeldOutOptions(TextOptions):
     def both(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
     ) -> tuple[list[Tensor], list[Tensor], Settings]:
-        """Batches to calibrate on, batches to measure on, and what they are, for the record.
-
-        With `fewer`, a short text may have fewer other windows than asked for, or none.
-        """
+        """Batches to calibrate on, others to measure on, and what they are; with `fewer`, a short text has fewer."""
         from torch import cat
 
         from ..models.texts import windows_in

@@ -147,10 +147,7 @@ class BudgetOptions:
     max_kl: float | None = option(None, "the same for KL")
 
     def check(self, amount: SkipAmount, recovery: float | None = None) -> BudgetChoice:
-        """Raises `UsageError` unless these and the number of --skip are one budget, with a limit or without.
-
-        With a `recovery` to keep there need be none.
-        """
+        """Raises `UsageError` unless these and the number of --skip are one budget, or none with a `recovery`."""
         from ..choosing.budget import check_nats
         from ..choosing.latency import check_faster
 
@@ -181,10 +178,7 @@ class BudgetChoice:
     limit: tuple[str, float] | None = None
 
     def objective(self, text: str) -> str:
-        """The one that is limited, else KL: of as much text it tells more, and its sets lose less on other text.
-
-        On the mix retrieval counts, too.
-        """
+        """The one that is limited, else KL, which tells more of as much text; on the mix retrieval counts, too."""
         if self.limit and self.limit[0] in ("max_nll", "max_kl"):
             return self.limit[0].removeprefix("max_")
         return WITH_RETRIEVAL if text == USE else "kl"

@@ -104,10 +104,7 @@ class GGUFExport(Export):
         write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
     def verify(self, folder: Path) -> Verdict:
-        """By llama.cpp's likeliest next tokens, against the original model that skips the plan in transformers.
-
-        What is compared is the mean difference of log-probabilities, beside that of the dense file.
-        """
+        """By llama.cpp's likeliest tokens: the mean difference of log-probabilities, beside the original file's own."""
         written = folder / self.name
         found = read_gguf(written)
         same = (found.fields, found.tensors.keys()) == (self.fields, self.tensors.keys())

@@ -11,10 +11,7 @@ MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error (sample standard deviation / sqrt(n)); the error of one value is nan.
-
-    Where sums overflow both are infinite.
-    """
+    """The mean, and its standard error (sample standard deviation / sqrt(n)): nan of one value, inf past floats."""
     n = len(values)
     try:
         mean = math.fsum(values) / n

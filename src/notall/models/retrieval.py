@@ -34,10 +34,7 @@ class Episode:
 
 
 def episode(form: Form, tokens: int, draw: random.Random, hay: Iterator[str] | None = None) -> Episode:
-    """An episode of about so many tokens; what is asked for is told at a random depth, amid sentences of `hay`.
-
-    Source of the passkey: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
-    """
+    """An episode of about so many tokens, its answer at a random depth in `hay` (passkey: arXiv 2305.16300, 4.2)."""
     told, question, answer = MAKERS[form](draw)
     room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*told, question)).split())
     sentences = list[str]()

@@ -80,10 +80,10 @@ def heal(
         ledger, is_finished = Ledger(folder, HealRecord, about), repaired.refuse_other_work(folder, HealRecord, plan)
         processes.wait_for_everyone()  # all have looked before the first of them writes
         if is_finished:
-            if is_first:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that was killed as it ended
             healed = RepairedPlan.load(folder)
             healed.check_replaced(inner)
+            if is_first:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that was killed as it ended
             return healed
         if workers:
             trained = workers.train(training, folder, about, progress)

@@ -82,10 +82,10 @@ def read_folder(path: Path) -> Folder:
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         raise UsageError(f"{path} holds no results; {advice}")
     heads = [(KINDS[name].file, held[0].provenance) for name, held in files.items() if held]
-    models = {(one.what["model"], one.what.get("revision")): file for file, one in heads if one and "model" in one.what}
+    models = {str(one.what["revision"]): (file, one) for file, one in heads if one and "revision" in one.what}
     if len(models) > 1:
-        told = ", ".join(f"{file} is of {shortened(str(model))}" for (model, _), file in models.items())
-        raise UsageError(f"{path} holds results of several models ({told}): move those of another one elsewhere")
+        told = (f"{file} is of {shortened(str(one.what.get('model')))}, {of[:9]}" for of, (file, one) in models.items())
+        raise UsageError(f"{path} holds results of several models ({'; '.join(told)}): move those of another elsewhere")
     return Folder(path, files, foreign)
 
 
@@ -101,10 +101,7 @@ def shown_by(folder: Folder) -> list[Shown]:
 
 
 def render(folder: Folder, shown: Sequence[Shown] | None = None) -> str:
-    """The page as HTML, under 3 MB for any model that fits a machine, of what verbs say of a folder, or of `shown`.
-
-    Raises `UsageError` where nothing is to show.
-    """
+    """The page as HTML, under 3 MB, of what verbs say of a folder, or of `shown`; `UsageError` if that is nothing."""
     from jinja2 import Environment, PackageLoader
 
     page = Page(folder, tuple(shown_by(folder) if shown is None else shown))
