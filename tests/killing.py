@@ -59,7 +59,19 @@ EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.l
 # What has ended, or a round that has not, is measured again, and both are kept.
 AGAIN = ("bench.jsonl", "drafts.jsonl", "engine_times.jsonl")
 TABLES = (".html", ".svg", ".png", ".csv", ".md", ".tex")  # hold times
-TIMED_TOO = {"sealed", "predicted", "measured", "memory_bytes", "best", "figure", "here", "high", "low", "verdict"}
+TIMED_TOO = {
+    "sealed",
+    "predicted",
+    "same_texts",
+    "measured",
+    "memory_bytes",
+    "best",
+    "figure",
+    "here",
+    "high",
+    "low",
+    "verdict",
+}
 SHARE = {"pareto": 0.1}  # of the cases that others have: its workers take seconds to start
 
 
