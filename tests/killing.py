@@ -225,9 +225,9 @@ def try_kill(name: str, number: int, seed: int, place: Place) -> Outcome:
     kills: list[str] = []
     killed: Files = {}
     with place.case(make) as folder:
-        for _ in range(1 + (draw.random() < TWICE)):
+        for turn in range(1 + (draw.random() < TWICE)):
             at: dict[str, Any] = {"event": draw.randint(1, whole.events)}
-            if draw.random() < 0.5:
+            if (number + turn) % 2:  # the first is surely killed
                 at = {"after": draw.random() * whole.seconds}
             ended = in_child(command, folder, **at)
             if ended.code is not None:  # it came to its end before
