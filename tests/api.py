@@ -205,7 +205,7 @@ NAMES = {
         "write_sweep",
     ],
     "experiments.verdict": ["Verdict", "mending", "next_command", "what_next"],
-    "exporters": ["Export", "Source", "TARGETS", "export", "target_named"],
+    "exporters": ["Export", "Source", "TARGETS", "appearing", "export", "target_named"],
     "exporters.dense": ["opened"],
     "exporters.gguf": ["cut", "with_weights as gguf_with_weights"],
     "exporters.layout": ["_is_divided_by_weights", "moved_modules"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import notall
-from api import HOMES, TaskShelf, check_folder, digests, files, read_text, results_of, write_report
+from api import HOMES, TaskShelf, appearing, check_folder, digests, files, read_text, results_of, write_report
 from api import records_lines as lines
 from command_line import QUICK
 from notall import Plan, UsageError
@@ -40,7 +40,7 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
     with files.beside(out) as ours, files.beside(out) as again:  # as in two threads
         assert ours.name != again.name
     ours = ours.name.partition(f".{os.getpid()}.")[0]
-    with subprocess.Popen(["sleep", "60"]) as running, subprocess.Popen(["true"]) as ended:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as running, subprocess.Popen(["true"]) as ended:
         ended.wait()
         left = [f"{ours}.{ended.pid}", f"{ours}.{ended.pid}.ab"]
         others = [f"{ours}.{running.pid}.ab", f"{ours}.{os.getpid()}.a", f"{ours}.x", f".{name}.0.{ended.pid}", ".o"]
@@ -54,13 +54,12 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
         with files.beside(out) as scratch:
             scratch.mkdir()
             assert not (tmp_path / left[0]).exists()
-        running.kill()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
-def test_a_name_that_is_too_long_is_told_as_such(tmp_path):
-    with pytest.raises(OSError, match="too long"):
-        files.write_whole(tmp_path / ("x" * 250), "new")
+def test_an_export_whose_name_leaves_no_room_for_another_beside_it_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="cannot write to .*too long"), appearing(tmp_path / ("x" * 240)):
+        pass
 
 
 def test_tables_and_figures_are_written_so():
