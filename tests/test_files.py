@@ -58,7 +58,7 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
 
 
 def test_an_export_whose_name_leaves_no_room_for_another_beside_it_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="cannot write to .*too long"), appearing(tmp_path / ("x" * 240)):
+    with pytest.raises(UsageError, match=r"cannot write to .*too long"), appearing(tmp_path / ("x" * 240)):
         pass
 
 
