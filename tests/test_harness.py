@@ -489,7 +489,7 @@ def test_a_task_without_a_name_is_told(run, tmp_path, others):
     (tmp_path / "tasks").mkdir()
     for name in ("", others):
         (tmp_path / "tasks" / f"of{name}.yaml").write_text(f"group: {name}\ntask: [tiny_choice]\n")
-    refused("a task of .*tasks has a name that is no text", run, [], ["x"], task_path=tmp_path / "tasks")
+    refused("a task in .*tasks has a name that is not text", run, [], ["x"], task_path=tmp_path / "tasks")
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class TaskShelf:
                 self.manager = TaskManager(include_path=str(task_path) if task_path else None)
             "".join(self.manager.all_tasks)
         except TypeError:
-            raise UsageError(f"a task of {shortened(task_path)} has a name that is no text: give it one") from None
+            raise UsageError(f"a task in {shortened(task_path)} has a name that is not text: give it a name") from None
 
     @classmethod
     def of(cls, tasks: TaskShelf | str | Path | None) -> TaskShelf:

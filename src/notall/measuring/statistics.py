@@ -11,7 +11,7 @@ MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error (sample standard deviation / sqrt(n)): nan of one value, inf past floats."""
+    """The mean, and its standard error (sample standard deviation / sqrt(n)): nan for one value, inf on overflow."""
     n = len(values)
     try:
         mean = math.fsum(values) / n

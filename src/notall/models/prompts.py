@@ -22,7 +22,7 @@ Pick = Callable[[Sequence[str]], str]
 
 
 def prompts(count: int, *, seed: int = 0, held_out: bool = False) -> list[str]:
-    """`count` prompts for explanations, code, sums, JSON, translations and letters, by seed; `held_out`, of others."""
+    """`count` prompts for explanations, code, sums, JSON, translations and letters, by seed; others if `held_out`."""
     draw = random.Random(f"{seed} {held_out}")
 
     def pick(words: Sequence[str]) -> str:

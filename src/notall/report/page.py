@@ -85,7 +85,7 @@ def read_folder(path: Path) -> Folder:
     models = {str(one.what["revision"]): (file, one) for file, one in heads if one and "revision" in one.what}
     if len(models) > 1:
         told = (f"{file} is of {shortened(str(one.what.get('model')))}, {of[:9]}" for of, (file, one) in models.items())
-        raise UsageError(f"{path} holds results of several models ({'; '.join(told)}): move those of another elsewhere")
+        raise UsageError(f"{path} holds results of several models ({'; '.join(told)}): move the others elsewhere")
     return Folder(path, files, foreign)
 
 
