@@ -102,7 +102,7 @@ NAMES = {
     ],
     "choosing.objective": ["answers", "build_objective", "kl", "mix", "nll", "read_prompts", "retrieval", "task"],
     "choosing.space": ["Space", "names_in", "plan_of as space_plan_of"],
-    "cli": ["DROPPED", "Without", "drop_chatter"],
+    "cli": ["DROPPED", "drop_chatter"],
     "cli.app": ["COMMANDS", "MISSED", "app", "conclude"],
     "engines": ["ENGINES", "Engine", "Timing as engine_Timing", "engine_named", "weight_bytes"],
     "engines.llamacpp": ["LlamaCpp"],
@@ -314,7 +314,7 @@ NAMES = {
         "within",
         "words",
     ],
-    "results.terminal": ["Clock", "print_table", "progress_bar", "show"],
+    "results.terminal": ["print_table", "progress_bar", "show"],
     "running.generating": ["Streamer", "continue_prompts", "generate_text", "greedy", "sample"],
     "running.regrouping": ["Layer", "is_portable", "layers_of", "regroup"],
     "running.repaired": [

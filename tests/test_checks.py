@@ -41,7 +41,8 @@ def no_forward(monkeypatch):
         return forward(self, input_ids, **more)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", looked_at)
-    monkeypatch.setattr(texts_mix, "_written", lambda *_: "The river runs under the old stone bridge. " * 100)
+    river = "The river runs under the old stone bridge. " * 100
+    monkeypatch.setattr(texts_mix._Author, "_written", lambda *_: [river])
 
 
 TEXTS = {

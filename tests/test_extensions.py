@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import notall
-from api import by_count, criteria, kl, methods
+from api import by_count, criteria, kl, methods, plugins
 from families import family
 from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
@@ -68,6 +68,9 @@ def halved(model, plan, batches, progress=None):
 def elsewhere(model, plan, batches, progress=None):
     path = "model.layers.0.mlp.down_proj.weight"
     return RepairedPlan.of(plan, weights={path: model.get_parameter(path).detach()[:1]})
+
+def exits(setting):
+    raise SystemExit(0)
 
 def raises(setting):
     raise RuntimeError("boom")
@@ -175,6 +178,7 @@ def test_a_package_adds_a_criterion_and_a_repair(package):
         ("raises:x", "raises:x fails as it is imported: ZeroDivisionError: division by zero (raises.py, line 2)"),
         ("needs:x", "needs:x fails as it is imported: ModuleNotFoundError: No module named 'lost' (needs.py, line 1)"),
         ("broken:x", "broken:x fails as it is imported: SyntaxError"),
+        ("exits:x", "exits:x fails as it is imported: SystemExit: 0 (exits.py, line 2)"),
         ("mine:NUMBER", "mine:NUMBER is no "),
         ("mine:zzz", "there is no mine:zzz: mine has no zzz; it has by_depth, choose_first, chooses_too_few, chooses_"),
     ],
@@ -184,6 +188,7 @@ def test_a_name_that_is_none_is_told_in_a_line(mine, name, said, found_by):
     Path("raises.py").write_text("\n1 / 0\n")
     Path("needs.py").write_text("import lost\n")
     Path("broken.py").write_text("def x(:\n")
+    Path("exits.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UsageError) as raised:
         found_by(name)
     assert str(raised.value).startswith(said)
@@ -266,6 +271,7 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     ("way", "said"),
     [
         ("raises", r"the criterion mine:raises failed: RuntimeError: boom \(mine.py, line \d+\)"),
+        ("exits", r"the criterion mine:exits failed: SystemExit: 0 \(mine.py, line \d+\)"),  # not as if it had worked
         ("deep_inside", r"the criterion mine:deep_inside failed: .* \(mine.py, line \d+\)"),
         ("lists", "give back a score for each unit, a dict, from the criterion mine:lists, not list"),
         ("chooses_too_few", r"mine:chooses_too_few saves 1 of 2, and the budget is 2 mlp: go on until budget.met"),
@@ -280,6 +286,16 @@ def test_a_criterion_that_fails_is_one_line(mine, way, said):
     space = notall.Space(notall.locate(model), "mlp")
     with pytest.raises(UsageError, match=said):
         notall.choose_plan(model, f"mine:{way}", space, by_count(space, 2), BATCHES)
+
+
+@pytest.mark.parametrize("found_by", [criteria.criterion, methods.method])
+def test_an_interrupt_in_the_code_of_others_is_one(mine, found_by):
+    """As the module is imported, or as it runs: what is finished is kept, and nothing is called a failure."""
+    Path("stopped.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        found_by("stopped:x")
+    with pytest.raises(KeyboardInterrupt), plugins.explained("mine"):
+        raise KeyboardInterrupt
 
 
 def test_a_criterion_may_choose_less_than_the_budget_when_the_time_is_up(mine):

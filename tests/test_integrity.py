@@ -24,6 +24,7 @@ from api import (
     manifest_plan_of,
     read,
     sealed,
+    silent,
     texts_mix,
     unsealed,
     write_report,
@@ -34,6 +35,7 @@ from families import family
 from notall import Plan, RepairedPlan, UsageError, export, heal, repair
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
+from tiny_tokenizer import byte_tokenizer
 
 PLAN, OTHER_PLAN = Plan([0, 3], [1]), Plan([2], [1, 3])
 TEXTS = [torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
@@ -189,10 +191,12 @@ def test_lines_of_before_and_by_hand_are_read(tmp_path):
 
 def test_what_the_cache_keeps_is_made_anew_where_it_is_damaged(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / "cache"))
-    assert texts_mix._written(["of"], " ", lambda: ["a", "b"]) == "a b"
+    author = texts_mix._Author(model(), byte_tokenizer(), silent)
+    assert author._written("writing", ["of"], 8, lambda *_: "a b") == ["a b"]
     (kept,) = (tmp_path / "cache" / "answers").iterdir()
     kept.write_bytes(kept.read_bytes().replace(b"a b", b"a c"))
-    assert texts_mix._written(["of"], " ", lambda: ["a", "d"]) == "a d" == texts_mix._written(["of"], " ", list)
+    for wanted in ("a d", "not written again"):
+        assert author._written("writing", ["of"], 8, lambda *_, wanted=wanted: wanted) == ["a d"]
     gguf = write_gguf(family("llama").build(vocab_size=len(WORDS), num_hidden_layers=2), tmp_path / "m.gguf")
     folder = gguf_copies.convert_gguf(gguf)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "notall.json"):

@@ -87,6 +87,25 @@ def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
     assert check.off == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("enough", "rounds"), [(0.6, 3), (0.3, 6), (-1.0, 12)])
+def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(model, monkeypatch, enough, rounds):
+    """Speedups of 2, 3 and 4 leave an error of 0.54, and none with three more of 3: quartiles are 3."""
+    asked = []
+
+    def compare(model, variants, workload, **_):
+        dense = (3.0, 3.0, 3.0) if asked else (2.0, 3.0, 4.0)
+        asked.append(workload.rounds)
+        none = (0.0, 0.0, 0.0)
+        return {"dense": Timing(dense, none, None), "skipped": Timing((1.0, 1.0, 1.0), none, None)}
+
+    monkeypatch.setattr(latency, "compare", compare)
+    times = SublayerTimes(WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers})
+    check = check_times(model, Plan([1]), times, rounds=3, enough=enough)
+    assert asked == [3] * (rounds // 3)
+    assert check.measured_speedup.n == rounds
+    assert (check.measured_ms, check.measured_speedup.median) == (1.0, 3.0)
+
+
 def test_what_is_far_out_of_reach_is_refused_before_each_sublayer_is_timed(model, clock, cache):
     space = Space(locate(model), "mlp")
     with pytest.raises(

@@ -97,6 +97,44 @@ def test_the_mix_holds_as_much_of_each_and_is_written_once(model, tokenizer, tmp
         model.get_input_embeddings().weight.div_(1.01)
 
 
+def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_needed(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    """What is written first is a part of the whole, which is as it would be without."""
+    for name, fewer in (("ANSWERS", 40), ("COMPLETIONS", 40), ("EPISODES", 20)):
+        monkeypatch.setattr(mix, name, fewer)
+    written = {"greedy_each": 0, "sample": 0}
+
+    def counted(name):
+        made = getattr(mix, name)
+
+        def count(net, rows, *others, **options):
+            written[name] += len(rows)
+            return made(net, rows, *others, **options)
+
+        monkeypatch.setattr(mix, name, count)
+
+    for name in written:
+        counted(name)
+    found = {}
+    for first in ("few", "all"):
+        monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / first))
+        written.update(greedy_each=0, sample=0)
+        if first == "few":
+            few = [text_of(model, tokenizer, part, tokens=64).content for part in (*mix.MIX, "mix")]
+            assert written == {"greedy_each": 32, "sample": 32}
+            assert few[3] == "\n\n".join(part[: min(map(len, few[:3]))] for part in few[:3])
+        found[first] = [text_of(model, tokenizer, part).content for part in (*mix.MIX, "mix")]
+        assert written == {"greedy_each": 40, "sample": 40}
+    assert found["few"] == found["all"]
+    assert found["all"][0].startswith(few[0])
+    assert found["all"][2].startswith(few[2])
+    assert len(few[0]) < len(found["all"][0])
+    # too few tokens in the first part: all are written
+    monkeypatch.setattr(mix, "FEW", 10**9)
+    assert text_of(model, tokenizer, "answers", tokens=10**8).content == found["all"][0]
+
+
 def test_completions_go_on_from_an_opening(model, tokenizer, tmp_path, monkeypatch):
     """Each begins with as many tokens of one, has as many new ones, and is drawn, so that no two are alike."""
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))

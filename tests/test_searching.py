@@ -85,6 +85,21 @@ def test_where_rises_never_fall_it_takes_what_plain_greedy_takes_and_asks_less(m
     assert len(lazy.asked) < len(plain.asked)
 
 
+def test_it_grows_by_a_part_of_the_text_and_judges_what_has_grown_by_all_of_it(model):
+    """Each step is judged by all of it where a limit says how far to go."""
+    space, patience = Space(locate(model), "attention"), {"patience": 0}
+    table = Table(space, 0, 1.0)
+    found = search(space, by_count(space, 4), table, **patience)
+    assert {*table.asked} == {frozenset(), found.skipped}
+    table = Table(space, 0, 1.0)
+    limit = Table.cost(table, found.skipped) - 3.0 + 1e-6
+    within = search(space, by_limit(space, limit), table, **patience)
+    assert within.skipped == found.skipped
+    grown = [names_in(within.order[:count]) for count in range(5)]
+    assert {*grown} < {*table.asked}  # and one more, which costs too much
+    assert len({*table.asked}) == 6
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_swaps_never_make_it_worse_and_leave_no_better_single_swap_untried(model, seed):
     space = Space(locate(model), "attention")
@@ -360,6 +375,22 @@ def test_a_part_of_the_text_is_the_first_batches_of_each_term(model):
     part = Evaluator(model, mix([nll(BATCHES[:1]), nll(BATCHES[2:3], 2.0)]))
     assert both.cost(frozenset(["attn.3"]), 0.25) == pytest.approx(part.cost(frozenset(["attn.3"])), rel=1e-6)
     assert both.spent.executions == pytest.approx(15 * 4 / 12, rel=0.01)
+
+
+@pytest.mark.parametrize("objective", [nll, kl])
+def test_a_part_of_a_few_long_batches_is_a_part(model, objective, monkeypatch):
+    """Sequences are judged a few at a time, however many run together elsewhere, and come to the same."""
+    ids = torch.cat(BATCHES)
+    monkeypatch.setattr("notall.choosing.objective.TOKENS_AT_ONCE", 2 * ids.shape[1] + 1)
+    few = objective([ids])
+    assert [len(batch.inputs["input_ids"]) for batch in few.batches] == [2] * 4
+    assert len(few.part(0.25)) == 1
+    monkeypatch.setattr("notall.choosing.objective.TOKENS_AT_ONCE", 10**6)
+    (whole,) = objective([ids]).batches
+    assert len(whole.inputs["input_ids"]) == 8
+    plan = frozenset({"attn.1", "mlp.4"})
+    costs = [Evaluator(model, one).cost(plan) for one in (few, objective([ids]))]
+    assert costs[0] == pytest.approx(costs[1], abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", [nll, kl])

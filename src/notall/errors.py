@@ -13,16 +13,10 @@ from pathlib import Path
 
 IN_WORDS = "notall.in_words"  # what a stream does with a sign that its encoding lacks
 ASCII = {"Δ": "delta ", "±": "+-", "×": "x", "–": "-", "−": "-", "…": "...", "’": "'"}
-# Which extra brings a module that not every command needs.
-EXTRAS = {
-    "altair": "report",
-    "vl_convert": "report",
-    "jinja2": "report",
-    "lm_eval": "eval",
-    "scipy": "solver",
-    "reasoning_gym": "reasoning",
-}
 FIGURES = ("altair", "vl_convert")
+# Which extra brings a module that not every command needs.
+EXTRAS = dict.fromkeys((*FIGURES, "jinja2"), "report")
+EXTRAS |= {"lm_eval": "eval", "scipy": "solver", "reasoning_gym": "reasoning"}
 
 
 class UsageError(ValueError):

@@ -65,9 +65,9 @@ def explained(name: str) -> Iterator[None]:
     """Make one line of what code of others raises: what it was, and where in their code."""
     try:
         yield
-    except (UsageError, MemoryError):
+    except (UsageError, MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # also SystemExit, which would end the command as if it had done its work
         raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
@@ -94,7 +94,9 @@ def _loaded(value: str, told: str) -> Any:
         sys.path.append(here)  # behind all else: a folder called datasets hides no library
     try:
         holder: Any = import_module(module)
-    except Exception as error:  # their code may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # their code may raise anything, and exit
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             where = "put its file into this folder, or install its package"
             raise UsageError(f"there is no {told}: no module is called {shortened(error.name)}; {where}") from error
@@ -109,7 +111,7 @@ def _loaded(value: str, told: str) -> Any:
     return holder
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """What was raised, and in which line of theirs: not in notall's own, nor in an installed package."""
     said = shortened(f"{type(error).__name__}: {error}", 120)
     if isinstance(error, SyntaxError):  # which says it

@@ -30,8 +30,9 @@ from ..structure.model_structure import ModelStructure, Sublayer, text_config
 from .budget import Budget
 from .space import Space
 
-DECODED = 32  # new tokens that are really decoded where more are asked about
+DECODED = 16  # new tokens that are really decoded where more are asked about
 MOST_ERROR = 0.02  # of the speedup that is asked for: a noisy machine excuses no more
+MOST_TIMES = 4  # as many rounds, where a machine is noisy
 FAR = 1.5  # times what one round of the emptiest model shows: more is refused before each sublayer is timed
 MOST_CHANGED = 0.1  # how far the original model's time may be from the kept one before all are measured anew
 
@@ -60,7 +61,7 @@ def measure_times(
     """What each sublayer takes, by leaving out half of those that are alike, interleaved with the original model.
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the original
-    takes what it took, to a tenth. Of more than 32 new tokens 32 are decoded, and counted as many times as needed.
+    takes what it took, to a tenth. Of more than 16 new tokens 16 are decoded, and counted as many times as needed.
     Raises `UsageError` for a workload that the model has too few positions for, where the cache cannot be written, and
     at once where a speedup is `wanted` that skipping all of a space, in one round, is far from.
     """
@@ -122,16 +123,30 @@ def _read(path: Path, about: Mapping[str, object], workload: Workload, names: se
 
 
 def check_times(
-    model: PreTrainedModel, plan: Plan, times: SublayerTimes, *, rounds: int = 5, seed: int = 0
+    model: PreTrainedModel,
+    plan: Plan,
+    times: SublayerTimes,
+    *,
+    rounds: int = 5,
+    enough: float = math.inf,
+    seed: int = 0,
 ) -> SpeedCheck:
-    """Time `plan` interleaved with the original model, and hold it against what the sublayers' times add up to."""
-    took = _compare(model, {"dense": Plan(), "skipped": plan}, replace(times.workload, rounds=rounds), seed)
+    """Time `plan` interleaved with the original model, and hold it against what the sublayers' times add up to.
+
+    As many `rounds` follow, up to three times, while the speedup's standard error is more than is `enough`.
+    """
+    dense, skipped = list[float](), list[float]()
+    for _ in range(MOST_TIMES):
+        took = _compare(model, {"dense": Plan(), "skipped": plan}, replace(times.workload, rounds=rounds), seed)
+        dense, skipped = dense + took["dense"], skipped + took["skipped"]
+        if (measured := speedup(dense, skipped)).error <= enough:
+            break
     predicted = times.predicted_ms(plan)
     return SpeedCheck(
         predicted_ms=predicted,
-        measured_ms=statistics.median(took["skipped"]),
+        measured_ms=statistics.median(skipped),
         predicted_speedup=times.dense_ms / predicted,
-        measured_speedup=speedup(took["dense"], took["skipped"]),
+        measured_speedup=measured,
     )
 
 

@@ -101,12 +101,12 @@ class Objective:
 
 def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in all_checked(batches)), weight),))
+    return _by_text("nll", batches, weight)
 
 
 def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    return Objective((Term("kl", tuple(_text(ids, None) for ids in all_checked(batches)), weight),))
+    return _by_text("kl", batches, weight)
 
 
 def mix(objectives: Sequence[Objective]) -> Objective:
@@ -114,9 +114,16 @@ def mix(objectives: Sequence[Objective]) -> Objective:
     return Objective(tuple(term for objective in objectives for term in objective.terms))
 
 
-def _text(ids: Tensor, targets: Tensor | None) -> Batch:
+def _by_text(name: str, batches: Sequence[Tensor], weight: float) -> Objective:
+    """So few sequences at a time that a part of a short text can be judged."""
+    few = [part for ids in all_checked(batches) for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1]))]
+    return Objective((Term(name, tuple(_text(ids, by_nll=name == "nll") for ids in few), weight),))
+
+
+def _text(ids: Tensor, by_nll: bool) -> Batch:
     """Judged by the mean over each sequence, (batch, tokens) token ids, at all places but its last."""
     rows, columns = torch.ones_like(ids[:, 1:]).nonzero(as_tuple=True)
+    targets = ids[:, 1:].flatten() if by_nll else None
     return Batch({"input_ids": ids}, rows, columns, lambda values: values.view(len(ids), -1).mean(1), targets)
 
 

@@ -88,7 +88,7 @@ def search(
     repair: RepairOptions,
     tasks: RecoveryOptions,
     run: RunOptions,
-    text: HeldOutOptions = HeldOutOptions(sequences=16, length=512, batch_size=2),
+    text: HeldOutOptions = HeldOutOptions(sequences=8, length=512, batch_size=2),
     workload: Workload = Workload(prompt_tokens=512, generation_tokens=128),
     out: PlanFile = Path("plan.json"),
 ) -> None:

@@ -10,7 +10,6 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -95,7 +94,7 @@ def run_tasks(
     `UsageError` before anything is computed, or lose tokens on the left, as in the harness, with `truncate`. Raises
     `UsageError` for a plan that does not fit, a full disk, a folder that another process works in.
     """
-    with working_in(folder, "eval") if folder else nullcontext():
+    with working_in(folder, "eval"):
         lm = PlansLM(model, tokenizer, plans, folder, batch_size=batch_size, truncate=truncate, progress=progress)
         for job in jobs:
             lm.check(job)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -115,7 +114,7 @@ def bench(
     from ..measuring.speed import time_plans
     from ..running.skipping import footprint
 
-    with working_in(out, "bench") if out else nullcontext():
+    with working_in(out, "bench"):
         kept = Ledger(out, BenchRecord) if out else None
         plans = {"skipped": plan} if plan else {}
         times = time_plans(model, plans, workload, seed=seed, progress=progress)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +137,7 @@ def measure_draft(
     asked = {"prompt_tokens": how.prompt_tokens, "generation_tokens": how.generation_tokens}
     source = Provenance.of(provenance, seed=seed, **asked)
     stages, draft, prompts = Stages(progress, 10), draft_model(model, plan), windows[:, : how.prompt_tokens]
-    with working_in(out, "draft") if out else nullcontext():
+    with working_in(out, "draft"):
         kept = Ledger(out, DraftRecord) if out else None
         judged: dict[Decoding, list[Accepted]] = {}
         for decoding in get_args(Decoding):

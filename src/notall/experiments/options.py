@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from ..errors import UsageError, nearest, need, shortened
 from ..exporters import UNPACKED
 from ..exporters.manifest import dense_of, plan_of, weights_beside
-from ..files import Settings, named_weights
+from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
@@ -85,6 +85,12 @@ class ModelOptions:
         told = asdict(self)
         return {"spec": told.pop("model"), **told}
 
+    @property
+    def for_workers(self) -> Settings:
+        """The arguments in processes that work elsewhere."""
+        path = expanded(self.model)
+        return self.arguments | ({"spec": str(path.absolute())} if path.exists() else {})
+
     def provenance(self, model: PreTrainedModel, **more: object) -> Provenance:
         """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
         from ..measuring.speed import machine
@@ -129,7 +135,7 @@ class TextOptions(PromptOptions):
         from ..models.texts import token_batches
         from ..structure.model_structure import positions_of
 
-        text = _read(model, tokenizer, self.text)
+        text = _read(model, tokenizer, self.text, self.sequences * self.length)
         size = {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
@@ -164,8 +170,8 @@ class HeldOutOptions(TextOptions):
             others, about = other.windows(model, tokenizer, seed=seed)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
-            fitting = windows_in(tokenizer, _read(model, tokenizer, self.text), self.length)
-            count = max(0, min(count, fitting - self.sequences))
+            text = _read(model, tokenizer, self.text, (self.sequences + count) * self.length)
+            count = max(0, min(count, windows_in(tokenizer, text, self.length) - self.sequences))
         every = replace(self, sequences=self.sequences + count)
         both, described = every.windows(model, tokenizer, seed=seed)
         own, rest = cat(both).split([self.sequences, count])
@@ -174,11 +180,11 @@ class HeldOutOptions(TextOptions):
         return list(own.split(self.batch_size)), others, described | held_out | {"sequences": self.sequences}
 
 
-def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> Text:
+def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, tokens: float) -> Text:
     from ..models.mix import text_of
 
     with progress_bar("reading the text") as progress:
-        return text_of(model, tokenizer, source, progress)
+        return text_of(model, tokenizer, source, progress, tokens)
 
 
 def check_texts(*sources: str | None) -> None:
@@ -410,7 +416,7 @@ class RayOptions(ClusterOptions):
         from ..evaluation.ray_workers import Workers
         from ..structure.locating import locate
 
-        return Workers(loading.arguments, locate(model), self.ray, count=self.ray_workers, gpus=self.ray_gpus)
+        return Workers(loading.for_workers, locate(model), self.ray, count=self.ray_workers, gpus=self.ray_gpus)
 
 
 def words_of(values: Sequence[str]) -> list[str]:

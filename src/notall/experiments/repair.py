@@ -165,7 +165,7 @@ class HealRayOptions(ClusterOptions):
             return None
         from ..repairing.healing import Spread
 
-        spread = Spread(model.arguments, self.ray, self.ray_workers)
+        spread = Spread(model.for_workers, self.ray, self.ray_workers)
         spread.check(batch_size)
         return spread
 

@@ -309,7 +309,8 @@ class Search:
         tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
         net, tokenizer = self.model.load()
         among = self.space.of(net)
-        batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True)
+        twice = replace(self.text, sequences=2 * self.text.sequences)  # where a half is fitted to
+        batches, others, about = (twice if self.repair else self.text).both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(

@@ -6,9 +6,11 @@ Source of text that the model writes itself: Williams et al. 2024, arXiv 2410.17
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -23,88 +25,96 @@ from ..progress import Progress, silent, tracked
 from ..running.generating import as_asked, greedy_each, prompt_tokens, sample
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
-from .names import USE
 from .prompts import openings, prompts
 from .retrieval import FITTED, episode
-from .texts import MIX, Text, read_text
+from .texts import MADE, MIX, Text, read_text
 
 T = TypeVar("T")
 ANSWERS, NEW_TOKENS, AT_ONCE = 160, 128, 32  # prompts, the most tokens of an answer, prompts that run together
 COMPLETIONS, FIRST, BEHIND = 96, 2, 256  # texts, the tokens of an opening that each has, tokens that the model adds
+FEW = 2 * AT_ONCE * NEW_TOKENS  # tokens: as a rule the first part of each text makes more together
 EPISODES = 160
 SHORTEST, LONGEST = 96, 448  # tokens of an episode, about: windows that are read have 512
 SENTENCE = re.compile(r"(?<=[.!?])\s+")  # what is between two
 
 
 def text_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, progress: Progress = silent
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    progress: Progress = silent,
+    tokens: float = math.inf,
 ) -> Text:
     """As `read_text`, or what the model made: a part of `mix`, or `mix`, which holds as much of each.
 
-    What it wrote is kept in the cache, and not written again by the same weights. Raises `UsageError` as `read_text`
-    does, and where the cache can't be written.
+    What it wrote is kept in the cache, and written once by the same weights; the first of it alone, where that has as
+    many `tokens` as are needed. Raises `UsageError` as `read_text` does, and where the cache can't be written.
     """
-    if source == "answers":
-        content = own_answers(model, tokenizer, progress)
-    elif source == "completions":
-        content = completions(model, tokenizer, progress)
-    elif source == "episodes":
-        content = episodes(completions(model, tokenizer, progress))
-    elif source == USE:
-        parts = [text_of(model, tokenizer, part, progress).content for part in MIX]
-        content = "\n\n".join(part[: min(map(len, parts))] for part in parts)
-    else:
+    if source not in MADE:
         return read_text(source)
+    content = _Author(model, tokenizer, progress, 1).text(source) if tokens <= FEW else ""
+    if len(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]) < tokens:
+        content = _Author(model, tokenizer, progress).text(source)
     return Text(source, digest_of([content]), content)
 
 
-def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> str:
-    """The original model's greedy answers behind their prompts, in its chat template where it has one."""
-    asked = [as_asked(tokenizer, prompt) for prompt in prompts(ANSWERS)]
+@dataclass(frozen=True)
+class _Author:
+    """Writes what the original model says: the first `parts` of each text, or all."""
 
-    def write() -> list[str]:
-        parts = tracked(_at_once(asked), "answering prompts", progress)
-        return [one for some in parts for one in _said(model, tokenizer, some)]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    progress: Progress
+    parts: int | None = None
 
-    return _written([origin(model, tokenizer), *asked, str(NEW_TOKENS)], "\n", write)
+    def text(self, source: str) -> str:
+        if source in ("answers", "completions"):
+            return self.answers() if source == "answers" else self.completions()
+        if source == "episodes":
+            return episodes(self.completions())
+        made = [self.text(part) for part in MIX]
+        return "\n\n".join(part[: min(map(len, made))] for part in made)
 
+    def answers(self) -> str:
+        """Greedy, behind their prompts, in the model's chat template where it has one."""
+        asked = [as_asked(self.tokenizer, prompt) for prompt in prompts(ANSWERS)]
+        is_plain = not self.tokenizer.chat_template
 
-def completions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> str:
-    """What the original model goes on with from the first words of a text, drawn from its distributions."""
-    rows = [prompt_tokens(tokenizer, one, add_special_tokens=False) for one in openings(COMPLETIONS)]
-    begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
+        def write(_: int, some: list[str]) -> str:
+            rows = [prompt_tokens(self.tokenizer, prompt, add_special_tokens=is_plain) for prompt in some]
+            with skip(self.model, Plan()):
+                said = greedy_each(self.model, rows, NEW_TOKENS)
+            return "\n".join(prompt + str(self.tokenizer.decode(answer)) for prompt, answer in zip(some, said))
 
-    def write() -> list[str]:
-        parts = enumerate(tracked(_at_once(begun), "writing text", progress))
-        with skip(model, Plan()):
-            drawn = [sample(model, torch.tensor(some, device=model.device), new, seed=seed) for seed, some in parts]
-        return [str(tokenizer.decode(row)) for some in drawn for row in some.tolist()]
+        return "\n".join(self._written("answering prompts", asked, NEW_TOKENS, write))
 
-    new = int(min(BEHIND, positions_of(model) - FIRST))
-    return _written([origin(model, tokenizer), str(begun), str(new)], "\n\n", write)
+    def completions(self) -> str:
+        """What the model goes on with from the first words of a text, drawn from its distributions."""
+        rows = [prompt_tokens(self.tokenizer, one, add_special_tokens=False) for one in openings(COMPLETIONS)]
+        new = int(min(BEHIND, positions_of(self.model) - FIRST))
 
+        def write(number: int, begun: list[list[int]]) -> str:
+            with skip(self.model, Plan()):
+                drawn = sample(self.model, torch.tensor(begun, device=self.model.device), new, seed=number)
+            return "\n\n".join(str(self.tokenizer.decode(row)) for row in drawn.tolist())
 
-def _at_once(parts: list[T]) -> list[list[T]]:
-    return [parts[start : start + AT_ONCE] for start in range(0, len(parts), AT_ONCE)]
+        begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
+        return "\n\n".join(self._written("writing text", begun, new, write))
 
-
-def _written(of: list[str], between: str, write: Callable[[], list[str]]) -> str:
-    """What was written `of` this, from the cache, or else now."""
-    path = cache_folder() / "answers" / f"{digest_of(of)[:24]}.json"
-    if path.is_file() and (table := unsealed(contents(path))):  # else damaged
-        return str(json.loads(table)["text"])
-    content = between.join(write()).replace("\r\n", "\n").replace("\r", "\n")  # as a file of text is read
-    content = content.encode(errors="replace").decode()
-    path.parent.mkdir(exist_ok=True)
-    keep(path, sealed(json.dumps({"text": content}).encode()))
-    return content
-
-
-def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[str]) -> list[str]:
-    rows = [prompt_tokens(tokenizer, prompt, add_special_tokens=not tokenizer.chat_template) for prompt in asked]
-    with skip(model, Plan()):
-        answers = greedy_each(model, rows, NEW_TOKENS)
-    return [prompt + str(tokenizer.decode(answer)) for prompt, answer in zip(asked, answers)]
+    def _written(self, doing: str, given: list[T], new: int, write: Callable[[int, list[T]], str]) -> list[str]:
+        """What is written behind some of what is `given` at a time, from the cache, or else now."""
+        some = [given[start : start + AT_ONCE] for start in range(0, len(given), AT_ONCE)][: self.parts]
+        by, folder = origin(self.model, self.tokenizer), cache_folder() / "answers"
+        paths = [folder / f"{digest_of([by, doing, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
+        kept = [
+            unsealed(contents(path)) if path.is_file() else None for path in paths
+        ]  # none, too, where it is damaged
+        known = {number: str(json.loads(table)["text"]) for number, table in enumerate(kept) if table}
+        for number in tracked([number for number in range(len(some)) if number not in known], doing, self.progress):
+            content = write(number, some[number]).replace("\r\n", "\n").replace("\r", "\n")  # as a file is read
+            known[number] = content.encode(errors="replace").decode()
+            keep(paths[number], sealed(json.dumps({"text": known[number]}).encode()))
+        return [known[number] for number in range(len(some))]
 
 
 def episodes(hay: str) -> str:

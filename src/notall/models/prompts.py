@@ -8,15 +8,10 @@ import random
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
-_LISTS: dict[str, list[str]] = json.loads(files("notall.models").joinpath("prompts.json").read_text(encoding="utf-8"))
-NAMES = ("topics", "functions", "sentences", "requests", "openings")
-TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS = (_LISTS[name] for name in NAMES)
-LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese", "Dutch")
-PEOPLE = ("Anna", "Bruno", "Chloe", "David", "Elif", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kofi", "Lena")
-GOODS = ("pencils", "apples", "tickets", "books", "eggs", "stamps", "bottles", "chairs", "melons", "shirts")
-CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Kyoto", "Prague", "Quito", "Hanoi", "Tunis", "Perth", "Bergen", "Turin")
-THINGS = ("a running shoe", "a coffee machine", "a city bike", "a reading lamp", "a backpack", "a language course",
-          "a raincoat", "a garden hose")  # fmt: skip
+WORDS: dict[str, list[str]] = json.loads(files("notall.models").joinpath("prompts.json").read_text(encoding="utf-8"))
+NAMES = ("topics", "functions", "sentences", "requests", "openings", "explanations", "sums")
+TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS, EXPLANATIONS, SUMS = (WORDS[name] for name in NAMES)
+LANGUAGES, PEOPLE, GOODS, CITIES, THINGS = (WORDS[n] for n in ("languages", "people", "goods", "cities", "things"))
 
 Pick = Callable[[Sequence[str]], str]
 
@@ -38,9 +33,7 @@ def openings(count: int) -> list[str]:
 
 
 def _explain(pick: Pick, draw: random.Random) -> str:
-    way = draw.choice(("Explain {} to a twelve-year-old.", "What is the main idea of {}? Answer in three sentences.",
-                       "Give a short summary of {} with an example.", "List five facts about {}."))  # fmt: skip
-    return str(way.format(pick(TOPICS)))
+    return draw.choice(EXPLANATIONS).format(pick(TOPICS))
 
 
 def _program(pick: Pick, draw: random.Random) -> str:
@@ -51,14 +44,8 @@ def _program(pick: Pick, draw: random.Random) -> str:
 def _sum(pick: Pick, draw: random.Random) -> str:
     person, goods = pick(PEOPLE), pick(GOODS)
     first, second, third = draw.randint(3, 40), draw.randint(2, 12), draw.randint(2, 9)
-    return draw.choice((
-        f"{person} has {first} {goods} and buys {second} boxes with {third} {goods} each. How many {goods} does "
-        f"{person} have now? Think step by step.",
-        f"{person} shares {first * third} {goods} among {third} friends and keeps {second} more that were left in a "
-        f"drawer. How many {goods} does each friend get, and how many does {person} keep? Think step by step.",
-        f"A box of {goods} costs {third} dollars. {person} buys {second} boxes and pays with a note of "
-        f"{third * second + first} dollars. How much change is due? Think step by step.",
-    ))  # fmt: skip
+    told = {"first": first, "second": second, "third": third, "shared": first * third, "note": third * second + first}
+    return draw.choice(SUMS).format(person=person, goods=goods, **told)
 
 
 def _as_json(pick: Pick, draw: random.Random) -> str:

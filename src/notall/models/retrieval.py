@@ -5,20 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .prompts import CITIES, GOODS, PEOPLE
+from .prompts import CITIES, GOODS, PEOPLE, WORDS
 
 Form = Literal["passkey", "keys", "quotes", "several", "facts", "stock", "copying"]
 FITTED: tuple[Form, ...] = ("passkey", "keys", "quotes", "several")  # that episodes to fit to have
 UNSEEN: tuple[Form, ...] = ("facts", "stock", "copying")  # that only judge
 WORDS_A_TOKEN = 0.75  # of English, about
-
-WORKS = ("baker", "pilot", "teacher", "plumber", "painter", "dentist", "farmer", "tailor")
-NOUNS = ("river", "window", "market", "garden", "harbour", "station", "kettle", "bridge", "lantern", "orchard",
-         "meadow", "violin", "ladder", "carpet", "engine", "island", "pocket", "mirror", "basket",
-         "candle")  # fmt: skip
-ADJECTIVES = ("old", "quiet", "green", "narrow", "heavy", "bright", "wooden", "cold", "small", "famous")
-VERBS = ("stands behind", "belongs to", "was sold with", "looks like", "is older than", "was built near",
-         "shines above")  # fmt: skip
+WORKS, NOUNS, ADJECTIVES, VERBS = (WORDS[name] for name in ("works", "nouns", "adjectives", "verbs"))
 
 
 @dataclass(frozen=True)
@@ -102,12 +95,5 @@ def _copying(draw: random.Random) -> Made:
     return [" ".join(words)], " ".join(words[:12]), f" {' '.join(words[12:])}"
 
 
-MAKERS: dict[Form, Callable[[random.Random], Made]] = {
-    "passkey": _passkey,
-    "keys": _keys,
-    "quotes": _quotes,
-    "several": _several,
-    "facts": _facts,
-    "stock": _stock,
-    "copying": _copying,
-}
+ALL_MAKERS = _passkey, _keys, _quotes, _several, _facts, _stock, _copying
+MAKERS: dict[Form, Callable[[random.Random], Made]] = dict(zip((*FITTED, *UNSEEN), ALL_MAKERS, strict=True))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def repair(
     how = {"calibration": digest_of(batches)[:16], "ridges": list(ridges), "ahead": ahead}
     about = about_weights(provenance or {}, inner, plan, **how)
     folder = Path(out) if out else None
-    with working_in(folder, "repair") if folder else nullcontext():
+    with working_in(folder, "repair"):
         kept = Kept(folder, plan, about) if folder else None
         if kept and kept.finished:
             found = RepairedPlan.load(kept.folder)

@@ -1,7 +1,7 @@
 """One run's records of one kind in a folder: read and checked once, then only added to."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -123,10 +123,11 @@ def refuse_foreign(folder: Path, command: Command) -> None:
 
 
 @contextmanager
-def working_in(folder: Path, command: Command) -> Iterator[None]:
-    """Keep `folder` for this process. Raises `UsageError` as `refuse_foreign` and `lines.lock` do."""
-    refuse_foreign(folder, command)
-    with lines.lock(folder):
+def working_in(folder: Path | None, command: Command) -> Iterator[None]:
+    """Keep `folder`, if any, for this process. Raises `UsageError` as `refuse_foreign` and `lines.lock` do."""
+    if folder:
+        refuse_foreign(folder, command)
+    with lines.lock(folder) if folder else nullcontext():
         yield
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
+from rich import progress as bars
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -155,27 +154,19 @@ def _filled(pieces: Pieces, width: int) -> Pieces:
     return tuple(lines)
 
 
-class Clock(ProgressColumn):
-    """The time that has passed and, once Rich can tell from the steps so far, the time that is left."""
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        passed = f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"
-        left = task.time_remaining
-        return Text(f"{passed}, about {timedelta(seconds=int(left))} left" if left else passed)
-
-
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
     console = Console(stderr=True)
     columns = (
-        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=10),
-        TaskProgressColumn(),
-        Clock(table_column=RichColumn(no_wrap=True)),
+        bars.SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(bar_width=10),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(table_column=RichColumn(no_wrap=True)),
+        bars.TextColumn("elapsed,"),
+        bars.TimeRemainingColumn(table_column=RichColumn(no_wrap=True)),
+        bars.TextColumn("left"),
     )
     if not console.is_terminal:
         with _log(console, doing) as tell:
@@ -185,7 +176,7 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     def fitting(doing: str) -> str:
         return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
 
-    with RichProgress(*columns, console=console, transient=True) as bar:
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(fitting(doing), total=None)
 
         def tell(done: float, total: float, doing: str) -> None:

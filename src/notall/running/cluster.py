@@ -1,6 +1,7 @@
 """A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..errors import UsageError
 
 try:
     import ray
+    from ray.job_config import JobConfig
 except ModuleNotFoundError:
     raise UsageError("spreading over machines needs ray; pip install 'notall[ray]'") from None
 
@@ -28,11 +30,14 @@ def joined(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    how: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.ERROR}
+    if not address.startswith("ray://"):  # whose server has a folder of its own
+        how["job_config"] = config = JobConfig()
+        config._py_driver_sys_path = deque(maxlen=0)  # else workers look for modules in the working folder first
     try:
         for attempt in range(ATTEMPTS):
             try:
-                where = None if address == "any" else address
-                ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+                ray.init(address=None if address == "any" else address, **how)
                 break
             except ConnectionAbortedError:  # a server is there, and could not start what it starts for each client
                 if attempt == ATTEMPTS - 1:

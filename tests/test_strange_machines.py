@@ -1,0 +1,53 @@
+"""Every command that writes, where no text is ASCII's business, time runs backwards and there is no home."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import killing
+
+pytestmark = pytest.mark.any_transformers  # it is about the machine
+
+# A year back, and a second less at each look: what goes by the clock of the wall ends wrong, or never.
+BACKWARDS = """
+import itertools, time
+start, looks = time.time() - 365 * 86400, itertools.count()
+time.time = lambda: start - next(looks)
+time.time_ns = lambda: int(1e9 * time.time())
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with killing.made_ready(tmp_path_factory.mktemp("strange")) as place:
+        (place.folder / "text.txt").write_text("Größe 大小, naïve. The fox. " * 400, encoding="utf-8")
+        (place.folder / "backwards").mkdir()
+        (place.folder / "backwards" / "sitecustomize.py").write_text(BACKWARDS)
+        yield place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", killing.COMMANDS)
+def test_no_command_goes_by_the_locale_the_clock_or_a_home(place, name):
+    """It writes what it writes elsewhere, and what is run again after a line that is of the future."""
+    make, command = killing.COMMANDS[name]
+    whole, expected = place.undisturbed(name)
+    paths = [str(place.folder / "backwards"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"}
+    strange |= {"HOME": os.devnull, "PYTHONPATH": os.pathsep.join(paths)}
+    with place.case(make) as folder:
+        environment = {**os.environ, **strange, "NOTALL_CACHE": str(folder / "cache")}
+        for variable in ("XDG_CACHE_HOME", "HF_HOME", "PYTHONIOENCODING"):
+            environment.pop(variable, None)
+        words = [sys.executable, "-m", "notall", *command.split()]
+        ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, timeout=600)
+        assert ended.returncode == whole.code, ended.stderr.decode(errors="replace")[-2000:]
+        assert b"Traceback" not in ended.stderr
+        drawn = (".html", ".png", ".svg")  # are not, in this process
+        found = {path: held for path, held in killing.files_in(folder).items() if not path.endswith(drawn)}
+    expected = {path: held for path, held in expected.items() if not path.endswith(drawn)}
+    assert killing.difference(found, expected, {}) is None
