@@ -100,7 +100,7 @@ def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(model, monkeyp
 
     monkeypatch.setattr(latency, "compare", compare)
     times = SublayerTimes(WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers})
-    check = check_times(model, Plan([1]), times, rounds=3, enough=enough)
+    check = check_times(model, Plan([1]), times, rounds=3, error=enough)
     assert asked == [3] * (rounds // 3)
     assert check.measured_speedup.n == rounds
     assert (check.measured_ms, check.measured_speedup.median) == (1.0, 3.0)

@@ -135,6 +135,23 @@ def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_
     assert text_of(model, tokenizer, "answers", tokens=10**8).content == found["all"][0]
 
 
+def test_what_is_written_is_told_token_by_token(model, tokenizer, tmp_path, monkeypatch):
+    """A bar goes on while a part is written, and what is written is the same."""
+    for name, fewer in (("ANSWERS", 40), ("COMPLETIONS", 40), ("NEW_TOKENS", 6), ("BEHIND", 8)):
+        monkeypatch.setattr(mix, name, fewer)
+    for part, doing, most in (("answers", "answering prompts", 6), ("completions", "writing text", 8)):
+        seen, texts = [], []
+        for number, progress in enumerate([(), (lambda *told: seen.append(told),)]):
+            monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / f"{part}{number}"))
+            texts.append(text_of(model, tokenizer, part, *progress).content)
+        assert texts[0] == texts[1]
+        assert seen == sorted(seen)
+        assert {said for _, _, said in seen} == {doing}
+        assert {total for _, total, _ in seen} == {2}  # parts
+        assert len({done for done, _, _ in seen if 0 < done <= 1}) > 3
+        assert all(done * most % 1 == pytest.approx(0, abs=1e-6) or done * most % 1 > 0.999 for done, _, _ in seen)
+
+
 def test_completions_go_on_from_an_opening(model, tokenizer, tmp_path, monkeypatch):
     """Each begins with as many tokens of one, has as many new ones, and is drawn, so that no two are alike."""
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))

@@ -36,11 +36,11 @@ def machine(monkeypatch):
     timed = []
 
     def saves(share, spread=0.0):
-        def check_times(model, plan, times, *, enough, seed=0):
+        def check_times(model, plan, times, *, error, seed=0):
             predicted, real = times.predicted_ms(plan), DENSE - share * EACH * len(plan)
             timed.append(len(plan))
             ratio, rounds = DENSE / real, 5
-            while 0.93 * 2 * spread / rounds**0.5 > enough and rounds < 20:
+            while 0.93 * 2 * spread / rounds**0.5 > error and rounds < 20:
                 rounds += 5
             measured = Quartiles(median=ratio, low=ratio - spread, high=ratio + spread, n=rounds)
             return SpeedCheck(

@@ -65,9 +65,9 @@ def explained(name: str) -> Iterator[None]:
     """Make one line of what code of others raises: what it was, and where in their code."""
     try:
         yield
-    except (UsageError, MemoryError, KeyboardInterrupt):
+    except (UsageError, MemoryError):
         raise
-    except BaseException as error:  # also SystemExit, which would end the command as if it had done its work
+    except (Exception, SystemExit) as error:  # the latter would end the command as if it had done its work
         raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
@@ -94,9 +94,7 @@ def _loaded(value: str, told: str) -> Any:
         sys.path.append(here)  # behind all else: a folder called datasets hides no library
     try:
         holder: Any = import_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # their code may raise anything, and exit
+    except (Exception, SystemExit) as error:  # their code may raise anything, and exit
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             where = "put its file into this folder, or install its package"
             raise UsageError(f"there is no {told}: no module is called {shortened(error.name)}; {where}") from error

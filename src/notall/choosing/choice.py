@@ -250,8 +250,8 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
-        plan, enough = plan_of(choice.skipped), MOST_ERROR * budget.faster
-        check = check_times(setting.model, plan, budget.times, enough=enough, seed=setting.seed)
+        plan, error = plan_of(choice.skipped), MOST_ERROR * budget.faster
+        check = check_times(setting.model, plan, budget.times, error=error, seed=setting.seed)
         is_met = budget.reached(check)
     return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
 

@@ -123,23 +123,17 @@ def _read(path: Path, about: Mapping[str, object], workload: Workload, names: se
 
 
 def check_times(
-    model: PreTrainedModel,
-    plan: Plan,
-    times: SublayerTimes,
-    *,
-    rounds: int = 5,
-    enough: float = math.inf,
-    seed: int = 0,
+    model: PreTrainedModel, plan: Plan, times: SublayerTimes, *, rounds: int = 5, error: float = math.inf, seed: int = 0
 ) -> SpeedCheck:
     """Time `plan` interleaved with the original model, and hold it against what the sublayers' times add up to.
 
-    As many `rounds` follow, up to three times, while the speedup's standard error is more than is `enough`.
+    As many `rounds` follow, up to three times, while the speedup's standard error is more than `error`.
     """
     dense, skipped = list[float](), list[float]()
     for _ in range(MOST_TIMES):
         took = _compare(model, {"dense": Plan(), "skipped": plan}, replace(times.workload, rounds=rounds), seed)
         dense, skipped = dense + took["dense"], skipped + took["skipped"]
-        if (measured := speedup(dense, skipped)).error <= enough:
+        if (measured := speedup(dense, skipped)).error <= error:
             break
     predicted = times.predicted_ms(plan)
     return SpeedCheck(

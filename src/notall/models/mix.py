@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,14 @@ from ..digests import digest_of
 from ..files import cache_folder, contents, keep
 from ..integrity import sealed, unsealed
 from ..plan import Plan
-from ..progress import Progress, silent, tracked
-from ..running.generating import as_asked, greedy_each, prompt_tokens, sample
+from ..progress import Progress, Stages, silent
+from ..running.generating import as_asked, greedy_each, prompt_tokens, sample, told
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
 from .prompts import openings, prompts
 from .retrieval import FITTED, episode
 from .texts import MADE, MIX, Text, read_text
 
-T = TypeVar("T")
 ANSWERS, NEW_TOKENS, AT_ONCE = 160, 128, 32  # prompts, the most tokens of an answer, prompts that run together
 COMPLETIONS, FIRST, BEHIND = 96, 2, 256  # texts, the tokens of an opening that each has, tokens that the model adds
 FEW = 2 * AT_ONCE * NEW_TOKENS  # tokens: as a rule the first part of each text makes more together
@@ -80,38 +79,38 @@ class _Author:
         asked = [as_asked(self.tokenizer, prompt) for prompt in prompts(ANSWERS)]
         is_plain = not self.tokenizer.chat_template
 
-        def write(_: int, some: list[str]) -> str:
+        def write(_: int, some: list[str], progress: Progress) -> str:
             rows = [prompt_tokens(self.tokenizer, prompt, add_special_tokens=is_plain) for prompt in some]
             with skip(self.model, Plan()):
-                said = greedy_each(self.model, rows, NEW_TOKENS)
+                said = greedy_each(self.model, rows, NEW_TOKENS, **told(progress, "answering prompts", NEW_TOKENS))
             return "\n".join(prompt + str(self.tokenizer.decode(answer)) for prompt, answer in zip(some, said))
 
-        return "\n".join(self._written("answering prompts", asked, NEW_TOKENS, write))
+        return "\n".join(self._written("answers", asked, NEW_TOKENS, write))
 
     def completions(self) -> str:
         """What the model goes on with from the first words of a text, drawn from its distributions."""
         rows = [prompt_tokens(self.tokenizer, one, add_special_tokens=False) for one in openings(COMPLETIONS)]
         new = int(min(BEHIND, positions_of(self.model) - FIRST))
 
-        def write(number: int, begun: list[list[int]]) -> str:
+        def write(number: int, begun: list[list[int]], progress: Progress) -> str:
             with skip(self.model, Plan()):
-                drawn = sample(self.model, torch.tensor(begun, device=self.model.device), new, seed=number)
+                given = torch.tensor(begun, device=self.model.device)
+                drawn = sample(self.model, given, new, seed=number, **told(progress, "writing text", new))
             return "\n\n".join(str(self.tokenizer.decode(row)) for row in drawn.tolist())
 
         begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
-        return "\n\n".join(self._written("writing text", begun, new, write))
+        return "\n\n".join(self._written("completions", begun, new, write))
 
-    def _written(self, doing: str, given: list[T], new: int, write: Callable[[int, list[T]], str]) -> list[str]:
+    def _written(self, kind: str, given: list[Any], new: int, write: Callable[..., str]) -> list[str]:
         """What is written behind some of what is `given` at a time, from the cache, or else now."""
         some = [given[start : start + AT_ONCE] for start in range(0, len(given), AT_ONCE)][: self.parts]
         by, folder = origin(self.model, self.tokenizer), cache_folder() / "answers"
-        paths = [folder / f"{digest_of([by, doing, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
-        kept = [
-            unsealed(contents(path)) if path.is_file() else None for path in paths
-        ]  # none, too, where it is damaged
+        paths = [folder / f"{digest_of([by, kind, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
+        kept = [unsealed(contents(path)) if path.is_file() else None for path in paths]  # None, too, of damage
         known = {number: str(json.loads(table)["text"]) for number, table in enumerate(kept) if table}
-        for number in tracked([number for number in range(len(some)) if number not in known], doing, self.progress):
-            content = write(number, some[number]).replace("\r\n", "\n").replace("\r", "\n")  # as a file is read
+        stages = Stages(self.progress, len(some) - len(known))
+        for number in (number for number in range(len(some)) if number not in known):
+            content = write(number, some[number], stages.stage(1)).replace("\r\n", "\n").replace("\r", "\n")
             known[number] = content.encode(errors="replace").decode()
             keep(paths[number], sealed(json.dumps({"text": known[number]}).encode()))
         return [known[number] for number in range(len(some))]

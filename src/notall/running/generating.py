@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from ..errors import UsageError, expect, raised_by, shortened
 from ..plan import Plan
+from ..progress import Progress
 from ..structure.locating import has_missing
 from ..structure.model_structure import base_model, positions_of
 from ..structure.undoing import Undo
@@ -78,12 +80,23 @@ def continue_prompts(
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
 
 
-def greedy_each(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+def told(progress: Progress, doing: str, new: int) -> dict[str, Any]:
+    """An option of `greedy_each` and `sample`, which tells at each step how many of the new tokens there are."""
+    steps = count(1)
+
+    def look(ids: Tensor, *_: object, **__: object) -> Tensor:
+        progress(next(steps), new, doing)
+        return ids.new_zeros(len(ids), dtype=torch.bool)
+
+    return {"stopping_criteria": StoppingCriteriaList([look])}
+
+
+def greedy_each(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int, **options: Any) -> list[list[int]]:
     """As `greedy`, behind token ids of any lengths, all at once."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-    return greedy(model, ids, new_tokens, mask=mask)
+    return greedy(model, ids, new, mask=mask, **options)
 
 
 def greedy(
@@ -108,12 +121,12 @@ def up_to_end(model: PreTrainedModel, row: list[int]) -> list[int]:
     return row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))]
 
 
-def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:
+def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0, **options: Any) -> Tensor:
     """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
     with _seeded(model, seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
-        return _generate(model, prompts)
+        return _generate(model, prompts, **options)
 
 
 def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
