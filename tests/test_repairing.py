@@ -178,6 +178,16 @@ def locate_layers(model):
     return model.get_submodule(locate(model).layers).modules()
 
 
+def test_progress_counts_a_refit_as_the_several_runs_that_it_takes():
+    """Before the first gap the text is only run: of eleven steps the last three are refit."""
+    seen, model = [], family("llama").build(num_hidden_layers=6)
+    repair(model, Plan([5]), TEXTS, progress=lambda done, total, _: seen.append((done, total)))
+    (total,) = {total for _, total in seen}
+    steps = [after - before for (before, _), (after, _) in zip(seen, seen[1:])]
+    assert steps == [1] * 8 + [6] * 3
+    assert (seen[0][0], seen[-1][0]) == (0, total)
+
+
 @pytest.mark.parametrize("step", range(5))
 def test_also_where_it_fails_in_the_middle(step, monkeypatch):
     """In the middle of a step's run with new weights."""

@@ -160,9 +160,10 @@ class Repair:
         if self.passed:
             self.states, made = self.passed[-1]
             self.made = other.made[:made]
+        costs = [6 if is_refit else 1 for is_refit in self.is_refit]  # about, in runs of a step
         for number in range(len(self.passed), len(self.steps)):
             step = self.steps[number]
-            progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
+            progress(sum(costs[:number]), sum(costs), f"refitting {' '.join(step.names)}")
             if self.is_refit[number]:
                 self.states = self._refit(step, self._target(step, self.gaps_ahead[number]))
             elif self.apart[number]:
@@ -172,7 +173,7 @@ class Repair:
             if self.keep_all:
                 self.passed.append((self.states, len(self.made)))
         refits = tuple(refit for refit, _ in self.made)
-        progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in refits)}")
+        progress(sum(costs), sum(costs), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
             files = {file_of(one): one.sha256 for one in self.kept.refits if one.ridge is not None}
             repaired.seal(self.kept.folder, self.plan, files)
