@@ -141,7 +141,7 @@ def test_what_is_written_is_told_token_by_token(model, tokenizer, tmp_path, monk
         monkeypatch.setattr(mix, name, fewer)
     for part, doing, most in (("answers", "answering prompts", 6), ("completions", "writing text", 8)):
         seen, texts = [], []
-        for number, progress in enumerate([(), (lambda *told: seen.append(told),)]):
+        for number, progress in enumerate([(), (lambda *told, seen=seen: seen.append(told),)]):
             monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / f"{part}{number}"))
             texts.append(text_of(model, tokenizer, part, *progress).content)
         assert texts[0] == texts[1]
