@@ -1,14 +1,17 @@
-"""Every command that writes, where no text is ASCII's business, time runs backwards and there is no home."""
+"""Commands where the locale is ASCII's, time runs backwards and there is no home; archives in place of files."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import killing
+from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it is about the machine
 
@@ -51,3 +54,39 @@ def test_no_command_goes_by_the_locale_the_clock_or_a_home(place, name):
         found = {path: held for path, held in killing.files_in(folder).items() if not path.endswith(drawn)}
     expected = {path: held for path, held in expected.items() if not path.endswith(drawn)}
     assert killing.difference(found, expected, {}) is None
+
+
+ARCHIVES = {
+    "inspect m.zip": "cannot load m.zip",
+    "inspect m.tar.gz": "cannot load m.tar.gz",
+    "inspect m.gguf": "m.gguf is no whole GGUF file",
+    "eval m --plan m.zip": "m.zip is no plan: not valid JSON",
+    "eval m --plan plan.json --text text.txt.gz": "the text text.txt.gz is not UTF-8",
+    "eval m --plan plan.json --tasks t --task-path m.zip": "no task folder m.zip",
+    "search m --skip attention:1 --objective answers --prompts text.txt.gz": "the text text.txt.gz is not UTF-8",
+    "export m --plan m.zip --to hf --out out": "m.zip is no plan",
+    "repair m --plan m.zip --out out": "m.zip is no plan",
+    "heal m --plan m.tar.gz --out out": "m.tar.gz is no plan",
+    "report m.zip": "m.zip is a file: give the folder",
+}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archives")
+    save_tiny_checkpoint(folder / "m")
+    for kind in ("zip", "gztar"):
+        shutil.make_archive(str(folder / "m"), kind, folder / "m")
+    shutil.copy(folder / "m.zip", folder / "m.gguf")
+    (folder / "text.txt.gz").write_bytes(gzip.compress(b"The fox jumps. " * 900))
+    (folder / "plan.json").write_text('{"attention": [1], "mlp": []}')
+    return folder
+
+
+@pytest.mark.parametrize("command", ARCHIVES)
+def test_an_archive_in_place_of_a_file_is_refused_in_one_line(archives, run, monkeypatch, command):
+    monkeypatch.chdir(archives)
+    code, _, err = run(*command.split())
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"error: {ARCHIVES[command]}" in err
+    assert not (archives / "out").exists()
