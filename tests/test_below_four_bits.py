@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch
 pytest.importorskip("xllamacpp")
 
 from families import family
-from notall import load
+from notall import Plan, load
 from programs import ROOT, program
+from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
 sys.path.append(str(ROOT / "benchmarks/engines"))  # as when it is run
@@ -70,3 +73,33 @@ def test_the_file_holds_what_is_judged(tmp_path):
         judged, read = four.matrices(source), four.matrices(written)
         for name, one in read.items():
             assert torch.allclose(one.weight, judged[name].weight, atol=1e-6), name
+        heads = [model.get_output_embeddings().weight for model in (source, written)]
+        assert torch.allclose(*heads, atol=1e-6)
+
+
+def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
+    save_tiny_checkpoint(tmp_path / "model", **WIDE, num_key_value_heads=2)
+    for name, content in (("wiki.test.raw", "A bird sings. "), ("wiki.train.first1MB.txt", "The fox jumps. ")):
+        (tmp_path / "wikitext2").mkdir(exist_ok=True)
+        (tmp_path / "wikitext2" / name).write_text(content * 50)
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4/sample300.jsonl").write_text('{"text": "A river runs under a bridge."}\n' * 60)
+    monkeypatch.setattr(four, "CALIBRATING", 1)
+    monkeypatch.setattr(four, "LENGTH", 16)
+    monkeypatch.setattr(sys, "argv", ["below_four_bits.py", "loss", "--model", "/some/where/m.gguf"])
+    given = SimpleNamespace(model=tmp_path / "model", data=tmp_path, out=tmp_path, dtype="float32", windows=2)
+    given.plans = {"one": Plan([1])}
+    first = four.losses(given)
+    named = [(row.model, row.importance) for row in first[::2]]
+    assert named[:2] == [("original", False), ("one", False)]
+    assert named[2:] == [(kind, by) for kind in four.RULES for by in (False, True)]
+    assert {row.text for row in first} == {"WikiText-2", "C4"}
+    assert all(row.delta == 0 for row in first[:2])
+    assert all(len(row.nll) == 2 for row in first)
+    lines = (tmp_path / "losses.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["command"].endswith("loss --model m.gguf")  # and no path of a machine
+    (tmp_path / "losses.jsonl").write_text("\n".join(lines[:6]) + "\n")
+    judged, score = [], four.score
+    monkeypatch.setattr(four, "score", lambda *asked: judged.append(asked) or score(*asked))
+    assert four.losses(given) == first
+    assert len(judged) == len(first) - 5

@@ -10,6 +10,7 @@ plainly, and by importance: for each input of a matrix the mean of its squares o
 and C4), as llama.cpp's imatrix has it. Losses are NLL added on WikiText-2 test and on other documents of C4, by weights
 that are rounded and unpacked again. Speed does not depend on what the rounding goes by: files are timed in turn, each
 in a process of its own.
+Called again with the same --out, it goes on.
 DATA holds `wikitext2/wiki.test.raw`, `wikitext2/wiki.train.first1MB.txt` and `c4/sample300.jsonl`.
 """
 
@@ -133,19 +134,18 @@ def rounded(weight: Tensor, kind: Kind, importance: NDArray[np.float32] | None) 
 
 @contextmanager
 def quantised(model: PreTrainedModel, kind: str, by: Mapping[str, NDArray[np.float32]]) -> Iterator[None]:
-    """The model with its matrices rounded, for the time of the `with`."""
-    before = {name: one.weight.data for name, one in matrices(model).items()}
-    head = model.get_output_embeddings()
-    whole = head.weight.data
-    head.weight.data = rounded(whole, HEAD, None)
-    for name, one in matrices(model).items():
-        one.weight.data = rounded(before[name], held_in(name, RULES[kind]), by.get(name))
+    """The model with its matrices rounded, in their places, for the time of the `with`."""
+    weights = {name: one.weight.data for name, one in matrices(model).items()}
+    kinds = {name: held_in(name, RULES[kind]) for name in weights} | {"head": HEAD}
+    weights["head"] = model.get_output_embeddings().weight.data
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.copy_(rounded(before[name], kinds[name], by.get(name)))
     try:
         yield
     finally:
-        head.weight.data = whole
-        for name, one in matrices(model).items():
-            one.weight.data = before[name]
+        for name, weight in weights.items():
+            weight.copy_(before[name])
 
 
 def texts_of(data: Path) -> tuple[list[Text], dict[str, Text]]:
@@ -166,11 +166,16 @@ def losses(given: argparse.Namespace) -> list[Loss]:
 
     by = importances(model, [batch for text in calibrating for batch in windows(text, CALIBRATING)])
     batches = {name: windows(text, given.windows) for name, text in judging.items()}
-    found: list[Loss] = []
-    dense: dict[str, list[float]] = {}
+    found = [row for row in losses_in(given.out / "losses.jsonl") if len(row.nll) == given.windows]
+    dense = {row.text: list(row.nll) for row in found if row.model == "original"}
+
+    def lacking(name: str, importance: bool = False) -> list[str]:
+        known = {(row.model, row.importance, row.text) for row in found}
+        return [text for text in batches if (name, importance, text) not in known]
 
     def add(name: str, plan: notall.Plan, importance: bool = False) -> None:
-        for text, some in batches.items():
+        for text in lacking(name, importance):
+            some = batches[text]
             of_plan = [score(model, [plan] if plan else [], batch)[-1].nll for batch in some]
             nll = [float(value) for values in of_plan for value in values]
             base = dense.setdefault(text, nll)
@@ -185,9 +190,17 @@ def losses(given: argparse.Namespace) -> list[Loss]:
         add(name, plan)
     for kind in RULES:
         for importance in (False, True):
+            if not lacking(kind, importance):
+                continue
             with quantised(model, kind, by if importance else {}):
                 add(kind, notall.Plan(), importance)
     return found
+
+
+def losses_in(path: Path) -> list[Loss]:
+    """What an earlier run came to, which is not done again."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+    return [Loss.model_validate_json(line) for line in lines]
 
 
 def write_rounded(source: Path, kind: str, out: Path) -> None:
@@ -242,7 +255,7 @@ def times(given: argparse.Namespace) -> list[Time]:
 
 def keep(given: argparse.Namespace, name: str, rows: list[Loss] | list[Time]) -> None:
     """The rows behind a line on where they come from."""
-    told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    told = [re.sub(r"(^|=)/(\S*/)?", r"\1", word) for word in sys.argv[1:]]  # files by their names
     about: dict[str, object] = {"command": shlex.join(["python", "benchmarks/engines/below_four_bits.py", *told])}
     about |= {"date": str(date.today()), "machine": machine("cpu"), "threads": cores(), "model": given.model.name}
     about |= {"dtype": given.dtype, "length": LENGTH, "calibration": CALIBRATING} if name == "losses" else {}
