@@ -72,7 +72,7 @@ $(VENV_GPTQ)/.done: pyproject.toml
 # documentation: the mix would have to be written first.
 demo: setup ## run the paper's experiment on the default model, choose a plan and repair it: one page, in results/demo
 	$(VENV)/bin/notall sweep --rounds 3 --generation-tokens 8 --out results/demo
-	$(VENV)/bin/notall search --skip attention:1 --text prose --sequences 4 --length 256 --patience 3 --repair refit \
+	$(VENV)/bin/notall search --skip attention:1 --text prose --sequences 2 --length 256 --patience 3 --repair refit \
 	  --repair-text prose --repair-sequences 16 --tasks passkey,answers --limit 16 -o results/demo/plan.json
 	$(VENV)/bin/notall report results/demo -o results/demo/report.html
 
