@@ -85,21 +85,6 @@ def test_where_rises_never_fall_it_takes_what_plain_greedy_takes_and_asks_less(m
     assert len(lazy.asked) < len(plain.asked)
 
 
-def test_it_grows_by_a_part_of_the_text_and_judges_what_has_grown_by_all_of_it(model):
-    """Each step is judged by all of it where a limit says how far to go."""
-    space, patience = Space(locate(model), "attention"), {"patience": 0}
-    table = Table(space, 0, 1.0)
-    found = search(space, by_count(space, 4), table, **patience)
-    assert {*table.asked} == {frozenset(), found.skipped}
-    table = Table(space, 0, 1.0)
-    limit = Table.cost(table, found.skipped) - 3.0 + 1e-6
-    within = search(space, by_limit(space, limit), table, **patience)
-    assert within.skipped == found.skipped
-    grown = [names_in(within.order[:count]) for count in range(5)]
-    assert {*grown} < {*table.asked}  # and one more, which costs too much
-    assert len({*table.asked}) == 6
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_swaps_never_make_it_worse_and_leave_no_better_single_swap_untried(model, seed):
     space = Space(locate(model), "attention")

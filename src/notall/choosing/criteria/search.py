@@ -77,7 +77,7 @@ class _Search:
         steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
         # evaluations of the whole text so far, and how many it takes at most, about
-        self.done, self.total = 0.0, guesses + steps * RECHECKS * SCREENED + self.setting.patience
+        self.done, self.total = 0.0, guesses + steps * RECHECKS + steps + self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -115,18 +115,14 @@ class _Search:
         """Skip more until the budget is met, and say whether anything was."""
         before = self.skipped
         while not self.budget.met(self.skipped):
-            if (unit := self._next()) is None:
+            unit = self._next()
+            if unit is None or self.cost + self.rises.get(unit, 0.0) - self.dense > self.budget.limit:
                 break
-            grown, limit = self.skipped.union(unit), self.budget.limit
-            cost = self._evaluate(grown) if limit < math.inf else self.cost + self.rises.get(unit, 0.0)
-            if cost - self.dense > limit:
-                break
-            self.skipped, self.cost = grown, cost
+            self.cost += self.rises.get(unit, 0.0)
+            self.skipped = self.skipped.union(unit)
             self.order.append(unit)
             if not self.budget.met(self.skipped):
                 self.guess(self.space.neighbours(unit, self.skipped))
-        if self.skipped != before and not self.setting.late:
-            self.cost = self._evaluate(self.skipped)
         return self.skipped != before
 
     def refine(self) -> bool:
@@ -177,7 +173,7 @@ class _Search:
                 return best
             if self.setting.late:
                 return best if self.budget.limit == math.inf else None
-            self.rises[best] = self._on_a_part(self.skipped.union(best))
+            self.rises[best] = self._evaluate(self.skipped.union(best)) - self.cost
             fresh.add(best)
         return None
 
