@@ -306,3 +306,14 @@ def test_a_closed_stdout_is_no_fault(monkeypatch):
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert not leaving.value.code
+
+
+def test_a_path_is_absolute_for_processes_elsewhere_and_a_name_stays_one(tmp_path, monkeypatch):
+    """The default model also where a folder is called as it is, and what may be a hub id."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2", "mine"):
+        (tmp_path / name).mkdir()
+    asked = {name: ModelOptions(name).for_workers["spec"] for name in ("smollm2", "mine", "./mine", "some/one")}
+    mine = str(tmp_path / "mine")
+    assert asked == {"smollm2": "smollm2", "mine": mine, "./mine": mine, "some/one": "some/one"}
+    assert ModelOptions("mine", dtype="float32").for_workers == ModelOptions(mine, dtype="float32").arguments

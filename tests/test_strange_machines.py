@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", killing.COMMANDS)
 def test_no_command_goes_by_the_locale_the_clock_or_a_home(place, name):
-    """It writes what it writes elsewhere, and what is run again after a line that is of the future."""
+    """It writes what it writes elsewhere."""
     make, command = killing.COMMANDS[name]
     whole, expected = place.undisturbed(name)
     paths = [str(place.folder / "backwards"), *filter(None, [os.environ.get("PYTHONPATH")])]

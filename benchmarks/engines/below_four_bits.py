@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import quant_shape_to_byte_shape
 from gguf.quants import dequantize
 from measure import Running
 from numpy.typing import NDArray
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import notall
-from notall.engines.llamacpp import _packed, _quantize_chunk
+from notall.engines.llamacpp import _packed, pack
 from notall.measuring.quality import score
 from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.measuring.statistics import mean_and_error
@@ -126,10 +125,8 @@ def importances(model: PreTrainedModel, batches: list[Tensor]) -> dict[str, NDAr
 def rounded(weight: Tensor, kind: Kind, importance: NDArray[np.float32] | None) -> Tensor:
     """The same matrix as it comes out of `kind`."""
     values = np.ascontiguousarray(weight.float().numpy())
-    packed = np.empty(quant_shape_to_byte_shape(values.shape, kind), np.uint8)
-    by = None if importance is None else importance.ctypes.data
-    _quantize_chunk()(int(kind), values.ctypes.data, packed.ctypes.data, 0, *values.shape, by)
-    return torch.from_numpy(dequantize(packed, kind).reshape(values.shape)).to(weight.dtype)
+    unpacked = dequantize(pack(values, kind, importance), kind)
+    return torch.from_numpy(unpacked.reshape(values.shape)).to(weight.dtype)
 
 
 @contextmanager

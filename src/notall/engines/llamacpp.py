@@ -235,11 +235,12 @@ def _packed(tensor: GGUFTensor, kind: Kind) -> GGUFTensor:
     return GGUFTensor(pack(np.ascontiguousarray(values, np.float32), kind), kind)
 
 
-def pack(values: Values, kind: Kind) -> Values:
-    """Float32 values of shape (..., width) as the bytes of `kind`, (..., bytes of a row)."""
+def pack(values: Values, kind: Kind, importance: Values | None = None) -> Values:
+    """Float32 values, (..., width), as the bytes of `kind`; `importance`, (width,), weighs the error of each column."""
     packed = np.empty(quant_shape_to_byte_shape(values.shape, kind), np.uint8)
     rows, width = values.size // values.shape[-1], values.shape[-1]
-    written = _quantize_chunk()(int(kind), values.ctypes.data, packed.ctypes.data, 0, rows, width, None)
+    by = None if importance is None else importance.ctypes.data
+    written = _quantize_chunk()(int(kind), values.ctypes.data, packed.ctypes.data, 0, rows, width, by)
     assert written == packed.nbytes, f"{kind.name}: {written} bytes, not {packed.nbytes}"
     return packed
 

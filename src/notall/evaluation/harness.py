@@ -31,7 +31,7 @@ from ..progress import Progress, Stages, silent
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
-from ..running.generating import as_asked, greedy_each, told
+from ..running.generating import as_asked, greedy_each, reporting
 from ..running.skipping import skip
 from ..structure.undoing import Undo
 from .scoring import Request, Scorer, unless_out_of_memory
@@ -220,9 +220,9 @@ class PlansLM(HFLM):
         keys = [self.answers.key("first_choices", *request.args) for request in asked]
         for chunk in self._missing(keys, asked, OWN):
             prompts = [self.tok_encode(request.args[0]) for request in chunk]
-            stage, new = Stages(self.progress, self.of), chunk[0].args[1]["max_gen_toks"]
-            stage.given = self.before
-            telling = told(stage.stage(len(chunk)), f"{self.task}: answering", new)
+            stages, new = Stages(self.progress, self.of), chunk[0].args[1]["max_gen_toks"]
+            stages.stage(self.before)  # which is done
+            telling = reporting(stages.stage(len(chunk)), f"{self.task}: answering", new)
             with skip(self.model, Plan()):
                 said = greedy_each(self.model, prompts, new, **telling)
             answers = [Request((*prompt, *answer[:-1]), tuple(answer)) for prompt, answer in zip(prompts, said)]

@@ -15,7 +15,7 @@ from ..exporters import UNPACKED
 from ..exporters.manifest import dense_of, plan_of, weights_beside
 from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
-from ..models.names import DEFAULT_TEXT, USE, named_gguf
+from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
 from ..plan import Plan
 from ..results.provenance import Provenance, this_run
@@ -87,9 +87,9 @@ class ModelOptions:
 
     @property
     def for_workers(self) -> Settings:
-        """The arguments in processes that work elsewhere."""
-        path = expanded(self.model)
-        return self.arguments | ({"spec": str(path.absolute())} if path.exists() else {})
+        """The arguments in processes whose working folder is another: a path is absolute."""
+        path, is_path = expanded(self.model), self.model != DEFAULT_MODEL
+        return self.arguments | ({"spec": str(path.absolute())} if is_path and path.exists() else {})
 
     def provenance(self, model: PreTrainedModel, **more: object) -> Provenance:
         """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""

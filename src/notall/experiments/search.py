@@ -309,8 +309,9 @@ class Search:
         tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
         net, tokenizer = self.model.load()
         among = self.space.of(net)
-        twice = replace(self.text, sequences=2 * self.text.sequences)  # where a half is fitted to
-        batches, others, about = (twice if self.repair else self.text).both(net, tokenizer, seed=self.seed, fewer=True)
+        twice = 2 if self.repair else 1  # half of them to fit to
+        read = replace(self.text, sequences=twice * self.text.sequences)
+        batches, others, about = read.both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(

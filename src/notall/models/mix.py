@@ -22,9 +22,10 @@ from ..files import cache_folder, contents, keep
 from ..integrity import sealed, unsealed
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
-from ..running.generating import as_asked, greedy_each, prompt_tokens, sample, told
+from ..running.generating import as_asked, greedy_each, prompt_tokens, reporting, sample
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
+from .names import USE
 from .prompts import openings, prompts
 from .retrieval import FITTED, episode
 from .texts import MADE, MIX, Text, read_text
@@ -67,10 +68,10 @@ class _Author:
     parts: int | None = None
 
     def text(self, source: str) -> str:
-        if source in ("answers", "completions"):
-            return self.answers() if source == "answers" else self.completions()
-        if source == "episodes":
-            return episodes(self.completions())
+        if source == "answers":
+            return self.answers()
+        if source != USE:
+            return self.completions() if source == "completions" else episodes(self.completions())
         made = [self.text(part) for part in MIX]
         return "\n\n".join(part[: min(map(len, made))] for part in made)
 
@@ -82,7 +83,7 @@ class _Author:
         def write(_: int, some: list[str], progress: Progress) -> str:
             rows = [prompt_tokens(self.tokenizer, prompt, add_special_tokens=is_plain) for prompt in some]
             with skip(self.model, Plan()):
-                said = greedy_each(self.model, rows, NEW_TOKENS, **told(progress, "answering prompts", NEW_TOKENS))
+                said = greedy_each(self.model, rows, NEW_TOKENS, **reporting(progress, "answering prompts", NEW_TOKENS))
             return "\n".join(prompt + str(self.tokenizer.decode(answer)) for prompt, answer in zip(some, said))
 
         return "\n".join(self._written("answers", asked, NEW_TOKENS, write))
@@ -95,7 +96,7 @@ class _Author:
         def write(number: int, begun: list[list[int]], progress: Progress) -> str:
             with skip(self.model, Plan()):
                 given = torch.tensor(begun, device=self.model.device)
-                drawn = sample(self.model, given, new, seed=number, **told(progress, "writing text", new))
+                drawn = sample(self.model, given, new, seed=number, **reporting(progress, "writing text", new))
             return "\n\n".join(str(self.tokenizer.decode(row)) for row in drawn.tolist())
 
         begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together

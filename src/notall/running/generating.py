@@ -80,8 +80,8 @@ def continue_prompts(
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
 
 
-def told(progress: Progress, doing: str, new: int) -> dict[str, Any]:
-    """An option of `greedy_each` and `sample`, which tells at each step how many of the new tokens there are."""
+def reporting(progress: Progress, doing: str, new: int) -> dict[str, Any]:
+    """An option of `greedy_each` and `sample`, which reports at each step how many of the new tokens there are."""
     steps = count(1)
 
     def look(ids: Tensor, *_: object, **__: object) -> Tensor:
