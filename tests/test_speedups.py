@@ -18,6 +18,7 @@ from api import (
     choice,
     choose_as_fast,
     latency,
+    searching,
 )
 from command_line import QUICK
 from families import family
@@ -92,6 +93,21 @@ def test_what_is_too_slow_corrects_the_times_and_the_next_is_as_fast(setting, ma
     assert found.met
     assert found.check.measured_speedup.median == pytest.approx(DENSE / (DENSE - 8 * 3))
     assert found.check.predicted_speedup == pytest.approx(found.check.measured_speedup.median)
+
+
+def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):
+    """Two sets that grow alone, then the second again with swaps, which leave as much and are not timed anew."""
+    timed, patience = machine(0.6), []
+
+    def choose(_, setting, budget):
+        patience.append(setting.patience)
+        return searching.search(setting, budget, {})
+
+    monkeypatch.setattr(choice, "choose", choose)
+    found = choose_as_fast("search", setting, asked(setting, 1.3))
+    assert found.met
+    assert patience == [0, 0, setting.patience]
+    assert timed == [5, 8]
 
 
 def test_it_is_met_within_the_error_of_the_median(setting, machine):

@@ -1,10 +1,11 @@
-"""One engine with one model in a process of its own, which is asked for timings in turn with others.
+"""One engine with one model, in a process of its own, which is asked for timings in turn with others.
 
     python worker.py transformers|vllm|llama.cpp MODEL CONTEXT [--at-once 4] [--dtype bfloat16]
 
-The first line it prints says what the engine holds: bytes of weights and of KV cache a token. Then each line it reads,
-`{"prompt": tokens, "new": tokens, "at_once": sequences}`, is answered by a line with `prefill_ms`, until all sequences
-have their first token, and `decode_ms`, a step of all of them. No two prompts begin alike, so that no cache serves one.
+MODEL is a folder or, in llama.cpp, a GGUF file. The first line it prints says what the engine holds: bytes of weights
+and of KV cache a token. Then each line it reads, `{"prompt": tokens, "new": tokens, "at_once": sequences}`, is answered
+by a line with `prefill_ms`, until all sequences have their first token, and `decode_ms`, a step of all of them. No two
+prompts begin alike, so that no cache serves one.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def llamacpp(model: str, context: int, at_once: int, dtype: str) -> tuple[dict[s
     import xllamacpp as llama
     from gguf import GGUFReader
 
-    path = next(Path(model).glob("*.gguf"))
+    path = Path(model) if Path(model).is_file() else next(Path(model).glob("*.gguf"))
     settings = llama.CommonParams()
     settings.model.path = str(path)
     settings.n_ctx = settings.n_batch = at_once * context

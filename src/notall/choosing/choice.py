@@ -226,32 +226,45 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
 
 
 def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
-    """Choose, for a speedup again by corrected times, until what is measured is as fast as asked for, and no more."""
+    """Choose, for a speedup again by corrected times, until what is measured is as fast as asked for, and no more.
+
+    Swaps wait until the times hold; plans that leave as much take as long, and are timed once.
+    """
     if not isinstance(budget, SpeedBudget):
         return Outcome(choose(criterion, setting, budget))
-    tried: list[Outcome] = []
-    following: SpeedBudget | None = budget
-    while following is not None and len(tried) < CHOICES and not (tried and setting.late):
-        choice = choose(criterion, setting, following)
-        if any(one.met and one.choice.skipped == choice.skipped for one in tried):
-            break
-        tried.append(outcome := _outcome(choice, setting, following))
-        assert outcome.check
-        measured = outcome.check.measured_speedup
-        if outcome.met and measured.median - max(measured.error, MOST_ERROR * following.faster) <= following.faster:
-            break
-        following = following.corrected(outcome.check)
+    tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
+    for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
+        while len(tried) < most and not (tried and setting.late):
+            choice = choose(criterion, asked, following)
+            if any(one.met and one.choice.skipped == choice.skipped for one in tried):
+                break
+            tried.append(outcome := _outcome(choice, setting, following, timed))
+            assert outcome.check
+            measured = outcome.check.measured_speedup
+            if outcome.met and measured.median - max(measured.error, MOST_ERROR * budget.faster) <= budget.faster:
+                break
+            corrected = following.corrected(outcome.check)
+            if corrected is None:
+                break
+            following = corrected
     if met := [one for one in tried if one.met]:  # the one that costs least, or else the fastest
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 
 
-def _outcome(choice: Choice, setting: Setting, budget: Budget) -> Outcome:
+def _outcome(
+    choice: Choice, setting: Setting, budget: Budget, timed: dict[Footprint, SpeedCheck] | None = None
+) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
-        plan, error = plan_of(choice.skipped), MOST_ERROR * budget.faster
-        check = check_times(setting.model, plan, budget.times, error=error, seed=setting.seed)
+        plan, timed = plan_of(choice.skipped), {} if timed is None else timed
+        left, error = footprint(setting.model, plan), MOST_ERROR * budget.faster
+        if left not in timed:
+            timed[left] = check_times(setting.model, plan, budget.times, error=error, seed=setting.seed)
+        predicted = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
+        speedup = budget.times.dense_ms / predicted
+        check = timed[left].model_copy(update={"predicted_ms": predicted, "predicted_speedup": speedup})
         is_met = budget.reached(check)
     return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
 

@@ -104,10 +104,10 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """About how many tokens are read in the time that it takes: 10 for each that is generated."""
+        """About how many tokens are read in the time that it takes: 5 for each that is generated."""
         parts = [part for task in self.tasks.values() for request in task.instances for part in request.args]
         generated = sum(normalize_gen_kwargs(part)["max_gen_toks"] for part in parts if isinstance(part, dict))
-        return 10 * generated + sum(len(part) for part in parts if isinstance(part, str)) // 4
+        return 5 * generated + sum(len(part) for part in parts if isinstance(part, str)) // 4
 
     def reported(self) -> dict[str, list[str]]:
         """The rows to report, with the tasks that each is made of: a group that has a mean is one row."""
