@@ -151,6 +151,7 @@ package: setup ## build sdist and wheel into dist/, and try the wheel in a clean
 
 docs: setup ## write the command reference and the figures, and build the documentation into site/, strictly
 	$(VENV)/bin/python docs/commands.py
+	$(VENV)/bin/python docs/plans.py
 	$(VENV)/bin/python docs/figures.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 

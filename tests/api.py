@@ -236,7 +236,7 @@ NAMES = {
     "models.retrieval": ["FITTED", "UNSEEN", "episode"],
     "models.texts": ["Text", "read_text", "token_batches"],
     "options": ["Workload", "Workload as options_Workload"],
-    "plan": ["Plan", "in_ranges"],
+    "plan": ["PUBLISHED", "Plan", "in_ranges"],
     "progress": ["Stages", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
     "repairing.methods": ["METHODS", "kept_repair"],

@@ -27,6 +27,7 @@ KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block":
 
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_BYTES = 1 << 20  # of a plan file
+PUBLISHED = Path(__file__).parent / "published"  # the plans of docs/results.md, taken by `published:NAME`
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
@@ -145,9 +146,17 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan that `save` or a person wrote. Raises `UsageError` when it is missing, truncated or malformed."""
+        """Read a plan that `save` or a person wrote, or `published:NAME`.
+
+        Raises `UsageError` when it is missing, truncated or malformed.
+        """
         path = Path(path)
         where = shortened(path)
+        if (name := str(path).removeprefix("published:")) != str(path):
+            path, known = PUBLISHED / f"{name}.json", [one.stem for one in PUBLISHED.glob("*.json")]
+            if name not in known:
+                told = f"there is no published plan {shortened(name)}{nearest(name, known)}"
+                raise UsageError(f"{told}; docs/plans.md lists their names")
         try:
             content = contents(path, MOST_BYTES)
         except IsADirectoryError:

@@ -42,7 +42,7 @@ COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), si
 
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
-    plan: Annotated[Path, Option("plan file, or the folder of a repair")],
+    plan: Annotated[Path, Option("plan file, folder of a repair, or published:NAME")],
     to: Annotated[str, Option("hf, nemotron-nas, gguf or executorch, or your own module:Class", metavar="FORM")],
     out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
     repair: RepairOptions,

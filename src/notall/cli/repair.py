@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..repairing.texts import RepairTexts
 
 WeightsFolder = Annotated[Path, Option("folder for the plan and its weights", ("--out", "-o"))]
-PlanFile = Annotated[Path | None, Option("plan file, or the folder of a repair")]
+PlanFile = Annotated[Path | None, Option("plan file, folder of a repair, or published:NAME")]
 
 
 @command(example="notall repair smollm2 --plan plan.json --text book.txt --text pages.jsonl --out repaired")

@@ -216,7 +216,7 @@ TaskPath = Annotated[Path | None, Option("folder with more tasks: YAML files of 
 class PlanOptions:
     """What is left out: the plan of a file, or the deepest of a kind."""
 
-    plan: Path | None = option(None, "plan file, or the folder of a repair")
+    plan: Path | None = option(None, "plan file, folder of a repair, or published:NAME")
     skip: str | None = option(
         None, "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", (), "KIND[:HOW MANY]"
     )

@@ -521,7 +521,9 @@ class ParetoPlans(SpaceOptions):
         "find plans that skip these, such as attention:4,8, or what --speedups choose among",
         metavar="KIND[:HOW MANY,...]",
     )
-    plan: tuple[Path, ...] = option((), "plan file, or the folder of a repair, to measure; repeat it for more")
+    plan: tuple[Path, ...] = option(
+        (), "plan file, folder of a repair, or published:NAME, to measure; repeat it for more"
+    )
     speedups: tuple[str, ...] = option(
         (), f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"
     )
