@@ -204,8 +204,11 @@ def test_answers_are_of_weights_dtype_config_and_tokenizer(model, tokenizer):
     assert len(known) == 5
 
 
-def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
-    job = TaskShelf().build("answers", None, 5)
+@pytest.mark.parametrize("own", [False, True])
+def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path, own):
+    """To our prompts, and to those of a file."""
+    (tmp_path / "mine.txt").write_text("\n".join(f"prompt number {number}" for number in range(10)))
+    job = TaskShelf().build(f"answers:{tmp_path / 'mine.txt'}" if own else "answers", None, 5)
     (result,) = harness.run_tasks(model, tokenizer, [PLAN], [job], folder=tmp_path)
     for doc, sample in zip(next(iter(job.tasks.values())).docs, result.samples):
         ids = torch.tensor([tokenizer(f"{doc['prompt']}\n\n")["input_ids"]])  # as there is no chat template
@@ -342,3 +345,28 @@ def test_the_worst_of_a_plans_last_state_decides():
     length = kept[0].model_copy(update={"recovery": None, "higher_is_better": None})
     assert short_of([*kept, length], 0.95) is None
     assert short_of([length], 0.95) == "a recovery of 0.95: no task has a score of which more is better"
+
+
+@pytest.mark.parametrize("kind", ["answers", "written"])
+def test_prompts_of_a_file_are_asked_every_second_one_to_choose_and_the_others_to_judge(tmp_path, kind):
+    """The file may be of lines, or of records."""
+    said = [f"Say {number}." for number in range(9)]
+    (tmp_path / "mine.txt").write_text("\n".join(said))
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps({"prompt": one}) for one in said))
+    for file in ("mine.txt", "mine.jsonl"):
+        name = f"{kind}:{tmp_path / file}"
+        assert checks.is_check(name)
+        for seed, limit, expected in ((checks.SEED, 64, said[1::2]), (checks.CHOOSING, 2, ["Say 0.", "Say 2."])):
+            assert [doc["prompt"] for doc in checks.made(name, limit, seed).docs] == expected
+    (tmp_path / "mine.txt").write_text("one")
+    with pytest.raises(UsageError, match="has one prompt: give two"):
+        checks.made(f"{kind}:{tmp_path / 'mine.txt'}")
+
+
+def test_what_is_kept_of_own_prompts_holds_for_these_alone(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("one\ntwo")
+    before = checks.source_of(f"written:{mine}")
+    mine.write_text("one\nthree")
+    assert before != checks.source_of(f"written:{mine}") != {}
+    assert checks.source_of("written") == checks.source_of("passkey_256") == {}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..digests import digest_of
 from ..errors import UsageError, nearest, shortened
 from ..models.retrieval import FITTED, episode
-from ..models.texts import all_checked, fields, read_file
+from ..models.texts import all_checked, read_prompts
 from ..plan import Plan
 from ..running.generating import check_positions, greedy, prompt_tokens
 from ..running.skipping import skip
@@ -168,18 +168,6 @@ def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
             raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
         found.append((weight, name))
     return found
-
-
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where one is none, or all are."""
-    content = read_file(path, "a file of prompts")
-    prompts = fields(path, content, "prompt") if path.suffix == ".jsonl" else [*filter(str.strip, content.split("\n"))]
-    if not prompts:
-        raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
-    if not all(map(str.strip, prompts)):
-        said = f"{shortened(path)} holds an empty prompt"
-        raise UsageError(f"{said}: write one that says something, or leave its line out")
-    return prompts
 
 
 def answers(

@@ -95,6 +95,7 @@ def search(
     """Choose what to skip, by the search or another importance criterion, to meet a budget.
 
     With --recovery it also measures tasks. With no other budget it skips as much as keeps their scores.
+    With --repair it reads twice --sequences windows.
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
     If you interrupt it, the same command continues where it stopped.
     """

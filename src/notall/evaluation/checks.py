@@ -1,7 +1,7 @@
 """Checks of what people serve a model for, as tasks of the harness, made without a data set.
 
 Retrieval by form and length, the model's own answers, and questions of reasoning-gym with its verifiers. The items are
-the same for every model; none is among what texts to fit to are made of.
+the same for every model; none is among what texts to fit to are made of, but for prompts of a file.
 """
 
 import random
@@ -9,16 +9,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task, TaskConfig
 
+from ..digests import digest_of
 from ..errors import UsageError, nearest, need, shortened
 from ..files import read_json
 from ..models.prompts import prompts
 from ..models.retrieval import UNSEEN, Form, episode
+from ..models.texts import read_prompts
 from .scoring import common
 
 ITEMS = 64  # of a check, unless a limit says otherwise
@@ -103,8 +106,22 @@ def json_keys(text: str) -> list[str]:
     return []
 
 
-def own_prompts(items: int, seed: int) -> list[Doc]:
-    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=seed, held_out=True)]
+def own_prompts(name: str, items: int, seed: int) -> list[Doc]:
+    """Ours, or those of the file behind the colon of `name`: its first, third ... to choose by, the others to judge by.
+
+    Raises `UsageError` where the file has none of these.
+    """
+    file = name.partition(":")[2]
+    said = read_prompts(Path(file))[seed != CHOOSING :: 2] if file else prompts(items, seed=seed, held_out=True)
+    if not said:
+        raise UsageError(f"{shortened(Path(file))} has one prompt: give two or more, every second one to judge by")
+    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in said[:items]]
+
+
+def source_of(name: str) -> dict[str, str]:
+    """The digest of the prompts that a task takes from a file, for what is kept of it."""
+    file = name.partition(":")[2] if name.startswith(ASKING) else ""
+    return {"prompts": digest_of(read_prompts(Path(file)))} if file else {}
 
 
 def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> MadeTask:
@@ -118,13 +135,13 @@ def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> Made
 def answers(name: str, items: int, seed: int) -> MadeTask:
     """The share of tokens of the original model's own greedy answers that stay the first choice, given those before."""
     metric = "first_choices"
-    return MadeTask(name, own_prompts(items, seed), metric, {metric: True}, lambda _, share: {metric: share})
+    return MadeTask(name, own_prompts(name, items, seed), metric, {metric: True}, lambda _, share: {metric: share})
 
 
 def written(name: str, items: int, seed: int) -> MadeTask:
     """What a plan writes to prompts, beside what the original model writes."""
     metrics = {"same_beginning": True, "same_number": True, "valid_json": True, "words": False}
-    return MadeTask(name, own_prompts(items, seed), "chat", metrics, beside_dense)
+    return MadeTask(name, own_prompts(name, items, seed), "chat", metrics, beside_dense)
 
 
 def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
@@ -169,6 +186,7 @@ MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
     "answers": answers,
     "written": written,
 }
+ASKING = ("answers:", "written:")  # before a file of prompts
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "passkey": tuple(f"passkey_{tokens}" for tokens in CONTEXTS),
     "retrieval": tuple(f"retrieval_{form}" for form in UNSEEN),
@@ -177,13 +195,13 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def is_check(name: str) -> bool:
-    return name in MAKERS or name.startswith(GYM)
+    return name in MAKERS or name.startswith((GYM, *ASKING))
 
 
 def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
-    """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it."""
+    """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it, or prompts of a file."""
     if not name.startswith(GYM):
-        return MAKERS[name](name, items, seed)
+        return MAKERS[name.partition(":")[0]](name, items, seed)
     generator = name.removeprefix(GYM)
     if generator not in generators():
         told = f"reasoning-gym has no generator {shortened(generator)!r}{nearest(generator, generators())}"

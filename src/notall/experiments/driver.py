@@ -239,11 +239,13 @@ def benchmark(
     All data is read and checked before anything is computed. Tasks that generate text are for `generating_rows`, where
     given. Raises `UsageError` as `run_tasks` does, and as `Ledger` does.
     """
+    from ..evaluation.checks import source_of
     from ..evaluation.harness import LM_EVAL_VERSION, PlansLM, evaluate_job
 
     settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": choice.num_fewshot, "truncate": choice.truncate}
     about = Provenance.of(subject.provenance, **settings)
-    abouts = {name: Provenance.of(about, asked=name, limit=choice.limit_of(name)) for name in choice.names}
+    limits = {name: {"asked": name, "limit": choice.limit_of(name)} | source_of(name) for name in choice.names}
+    abouts = {name: Provenance.of(about, **limit) for name, limit in limits.items()}
     rows_of = {False: rows, True: generating_rows or rows}  # text is generated plan by plan
 
     def known(name: str) -> list[BenchmarkRecord]:

@@ -312,8 +312,8 @@ class TaskOptions:
 
     tasks: Words = option(
         (),
-        "passkey, retrieval, answers, written or reasoning, openllm, or tasks of lm-evaluation-harness, separated by "
-        "commas; see `notall tasks`",
+        "passkey, retrieval, answers, written, reasoning, or answers:FILE with your own prompts; openllm, or tasks of "
+        "lm-evaluation-harness; separated by commas; see `notall tasks`",
     )
     limit: Words = option(
         (),

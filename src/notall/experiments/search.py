@@ -240,7 +240,8 @@ class ObjectiveOptions:
 
 def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
     """The tasks that objectives are made of. Raises `UsageError` for what is none, and for prompts that are none."""
-    from ..choosing.objective import read_prompts, terms_of
+    from ..choosing.objective import terms_of
+    from ..models.texts import read_prompts
 
     parts = [name for one in objectives for _, name in terms_of(one, prompts)]
     if "answers" in parts and prompts:

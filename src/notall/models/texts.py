@@ -156,3 +156,15 @@ def all_checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> li
     if not (found := list(checked(batches, model))):
         raise UsageError(f"there is no text: give a list of {IDS}")
     return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where one is none, or all are."""
+    content = read_file(path, "a file of prompts")
+    prompts = fields(path, content, "prompt") if path.suffix == ".jsonl" else [*filter(str.strip, content.split("\n"))]
+    if not prompts:
+        raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
+    if not all(map(str.strip, prompts)):
+        said = f"{shortened(path)} holds an empty prompt"
+        raise UsageError(f"{said}: write one that says something, or leave its line out")
+    return prompts
