@@ -126,6 +126,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
+def writing(what: object, fix: str = "make room or give access, or choose another folder") -> Iterator[None]:
+    """Inside, what the system refuses is a `UsageError`: one line that says what cannot be written, and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {what}: {error.strerror}; {fix}") from None
+
+
+@contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name for what is to become `path`, a file or a folder; what is left of it goes, as does that of killed runs."""
     ours = f".{path.name}.{_numbering()}."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
-from .files import DoubledKey, contents, read_json, refuse_others, write_whole
+from .files import DoubledKey, contents, read_json, refuse_others, write_whole, writing
 
 if TYPE_CHECKING:
     from .structure.model_structure import ModelStructure
@@ -137,11 +137,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         refuse_others(Path(path), Plan.load, "plan")
         fields = {**self.indices, **{name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
-        try:
+        with writing(f"the plan to {shortened(Path(path))}", "choose another path"):
             write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
-        except OSError as error:
-            where = shortened(Path(path))
-            raise UsageError(f"cannot write the plan to {where}: {error.strerror}; choose another path") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

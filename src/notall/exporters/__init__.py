@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
-from ..files import FULL, Settings, beside
+from ..files import FULL, Settings, beside, writing
 from ..plan import Plan
 from ..plugins import class_named
 from ..progress import Progress, silent
@@ -135,10 +135,8 @@ def appearing(out: Path) -> Iterator[Path]:
     """A scratch folder that takes the name `out` in the end, or is removed. Raises `UsageError` where it cannot."""
     check_absent(out)
     with beside(out) as scratch:
-        try:
+        with writing(f"to {out.parent}", "choose another folder"):
             scratch.mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another folder") from None
         try:
             yield scratch
             os.rename(scratch, out)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import beside, contents, open_to_others, own_file, saving, write_whole
+from ..files import beside, contents, open_to_others, own_file, saving, write_whole, writing
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -264,10 +264,8 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     plan.save(folder / PLAN)
     digests = {path.name: digest_of([path.read_bytes()]) for path in (*written, folder / PLAN)}
     whole, path = Seal(plan=plan.indices, files=digests | dict(weights)), folder / SEAL
-    try:
+    with writing(shortened(path), "make room, and run again"):
         write_whole(path, sealed(whole.model_dump_json(indent=1).encode()) + b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
 
 
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
@@ -348,16 +346,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = digest_of_tensors(held, notes or {})
-    try:
+    with writing(shortened(path), "make room, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as part:
             with saving():
                 save_file(held, part, {**(notes or {}), DIGEST: digest})
             open_to_others(part)  # safetensors makes files that only their owner can read
             part.replace(path)
-    except OSError as error:
-        fix = "make room, or choose another folder"
-        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; {fix}") from None
     return digest
 
 
