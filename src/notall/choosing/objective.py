@@ -1,7 +1,5 @@
 """What a set of skipped sublayers is judged by: a loss on a text, on answers, on a task's questions, or a mix."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,7 +132,7 @@ def build_objective(
     batches: Sequence[Tensor],
     *,
     prompts: Path | None = None,
-    task_path: Path | TaskShelf | None = None,
+    task_path: "Path | TaskShelf | None" = None,
     task_limit: int = 100,
 ) -> Objective:
     """What `wanted` is a sum of (see `terms_of`), on `batches`, (batch, tokens) ids each, or answers to `prompts`."""
@@ -235,7 +233,7 @@ def task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    task_path: Path | TaskShelf | None = None,
+    task_path: "Path | TaskShelf | None" = None,
     limit: int = 100,
     weight: float = 1.0,
 ) -> Objective:

@@ -1,7 +1,5 @@
 """notall eval, bench, draft, sweep, paper, pareto, tasks and report: what plans cost and save, and their page."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -283,7 +281,7 @@ def pareto(
     show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
 
 
-def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.Windows) -> fronts.Subject:
+def _other(model: ModelOptions, ours: "PreTrainedTokenizerBase", windows: fronts.Windows) -> fronts.Subject:
     """Another model, with the same text in its own tokens."""
     from ..models.loading import identify
 

@@ -4,8 +4,6 @@ The harness builds the requests, encodes and cuts them, filters the answers and 
 first sublayers, and requests that begin alike their tokens. Needs the extra `eval`.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import Counter
@@ -103,7 +101,7 @@ def run_tasks(
         return [result for job, lm.progress in zip(jobs, told) for result in evaluate_job(lm, job)]
 
 
-def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
+def evaluate_job(lm: "PlansLM", job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
     with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
@@ -179,7 +177,7 @@ class PlansLM(HFLM):
         batch_size: int | Literal["auto"] = "auto",
         truncate: bool = False,
         progress: Progress = silent,
-        workers: Workers | None = None,
+        workers: "Workers | None" = None,
     ) -> None:
         with quiet():  # batches are cut here, not in HFLM
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK)

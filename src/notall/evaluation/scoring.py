@@ -5,8 +5,6 @@ token see its own path only, and its position is its depth: a model whose attent
 each path what it computes for the sequence alone, which is tried before it is relied on.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import warnings
@@ -112,7 +110,7 @@ class Scorer:
         else:
             self.most_packs = rows // 2
 
-    def _arrange(self, about: Sequences) -> list[Pack]:
+    def _arrange(self, about: Sequences) -> "list[Pack]":
         """All sequences in packs: of several where that is seen to change nothing, of one where it is not."""
         short = [sequence for sequence in about if len(sequence) <= self.window]
         packs = list(packed(short, self.context)) if self.packs else []
@@ -127,7 +125,7 @@ class Scorer:
             return list(plain(about))
         return packs + list(plain(sequence for sequence in about if len(sequence) > self.window))
 
-    def _prove(self, pack: Pack, about: Sequences) -> str | None:
+    def _prove(self, pack: "Pack", about: Sequences) -> str | None:
         """Compare a pack with its last and its longest path run alone, on the original; None if nothing differs."""
         dense = Replay(self.model, [Plan()])
         expected: dict[int, float] = {}
@@ -146,7 +144,7 @@ class Scorer:
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
-    def _run(self, replay: Replay, packs: list[Pack], about: Sequences) -> RequestScores:
+    def _run(self, replay: Replay, packs: "list[Pack]", about: Sequences) -> RequestScores:
         numbers: list[int] = []
         places: list[tuple[int, int, int, int]] = []  # which of `numbers`, row, column, token
         for row, pack in enumerate(packs):

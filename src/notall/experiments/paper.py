@@ -1,7 +1,5 @@
 """What the paper measured, on any model: its grid on benchmarks and by the clock, its Fig. 1, and what holds of it."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -124,7 +122,7 @@ def run_paper(
     tasks: TaskChoice,
     timing: TimingGrid = TimingGrid(),
     *,
-    windows: Sequence[Tensor] = (),
+    windows: "Sequence[Tensor]" = (),
     generate_all: bool = False,
     progress: Progress = silent,
 ) -> list[ClaimRecord]:
@@ -479,7 +477,7 @@ CAPTIONS = {
 
 
 def write_paper(
-    out: Path,
+    out: "Path",
     similarity: Sequence[SimilarityRecord],
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],

@@ -1,7 +1,5 @@
 """What is kept of what the original model can do, by tasks: what is asked for, measured, kept, and said."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,10 +61,10 @@ class JudgedRecord(Record, Skips, PlanScore, kind="judged", key=("task", "metric
 
 
 def judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     plans: Mapping[State, Plan],
-    jobs: Sequence[Job],
+    jobs: "Sequence[Job]",
     tasks: TaskChoice,
     out: Path | None = None,
     progress: Progress = silent,
@@ -78,8 +76,8 @@ def judge(
 
 
 def judged(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     plans: Mapping[State, Plan],
     tasks: TaskChoice,
     folder: Path,

@@ -1,7 +1,5 @@
 """The paper's experiment: three variants, three fractions, with and without the last layer, beside the original."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -152,7 +150,7 @@ HOW_TO_READ = (
 )
 
 
-def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
+def write_sweep(records: Sequence[SweepRecord], out: "Path", model: str) -> None:
     """Its table as table.md, .tex and .csv, which has every digit; and with the extra `report` the trade-off drawn."""
     lines, about = table("sweep", COLUMNS, records), records[0].provenance
     assert about
@@ -173,7 +171,7 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
         save(framed(_drawn(records), f"Quality lost against decode speedup, {model}", HOW_TO_READ), out / "tradeoff")
 
 
-def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
+def _drawn(records: Sequence[SweepRecord]) -> "LayerChart":
     """A point for each configuration with a loss, but for the dense one."""
     from ..charts.losses import tradeoff
     from ..charts.style import KIND_COLOURS

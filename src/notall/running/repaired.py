@@ -3,8 +3,6 @@
 Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +84,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     maps: Mapping[str, LinearMap] = Field({}, exclude=True, repr=False)
 
     @classmethod
-    def of(cls, plan: Plan, **fields: object) -> RepairedPlan:
+    def of(cls, plan: Plan, **fields: object) -> "RepairedPlan":
         """`plan` with these weights or maps."""
         return cls(plan.attention, plan.mlp, fingerprint=plan.fingerprint, note=plan.note, **fields)
 
@@ -128,7 +126,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         keep_whole(folder, self, WHOLE)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> RepairedPlan:
+    def load(cls, path: str | os.PathLike[str]) -> "RepairedPlan":
         """Read the folder that `save`, `notall repair` or `notall heal` wrote.
 
         Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
@@ -163,7 +161,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         """What it skips, and its weights."""
         return self.attention, self.mlp, self.digest
 
-    def __or__(self, other: Plan) -> RepairedPlan:
+    def __or__(self, other: Plan) -> "RepairedPlan":
         both = super().__or__(other)
         theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
         names = ("weights", "replaced", "maps")
@@ -180,7 +178,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             if not path.startswith(known):
                 raise UsageError(f"no sublayer of the model has {shortened(path)}, as the plan has; repair this model")
 
-    def knowing(self, model: nn.Module) -> RepairedPlan:
+    def knowing(self, model: nn.Module) -> "RepairedPlan":
         """The same, with samples of `model`'s own weights, which these replace."""
         return self.model_copy(update={"replaced": dict(_samples(model, self.weights))})
 
@@ -192,7 +190,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 told = f"the repaired {path} is for another model of this shape, whose own has other numbers"
                 raise UsageError(f"{told}; give that model, or repair this one")
 
-    def placed(self, model: nn.Module) -> RepairedPlan:
+    def placed(self, model: nn.Module) -> "RepairedPlan":
         """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and `check_replaced` do."""
         weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
         self.check_replaced(model)
