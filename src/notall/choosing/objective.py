@@ -28,6 +28,7 @@ TOKENS_AT_ONCE = 1024
 NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
 EPISODES, EPISODE_TOKENS = 16, 256  # of `retrieval`: how many, and about how many tokens each has
 T = TypeVar("T")
+Answered = tuple[list[int], list[int]]  # token ids of a context, and of what is judged behind it
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,7 @@ def retrieval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight
     return _by_means("retrieval", model, asked, weight)
 
 
-def _by_means(
-    name: str, model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], weight: float
-) -> Objective:
+def _by_means(name: str, model: PreTrainedModel, rows: Sequence[Answered], weight: float) -> Objective:
     """The mean KL over the tokens behind each context."""
     parts = _together(rows, lambda pair: len(pair[0]) + len(pair[1]))
     means = [
@@ -293,10 +292,7 @@ def _margins(questions: Sequence[tuple[int, int]]) -> Callable[[Sequence[Tensor]
 
 
 def _answered(
-    rows: Sequence[tuple[list[int], list[int]]],
-    device: torch.device,
-    items: Callable[[Sequence[Tensor]], Tensor],
-    by_nll: bool = False,
+    rows: Sequence[Answered], device: torch.device, items: Callable[[Sequence[Tensor]], Tensor], by_nll: bool = False
 ) -> Batch:
     """Contexts and answers, padded on the right; `items` is given the losses of each answer's tokens."""
     width = max(len(context) + len(answer) for context, answer in rows)

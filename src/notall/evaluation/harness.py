@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -32,7 +32,7 @@ from ..results.repairs import AnswersRecord, Said
 from ..running.generating import as_asked, greedy_each, reporting
 from ..running.skipping import skip
 from ..structure.undoing import Undo
-from .scoring import Request, Scorer, unless_out_of_memory
+from .scoring import BatchSize, Request, Scorer, unless_out_of_memory
 
 try:
     from lm_eval.api.instance import Instance
@@ -81,7 +81,7 @@ def run_tasks(
     plans: Sequence[Plan],
     jobs: Sequence[Job],
     *,
-    batch_size: int | Literal["auto"] = "auto",
+    batch_size: BatchSize = "auto",
     folder: Path | None = None,
     truncate: bool = False,
     progress: Progress = silent,
@@ -174,7 +174,7 @@ class PlansLM(HFLM):
         plans: Sequence[Plan],
         folder: Path | None = None,
         *,
-        batch_size: int | Literal["auto"] = "auto",
+        batch_size: BatchSize = "auto",
         truncate: bool = False,
         progress: Progress = silent,
         workers: "Workers | None" = None,

@@ -31,6 +31,7 @@ TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when i
 MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
 
 T = TypeVar("T")
+BatchSize = int | Literal["auto"]  # requests at a time; auto: as many as memory holds
 Sequences = dict[tuple[int, ...], dict[int, tuple[int, ...]]]  # a sequence: the requests about it, what each asks for
 
 
@@ -59,7 +60,7 @@ class RequestScores:
 class Scorer:
     """Scores requests; `tokens` counts what it ran, without padding, `plain_tokens` what distinct sequences hold."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int | Literal["auto"] = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: BatchSize = "auto") -> None:
         if batch_size != "auto" and batch_size < 1:
             raise UsageError(f"batch size {batch_size} is not a number from 1; give one, or auto")
         self.model = base_model(model)

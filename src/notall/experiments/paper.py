@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from statistics import correlation
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -30,8 +31,6 @@ from .pages import similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
@@ -477,7 +476,7 @@ CAPTIONS = {
 
 
 def write_paper(
-    out: "Path",
+    out: Path,
     similarity: Sequence[SimilarityRecord],
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],

@@ -39,7 +39,7 @@ from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
 from .pages import read_costs
-from .recovery import RecoveryOptions, checks_of, judge, judged, scores_of, surely_kept
+from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
 from .repair import RepairOptions
 from .verdict import LITTLE, Verdict, next_command, what_next
 
@@ -371,10 +371,13 @@ class Search:
     ) -> Recovering:
         """What a plan, after the repair if there is one, keeps at least of each task, on items that don't judge it."""
         from ..choosing.choice import Recovering
+        from ..evaluation.checks import is_check
 
-        checks = checks_of(tasks)
-        jobs, least = checks.jobs(choosing=True), checks.recovery
-        assert least
+        assert tasks.shelf
+        assert tasks.recovery
+        names = tuple(filter(is_check, tasks.names)) or tuple(tasks.shelf.names(TASKS))  # these have items to choose by
+        checks = replace(tasks, names=names)
+        jobs = checks.jobs(choosing=True)
 
         def kept(plan: Plan) -> float:
             with TemporaryDirectory() as folder:
@@ -382,9 +385,9 @@ class Search:
                 if self.repair:
                     plan, _ = self.repair.apply(net, tokenizer, plan, out, settings, progress)
                 found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
-            return surely_kept(found)
+            return min((one.recovery.low if one.recovery else 0.0 for one in last_state(found)), default=0.0)
 
-        return Recovering(kept, least)
+        return Recovering(kept, tasks.recovery)
 
     def _save(self, plan: Plan) -> None:
         with suppress(UsageError):

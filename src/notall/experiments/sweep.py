@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -23,8 +24,6 @@ from .pages import MeasuredPlan, points_of, results, shown_plans, similarity_sec
 from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from altair import LayerChart
     from torch import Tensor
 
@@ -150,7 +149,7 @@ HOW_TO_READ = (
 )
 
 
-def write_sweep(records: Sequence[SweepRecord], out: "Path", model: str) -> None:
+def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     """Its table as table.md, .tex and .csv, which has every digit; and with the extra `report` the trade-off drawn."""
     lines, about = table("sweep", COLUMNS, records), records[0].provenance
     assert about

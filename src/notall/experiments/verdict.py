@@ -17,7 +17,7 @@ from ..results.provenance import Provenance
 from ..results.record import Quartiles, is_number
 from ..results.table import in_bytes
 from .folder import Folder, Message, Step, in_nats
-from .recovery import kept_in_words, lost_in, short_of
+from .recovery import kept_in_words, last_state, short_of, verdict_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +101,7 @@ class Verdict:
 
     @property
     def faults(self) -> list[str]:
-        lost = lost_in(self.scores, self.least)
+        lost = [*dict.fromkeys(one.task for one in last_state(self.scores) if verdict_on(one, self.least) == "lost")]
         told = [f"less than {self.least:.2g} of the original model's score is kept on {joined(lost)}"] if lost else []
         return (faults_of(self.quality) if self.quality else []) + told
 
