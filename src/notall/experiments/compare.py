@@ -22,12 +22,12 @@ from ..options import Workload, option
 from ..plan import Plan
 from ..plugins import source_of
 from ..progress import Progress, Stages, silent
-from ..results.facts import BESIDE, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
+from ..results.facts import QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
 from ..results.repairs import EvaluationRecord
-from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_error, within, words
+from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_delta, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Card, Figure, Folder, Section, Shown
 from .options import SkipAmount, TaskChoice, space_of
@@ -137,13 +137,11 @@ CHOSEN: tuple[Column[ComparisonRecord], ...] = (
 
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
-
-    tasks = [replace(BESIDE, heading=name) for name in _tasks_of(records)]
     return (
         *CHOSEN,
         words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *(column for task in tasks for column in within([task], partial(_score_of, task.heading))),
+        *(with_delta(name, partial(_compared, name)) for name in _tasks_of(records)),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -155,8 +153,8 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
     )
 
 
-def _score_of(name: str, record: ComparisonRecord) -> TaskScore | None:
-    return next((score for score in record.tasks if name_of(score) == name), None)
+def _compared(name: str, record: ComparisonRecord) -> tuple[float, float, float] | None:
+    return next(((one.value, one.delta, one.delta_se) for one in record.tasks if name_of(one) == name), None)
 
 
 def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:

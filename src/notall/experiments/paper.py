@@ -19,7 +19,7 @@ from ..models.names import model_in_words
 from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
-from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
+from ..results.facts import CONFIGURED, GRID, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
@@ -49,9 +49,7 @@ DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 
 
-class TimesRecord(
-    Record, Configured, kind="times", key=("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
-):
+class TimesRecord(Record, Configured, kind="times", key=("prompt_tokens", "asked_concurrency", *GRID)):
     """One configuration at one prompt length and number of sequences at once."""
 
     prompt_tokens: Count

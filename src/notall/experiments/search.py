@@ -18,22 +18,12 @@ from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import (
-    QUALITY,
-    SPEED_CHECK,
-    Footprint,
-    PlanCheck,
-    PlanScore,
-    Quality,
-    SearchCost,
-    SpeedCheck,
-    State,
-)
+from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanCheck, PlanScore, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
-from ..results.repairs import FittedText, MeasuredRecord
+from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder

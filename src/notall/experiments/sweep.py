@@ -13,7 +13,7 @@ from ..files import Settings, write_whole
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, PEAK, QUALITY, SPEEDUPS, Configured, Times
+from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
@@ -34,13 +34,13 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=("variant", "fraction", "keep_last")):
+class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
     """One configuration, measured."""
 
     times: Times
 
 
-class SaidRecord(Record, Configured, kind="samples", key=("variant", "fraction", "keep_last", "plan")):
+class SaidRecord(Record, Configured, kind="samples", key=(*GRID, "plan")):
     """How one plan continues prompts."""
 
     said: dict[str, str] = Field(description="by prompt")

@@ -115,7 +115,7 @@ def _between(value: float, low: float, high: float, form: str) -> Cell:
     return Cell(value, written(value, form), f"[{written(low, form)}, {written(high, form)}]")
 
 
-def with_difference(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
+def with_delta(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
     """A figure with its difference to the original model and its error; nothing beside the original model itself."""
 
     def cell(found: tuple[float, float, float]) -> Cell:
