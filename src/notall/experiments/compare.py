@@ -439,12 +439,10 @@ class _Choosing:
             chosen, spent = choose(run.criterion, setting, budget), evaluator.spent
             if evaluates:  # known already, or one evaluation more
                 rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
+        asked: Settings = dict(zip(RUN, run.key))
         return ChoiceRecord(
+            **asked,
             plan=plan_of(chosen.skipped),
-            criterion=run.criterion,
-            objective=run.objective,
-            space=str(run.space),
-            count=run.count,
             order=tuple(tuple(unit) for unit in chosen.order),
             calibration_tokens=sum(tokens.numel() for tokens in by.batches),
             spent=spent,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import Field
 
 from ..errors import UsageError, need, shortened
-from ..files import refuse_others
+from ..files import Settings, refuse_others
 from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Plan
@@ -304,15 +304,8 @@ class Search:
         batches, others, about = read.both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
-        goal = build_objective(
-            judged_by,
-            net,
-            tokenizer,
-            batches,
-            prompts=self.by.prompts,
-            task_path=tasks.shelf or self.tasks.task_path,
-            task_limit=tasks.questions,
-        )
+        of: Settings = {"prompts": self.by.prompts, "task_path": tasks.shelf, "task_limit": tasks.questions}
+        goal = build_objective(judged_by, net, tokenizer, batches, **of)
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
         found = choose_plan(
