@@ -1,7 +1,5 @@
 """What to leave out: a frozen record that people can read, write and carry from one tool to another."""
 
-from __future__ import annotations
-
 import json
 import operator
 import os
@@ -88,7 +86,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         return "skipped"
 
     @property
-    def unrepaired(self) -> Plan:
+    def unrepaired(self) -> "Plan":
         """What it skips, without such weights."""
         return self
 
@@ -107,7 +105,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         """How many sublayers are skipped; a plan that skips none is false."""
         return len(self.attention) + len(self.mlp)
 
-    def __or__(self, other: Plan) -> Plan:
+    def __or__(self, other: "Plan") -> "Plan":
         """The plan that skips what either skips."""
         if not isinstance(other, Plan):
             return NotImplemented
@@ -141,7 +139,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
             write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read a plan that `save` or a person wrote. Raises `UsageError` when it is missing, truncated or malformed."""
         path = Path(path)
         where = shortened(path)
@@ -164,7 +162,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
 
-    def check(self, structure: ModelStructure) -> None:
+    def check(self, structure: "ModelStructure") -> None:
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
             told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
@@ -237,7 +235,7 @@ class Fingerprint:
         return f"{self.model_type}-{self.layers}x{self.hidden_size}-{self.digest}".removesuffix("-")
 
     @classmethod
-    def parse(cls, text: object) -> Fingerprint | None:
+    def parse(cls, text: object) -> "Fingerprint | None":
         """The fingerprint that is written there, if one is."""
         found = WRITTEN.fullmatch(str(text))
         return cls(found[1], int(found[2]), int(found[3]), found[4] or "") if found else None

@@ -1,7 +1,5 @@
 """Plans become files that engines serve: `export`, with one module a target."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -38,8 +36,8 @@ UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they ar
 class Source:
     """The original model of an export, as `export` takes it."""
 
-    model: PreTrainedModel | str | Path
-    tokenizer: PreTrainedTokenizerBase | None = None
+    model: "PreTrainedModel | str | Path"
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: str | None = None
@@ -57,7 +55,7 @@ class Export(ABC):
 
     @classmethod
     @abstractmethod
-    def prepared(cls, source: Source, plan: Plan) -> AbstractContextManager[Export]:
+    def prepared(cls, source: Source, plan: Plan) -> "AbstractContextManager[Export]":
         """Work it out, with no weights in memory. Raises `UsageError` where the target cannot express the plan."""
 
     @abstractmethod
@@ -79,12 +77,12 @@ def target_named(name: str) -> type[Export]:
 
 
 def export(
-    model: PreTrainedModel | str | Path,
+    model: "PreTrainedModel | str | Path",
     plan: Plan,
     target: str,
     out: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     measured: Settings | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
