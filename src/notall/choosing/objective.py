@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
@@ -295,14 +296,11 @@ def _answered(
     rows: Sequence[Answered], device: torch.device, items: Callable[[Sequence[Tensor]], Tensor], by_nll: bool = False
 ) -> Batch:
     """Contexts and answers, padded on the right; `items` is given the losses of each answer's tokens."""
-    width = max(len(context) + len(answer) for context, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    places, lengths = [], [len(answer) for _, answer in rows]
-    mask = torch.zeros_like(ids)
-    for number, (context, answer) in enumerate(rows):
-        end = len(context) + len(answer)
-        ids[number, :end], mask[number, :end] = torch.tensor(context + answer), 1
-        places += [(number, column) for column in range(len(context) - 1, end - 1)]
+    sequences = [torch.tensor(context + answer) for context, answer in rows]
+    ids = pad_sequence(sequences, batch_first=True)
+    mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
+    spans = [range(len(context) - 1, len(context) + len(answer) - 1) for context, answer in rows]
+    places, lengths = [(row, column) for row, span in enumerate(spans) for column in span], [*map(len, spans)]
     targets = torch.tensor([token for _, answer in rows for token in answer]) if by_nll else None
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     rows_of, columns = torch.tensor(places).unbind(1)
