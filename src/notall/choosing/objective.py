@@ -223,9 +223,7 @@ def retrieval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight
 def _by_means(name: str, model: PreTrainedModel, rows: Sequence[Answered], weight: float) -> Objective:
     """The mean KL over the tokens behind each context."""
     parts = _together(rows, lambda pair: len(pair[0]) + len(pair[1]))
-    means = [
-        _answered(part, model.device, lambda losses: torch.stack([one.mean() for one in losses])) for part in parts
-    ]
+    means = [_answered(part, model.device, lambda nats: torch.stack([one.mean() for one in nats])) for part in parts]
     return Objective((Term(name, tuple(means), weight),))
 
 

@@ -98,10 +98,8 @@ def bench(
     check_folder(out, "bench")
     plan.check()
     net = shape.load(model, run.seed)
-    wanted, spec = plan.of(net), shape.shape or model.model
-    about = replace(model, model=spec).provenance(
-        net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint
-    )
+    wanted, named = plan.of(net), replace(model, model=shape.shape or model.model)
+    about = named.provenance(net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         record = benches.bench(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)
     title = f"{about.in_words}; {record.told}; median of {workload.rounds} [quartiles]"

@@ -55,9 +55,7 @@ class Answered(Skips):
     objective: str = Field(description="the objective that it goes by")
     space: str = Field(description="what it chooses among")
     count: Count = Field(description="how many it skips")
-    order: tuple[tuple[SublayerName, ...], ...] = Field(
-        description="what was skipped together, in the order of choosing"
-    )
+    order: tuple[tuple[SublayerName, ...], ...] = Field(description="what was skipped together, in order of choosing")
     calibration_tokens: Count = Field(description="of the text that was chosen by")
     spent: SearchCost
     forwards: Amount = Field(description="executions in dense forward passes over that text")

@@ -120,9 +120,7 @@ class HeldScores:
     def __init__(self, subject: Subject, about: Provenance) -> None:
         self.subject, self.about = subject, about
         self.kept = Ledger(subject.out, ScoresRecord, about)
-        self._held = {
-            (one.batch, one.repair, names): scores for one in self.kept for names, scores in one.scores.items()
-        }
+        self._held = {(one.batch, one.repair, names): its for one in self.kept for names, its in one.scores.items()}
 
     def measure(self, plans: Mapping[Scored, Plan], doing: str, progress: Progress = silent) -> None:
         """Of each of `plans`, which may be repaired; the first one may be the dense one."""

@@ -122,10 +122,9 @@ class Evaluation:
         if shelf is None:
             return []
         most = min((limits.most if limits else None) or GSM8K_DOCUMENTS, GSM8K_DOCUMENTS)
+        count = limits.by_task.get(GSM8K, most) if limits else most
         try:
-            return self._scores(
-                [shelf.build(GSM8K, None, limits.by_task.get(GSM8K, most) if limits else most)], self.progress
-            )
+            return self._scores([shelf.build(GSM8K, None, count)], self.progress)
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []

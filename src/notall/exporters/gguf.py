@@ -124,9 +124,7 @@ class GGUFExport(Export):
             likeliest = next_token_logprobs(file, *prompts.tolist())
             with skip(model, plan), torch.inference_mode():
                 expected = model(prompts).logits[:, -1].log_softmax(-1)
-            return mean(
-                abs(float(row[i]) - said) for row, found in zip(expected, likeliest) for i, said in found.items()
-            )
+            return mean(abs(float(row[i]) - said) for row, few in zip(expected, likeliest) for i, said in few.items())
 
         try:
             model, _ = load(self.dense, dtype="float32", device="cpu")
