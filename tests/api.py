@@ -308,7 +308,7 @@ NAMES = {
         "number",
         "size",
         "table",
-        "with_difference",
+        "with_delta",
         "with_error",
         "with_quartiles",
         "within",

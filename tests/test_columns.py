@@ -39,7 +39,7 @@ from api import (
     results_of,
     size,
     table,
-    with_difference,
+    with_delta,
     with_error,
     with_quartiles,
     within,
@@ -144,8 +144,8 @@ def test_quartiles_are_written_from_the_low_to_the_high():
 
 
 def test_a_figure_stands_beside_its_difference_to_the_dense_model():
-    assert one_of(lambda get: with_difference("arc", get), (0.48, -0.02, 0.02)) == "0.480 (-0.020 ± 0.020)"
-    assert one_of(lambda get: with_difference("arc", get), (0.5, math.nan, math.nan)) == "0.500"
+    assert one_of(lambda get: with_delta("arc", get), (0.48, -0.02, 0.02)) == "0.480 (-0.020 ± 0.020)"
+    assert one_of(lambda get: with_delta("arc", get), (0.5, math.nan, math.nan)) == "0.500"
 
 
 def test_what_rounds_to_nothing_has_no_sign():

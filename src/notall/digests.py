@@ -1,7 +1,5 @@
 """SHA-256 in hex: of texts, tensors, tables and files."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def digest_of(parts: Iterable[str | bytes | Tensor]) -> str:
+def digest_of(parts: "Iterable[str | bytes | Tensor]") -> str:
     """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the other."""
     digest = hashlib.sha256()
     for part in parts:

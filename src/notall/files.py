@@ -126,11 +126,23 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
+def writing(what: object, fix: str = "make room or give access, or choose another folder") -> Iterator[None]:
+    """Inside, what the system refuses is a `UsageError`: one line that says what cannot be written, and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {what}: {error.strerror}; {fix}") from None
+
+
+@contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name for what is to become `path`, a file or a folder; what is left of it goes, as does that of killed runs."""
+    from psutil import pid_exists  # not for a help
+
     ours = f".{path.name}.{_numbering()}."
     for left in path.parent.glob(f"{glob.escape(ours)}*"):
-        if not _is_running(left.name.removeprefix(ours).partition(".")[0]):
+        process = left.name.removeprefix(ours).partition(".")[0]
+        if process.isdecimal() and not pid_exists(int(process)):
             _remove(left)
     partial = path.with_name(f"{ours}{os.getpid()}.{secrets.token_hex(3)}")
     try:
@@ -146,18 +158,6 @@ def _numbering() -> str:
     with contextlib.suppress(OSError):
         space = os.readlink("/proc/self/ns/pid")
     return f"{crc32((platform.node() + space).encode()):08x}"
-
-
-def _is_running(process: str) -> bool:
-    """Whether a process has this number, or it can't be told."""
-    try:
-        if os.name == "posix":  # elsewhere this would end it
-            os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        pass
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -3,8 +3,6 @@
 A folder that is written at once has a manifest, written last. Lines that are added one by one have a digest each.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

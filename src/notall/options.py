@@ -1,7 +1,5 @@
 """Options: fields of dataclasses that Python and, by `notall.cli.spread`, the command line share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +62,7 @@ class Workload:
     concurrency: int = option(1, "sequences at once")
     rounds: int = option(5, "timed rounds; each times all models in turn")
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: "PreTrainedModel") -> None:
         """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""
         for name, count in vars(self).items():
             if count < 1:

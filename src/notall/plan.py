@@ -1,7 +1,5 @@
 """What to leave out: a frozen record that people can read, write and carry from one tool to another."""
 
-from __future__ import annotations
-
 import json
 import operator
 import os
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
-from .files import DoubledKey, contents, read_json, refuse_others, write_whole
+from .files import DoubledKey, contents, read_json, refuse_others, write_whole, writing
 
 if TYPE_CHECKING:
     from .structure.model_structure import ModelStructure
@@ -89,7 +87,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         return "skipped"
 
     @property
-    def unrepaired(self) -> Plan:
+    def unrepaired(self) -> "Plan":
         """What it skips, without such weights."""
         return self
 
@@ -108,7 +106,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         """How many sublayers are skipped; a plan that skips none is false."""
         return len(self.attention) + len(self.mlp)
 
-    def __or__(self, other: Plan) -> Plan:
+    def __or__(self, other: "Plan") -> "Plan":
         """The plan that skips what either skips."""
         if not isinstance(other, Plan):
             return NotImplemented
@@ -138,14 +136,11 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         refuse_others(Path(path), Plan.load, "plan")
         fields = {**self.indices, **{name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
-        try:
+        with writing(f"the plan to {shortened(Path(path))}", "choose another path"):
             write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
-        except OSError as error:
-            where = shortened(Path(path))
-            raise UsageError(f"cannot write the plan to {where}: {error.strerror}; choose another path") from None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read a plan that `save` or a person wrote, or `published:NAME`.
 
         Raises `UsageError` when it is missing, truncated or malformed.
@@ -176,7 +171,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
 
-    def check(self, structure: ModelStructure) -> None:
+    def check(self, structure: "ModelStructure") -> None:
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
             told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
@@ -249,7 +244,7 @@ class Fingerprint:
         return f"{self.model_type}-{self.layers}x{self.hidden_size}-{self.digest}".removesuffix("-")
 
     @classmethod
-    def parse(cls, text: object) -> Fingerprint | None:
+    def parse(cls, text: object) -> "Fingerprint | None":
         """The fingerprint that is written there, if one is."""
         found = WRITTEN.fullmatch(str(text))
         return cls(found[1], int(found[2]), int(found[3]), found[4] or "") if found else None

@@ -38,7 +38,7 @@ def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, b
     found = EntryPoint(name, where, group).load() if where else named(name, built_in, group, what, "module:Class")
     if not inspect.isclass(found) or not issubclass(found, base):
         raise UsageError(f"{shortened(name)} is no {what}: give a subclass of {base.__module__}.{base.__name__}")
-    values = {name for name, hint in base.__annotations__.items() if str(hint).startswith("ClassVar")}
+    values = {name for name, hint in base.__annotations__.items() if "ClassVar" in str(hint)}
     lacking = {*getattr(found, "__abstractmethods__", ()), *(name for name in values if not hasattr(found, name))}
     if lacking:
         raise UsageError(f"{shortened(name)} lacks {', '.join(sorted(lacking))}: give it what {base.__name__} asks for")

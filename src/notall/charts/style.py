@@ -7,8 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from ..errors import UsageError, printable, shortened
-from ..files import Settings, write_whole
+from ..errors import printable, shortened
+from ..files import Settings, write_whole, writing
 
 Colour = str | alt.ExprRef
 Colours = Mapping[str, Colour]  # by name, in the order of the legend
@@ -96,7 +96,7 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
     import vl_convert
 
     spec = _drawable(chart.to_dict())
-    try:
+    with writing(f"figures to {stem.parent}"):
         stem.parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(f"{stem}.png"), vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))
         write_whole(Path(f"{stem}.svg"), vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE))
@@ -104,6 +104,3 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
         hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {"usermeta": {"embedOptions": {"actions": MENU}}}
         page = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True).replace(HIDDEN, r"\u003c")
         write_whole(Path(f"{stem}.html"), page)
-    except OSError as error:
-        told = f"cannot write figures to {stem.parent}: {error.strerror}"
-        raise UsageError(f"{told}; make room or give access, or choose another folder") from None

@@ -1,7 +1,5 @@
 """Choose a plan as `notall search` does: what was evaluated is kept, and the speedup asked for is the one measured."""
 
-from __future__ import annotations
-
 import math
 import os
 import time
@@ -141,7 +139,7 @@ def choose_plan(
         )
 
 
-def _recovered(recovering: Recovering, found: Outcome, setting: Setting, budget: Budget) -> tuple[Outcome, str]:
+def _recovered(recovering: Recovering, found: "Outcome", setting: Setting, budget: Budget) -> "tuple[Outcome, str]":
     """What is chosen of what was found by what it keeps, and how that is told.
 
     For a limit alone it is the longest beginning that keeps enough, as halving finds it, and at least the first unit;
@@ -157,7 +155,7 @@ def _recovered(recovering: Recovering, found: Outcome, setting: Setting, budget:
     return found, f"; sets judged by what they keep: {judged}"
 
 
-def _keeping_most(recovering: Recovering, first: Outcome, setting: Setting, budget: Budget) -> tuple[Outcome, int]:
+def _keeping_most(recovering: Recovering, first: "Outcome", setting: Setting, budget: Budget) -> "tuple[Outcome, int]":
     """Of `first` and the next cheapest sets that meet the budget: which keeps enough, or most; and of how many."""
     space, evaluator, found = setting.space, setting.evaluator, list[tuple[float, Outcome]]()
     most = evaluator.cost(frozenset()) + budget.limit

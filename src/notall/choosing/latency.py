@@ -1,7 +1,5 @@
 """What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import warnings
@@ -186,7 +184,7 @@ class SpeedBudget(Budget):
         measured = check.measured_speedup
         return measured.median + min(measured.error, MOST_ERROR * self.faster) >= self.faster
 
-    def corrected(self, check: SpeedCheck) -> SpeedBudget | None:
+    def corrected(self, check: SpeedCheck) -> "SpeedBudget | None":
         """By times that tell what was measured: what sublayers save is scaled. None where that can't be enough."""
         predicted, measured = (1 - 1 / ratio for ratio in (check.predicted_speedup, check.measured_speedup.median))
         if not (predicted > 0 and measured > 0):

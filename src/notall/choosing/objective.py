@@ -1,7 +1,5 @@
 """What a set of skipped sublayers is judged by: a loss on a text, on answers, on a task's questions, or a mix."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
@@ -30,6 +29,7 @@ TOKENS_AT_ONCE = 1024
 NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
 EPISODES, EPISODE_TOKENS = 16, 256  # of `retrieval`: how many, and about how many tokens each has
 T = TypeVar("T")
+Answered = tuple[list[int], list[int]]  # token ids of a context, and of what is judged behind it
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def build_objective(
     batches: Sequence[Tensor],
     *,
     prompts: Path | None = None,
-    task_path: Path | TaskShelf | None = None,
+    task_path: "Path | TaskShelf | None" = None,
     task_limit: int = 100,
 ) -> Objective:
     """What `wanted` is a sum of (see `terms_of`), on `batches`, (batch, tokens) ids each, or answers to `prompts`."""
@@ -208,14 +208,10 @@ def retrieval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight
     return _by_means("retrieval", model, asked, weight)
 
 
-def _by_means(
-    name: str, model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], weight: float
-) -> Objective:
+def _by_means(name: str, model: PreTrainedModel, rows: Sequence[Answered], weight: float) -> Objective:
     """The mean KL over the tokens behind each context."""
     parts = _together(rows, lambda pair: len(pair[0]) + len(pair[1]))
-    means = [
-        _answered(part, model.device, lambda losses: torch.stack([one.mean() for one in losses])) for part in parts
-    ]
+    means = [_answered(part, model.device, lambda nats: torch.stack([one.mean() for one in nats])) for part in parts]
     return Objective((Term(name, tuple(means), weight),))
 
 
@@ -223,7 +219,7 @@ def task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    task_path: Path | TaskShelf | None = None,
+    task_path: "Path | TaskShelf | None" = None,
     limit: int = 100,
     weight: float = 1.0,
 ) -> Objective:
@@ -283,20 +279,14 @@ def _margins(questions: Sequence[tuple[int, int]]) -> Callable[[Sequence[Tensor]
 
 
 def _answered(
-    rows: Sequence[tuple[list[int], list[int]]],
-    device: torch.device,
-    items: Callable[[Sequence[Tensor]], Tensor],
-    by_nll: bool = False,
+    rows: Sequence[Answered], device: torch.device, items: Callable[[Sequence[Tensor]], Tensor], by_nll: bool = False
 ) -> Batch:
     """Contexts and answers, padded on the right; `items` is given the losses of each answer's tokens."""
-    width = max(len(context) + len(answer) for context, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    places, lengths = [], [len(answer) for _, answer in rows]
-    mask = torch.zeros_like(ids)
-    for number, (context, answer) in enumerate(rows):
-        end = len(context) + len(answer)
-        ids[number, :end], mask[number, :end] = torch.tensor(context + answer), 1
-        places += [(number, column) for column in range(len(context) - 1, end - 1)]
+    sequences = [torch.tensor(context + answer) for context, answer in rows]
+    ids = pad_sequence(sequences, batch_first=True)
+    mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
+    spans = [range(len(context) - 1, len(context) + len(answer) - 1) for context, answer in rows]
+    places, lengths = [(row, column) for row, span in enumerate(spans) for column in span], [*map(len, spans)]
     targets = torch.tensor([token for _, answer in rows for token in answer]) if by_nll else None
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     rows_of, columns = torch.tensor(places).unbind(1)

@@ -1,7 +1,5 @@
 """Which commands there are, and how a function becomes one: its file is imported when it is called."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -146,9 +144,9 @@ def notall(
 
 
 def conclude(
-    verdict: Verdict,
-    tables: Mapping[str, Table] | None = None,
-    measured: Sequence[MeasuredRecord] = (),
+    verdict: "Verdict",
+    tables: "Mapping[str, Table] | None" = None,
+    measured: "Sequence[MeasuredRecord]" = (),
     *,
     as_json: bool,
 ) -> None:

@@ -142,9 +142,8 @@ def plan(
     net = model.empty()
     chosen = PlanOptions(skip=skip, keep_last=keep_last).of(net)
     chosen.save(out)
-    weighed = [
-        Weighed(model=name, footprint=footprint(net, one)) for name, one in (("dense", Plan()), ("skipped", chosen))
-    ]
+    plans = {"dense": Plan(), "skipped": chosen}
+    weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
     show({"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}, as_json=as_json)
 
 

@@ -1,7 +1,5 @@
 """notall eval, bench, draft, sweep, paper, pareto, tasks and report: what plans cost and save, and their page."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,23 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import FIGURES, UsageError, need, printable, shortened
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
+from ..experiments import options
 from ..experiments import pareto as fronts
 from ..experiments import sweep as sweeps
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
-from ..experiments.options import (
-    Diagnostics,
-    HeldOutOptions,
-    ModelOptions,
-    PlanOptions,
-    PromptOptions,
-    RayOptions,
-    TaskOptions,
-    TaskPath,
-    TextOptions,
-    words_of,
-)
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import NONE, RepairOptions
@@ -50,13 +37,13 @@ FEWEST = 4  # windows that `pareto` chooses by and repairs with
 
 @command(name="eval", example="notall eval smollm2 --plan plan.json --tasks arc_easy --limit 50")
 def evaluate(
-    model: ModelOptions,
-    plan: PlanOptions,
-    text: TextOptions,
+    model: options.ModelOptions,
+    plan: options.PlanOptions,
+    text: options.TextOptions,
     tasks: RecoveryOptions,
     repair: RepairOptions,
     run: RunOptions,
-    diagnostics: Diagnostics = False,
+    diagnostics: options.Diagnostics = False,
     out: KeepIn = None,
 ) -> None:
     """Measure the loss of a plan: NLL, KL to the original model and agreement on a text, and benchmarks.
@@ -98,9 +85,9 @@ def evaluate(
 
 @command(example="notall bench --shape llama-2-7b --dummy-weights --skip attention:0.33")
 def bench(
-    model: ModelOptions,
+    model: options.ModelOptions,
     shape: benches.ShapeOptions,
-    plan: PlanOptions,
+    plan: options.PlanOptions,
     run: RunOptions,
     workload: Workload = Workload(generation_tokens=32),
     out: KeepIn = None,
@@ -111,10 +98,8 @@ def bench(
     check_folder(out, "bench")
     plan.check()
     net = shape.load(model, run.seed)
-    wanted, spec = plan.of(net), shape.shape or model.model
-    about = replace(model, model=spec).provenance(
-        net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint
-    )
+    wanted, named = plan.of(net), replace(model, model=shape.shape or model.model)
+    about = named.provenance(net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         record = benches.bench(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)
     title = f"{about.in_words}; {record.told}; median of {workload.rounds} [quartiles]"
@@ -124,9 +109,9 @@ def bench(
 
 @command(example="notall draft smollm2 --plan plan.json")
 def draft(
-    model: ModelOptions,
-    plan: PlanOptions,
-    text: PromptOptions,
+    model: options.ModelOptions,
+    plan: options.PlanOptions,
+    text: options.PromptOptions,
     how: drafts.DraftOptions,
     run: RunOptions,
     out: KeepIn = None,
@@ -147,7 +132,7 @@ def draft(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     length = how.prompt_tokens + how.generation_tokens
-    read = TextOptions(text.text, text.sequences, length, 1)
+    read = options.TextOptions(text.text, text.sequences, length, 1)
     windows, described = read.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
@@ -160,10 +145,10 @@ def draft(
 
 @command(example="notall sweep smollm2 --out results")
 def sweep(
-    model: ModelOptions,
-    text: TextOptions,
+    model: options.ModelOptions,
+    text: options.TextOptions,
     workload: Workload,
-    ray: RayOptions,
+    ray: options.RayOptions,
     run: RunOptions,
     out: OutFolder = Path("results"),
 ) -> None:
@@ -187,13 +172,13 @@ def sweep(
 
 @command(example="notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
 def paper(
-    model: ModelOptions,
-    text: TextOptions,
+    model: options.ModelOptions,
+    text: options.TextOptions,
     how: PaperOptions,
     timing: TimingGrid,
-    ray: RayOptions,
+    ray: options.RayOptions,
     run: RunOptions,
-    tasks: TaskOptions = TaskOptions(tasks=("openllm",)),
+    tasks: options.TaskOptions = options.TaskOptions(tasks=("openllm",)),
     out: OutFolder = Path("paper"),
 ) -> None:
     """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and a check of each claim.
@@ -227,8 +212,8 @@ def pareto(
     engine: fronts.EngineOptions,
     plans: fronts.ParetoPlans,
     run: RunOptions,
-    model: ModelOptions = ModelOptions(device="cpu"),
-    text: HeldOutOptions = HeldOutOptions(sequences=128, length=256, held_out_sequences=8),
+    model: options.ModelOptions = options.ModelOptions(device="cpu"),
+    text: options.HeldOutOptions = options.HeldOutOptions(sequences=128, length=256, held_out_sequences=8),
     workload: Workload = Workload(generation_tokens=32),
     out: OutFolder = Path("pareto"),
 ) -> None:
@@ -248,7 +233,7 @@ def pareto(
         engine.of().check(spec)
     net, tokenizer = model.load()
     runs = engine.of(net)
-    types = runs.checked_types(words_of(engine.types))
+    types = runs.checked_types(options.words_of(engine.types))
     own, others, described = text.both(net, tokenizer, seed=run.seed)
     windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
@@ -283,7 +268,7 @@ def pareto(
     show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
 
 
-def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.Windows) -> fronts.Subject:
+def _other(model: options.ModelOptions, ours: "PreTrainedTokenizerBase", windows: fronts.Windows) -> fronts.Subject:
     """Another model, with the same text in its own tokens."""
     from ..models.loading import identify
 
@@ -297,7 +282,7 @@ def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.W
 @command(example="notall tasks arc")
 def tasks(
     word: Annotated[str, Option("list only names that hold this word", metavar="[WORD]", argument=True)] = "",
-    task_path: TaskPath = None,
+    task_path: options.TaskPath = None,
     as_json: Json = False,
 ) -> None:
     """List what --tasks takes: checks that need no data, tasks of lm-evaluation-harness, openllm, the paper's six."""

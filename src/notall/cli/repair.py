@@ -1,7 +1,5 @@
 """notall repair and heal: make up for what a plan skips."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,10 +108,10 @@ class Asked:
     """A model, a plan that fits it, texts, tasks, and where figures come from."""
 
     spec: str
-    net: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    net: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     plan: Plan
-    texts: RepairTexts
+    texts: "RepairTexts"
     tasks: TaskChoice
     settings: Provenance
 

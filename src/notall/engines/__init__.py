@@ -1,7 +1,5 @@
 """Engines that run models: each scores, times and quantises its checkpoints, in a process of its own (see `worker`)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ ENGINES = {
 Tokens = Sequence[int]
 
 
-def engine_named(name: str) -> type[Engine]:
+def engine_named(name: str) -> "type[Engine]":
     """That of `ENGINES`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
     return class_named(name, ENGINES, "notall.engines", "engine", Engine)  # type: ignore[type-abstract]
 

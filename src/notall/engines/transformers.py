@@ -1,7 +1,5 @@
 """transformers, plain or with torchao's weight-only types."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +64,7 @@ class Transformers(Engine):
             prefill_ms, decode_ms = time_once(model, ids, new)
         return Timing(prefill_ms, decode_ms, resident_bytes() - before)
 
-    def _load(self, checkpoint: Path, **more: Any) -> PreTrainedModel:
+    def _load(self, checkpoint: Path, **more: Any) -> "PreTrainedModel":
         """By classes of transformers and of notall: no modeling file of the folder is run."""
         import torch
         from transformers import AutoModelForCausalLM

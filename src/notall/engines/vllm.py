@@ -1,7 +1,5 @@
 """vLLM, plain or with weights and activations of eight bits, in an environment that has it and notall."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -111,7 +109,7 @@ class VLLM(Engine):
         )
 
 
-def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _packed(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """The projections of all layers as whole numbers with a scale an output channel, rounded to the nearest."""
     import torch
 

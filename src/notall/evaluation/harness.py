@@ -4,8 +4,6 @@ The harness builds the requests, encodes and cuts them, filters the answers and 
 first sublayers, and requests that begin alike their tokens. Needs the extra `eval`.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import Counter
@@ -14,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -34,7 +32,7 @@ from ..results.repairs import AnswersRecord, Said
 from ..running.generating import as_asked, greedy_each, reporting
 from ..running.skipping import skip
 from ..structure.undoing import Undo
-from .scoring import Request, Scorer, unless_out_of_memory
+from .scoring import BatchSize, Request, Scorer, unless_out_of_memory
 
 try:
     from lm_eval.api.instance import Instance
@@ -83,7 +81,7 @@ def run_tasks(
     plans: Sequence[Plan],
     jobs: Sequence[Job],
     *,
-    batch_size: int | Literal["auto"] = "auto",
+    batch_size: BatchSize = "auto",
     folder: Path | None = None,
     truncate: bool = False,
     progress: Progress = silent,
@@ -103,7 +101,7 @@ def run_tasks(
         return [result for job, lm.progress in zip(jobs, told) for result in evaluate_job(lm, job)]
 
 
-def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
+def evaluate_job(lm: "PlansLM", job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
     with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
@@ -176,10 +174,10 @@ class PlansLM(HFLM):
         plans: Sequence[Plan],
         folder: Path | None = None,
         *,
-        batch_size: int | Literal["auto"] = "auto",
+        batch_size: BatchSize = "auto",
         truncate: bool = False,
         progress: Progress = silent,
-        workers: Workers | None = None,
+        workers: "Workers | None" = None,
     ) -> None:
         with quiet():  # batches are cut here, not in HFLM
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK)

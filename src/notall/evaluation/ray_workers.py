@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..results.facts import Scores
 from ..running.cluster import Pool, joined
 from ..running.replay import live_steps
 from ..structure.model_structure import ModelStructure
-from .scoring import Request, RequestScores, Scorer, common
+from .scoring import BatchSize, Request, RequestScores, Scorer, common
 
 SLICE = 256  # requests that are answered before anything is kept
 
@@ -56,7 +56,7 @@ class Workers(AbstractContextManager["Workers"]):
         return [answers[0][0], *(found[number] for number in range(len(plans)))]
 
     def score_requests(
-        self, plans: Sequence[Plan], requests: Sequence[Request], batch_size: int | Literal["auto"] = "auto"
+        self, plans: Sequence[Plan], requests: Sequence[Request], batch_size: BatchSize = "auto"
     ) -> Iterator[RequestScores]:
         """As `Scorer.score`, some requests at a time, of which those that begin alike are together."""
         order = sorted(range(len(requests)), key=lambda number: requests[number].sequence)
@@ -117,7 +117,5 @@ class _Worker:
     def score(self, plans: list[Plan], tokens: Tensor) -> list[Scores]:
         return score(self.model, plans, tokens.to(self.model.device))
 
-    def score_requests(
-        self, plans: list[Plan], requests: list[Request], batch_size: int | Literal["auto"]
-    ) -> list[RequestScores]:
+    def score_requests(self, plans: list[Plan], requests: list[Request], batch_size: BatchSize) -> list[RequestScores]:
         return list(self.scorer(batch_size).score(plans, requests))

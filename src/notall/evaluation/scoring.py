@@ -5,8 +5,6 @@ token see its own path only, and its position is its depth: a model whose attent
 each path what it computes for the sequence alone, which is tried before it is relied on.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import warnings
@@ -33,6 +31,7 @@ TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when i
 MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
 
 T = TypeVar("T")
+BatchSize = int | Literal["auto"]  # requests at a time; auto: as many as memory holds
 Sequences = dict[tuple[int, ...], dict[int, tuple[int, ...]]]  # a sequence: the requests about it, what each asks for
 
 
@@ -61,7 +60,7 @@ class RequestScores:
 class Scorer:
     """Scores requests; `tokens` counts what it ran, without padding, `plain_tokens` what distinct sequences hold."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int | Literal["auto"] = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: BatchSize = "auto") -> None:
         if batch_size != "auto" and batch_size < 1:
             raise UsageError(f"batch size {batch_size} is not a number from 1; give one, or auto")
         self.model = base_model(model)
@@ -112,7 +111,7 @@ class Scorer:
         else:
             self.most_packs = rows // 2
 
-    def _arrange(self, about: Sequences) -> list[Pack]:
+    def _arrange(self, about: Sequences) -> "list[Pack]":
         """All sequences in packs: of several where that is seen to change nothing, of one where it is not."""
         short = [sequence for sequence in about if len(sequence) <= self.window]
         packs = list(packed(short, self.context)) if self.packs else []
@@ -127,7 +126,7 @@ class Scorer:
             return list(plain(about))
         return packs + list(plain(sequence for sequence in about if len(sequence) > self.window))
 
-    def _prove(self, pack: Pack, about: Sequences) -> str | None:
+    def _prove(self, pack: "Pack", about: Sequences) -> str | None:
         """Compare a pack with its last and its longest path run alone, on the original; None if nothing differs."""
         dense = Replay(self.model, [Plan()])
         expected: dict[int, float] = {}
@@ -146,7 +145,7 @@ class Scorer:
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
-    def _run(self, replay: Replay, packs: list[Pack], about: Sequences) -> RequestScores:
+    def _run(self, replay: Replay, packs: "list[Pack]", about: Sequences) -> RequestScores:
         numbers: list[int] = []
         places: list[tuple[int, int, int, int]] = []  # which of `numbers`, row, column, token
         for row, pack in enumerate(packs):

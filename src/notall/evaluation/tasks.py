@@ -1,7 +1,5 @@
 """The harness's tasks: which ones the paper's leaderboard holds, finding others, and building their requests once."""
 
-from __future__ import annotations
-
 import difflib
 import random
 import re
@@ -63,7 +61,7 @@ class Limits:
                 raise UsageError(f"limit {count} leaves no document; give a number from 1, or none for all")
 
     @classmethod
-    def parse(cls, words: Sequence[str]) -> Limits:
+    def parse(cls, words: Sequence[str]) -> "Limits":
         """From words such as `40` and `mmlu=2`. Raises `UsageError` for anything else."""
         most, by_task = None, {}
         for word in words:
@@ -137,7 +135,7 @@ class TaskShelf:
             raise UsageError(f"a task in {shortened(task_path)} has a name that is not text: give it a name") from None
 
     @classmethod
-    def of(cls, tasks: TaskShelf | str | Path | None) -> TaskShelf:
+    def of(cls, tasks: "TaskShelf | str | Path | None") -> "TaskShelf":
         """`tasks` itself, or the shelf of a folder: to read the harness's own takes half a minute of CPU time."""
         return tasks if isinstance(tasks, TaskShelf) else cls(tasks)
 

@@ -1,7 +1,5 @@
 """Time prefill and decode of the original and the skipped model, interleaved in one run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +83,7 @@ class ShapeOptions:
     shape: str | None = option(None, "instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")
     dummy_weights: bool = option(False, "use random weights, so that nothing is downloaded", ("--dummy-weights",))
 
-    def load(self, model: ModelOptions, seed: int) -> PreTrainedModel:
+    def load(self, model: ModelOptions, seed: int) -> "PreTrainedModel":
         """The model that is named, or one of random weights."""
         if not (self.shape or self.dummy_weights):
             return model.load()[0]
@@ -101,7 +99,7 @@ class ShapeOptions:
 
 
 def bench(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     plan: Plan,
     workload: Workload,
     provenance: Provenance,

@@ -22,12 +22,12 @@ from ..options import Workload, option
 from ..plan import Plan
 from ..plugins import source_of
 from ..progress import Progress, Stages, silent
-from ..results.facts import BESIDE, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
+from ..results.facts import QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
 from ..results.repairs import EvaluationRecord
-from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_error, within, words
+from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_delta, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Card, Figure, Folder, Section, Shown
 from .options import SkipAmount, TaskChoice, space_of
@@ -55,9 +55,7 @@ class Answered(Skips):
     objective: str = Field(description="the objective that it goes by")
     space: str = Field(description="what it chooses among")
     count: Count = Field(description="how many it skips")
-    order: tuple[tuple[SublayerName, ...], ...] = Field(
-        description="what was skipped together, in the order of choosing"
-    )
+    order: tuple[tuple[SublayerName, ...], ...] = Field(description="what was skipped together, in order of choosing")
     calibration_tokens: Count = Field(description="of the text that was chosen by")
     spent: SearchCost
     forwards: Amount = Field(description="executions in dense forward passes over that text")
@@ -137,13 +135,11 @@ CHOSEN: tuple[Column[ComparisonRecord], ...] = (
 
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
-
-    tasks = [replace(BESIDE, heading=name) for name in _tasks_of(records)]
     return (
         *CHOSEN,
         words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *(column for task in tasks for column in within([task], partial(_score_of, task.heading))),
+        *(with_delta(name, partial(_compared, name)) for name in _tasks_of(records)),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -155,8 +151,8 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
     )
 
 
-def _score_of(name: str, record: ComparisonRecord) -> TaskScore | None:
-    return next((score for score in record.tasks if name_of(score) == name), None)
+def _compared(name: str, record: ComparisonRecord) -> tuple[float, float, float] | None:
+    return next(((one.value, one.delta, one.delta_se) for one in record.tasks if name_of(one) == name), None)
 
 
 def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:
@@ -441,12 +437,10 @@ class _Choosing:
             chosen, spent = choose(run.criterion, setting, budget), evaluator.spent
             if evaluates:  # known already, or one evaluation more
                 rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
+        asked: Settings = dict(zip(RUN, run.key))
         return ChoiceRecord(
+            **asked,
             plan=plan_of(chosen.skipped),
-            criterion=run.criterion,
-            objective=run.objective,
-            space=str(run.space),
-            count=run.count,
             order=tuple(tuple(unit) for unit in chosen.order),
             calibration_tokens=sum(tokens.numel() for tokens in by.batches),
             spent=spent,

@@ -17,7 +17,7 @@ from ..files import write_whole
 from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
+from ..results.facts import COSINE, GRID, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
@@ -64,15 +64,11 @@ class LeaveOneOutRecord(Record, kind="leave_one_out", key=("sublayer",)):
     sequences: Count | None = Field(None, description="on how many")
 
 
-class BenchmarkRecord(
-    Record, TaskScore, Configured, kind="benchmark", key=("task", "metric", "variant", "fraction", "keep_last")
-):
+class BenchmarkRecord(Record, TaskScore, Configured, kind="benchmark", key=("task", "metric", *GRID)):
     """One configuration on one task, beside the original model on the same documents."""
 
 
-class DiagnosticsRecord(
-    Record, Check, Configured, kind="diagnostics", key=("part", "check", "variant", "fraction", "keep_last")
-):
+class DiagnosticsRecord(Record, Check, Configured, kind="diagnostics", key=("part", "check", *GRID)):
     """One check of one configuration beside the original model."""
 
     part: str = Field(description="of the diagnostics")
@@ -124,9 +120,7 @@ class HeldScores:
     def __init__(self, subject: Subject, about: Provenance) -> None:
         self.subject, self.about = subject, about
         self.kept = Ledger(subject.out, ScoresRecord, about)
-        self._held = {
-            (one.batch, one.repair, names): scores for one in self.kept for names, scores in one.scores.items()
-        }
+        self._held = {(one.batch, one.repair, names): its for one in self.kept for names, its in one.scores.items()}
 
     def measure(self, plans: Mapping[Scored, Plan], doing: str, progress: Progress = silent) -> None:
         """Of each of `plans`, which may be repaired; the first one may be the dense one."""

@@ -1,7 +1,5 @@
 """What one plan costs, before a repair and after it: on a text, on benchmarks, and in what accuracy hides."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -65,11 +63,11 @@ class Evaluation:
     are kept in the folder `out`.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     plan: Plan
     tasks: TaskChoice
-    diagnostics: Sequence[Tensor] | None = None
+    diagnostics: "Sequence[Tensor] | None" = None
     out: Path | None = None
     progress: Progress = silent
 
@@ -79,7 +77,7 @@ class Evaluation:
         states: dict[State, Plan] = {"skipped": self.plan.unrepaired}
         return states | ({"repaired": self.plan} if self.plan.state == "repaired" else {})
 
-    def run(self, batches: Sequence[Tensor]) -> Evaluated:
+    def run(self, batches: "Sequence[Tensor]") -> Evaluated:
         """On `batches` of token ids, (batch, tokens) each, then on the tasks, whose data is loaded first."""
         from ..evaluation.diagnostics import run_diagnostics
         from ..measuring.quality import evaluate
@@ -100,7 +98,7 @@ class Evaluation:
             scores += self._gsm8k()
         return Evaluated(quality, scores, checks)
 
-    def records(self, found: Evaluated, batches: Sequence[Tensor], settings: Provenance) -> list[MeasuredRecord]:
+    def records(self, found: Evaluated, batches: "Sequence[Tensor]", settings: Provenance) -> list[MeasuredRecord]:
         """The quality that was found, a record for each state, with what decides its figures; in `out` too."""
         from ..repairing.texts import about_measured
 
@@ -115,7 +113,7 @@ class Evaluation:
             keep_scores(self.out, self.states, found.scores, settings)
         return records
 
-    def _scores(self, jobs: Sequence[Job], progress: Progress) -> list[PlanScore]:
+    def _scores(self, jobs: "Sequence[Job]", progress: Progress) -> list[PlanScore]:
         return judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, progress)
 
     def _gsm8k(self) -> list[PlanScore]:
@@ -124,10 +122,9 @@ class Evaluation:
         if shelf is None:
             return []
         most = min((limits.most if limits else None) or GSM8K_DOCUMENTS, GSM8K_DOCUMENTS)
+        count = limits.by_task.get(GSM8K, most) if limits else most
         try:
-            return self._scores(
-                [shelf.build(GSM8K, None, limits.by_task.get(GSM8K, most) if limits else most)], self.progress
-            )
+            return self._scores([shelf.build(GSM8K, None, count)], self.progress)
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []

@@ -1,7 +1,5 @@
 """What a results folder holds, whichever command wrote it, and what a page shows of it: each verb makes these."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +95,7 @@ class Card:
     text: str
 
     @classmethod
-    def of_loss(cls, title: str, quality: Quality, text: str) -> Card:
+    def of_loss(cls, title: str, quality: Quality, text: str) -> "Card":
         error = f"± {quality.delta_nll_se:.2f} " if is_number(quality.delta_nll_se) else ""
         return cls(title, f"{quality.delta_nll:+.2f}", f"{error}nats a token", text)
 

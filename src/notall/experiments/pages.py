@@ -1,7 +1,5 @@
 """What pages of several verbs share: the best of plans, plans side by side, what each sublayer costs alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -96,7 +94,7 @@ def results(
     return Section("results", "Results", tuple(figures), lines, tuple(order), note)
 
 
-def points_of(records: Sequence[P], look: Callable[[P], Settings]) -> list[Point]:
+def points_of(records: Sequence[P], look: Callable[[P], Settings]) -> "list[Point]":
     """A point for each record with a loss, which looks as `look` says; its `plan` counts the records from 0."""
     from ..charts.losses import Point
 

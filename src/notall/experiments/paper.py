@@ -1,13 +1,12 @@
 """What the paper measured, on any model: its grid on benchmarks and by the clock, its Fig. 1, and what holds of it."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from statistics import correlation
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -20,7 +19,7 @@ from ..models.names import model_in_words
 from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
-from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
+from ..results.facts import CONFIGURED, GRID, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
@@ -32,8 +31,6 @@ from .pages import similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
@@ -52,9 +49,7 @@ DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 
 
-class TimesRecord(
-    Record, Configured, kind="times", key=("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
-):
+class TimesRecord(Record, Configured, kind="times", key=("prompt_tokens", "asked_concurrency", *GRID)):
     """One configuration at one prompt length and number of sequences at once."""
 
     prompt_tokens: Count
@@ -124,7 +119,7 @@ def run_paper(
     tasks: TaskChoice,
     timing: TimingGrid = TimingGrid(),
     *,
-    windows: Sequence[Tensor] = (),
+    windows: "Sequence[Tensor]" = (),
     generate_all: bool = False,
     progress: Progress = silent,
 ) -> list[ClaimRecord]:

@@ -120,12 +120,8 @@ class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
         return self.times.speedup_decode.median if self.times else math.nan
 
 
-DELTA_BITS: Column[ParetoRecord] = with_error(
-    "bits added", lambda one: (one.delta_bits, one.delta_bits_se), unit="bits per byte"
-)
-DELTA_NLL: Column[ParetoRecord] = with_error(
-    "NLL added", lambda one: (one.delta_nll, one.delta_nll_se), unit="nats per token"
-)
+DELTA_BITS: Column[ParetoRecord] = with_error("bits added", lambda one: one.loss(by_bits=True), unit="bits per byte")
+DELTA_NLL: Column[ParetoRecord] = with_error("NLL added", lambda one: one.loss(by_bits=False), unit="nats per token")
 COLUMNS: tuple[Column[ParetoRecord], ...] = (
     words("model", lambda one: one.model),
     words("type", lambda one: one.type),

@@ -1,7 +1,5 @@
 """What is kept of what the original model can do, by tasks: what is asked for, measured, kept, and said."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,23 +48,15 @@ class RecoveryOptions(TaskOptions):
         return replace(named.check(also=also, objectives=objectives), recovery=self.recovery)
 
 
-def checks_of(tasks: TaskChoice) -> TaskChoice:
-    """Those of the tasks that need no data, or else the usual ones: they have items to choose by, too."""
-    from ..evaluation.checks import is_check
-
-    assert tasks.shelf
-    return replace(tasks, names=tuple(filter(is_check, tasks.names)) or tuple(tasks.shelf.names(TASKS)))
-
-
 class JudgedRecord(Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")):
     """A plan, with its weights if it has any, on a task, beside the original model on the same items."""
 
 
 def judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     plans: Mapping[State, Plan],
-    jobs: Sequence[Job],
+    jobs: "Sequence[Job]",
     tasks: TaskChoice,
     out: Path | None = None,
     progress: Progress = silent,
@@ -78,8 +68,8 @@ def judge(
 
 
 def judged(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     plans: Mapping[State, Plan],
     tasks: TaskChoice,
     folder: Path,
@@ -119,16 +109,6 @@ def last_state(scores: Sequence[PlanScore]) -> list[PlanScore]:
 def verdict_on(score: PlanScore, least: float) -> Recovered:
     """Where the original model scores nothing, nothing can be told."""
     return score.recovery.is_kept(least) if score.recovery else "inconclusive"
-
-
-def lost_in(scores: Sequence[PlanScore], least: float = RECOVERY) -> list[str]:
-    """The tasks that the last state loses more of than is to be kept."""
-    return list(dict.fromkeys(one.task for one in last_state(scores) if verdict_on(one, least) == "lost"))
-
-
-def surely_kept(scores: Sequence[PlanScore]) -> float:
-    """The lowest end of the intervals of the last state's recoveries: so much each task keeps; 0 where one has none."""
-    return min((one.recovery.low if one.recovery else 0.0 for one in last_state(scores)), default=0.0)
 
 
 def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str | None:

@@ -13,33 +13,23 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import Field
 
 from ..errors import UsageError, need, shortened
-from ..files import refuse_others
+from ..files import Settings, refuse_others
 from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import (
-    QUALITY,
-    SPEED_CHECK,
-    Footprint,
-    PlanCheck,
-    PlanScore,
-    Quality,
-    SearchCost,
-    SpeedCheck,
-    State,
-)
+from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanCheck, PlanScore, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
-from ..results.repairs import FittedText, MeasuredRecord
+from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
 from .pages import read_costs
-from .recovery import RecoveryOptions, checks_of, judge, judged, scores_of, surely_kept
+from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
 from .repair import RepairOptions
 from .verdict import LITTLE, Verdict, next_command, what_next
 
@@ -315,15 +305,8 @@ class Search:
         batches, others, about = read.both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
-        goal = build_objective(
-            judged_by,
-            net,
-            tokenizer,
-            batches,
-            prompts=self.by.prompts,
-            task_path=tasks.shelf or self.tasks.task_path,
-            task_limit=tasks.questions,
-        )
+        of: Settings = {"prompts": self.by.prompts, "task_path": tasks.shelf, "task_limit": tasks.questions}
+        goal = build_objective(judged_by, net, tokenizer, batches, **of)
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
         found = choose_plan(
@@ -372,10 +355,13 @@ class Search:
     ) -> Recovering:
         """What a plan, after the repair if there is one, keeps at least of each task, on items that don't judge it."""
         from ..choosing.choice import Recovering
+        from ..evaluation.checks import is_check
 
-        checks = checks_of(tasks)
-        jobs, least = checks.jobs(choosing=True), checks.recovery
-        assert least
+        assert tasks.shelf
+        assert tasks.recovery
+        names = tuple(filter(is_check, tasks.names)) or tuple(tasks.shelf.names(TASKS))  # these have items to choose by
+        checks = replace(tasks, names=names)
+        jobs = checks.jobs(choosing=True)
 
         def kept(plan: Plan) -> float:
             with TemporaryDirectory() as folder:
@@ -383,9 +369,9 @@ class Search:
                 if self.repair:
                     plan, _ = self.repair.apply(net, tokenizer, plan, out, settings, progress)
                 found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
-            return surely_kept(found)
+            return min((one.recovery.low if one.recovery else 0.0 for one in last_state(found)), default=0.0)
 
-        return Recovering(kept, least)
+        return Recovering(kept, tasks.recovery)
 
     def _save(self, plan: Plan) -> None:
         with suppress(UsageError):

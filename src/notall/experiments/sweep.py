@@ -1,9 +1,8 @@
 """The paper's experiment: three variants, three fractions, with and without the last layer, beside the original."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -14,7 +13,7 @@ from ..files import Settings, write_whole
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, PEAK, QUALITY, SPEEDUPS, Configured, Times
+from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
@@ -25,8 +24,6 @@ from .pages import MeasuredPlan, points_of, results, shown_plans, similarity_sec
 from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from altair import LayerChart
     from torch import Tensor
 
@@ -37,13 +34,13 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=("variant", "fraction", "keep_last")):
+class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
     """One configuration, measured."""
 
     times: Times
 
 
-class SaidRecord(Record, Configured, kind="samples", key=("variant", "fraction", "keep_last", "plan")):
+class SaidRecord(Record, Configured, kind="samples", key=(*GRID, "plan")):
     """How one plan continues prompts."""
 
     said: dict[str, str] = Field(description="by prompt")
@@ -173,7 +170,7 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
         save(framed(_drawn(records), f"Quality lost against decode speedup, {model}", HOW_TO_READ), out / "tradeoff")
 
 
-def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
+def _drawn(records: Sequence[SweepRecord]) -> "LayerChart":
     """A point for each configuration with a loss, but for the dense one."""
     from ..charts.losses import tradeoff
     from ..charts.style import KIND_COLOURS

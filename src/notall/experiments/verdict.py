@@ -1,7 +1,5 @@
 """What a plan comes to, in words, and what comes next."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ from ..results.provenance import Provenance
 from ..results.record import Quartiles, is_number
 from ..results.table import in_bytes
 from .folder import Folder, Message, Step, in_nats
-from .recovery import kept_in_words, lost_in, short_of
+from .recovery import kept_in_words, last_state, short_of, verdict_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,8 +71,8 @@ class Verdict:
 
     @classmethod
     def on(
-        cls, model: PreTrainedModel, plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
-    ) -> Verdict:
+        cls, model: "PreTrainedModel", plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
+    ) -> "Verdict":
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
@@ -84,7 +82,7 @@ class Verdict:
         return cls(plan, quality, text, footprint=left, dense=dense, among=among, state=state or plan.state)
 
     @classmethod
-    def of(cls, step: Step, folder: Folder, named: str = "") -> Verdict:
+    def of(cls, step: Step, folder: Folder, named: str = "") -> "Verdict":
         return cls(
             step.plan,
             step.quality,
@@ -103,11 +101,11 @@ class Verdict:
 
     @property
     def faults(self) -> list[str]:
-        lost = lost_in(self.scores, self.least)
+        lost = [*dict.fromkeys(one.task for one in last_state(self.scores) if verdict_on(one, self.least) == "lost")]
         told = [f"less than {self.least:.2g} of the original model's score is kept on {joined(lost)}"] if lost else []
         return (faults_of(self.quality) if self.quality else []) + told
 
-    def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> Verdict:
+    def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> "Verdict":
         """With what tasks say of it; where less is kept than is `asked` for, or that is not seen, it is missed."""
         short = short_of(scores, asked) if asked else None
         missed = "; ".join(filter(None, (self.missed, short))) or None
@@ -127,7 +125,7 @@ class Verdict:
     def said(self) -> str:
         return " ".join(self._said())
 
-    def then(self, mend: str, otherwise: str) -> Verdict:
+    def then(self, mend: str, otherwise: str) -> "Verdict":
         """With the command that makes up for a plan that is of no use, or else with what one would do with it."""
         return replace(self, next=mend if self.usable is False else otherwise)
 

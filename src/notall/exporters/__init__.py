@@ -1,7 +1,5 @@
 """Plans become files that engines serve: `export`, with one module a target."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
-from ..files import FULL, Settings, beside
+from ..files import FULL, Settings, beside, writing
 from ..plan import Plan
 from ..plugins import class_named
 from ..progress import Progress, silent
@@ -38,8 +36,8 @@ UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they ar
 class Source:
     """The original model of an export, as `export` takes it."""
 
-    model: PreTrainedModel | str | Path
-    tokenizer: PreTrainedTokenizerBase | None = None
+    model: "PreTrainedModel | str | Path"
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: str | None = None
@@ -57,7 +55,7 @@ class Export(ABC):
 
     @classmethod
     @abstractmethod
-    def prepared(cls, source: Source, plan: Plan) -> AbstractContextManager[Export]:
+    def prepared(cls, source: Source, plan: Plan) -> "AbstractContextManager[Export]":
         """Work it out, with no weights in memory. Raises `UsageError` where the target cannot express the plan."""
 
     @abstractmethod
@@ -79,12 +77,12 @@ def target_named(name: str) -> type[Export]:
 
 
 def export(
-    model: PreTrainedModel | str | Path,
+    model: "PreTrainedModel | str | Path",
     plan: Plan,
     target: str,
     out: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     measured: Settings | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -135,10 +133,8 @@ def appearing(out: Path) -> Iterator[Path]:
     """A scratch folder that takes the name `out` in the end, or is removed. Raises `UsageError` where it cannot."""
     check_absent(out)
     with beside(out) as scratch:
-        try:
+        with writing(f"to {out.parent}", "choose another folder"):
             scratch.mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another folder") from None
         try:
             yield scratch
             os.rename(scratch, out)

@@ -1,7 +1,5 @@
 """The original model as files, of which no weight is loaded before it is written, and exports of it as such files."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -132,7 +130,7 @@ class DenseModel:
             raise UsageError(f"{told}, because transformers renames it on loading; skip whole blocks")
         return absent[0]
 
-    def with_weights(self, plan: RepairedPlan) -> DenseModel:
+    def with_weights(self, plan: RepairedPlan) -> "DenseModel":
         """With those of a repair. Raises `UsageError` where files differ, and where they are of another model."""
         tensors = dict(self.tensors)
         for path, weight in plan.weights.items():
@@ -145,7 +143,7 @@ class DenseModel:
             tensors[name] = stored.holding(weight)
         return replace(self, tensors=tensors)
 
-    def in_dtype(self, dtype: torch.dtype) -> DenseModel:
+    def in_dtype(self, dtype: torch.dtype) -> "DenseModel":
         """With its floats in another dtype. Raises `UsageError` where they are quantised, so that they have none."""
         if self.quantisation is not None:
             raise UsageError(f"{self.origin.model} is quantised, so that no dtype can be chosen; leave --dtype out")

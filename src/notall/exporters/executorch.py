@@ -3,8 +3,6 @@
 Layers may lack either sublayer. A program holds its whole graph, so that no code of ours runs it.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -63,7 +61,7 @@ class ExecuTorchExport(CheckpointExport):
     unpacked: ClassVar[str] = "float32"
 
     @classmethod
-    def of(cls, dense: DenseModel, plan: Plan) -> ExecuTorchExport:
+    def of(cls, dense: DenseModel, plan: Plan) -> "ExecuTorchExport":
         """Raises `UsageError` for a model that ExecuTorch's Llama cannot be, and where ExecuTorch is absent."""
         _check(dense)
         dense = dense if dense.dtype else dense.in_dtype(torch.float32)  # all that XNNPACK takes

@@ -3,8 +3,6 @@
 A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -95,7 +93,7 @@ class GGUFExport(Export):
 
     @classmethod
     @contextmanager
-    def prepared(cls, source: Source, plan: Plan) -> Iterator[GGUFExport]:
+    def prepared(cls, source: Source, plan: Plan) -> "Iterator[GGUFExport]":
         if source.dtype:
             raise UsageError("a GGUF export keeps the types of the original model's file: leave --dtype out")
         yield cls(dense_gguf(source.model), plan)
@@ -126,9 +124,7 @@ class GGUFExport(Export):
             likeliest = next_token_logprobs(file, *prompts.tolist())
             with skip(model, plan), torch.inference_mode():
                 expected = model(prompts).logits[:, -1].log_softmax(-1)
-            return mean(
-                abs(float(row[i]) - said) for row, found in zip(expected, likeliest) for i, said in found.items()
-            )
+            return mean(abs(float(row[i]) - said) for row, few in zip(expected, likeliest) for i, said in few.items())
 
         try:
             model, _ = load(self.dense, dtype="float32", device="cpu")
@@ -356,7 +352,7 @@ def _zeros(*shape: int) -> GGUFTensor:
     return GGUFTensor(np.zeros(shape, np.float32), Kind.F32)
 
 
-def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
+def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
     """With these values of parameters, by their paths in transformers, in types of at least 8 bits."""
     architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(architectures[source.architecture], source.depth)

@@ -1,7 +1,5 @@
 """transformers: an ordinary checkpoint where the plan is portable, else a regrouped one with its own modeling file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -45,7 +43,7 @@ class HFExport(CheckpointExport):
     """A folder that transformers loads."""
 
     @classmethod
-    def of(cls, dense: DenseModel, plan: Plan) -> HFExport:
+    def of(cls, dense: DenseModel, plan: Plan) -> "HFExport":
         """Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form."""
         layers, base = layers_of(dense.structure, plan), dense.config.model_type
         settings = cut_settings(dense, layers)

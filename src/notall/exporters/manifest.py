@@ -1,7 +1,5 @@
 """What an export says of itself: `notall.json` for programs, a model card for people."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +45,7 @@ class Verified:
         near = f"within {self.difference:.2g} {self.unit} (at most {self.most:g})"
         return f"{self.by} answers as the skipped model does, {near if self.difference else 'to the last bit'}"
 
-    def checked(self) -> Verified:
+    def checked(self) -> "Verified":
         """Raises `UsageError` where it answered differently."""
         if not self.difference <= self.most:
             off = f"by {self.difference:.2g} {self.unit} (at most {self.most:g} was expected), so nothing was written"
@@ -70,7 +68,7 @@ Verdict = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
-def describe(folder: Path, export: Export, verdict: Verdict, measured: Settings | None = None) -> None:
+def describe(folder: Path, export: "Export", verdict: Verdict, measured: Settings | None = None) -> None:
     """Write the manifest, with what is known now that the weights are written, and the card."""
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
     whole = {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)}
@@ -132,7 +130,7 @@ def verdict_of(manifest: Settings) -> Verdict:
     return NotVerified(**found) if "not_run" in found else Verified(**found)
 
 
-def _card(export: Export, verdict: Verdict, measured: Settings | None) -> str:
+def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the original model's licence."""
     from huggingface_hub import ModelCardData
 

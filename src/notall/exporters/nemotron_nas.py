@@ -3,8 +3,6 @@
 Llama-like models fit, and Qwen2 with an output bias of zeros. MLPs are padded with zeros to a multiple of 256.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -56,7 +54,7 @@ class NemotronExport(CheckpointExport):
     """A folder that engines with DeciLM load."""
 
     @classmethod
-    def of(cls, dense: DenseModel, plan: Plan) -> NemotronExport:
+    def of(cls, dense: DenseModel, plan: Plan) -> "NemotronExport":
         """Raises `UsageError` for an architecture that is not Llama's."""
         _check(dense)
         layers = list(sparse_layers(layers_of(dense.structure, plan)))

@@ -1,7 +1,5 @@
 """The weights of a checkpoint: each tensor is read when it is written, one shard at a time, and its bytes stay."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -44,13 +42,13 @@ class Weight:
 
     def changed(
         self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None, dtype: str | None = None
-    ) -> Weight:
+    ) -> "Weight":
         """What `change` makes of its values when it is written, rounded to its dtype or this one of `FLOATS`."""
         shape, dtype = shape or self.shape, dtype or self.dtype
         size = math.prod(shape) * FLOATS[dtype].itemsize
         return Weight(dtype, shape, size, lambda: change(self.read()).to(FLOATS[dtype]))
 
-    def holding(self, values: Tensor) -> Weight:
+    def holding(self, values: Tensor) -> "Weight":
         """With other values, rounded to its dtype."""
         return replace(self, read=lambda: values.detach().cpu().to(FLOATS[self.dtype]))
 

@@ -1,7 +1,5 @@
 """How long a model takes: prefill apart from decode, variants interleaved, each beside the original model."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import platform
@@ -40,7 +38,7 @@ class Timing:
     decode_samples_ms: tuple[float, ...]  # a token
     peak_bytes: int | None
 
-    def beside(self, dense: Timing) -> Times:
+    def beside(self, dense: "Timing") -> Times:
         """With the speedups over the original model, of one `compare`."""
         return Times(
             prefill_ms=Quartiles.of(self.prefill_samples_ms),

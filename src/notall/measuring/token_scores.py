@@ -7,8 +7,6 @@ Each tile is taken less a logit near the row's largest ones, inside the matrix p
 rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time, by the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -162,7 +160,7 @@ class TokenScorer:
         self.words: Tensor | None = None
 
     @torch.no_grad()
-    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
+    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> "TokenScorer":
         """As if the vocabulary were the `words` likeliest in rows of the original model, and the `targets`."""
         if not self.is_matrix or 2 * words > len(self.weight):  # that would save less than half
             return self

@@ -1,7 +1,5 @@
 """A GGUF file as fields and tensors: read without loading it, written a tensor at a time. No torch."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ class Field:
     kind: GGUFValueType
 
     @classmethod
-    def of(cls, value: Any) -> Field:
+    def of(cls, value: Any) -> "Field":
         """A count, a text, or a list of counts."""
         return cls(value, GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32)
 

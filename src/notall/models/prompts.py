@@ -13,8 +13,6 @@ NAMES = ("topics", "functions", "sentences", "requests", "openings", "explanatio
 TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS, EXPLANATIONS, SUMS = (WORDS[name] for name in NAMES)
 LANGUAGES, PEOPLE, GOODS, CITIES, THINGS = (WORDS[n] for n in ("languages", "people", "goods", "cities", "things"))
 
-Pick = Callable[[Sequence[str]], str]
-
 
 def prompts(count: int, *, seed: int = 0, held_out: bool = False) -> list[str]:
     """`count` prompts for explanations, code, sums, JSON, translations and letters, by seed; others if `held_out`."""
@@ -23,47 +21,33 @@ def prompts(count: int, *, seed: int = 0, held_out: bool = False) -> list[str]:
     def pick(words: Sequence[str]) -> str:
         return draw.choice(words[held_out::2])
 
-    kinds: list[Callable[[Pick, random.Random], str]] = [_explain, _program, _sum, _as_json, _translate, _price, _write]
-    return [kinds[number % len(kinds)](pick, draw) for number in range(count)]
+    def add_up() -> str:
+        person, goods = pick(PEOPLE), pick(GOODS)
+        one, two, more = draw.randint(3, 40), draw.randint(2, 12), draw.randint(2, 9)
+        told = {"first": one, "second": two, "third": more, "shared": one * more, "note": more * two + one}
+        return draw.choice(SUMS).format(person=person, goods=goods, **told)
+
+    kinds: Sequence[Callable[[], str]] = (
+        lambda: draw.choice(EXPLANATIONS).format(pick(TOPICS)),
+        lambda: f"Write a {draw.choice(('Python', 'Python', 'JavaScript'))} function that {pick(FUNCTIONS)}.",
+        add_up,
+        lambda: (
+            f"Answer with JSON only, with the fields name, city, age and item: {pick(PEOPLE)}, who is "
+            f"{draw.randint(19, 80)} and lives in {pick(CITIES)}, has ordered {pick(THINGS)}."
+        ),
+        lambda: f"Translate into {draw.choice(LANGUAGES)}: {pick(SENTENCES)}",
+        lambda: (
+            f"Calculate {draw.randint(11, 99)} * {draw.randint(3, 9)} + {draw.randint(11, 99)} and explain each step."
+        ),
+        lambda: (
+            f"Write a polite email {pick(REQUESTS)}."
+            if draw.random() < 0.5
+            else f"Write three sentences that advertise {pick(THINGS)} to people in {pick(CITIES)}."
+        ),
+    )
+    return [kinds[number % len(kinds)]() for number in range(count)]
 
 
 def openings(count: int) -> list[str]:
     """First words of `count` texts of many kinds."""
     return [OPENINGS[number % len(OPENINGS)] for number in range(count)]
-
-
-def _explain(pick: Pick, draw: random.Random) -> str:
-    return draw.choice(EXPLANATIONS).format(pick(TOPICS))
-
-
-def _program(pick: Pick, draw: random.Random) -> str:
-    language = draw.choice(("Python", "Python", "JavaScript"))
-    return f"Write a {language} function that {pick(FUNCTIONS)}."
-
-
-def _sum(pick: Pick, draw: random.Random) -> str:
-    person, goods = pick(PEOPLE), pick(GOODS)
-    first, second, third = draw.randint(3, 40), draw.randint(2, 12), draw.randint(2, 9)
-    told = {"first": first, "second": second, "third": third, "shared": first * third, "note": third * second + first}
-    return draw.choice(SUMS).format(person=person, goods=goods, **told)
-
-
-def _as_json(pick: Pick, draw: random.Random) -> str:
-    return (
-        f"Answer with JSON only, with the fields name, city, age and item: {pick(PEOPLE)}, who is "
-        f"{draw.randint(19, 80)} and lives in {pick(CITIES)}, has ordered {pick(THINGS)}."
-    )
-
-
-def _translate(pick: Pick, draw: random.Random) -> str:
-    return f"Translate into {draw.choice(LANGUAGES)}: {pick(SENTENCES)}"
-
-
-def _price(pick: Pick, draw: random.Random) -> str:
-    return f"Calculate {draw.randint(11, 99)} * {draw.randint(3, 9)} + {draw.randint(11, 99)} and explain each step."
-
-
-def _write(pick: Pick, draw: random.Random) -> str:
-    if draw.random() < 0.5:
-        return f"Write a polite email {pick(REQUESTS)}."
-    return f"Write three sentences that advertise {pick(THINGS)} to people in {pick(CITIES)}."

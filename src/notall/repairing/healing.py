@@ -1,7 +1,5 @@
 """Heal a skipped model by a short distillation of weights of kept sublayers, by AdamW on accelerate."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -51,7 +49,7 @@ def heal(
     *,
     out: str | os.PathLike[str] | None = None,
     provenance: Provenance | Mapping[str, object] | None = None,
-    workers: Spread | None = None,
+    workers: "Spread | None" = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the original model.
@@ -98,7 +96,7 @@ def heal(
     return healed
 
 
-def _check(model: PreTrainedModel, training: Training) -> None:
+def _check(model: PreTrainedModel, training: "Training") -> None:
     plan, warm_up = training.plan, training.config.warm_up
     if not 0 <= warm_up <= 1:
         raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
@@ -118,7 +116,7 @@ def _check(model: PreTrainedModel, training: Training) -> None:
         raise UsageError("the windows to train on are of several lengths: give windows of one")
 
 
-def _settings(training: Training, history: Sequence[RepairStep]) -> dict[str, object]:
+def _settings(training: "Training", history: Sequence[RepairStep]) -> dict[str, object]:
     plan, how = training.plan, asdict(training.config)
     how["train_seed"] = how.pop("seed")  # that of the text has this name
     if training.config.train != "lora":

@@ -5,8 +5,6 @@ D: S is the skipped model's stream, with all that was refit before, D the origin
 ridge on C is chosen on sequences that it was not fitted to. Nothing is trained, and no tensor is added.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -152,7 +150,7 @@ class Repair:
         self.passed: list[tuple[list[Tensor], int]] = []  # the stream behind each step, and how many were refit by then
         self.ran = 0  # sublayers of the skipped model run so far
 
-    def run(self, progress: Progress = silent, *, others: Sequence[Repair] = ()) -> RepairedPlan:
+    def run(self, progress: Progress = silent, *, others: "Sequence[Repair]" = ()) -> RepairedPlan:
         """The repaired plan; it goes on from that of the `others` that it shares most with."""
         (self.states,) = self.text.before(0)
         other = max(others, key=self.shared_with, default=self)
@@ -181,7 +179,7 @@ class Repair:
         weights = {path: weight for _, made in self.made for path, weight in made.items()}
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
-    def shared_with(self, other: Repair) -> int:
+    def shared_with(self, other: "Repair") -> int:
         """How many of the first steps another repair went past in the same way."""
         both = list(zip(self.hangs_on, other.hangs_on[: len(other.passed)]))
         return next((number for number, (ours, theirs) in enumerate(both) if ours != theirs), len(both))

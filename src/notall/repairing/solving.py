@@ -9,8 +9,6 @@ A ridge regression is tried with any ridge from what was seen once: from sums, w
 features alone, or, where there are fewer tokens than features, from the tokens. Both come to the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -50,7 +48,7 @@ class Moments:
     biased: bool  # whether a last feature, 1 for each token, stands for a bias; the ridge does not hold it back
 
     @classmethod
-    def none(cls, features: int, outputs: int, biased: bool, like: Tensor) -> Moments:
+    def none(cls, features: int, outputs: int, biased: bool, like: Tensor) -> "Moments":
         """No tokens yet; a column is added to `features` where it is `biased`. Of the dtype and device of `like`."""
         wide = features + biased
         return cls(like.new_zeros(wide, wide), like.new_zeros(outputs, wide), like.new_zeros(outputs), biased)
@@ -65,7 +63,7 @@ class Moments:
         self.cross.addmm_(lacking.T, features)
         self.square += lacking.square().sum(0)
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square, self.biased)
 
     def left(self, change: Tensor, metric: Tensor) -> float:
@@ -104,7 +102,7 @@ class Rows:
         self.kernels.clear()
         self.seen.append((features * roots, lacking * roots, roots))
 
-    def __add__(self, other: Rows) -> Rows:
+    def __add__(self, other: "Rows") -> "Rows":
         return Rows(self.biased, self.seen + other.seen)
 
     def left(self, change: Tensor, metric: Tensor) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UsageError, shortened
+from ..errors import shortened
+from ..files import writing
 from ..plan import Plan
 from ..running.replay import Recording, live_steps, record
 from ..structure.locating import locate
@@ -27,15 +28,12 @@ def offloaded(tensor: Tensor, folder: Path | None) -> Tensor:
     if folder is None or not tensor.numel():
         return tensor
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    try:
+    with writing(f"to {shortened(folder)}", "make room, or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(flat.data)  # a full disk is an error here, and not a crash in reading
             file.flush()
             held = np.memmap(file, dtype=np.uint8, mode="r+", shape=flat.shape)
-    except OSError as error:
-        said = f"cannot write to {shortened(folder)}: {error.strerror}; make room, or name another folder"
-        raise UsageError(said) from None
     return torch.from_numpy(held).view(tensor.dtype).view(tensor.shape)
 
 

@@ -18,6 +18,7 @@ from ..running.replay import Recording, live_steps, states_before_output
 from ..running.skipping import remove
 from ..structure.locating import decoder_layers, locate
 from ..structure.model_structure import ModelStructure
+from ..structure.observation import first
 from .projections import Projections, is_matrix, is_norm, reading_gains
 from .streams import DenseStream, steps_of
 
@@ -109,9 +110,7 @@ def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the last layer answers for all tokens that another one follows, (tokens, hidden)."""
     seen: list[Tensor] = []
     _, layers = decoder_layers(model)
-    with layers[-1].register_forward_hook(
-        lambda _, given, answer: seen.append(answer[0] if isinstance(answer, tuple) else answer)
-    ):
+    with layers[-1].register_forward_hook(lambda _, given, answer: seen.append(first(answer))):
         states_of(model, ids)
     return seen[0][:, :-1].flatten(0, 1)
 

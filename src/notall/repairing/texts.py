@@ -1,7 +1,5 @@
 """The texts of a repair: windows that it is fitted to, of a text or of the model's own, and those it is measured on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +53,7 @@ class RepairTexts:
         length: int | None = None,
         seed: int = 0,
         progress: Progress = silent,
-    ) -> RepairTexts:
+    ) -> "RepairTexts":
         """As many of each text, `sequences` together, else what there is, up to `most`, and others to measure on.
 
         Those are of the `held_out` texts, or, without any, of the same. Windows have `length` tokens, else as many as

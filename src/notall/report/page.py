@@ -14,7 +14,7 @@ from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
 from ..experiments.folder import Figure, Folder, Section, Shown, Step
-from ..files import Settings, contents, refuse_others, write_whole
+from ..files import Settings, contents, refuse_others, write_whole, writing
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read
 from ..results.record import KINDS, Record
@@ -52,13 +52,11 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
-    try:
+    with writing(shortened(path), "choose another -o"):
         refuse_others(path.resolve(), lambda page: MARK in contents(page), "page of notall")
         page = render(read_folder(Path(folder)))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path.resolve(), page)
-    except OSError as error:
-        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
     return path
 
 

@@ -8,21 +8,11 @@ from typing_extensions import Self
 
 from ..plan import KIND_NAMES
 from .record import Amount, Count, Fact, LayerIndex, Loss, Number, Positive, Quartiles, Share, Skips, Unsigned
-from .table import (
-    Column,
-    in_magnitude,
-    inherited,
-    number,
-    size,
-    with_difference,
-    with_error,
-    with_interval,
-    with_quartiles,
-    words,
-)
+from .table import Column, in_magnitude, inherited, number, size, with_error, with_interval, with_quartiles, words
 
 State = Literal["skipped", "repaired", "healed"]  # of a plan: what was made up for what it skips
 Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest token each time, or at temperature 1
+GRID = ("variant", "fraction", "keep_last")  # what tells the configurations of the paper's grid apart
 
 
 class Quality(Fact):
@@ -252,7 +242,6 @@ P: Column[Compared] = number("p", lambda one: one.p_value, lambda p: "< 0.001" i
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
 RECOVERED: Column[Compared] = with_interval("recovery", lambda one: one.recovery.interval if one.recovery else None)
 COMPARED = (RECOVERED, DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
-BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))
 
 
 class TaskScore(Compared):

@@ -14,7 +14,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..files import Settings, read_json, refuse_endless
+from ..files import Settings, read_json, refuse_endless, writing
 from ..integrity import sealed, unsealed
 
 MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
@@ -23,12 +23,10 @@ MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 def append(path: Path, *lines: Settings) -> None:
     """Add `lines` to a file, on disk when this returns. Raises `UsageError` where it stays as it was."""
     text = b"".join(sealed(json.dumps(finite(line), allow_nan=False).encode()) + b"\n" for line in lines)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
             _write(file, text)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
 
 
 def read(path: Path) -> list[Settings]:
@@ -68,26 +66,23 @@ def parsed(path: Path, number: int, text: bytes) -> Settings:
 
 def refuse_unwritable(folder: Path) -> None:
     """Raise `UsageError` where `folder`, or what it would be made in, can't be written. Makes nothing."""
-    try:
+    with writing(folder):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
         wrong = errno.ENOTDIR if not place.is_dir() else errno.EACCES
         if wrong == errno.ENOTDIR or not os.access(place, os.W_OK | os.X_OK):
             raise OSError(wrong, os.strerror(wrong))
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep `folder` for this process. Raises `UsageError` when another has it, and when it can't be written."""
     held = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held.acquire()
-    except Timeout:
-        raise UsageError(f"another run is working in {folder}; wait for it, or choose another folder") from None
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
+    with writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.acquire()
+        except Timeout:
+            raise UsageError(f"another run is working in {folder}; wait for it, or choose another folder") from None
     try:
         yield
     finally:
@@ -131,7 +126,3 @@ def _parse(text: bytes) -> Settings | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) else None
-
-
-def _cannot_write(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write {path}: {error.strerror}; make room or give access, or choose another folder")

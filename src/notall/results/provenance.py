@@ -1,7 +1,5 @@
 """Where a record comes from: what was asked for, which decides whether a run goes on, and where it ran."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -25,7 +23,7 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
     where: Settings = Field({}, description="machine, threads, versions, command, date")
 
     @classmethod
-    def of(cls, about: Provenance | Mapping[str, object], **more: object) -> Provenance:
+    def of(cls, about: "Provenance | Mapping[str, object]", **more: object) -> "Provenance":
         """`about` with what `more` says; of a flat mapping, the names in `PLACES` are where it ran."""
         if isinstance(about, Provenance):
             return about.model_copy(update={"what": {**about.what, **more}}) if more else about

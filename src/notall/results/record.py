@@ -1,7 +1,5 @@
 """What is written down: frozen facts, and records of them that know their file, their key and where they come from."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -99,7 +97,7 @@ class Quartiles(Fact):
     n: Count = Field(description="how many samples: mostly one a round")
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Quartiles:
+    def of(cls, samples: Sequence[float]) -> "Quartiles":
         """Summarise at least one sample; quartiles interpolate linearly."""
         import numpy  # not for a page or a help
 
@@ -146,7 +144,7 @@ BESIDE: dict[Command, tuple[str, ...]] = {
     "paper": ("*.tex", "*.csv", "paper.md", "similarity.*"),
     "pareto": ("table.md", "pareto.*"),
 }
-KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
+KINDS: "dict[str, type[Record]]" = {}  # those whose modules are imported
 
 
 class Record(Fact):

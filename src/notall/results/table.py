@@ -102,11 +102,8 @@ def with_error(
 
 def with_quartiles(heading: str, get: Callable[[F], Quartiles | None], form: str = ".1f") -> Column[F]:
     """A median and its quartiles."""
-
-    def cell(of: Quartiles) -> Cell:
-        return _between(of.median, of.low, of.high, form)
-
-    return _column(heading, get, cell, note="[ ]: quartiles of the rounds")
+    note = "[ ]: quartiles of the rounds"
+    return _column(heading, get, lambda of: _between(of.median, of.low, of.high, form), note=note)
 
 
 def with_interval(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
@@ -118,7 +115,7 @@ def _between(value: float, low: float, high: float, form: str) -> Cell:
     return Cell(value, written(value, form), f"[{written(low, form)}, {written(high, form)}]")
 
 
-def with_difference(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
+def with_delta(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
     """A figure with its difference to the original model and its error; nothing beside the original model itself."""
 
     def cell(found: tuple[float, float, float]) -> Cell:

@@ -3,8 +3,6 @@
 Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import beside, contents, open_to_others, own_file, saving, write_whole
+from ..files import beside, contents, open_to_others, own_file, saving, write_whole, writing
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -86,7 +84,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     maps: Mapping[str, LinearMap] = Field({}, exclude=True, repr=False)
 
     @classmethod
-    def of(cls, plan: Plan, **fields: object) -> RepairedPlan:
+    def of(cls, plan: Plan, **fields: object) -> "RepairedPlan":
         """`plan` with these weights or maps."""
         return cls(plan.attention, plan.mlp, fingerprint=plan.fingerprint, note=plan.note, **fields)
 
@@ -128,7 +126,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         keep_whole(folder, self, WHOLE)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> RepairedPlan:
+    def load(cls, path: str | os.PathLike[str]) -> "RepairedPlan":
         """Read the folder that `save`, `notall repair` or `notall heal` wrote.
 
         Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
@@ -163,7 +161,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         """What it skips, and its weights."""
         return self.attention, self.mlp, self.digest
 
-    def __or__(self, other: Plan) -> RepairedPlan:
+    def __or__(self, other: Plan) -> "RepairedPlan":
         both = super().__or__(other)
         theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
         names = ("weights", "replaced", "maps")
@@ -180,7 +178,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             if not path.startswith(known):
                 raise UsageError(f"no sublayer of the model has {shortened(path)}, as the plan has; repair this model")
 
-    def knowing(self, model: nn.Module) -> RepairedPlan:
+    def knowing(self, model: nn.Module) -> "RepairedPlan":
         """The same, with samples of `model`'s own weights, which these replace."""
         return self.model_copy(update={"replaced": dict(_samples(model, self.weights))})
 
@@ -192,7 +190,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 told = f"the repaired {path} is for another model of this shape, whose own has other numbers"
                 raise UsageError(f"{told}; give that model, or repair this one")
 
-    def placed(self, model: nn.Module) -> RepairedPlan:
+    def placed(self, model: nn.Module) -> "RepairedPlan":
         """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and `check_replaced` do."""
         weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
         self.check_replaced(model)
@@ -264,10 +262,8 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     plan.save(folder / PLAN)
     digests = {path.name: digest_of([path.read_bytes()]) for path in (*written, folder / PLAN)}
     whole, path = Seal(plan=plan.indices, files=digests | dict(weights)), folder / SEAL
-    try:
+    with writing(shortened(path), "make room, and run again"):
         write_whole(path, sealed(whole.model_dump_json(indent=1).encode()) + b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
 
 
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
@@ -348,16 +344,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = digest_of_tensors(held, notes or {})
-    try:
+    with writing(shortened(path), "make room, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as part:
             with saving():
                 save_file(held, part, {**(notes or {}), DIGEST: digest})
             open_to_others(part)  # safetensors makes files that only their owner can read
             part.replace(path)
-    except OSError as error:
-        fix = "make room, or choose another folder"
-        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; {fix}") from None
     return digest
 
 

@@ -4,8 +4,6 @@ What they keep is a tree, which is walked depth first, so that only the states a
 Embedding and head are the model's own forward, with hidden states in place of its layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -48,7 +46,7 @@ class Step:
     weights: Mapping[str, Tensor]  # a repaired plan's own, by their paths below the layer, and part of the name
     map: LinearMap | None = None
     scale: float = 1.0  # what the layers between the step before it and its own multiply the stream by
-    after: dict[str, Step] = field(default_factory=dict)
+    after: "dict[str, Step]" = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
 
 
@@ -60,7 +58,7 @@ class PrefixCache:
     every: int = 1  # of so many steps one is kept
     states: dict[int, Tensor] = field(default_factory=dict)  # streams behind steps, (batch, tokens, hidden)
 
-    def moved(self, names: tuple[str, ...]) -> PrefixCache:
+    def moved(self, names: tuple[str, ...]) -> "PrefixCache":
         """The prefix of another plan, with the states that both share."""
         shared = next((i for i, (ours, theirs) in enumerate(zip(self.names, names)) if ours != theirs), len(names))
         return PrefixCache(names, self.every, {place: state for place, state in self.states.items() if place < shared})

@@ -136,8 +136,7 @@ def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """
     inner = base_model(model)
     refuse_skipping(inner, "making a draft model of it")
-    shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
-    draft = copy.deepcopy(inner, shared)
+    draft = copy.deepcopy(inner, {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())})
     remove(draft, plan)
     return draft
 

@@ -4,8 +4,6 @@ A sublayer is a module and what leads from it to its addition to the stream, and
 layer without such an addition is one sublayer, which answers what it is given when it is left out.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -167,7 +165,7 @@ def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
     return stubs if len(stubs) == len(parts) else None
 
 
-def _stub(trace: LayerTrace, flow: Flow, names: list[str]) -> Stub | None:
+def _stub(trace: LayerTrace, flow: "Flow", names: list[str]) -> Stub | None:
     forms = []
     for name in names:
         ((arguments, answer),) = trace.calls[name]

@@ -5,8 +5,6 @@ A layer's child modules are taken as wholes; between them, every torch function 
 multiply h by one number of its own (`LayerTrace.unscaled`).
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect
@@ -163,7 +161,7 @@ class Node:
     output: int | None = None
 
     @property
-    def inputs(self) -> list[Node]:
+    def inputs(self) -> "list[Node]":
         given = (*self.positional, *self.keywords.values())
         return list(dict.fromkeys(value for value in given if isinstance(value, Node)))
 
@@ -194,7 +192,7 @@ class LayerTrace:
     result: Node | None = None
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
-    cache_writes: list[CacheWrite] = field(default_factory=list)
+    cache_writes: "list[CacheWrite]" = field(default_factory=list)
     calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)  # of its children, as they ended
     state_bytes: int = 0  # of its states of fixed size, one sequence
     attention_answer: object = None

@@ -12,28 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
+from . import observation
 from .in_place import stubbed_layer
 from .model_structure import Block, cache_argument, inputs_device, text_config
-from .observation import (
-    PROBE_BATCH,
-    PROBE_TOKENS,
-    Arguments,
-    Branch,
-    LayerCall,
-    LayerTrace,
-    Sharing,
-    Watch,
-    as_given,
-    called_with,
-    first,
-    forward_of,
-    run_branches,
-    scaled,
-    tensors_in,
-)
+from .observation import Arguments, Branch, LayerCall, LayerTrace, Watch, as_given, called_with, first, run_branches
 from .slicing import free_cache_slots, renumber, slice_config
 from .undoing import Undo
 
+BATCH, TOKENS = observation.PROBE_BATCH, observation.PROBE_TOKENS
 NOT_WHAT = " differs by {error:.1e} of its largest value from {what} (expected at most {most:.0e})"
 NOT_LOCAL = (
     " looks at other tokens without a cache, or keeps a state elsewhere; expected that of a mixer that writes to the "
@@ -44,7 +30,7 @@ NOT_LOCAL = (
 def run_probe(model: PreTrainedModel, run: Callable[..., object], cache: DynamicCache | None = None) -> None:
     """Have `run` call the model with a few tokens, one of them padding, and this cache or one of its own."""
     device, vocabulary = inputs_device(model), text_config(model).vocab_size
-    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
+    tokens = torch.arange(BATCH * TOKENS, device=device).view(BATCH, TOKENS) % vocabulary
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
     given = {} if cache is None else {cache_argument(model): cache}
@@ -57,7 +43,7 @@ class Alone:
 
     config: PretrainedConfig
     trace: LayerTrace
-    sharing: Sharing
+    sharing: observation.Sharing
     in_place: bool
 
     def numbered(self, undo: Undo) -> Undo:
@@ -136,7 +122,7 @@ def _prove_lines(alone: Alone, block: Block) -> None:
         hidden = run_branches(branches, layer, hidden, call)
     said = " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); {what}"
     why = "it may count on its index or on what other layers leave behind"
-    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), said, why)
+    alone.expect(observation.scaled(hidden, block.scale), first(alone.trace.answer), said, why)
     for branch, stream in local:
         names = ", ".join(branch.modules)
         said = f": {names} looks at other tokens without a cache; expected that of the attention alone"
@@ -188,7 +174,7 @@ def prove_causal(alone: Alone) -> None:
     with Undo() as undo, alone.numbered(undo):
         found = alone.run(changed)
     # the first one is padding in the probe, where attention may look anywhere
-    found, expected = (answer.narrow(axis, 1, PROBE_TOKENS - 2) for answer in (found, first(trace.answer)))
+    found, expected = (answer.narrow(axis, 1, TOKENS - 2) for answer in (found, first(trace.answer)))
     said = " looks at the tokens that follow, as encoders do; expected a causal language model"
     alone.expect(found, expected, said, computed_in=alone.computed_in(expected.dtype))
 
@@ -206,11 +192,11 @@ def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None
         undo.put_fields(config)
         free_cache_slots(config, freed)
         for trace in watch.traces:
-            undo.put(*forward_of(trace.layer), partial(idle, trace))
+            undo.put(*observation.forward_of(trace.layer), partial(idle, trace))
         probe()
     for trace, other in zip(watch.traces, given):
-        made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
-        left = list(tensors_in(other))
+        made = [held for held in observation.tensors_in(trace.given) if not watch.sharing.source_of(held)]
+        left = list(observation.tensors_in(other))
         shapes = [[one.shape for one in some] for some in (made, left)]
         if shapes[0] != shapes[1] or not all(
             isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
@@ -228,13 +214,13 @@ def _prove_local(alone: Alone, hidden: Tensor, run: Callable[[Tensor], Tensor], 
 
 def _flipped(hidden: Tensor, last: bool) -> Tensor:
     """With other states of the last token, or of all earlier ones."""
-    earlier, end = hidden.split([PROBE_TOKENS - 1, 1], dim=_tokens_axis(hidden))
+    earlier, end = hidden.split([TOKENS - 1, 1], dim=_tokens_axis(hidden))
     return torch.cat([earlier, end.flip(-1)] if last else [earlier.flip(-1), end], dim=_tokens_axis(hidden))
 
 
 def _tokens_axis(hidden: Tensor) -> int:
     """Of hidden states whose batch and tokens are those of the probe, in this order."""
-    return list(itertools.pairwise(hidden.shape)).index((PROBE_BATCH, PROBE_TOKENS)) + 1
+    return list(itertools.pairwise(hidden.shape)).index((BATCH, TOKENS)) + 1
 
 
 def block_lines(block: Block) -> list[tuple[Branch, ...]]:

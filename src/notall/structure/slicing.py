@@ -29,8 +29,7 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
             cut[name] = type(values)(values[index] for index in layers)
     config.__dict__.update((name, values) for name, values in cut.items() if name in config.__dict__)
     if listed := config.__dict__.get("attn_layer_indices"):  # from which other lists are derived
-        cut_list = [number for number, index in enumerate(layers) if index in listed]
-        config.__dict__["attn_layer_indices"] = cut_list
+        config.__dict__["attn_layer_indices"] = [number for number, index in enumerate(layers) if index in listed]
     config.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
     underived = {name: values for name, values in cut.items() if getattr(config, name) != values}
     if underived:

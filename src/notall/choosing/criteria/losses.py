@@ -49,8 +49,7 @@ def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
     for generation in range(GENERATIONS):
         if setting.late:
             break
-        children = [_mutated(setting, budget, parent, draw) for _ in range(OFFSPRING)]
-        pool = list(dict.fromkeys(children))
+        pool = list(dict.fromkeys(_mutated(setting, budget, parent, draw) for _ in range(OFFSPRING)))
         for share, survivors in STAGES:
             pool += [parent] if share == 1 and parent not in pool else []
             costs = dict(zip(pool, setting.evaluator.costs(pool, share)))

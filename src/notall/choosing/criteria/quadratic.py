@@ -1,7 +1,5 @@
 """By what is lost without each unit and without each two: the least sum, a binary quadratic program for HiGHS."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +50,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     return best
 
 
-def measure(setting: Setting, units: Sequence[Unit]) -> QuadraticProgram:
+def measure(setting: Setting, units: Sequence[Unit]) -> "QuadraticProgram":
     """What the objective rises by without each unit, and without two beside that; those asked for late count as 0."""
     space, evaluator = setting.space, setting.evaluator
     evaluator.set_prefix(frozenset())
@@ -78,7 +76,7 @@ def measure(setting: Setting, units: Sequence[Unit]) -> QuadraticProgram:
     return QuadraticProgram(alone, together + together.T, attentions, len(counting) - 1)
 
 
-def _solve(program: QuadraticProgram, sizes: Floats, target: float) -> tuple[int, ...] | None:
+def _solve(program: "QuadraticProgram", sizes: Floats, target: float) -> tuple[int, ...] | None:
     """The best that save `target`: as few as do, where all save the same, else less than one of them more."""
     if not len(sizes):
         return None

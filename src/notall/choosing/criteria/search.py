@@ -6,8 +6,6 @@ Importances do not add up: swaps that lower the objective follow, tried on a par
 other best in a row (2403.17887), which single swaps do not come to: the best run is a second place to start from.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping
@@ -108,7 +106,7 @@ class _Search:
             self.guess(self.moves(self.skipped))
             self.refine()
 
-    def go_on_from(self, other: _Search) -> None:
+    def go_on_from(self, other: "_Search") -> None:
         self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
 
     def grow(self) -> bool:

@@ -1,7 +1,5 @@
 """What a criterion is, what it is given, and what it answers."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +46,7 @@ class Setting:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def until(self, share: float) -> Setting:
+    def until(self, share: float) -> "Setting":
         """The same, late when this share of the time that is left has passed."""
         now = time.monotonic()
         return replace(self, deadline=now + share * max(0.0, self.deadline - now))
