@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,11 +52,7 @@ class Folder:
 
     @property
     def command(self) -> list[str]:
-        """The words of the command that it is of; [] where that is not known."""
-        try:
-            return shlex.split(str(self.provenance.where.get("command", "")))
-        except ValueError:
-            return []
+        return self.provenance.command
 
     @property
     def plan_options(self) -> list[str]:
@@ -113,6 +108,7 @@ class Step:
     footprint: Footprint | None = None
     dense: Footprint | None = None
     order: tuple[Sequence[str], ...] = ()
+    again: str = ""  # the command that makes its figures again
 
     @property
     def told(self) -> str:
@@ -127,7 +123,7 @@ class Step:
             parts.append(f"{self.times.decode_ms_per_token.median:.1f} ms a token")
         if self.order:
             parts.append("skipped in this order: " + ", ".join(map("+".join, self.order)))
-        return f"{'; '.join(parts)}."
+        return f"{'; '.join(parts)}.{f' Made again by: {self.again}' if self.again else ''}"
 
 
 def in_nats(quality: Quality) -> str:
