@@ -235,7 +235,8 @@ def test_files_that_are_elsewhere_are_named(place, run, answered, tmp_path):
     code, _, err = run("reproduce", "measured", "--out", "again")
     assert code == 2
     assert "cannot read the text a.txt" in err
-    assert "--replace WORD=OTHER changes a word of: notall eval tiny" in err
+    assert err.startswith("making again: notall eval tiny --plan plan.json --text a.txt")
+    assert err.endswith("; --replace WORD=OTHER changes a word of that command\n")
     found = answered("reproduce", "measured", "--replace", f"a.txt={tmp_path / 'a.txt'}", "--out", "again")
     assert found["reproduced"][0]["agreement"] == "equal"
 

@@ -76,15 +76,14 @@ def reproduce(
         own = _line(record, folder, dict(swap.split("=", 1) for swap in swaps), narrowed=bool(rows))
         lines.setdefault((*own, "--out", str(out / "plan.json" if own[0] == "search" else out)), []).append(record)
     for line, records in lines.items():
-        command = shlex.join(["notall", *line])
-        print(f"making again: {printable(command)}", file=sys.stderr)
+        print(f"making again: {printable(shlex.join(['notall', *line]))}", file=sys.stderr)
         assert records[0].provenance
         token = RECORDED.set((records[0].provenance, folder))
         try:
             _check_plans(line, records, folder)
             run([*line])
         except UsageError as error:
-            raise UsageError(f"{error}; --replace WORD=OTHER changes a word of: {shortened(command, 300)}") from None
+            raise UsageError(f"{error}; --replace WORD=OTHER changes a word of that command") from None
         finally:
             RECORDED.reset(token)
     made = {_identity(one): one for place in (out, out / "plan.search") for one in _records(place)}
