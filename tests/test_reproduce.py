@@ -37,7 +37,8 @@ MADE = {
     "chosen.search": f"search tiny --skip attention:2 --text a.txt --held-out b.txt --patience 1 {SIZE} -o chosen.json",
     "repaired": f"repair tiny --plan plan.json --text a.txt --held-out b.txt {SIZE} --out repaired",
     "healed": f"heal tiny --plan plan.json --text a.txt --tokens 64 {SIZE} --out healed".replace("--sequences 4", ""),
-    "drafted": f"draft tiny --plan plan.json --text a.txt --sequences 2 --most 2 --dtype float32 {TIMED} --out drafted",
+    "drafted": "draft tiny --plan plan.json --text a.txt --sequences 2 --most 2 --prompt-tokens 4 --generation-tokens 4 "
+    "--rounds 1 --dtype float32 --out drafted",
 }
 ROW = "mine:by_depth, refit: 2 attention"
 
