@@ -37,8 +37,8 @@ MADE = {
     "chosen.search": f"search tiny --skip attention:2 --text a.txt --held-out b.txt --patience 1 {SIZE} -o chosen.json",
     "repaired": f"repair tiny --plan plan.json --text a.txt --held-out b.txt {SIZE} --out repaired",
     "healed": f"heal tiny --plan plan.json --text a.txt --tokens 64 {SIZE} --out healed".replace("--sequences 4", ""),
-    "drafted": "draft tiny --plan plan.json --text a.txt --sequences 2 --most 2 --prompt-tokens 4 --generation-tokens 4 "
-    "--rounds 1 --dtype float32 --out drafted",
+    "drafted": "draft tiny --plan plan.json --text a.txt --sequences 2 --prompt-tokens 4 --generation-tokens 4 "
+    "--most 2 --rounds 1 --dtype float32 --out drafted",
 }
 ROW = "mine:by_depth, refit: 2 attention"
 
@@ -242,7 +242,7 @@ def test_files_that_are_elsewhere_are_named(place, run, answered, tmp_path):
     assert found["reproduced"][0]["agreement"] == "equal"
 
 
-def test_a_dtype_that_suits_another_machine_is_that_of_the_records(place, run, no_work):
+def test_a_dtype_that_suits_another_machine_is_that_of_the_records(place, run):
     def change(line):
         line["provenance"]["what"]["dtype"] = "bfloat16"
         line["provenance"]["where"]["command"] = line["provenance"]["where"]["command"].replace("--dtype float32", "")

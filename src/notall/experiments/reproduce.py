@@ -16,7 +16,7 @@ from ..errors import UsageError, printable, shortened
 from ..plan import several
 from ..results.facts import SPEEDUPS
 from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
-from ..results.record import Fact, Key, Record, Scalar, Skips
+from ..results.record import Fact, Key, Record, Scalar
 from ..results.repairs import MeasuredRecord
 from ..results.table import Column, words
 from . import bench, draft, driver, recovery, search, sweep
@@ -26,9 +26,9 @@ from .options import read_plan
 COMMANDS = tuple(
     f"notall {name}" for name in ("compare", "sweep", "search", "eval", "repair", "heal", "bench", "draft")
 )
-CHOSEN = (ComparisonRecord, sweep.SweepRecord, search.SearchRecord)  # by their command; of others the plan is given
+GIVEN = (MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRecord)  # records of a plan that is given
 KINDS: tuple[type[Record], ...] = (
-    *(*CHOSEN, MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRecord),
+    *(ComparisonRecord, sweep.SweepRecord, search.SearchRecord, *GIVEN),
     *(driver.SimilarityRecord, driver.LeaveOneOutRecord),
 )
 # What no record may ask for: code and machines of others, and files elsewhere than in --out.
@@ -124,7 +124,7 @@ def _line(record: Record, folder: Path, swaps: Mapping[str, str], *, narrowed: b
 
 def _check_plans(line: Sequence[str], records: Sequence[Record], folder: Path) -> None:
     """Raise `UsageError` where a plan file of the command is missing, or not that of the records."""
-    planned = [one for one in records if isinstance(one, Skips)]
+    planned = [one for one in records if isinstance(one, GIVEN)]
     weights = {digest for one in planned for name in ("weights", "repair") if (digest := one.what.get(name))}
     for path in (Path(word) for before, word in zip(line, line[1:]) if before == "--plan"):
         plan = read_plan(path)
@@ -161,7 +161,7 @@ def _tolerances(old: Scalar, new: Scalar, error: Scalar) -> float:
 def _identity(record: Record) -> Key:
     """What was asked for, and not what was found; drafts, which have no key, are told apart by two fields."""
     names = ["plan", "decoding", "drafted", *record.key_fields]
-    given = (name for name in names if name != "plan" or not isinstance(record, CHOSEN))
+    given = (name for name in names if name != "plan" or isinstance(record, GIVEN))
     return (record.kind_name, *(getattr(record, name, None) for name in given))
 
 
