@@ -105,6 +105,16 @@ def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(place, answe
     assert ("not judged" in found["verdict"]) == (name in ("swept", "timed"))
 
 
+def test_which_draft_is_the_fastest_is_not_judged(place, answered):
+    def change(line):
+        line.setdefault("measured", {"median": 1.0, "low": 1.0, "high": 1.0, "n": 1})
+        line.setdefault("same_texts", 0)
+
+    rewritten("drafted/drafts.jsonl", change)
+    found = answered("reproduce", "drafted", "--out", "again")["reproduced"]
+    assert [one["agreement"] for one in found] == ["equal"] * 4
+
+
 def test_what_was_made_again_can_be_made_again(place, answered):
     answered("reproduce", "measured", "--out", "again")
     line = json.loads((Path("again") / "measured.jsonl").read_text().splitlines()[0])

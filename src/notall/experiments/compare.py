@@ -548,7 +548,7 @@ def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     found = shown_plans(folder, records, _sections(records), _found_again)
     again = [next_command("reproduce", folder.path, row=one.name, out="again") for one in records]
-    again = again if folder.command[:2] == ["notall", "compare"] else [""] * len(records)
+    again = again if folder.provenance.command[:2] == ["notall", "compare"] else [""] * len(records)
     steps = tuple(replace(step, order=one.order, again=by) for step, one, by in zip(found.steps, records, again))
     return replace(found, cards=tuple(_cards(records)), steps=steps)
 

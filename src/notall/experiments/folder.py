@@ -51,12 +51,8 @@ class Folder:
         return next((shape.layers for shape in shapes if shape), 0)
 
     @property
-    def command(self) -> list[str]:
-        return self.provenance.command
-
-    @property
     def plan_options(self) -> list[str]:
-        words = self.command
+        words = self.provenance.command
         pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
         kept = ["--keep-last"] if "--keep-last" in words else []
         return [word for pair in pairs for word in pair] + kept or ["--plan", "plan.json"]

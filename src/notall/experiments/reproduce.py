@@ -77,8 +77,7 @@ def reproduce(
         lines.setdefault((*own, "--out", str(out / "plan.json" if own[0] == "search" else out)), []).append(record)
     for line, records in lines.items():
         print(f"making again: {printable(shlex.join(['notall', *line]))}", file=sys.stderr)
-        assert records[0].provenance
-        token = RECORDED.set((records[0].provenance, folder))
+        token = RECORDED.set((records[0], folder))
         try:
             _check_plans(line, records, folder)
             run([*line])
@@ -107,8 +106,8 @@ def _line(record: Record, folder: Path, swaps: Mapping[str, str], *, narrowed: b
     """Its command without --out, in its dtype, maybe `narrowed` to itself. Raises `UsageError` for one of others."""
     given = record.provenance.command if record.provenance else []
     if " ".join(given[:2]) not in COMMANDS:
-        made = f"was made by {shortened(shlex.join(given), 60)}" if given else "does not say by what it was made"
-        raise UsageError(f"{folder} {made}: give a folder of {', '.join(COMMANDS)}")
+        made = shortened(shlex.join(given), 60) or "what it does not say"
+        raise UsageError(f"{folder} was made by {made}: give a folder of {', '.join(COMMANDS)}")
     line = [part for word in given[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if unsafe := UNSAFE.intersection(line):
         raise UsageError(f"{folder} was made with {min(unsafe)}, which no record may ask for: run its command yourself")
@@ -136,8 +135,7 @@ def _compared(held: Record, made: Record | None, folder: Path, unfit: set[str]) 
     """By all figures but times and those that are `unfit`. Raises `UsageError` for a record of other settings."""
     if made is None:
         return Remade(row=_name(held), agreement="not made", speedup_recorded=_speedup(held))
-    if held.provenance and made.provenance:
-        check_same(held.provenance, made.provenance, folder, AS_IT_WAS, FOUND)
+    check_same(held, made, folder, AS_IT_WAS, FOUND)
     old, new = held.figures(), made.figures()
     fit = [name for name in old if not TIMED.search(name) and name not in unfit]
     apart = {name: _tolerances(old[name], new.get(name), old.get(f"{name}_se")) for name in fit}

@@ -15,8 +15,9 @@ from .provenance import Provenance
 from .record import BESIDE, HOMES, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
+About = Provenance | Record
 Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
-RECORDED = ContextVar[tuple[Provenance, Path] | None]("of a folder whose records a run makes again", default=None)
+RECORDED = ContextVar[tuple[Record, Path] | None]("of a folder whose records a run makes again", default=None)
 GO_ON = "choose another folder (--out), or give the same settings to go on with it"
 AS_IT_WAS = "give it as it was, or keep what comes of it now as results of your own"
 
@@ -111,7 +112,7 @@ def as_recorded(about: Provenance) -> Provenance:
     return about
 
 
-def check_same(held: Provenance, wanted: Provenance, out: Path, fix: str = GO_ON, found: Container[str] = ()) -> None:
+def check_same(held: About, wanted: About, out: Path, fix: str = GO_ON, found: Container[str] = ()) -> None:
     """Raise `UsageError` when `out` holds results of other settings, but for those that were `found`."""
     for name, value in lines.finite(wanted.what).items():
         if name not in found and held.what.get(name) != value:
