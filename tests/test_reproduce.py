@@ -45,41 +45,54 @@ ROW = "mine:by_depth, refit: 2 attention"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a model, texts, a plan and a module, and the results of each command that is needed, once."""
-    place, patch = tmp_path_factory.mktemp("place"), pytest.MonkeyPatch()
-    patch.setattr(sys, "path", list(sys.path))
-    patch.chdir(place)
+    """A folder with a model, texts, a plan and a module, for results that are made when they are first asked for."""
+    place = tmp_path_factory.mktemp("place")
     save_tiny_checkpoint(place / "tiny", num_hidden_layers=4)
     (place / "a.txt").write_text("The quick brown fox jumps over the lazy dog, and a river runs to the sea. " * 40)
     (place / "b.txt").write_text("A green bird sings under the old stone bridge while the winter light fades. " * 40)
     (place / "mine.py").write_text(MINE)
     Plan([1]).save(place / "plan.json")
-    for name in MADE:
+    return place
+
+
+def make(place, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.chdir(place)
         patch.setattr(sys, "argv", ["notall", *MADE[name].split()])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        assert not ended.value.code, name
-    yield place
-    patch.undo()
+    assert not ended.value.code
     sys.modules.pop("mine", None)
 
 
 @pytest.fixture
 def place(made, tmp_path, monkeypatch):
-    """A fresh copy of it, as a clone would be."""
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(made)])
-    monkeypatch.chdir(copytree(made, tmp_path / "clone"))
+    """Go to a copy of it with these results, as a clone of a repository would be."""
+
+    def go(*names):
+        for name in names:
+            if not (made / name).exists():
+                make(made, name)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.chdir(copytree(made, tmp_path / "clone"))
+
+    yield go
     sys.modules.pop("mine", None)
 
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Whatever takes long fails."""
-    for module, name in (
-        *((compare_module, "compare_criteria"), (quality, "evaluate")),
-        *((speed, "time_plans"), (methods, "repair_into")),
-    ):
-        monkeypatch.setattr(module, name, None)
+    """From this call on, whatever takes long fails."""
+
+    def fail():
+        for module, name in (
+            *((compare_module, "compare_criteria"), (quality, "evaluate")),
+            *((speed, "time_plans"), (methods, "repair_into")),
+        ):
+            monkeypatch.setattr(module, name, None)
+
+    return fail
 
 
 def rewritten(file, change):
@@ -96,8 +109,12 @@ def commanded(file, command):
     rewritten(file, lambda line: line["provenance"]["where"].update(command=command))
 
 
-@pytest.mark.parametrize("name", MADE)
+OFTEN = ("measured", "timed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in OFTEN)) for one in MADE])
 def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(place, answered, name):
+    place(name)
     found = answered("reproduce", name, "--out", "again")
     assert {one["agreement"] for one in found["reproduced"]} == {"equal"}
     files = [Path(name) / kind.file for kind in REMADE_KINDS]
@@ -105,7 +122,10 @@ def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(place, answe
     assert ("not judged" in found["verdict"]) == (name in ("swept", "timed"))
 
 
+@pytest.mark.slow
 def test_which_draft_is_the_fastest_is_not_judged(place, answered):
+    place("drafted")
+
     def change(line):
         line.setdefault("measured", {"median": 1.0, "low": 1.0, "high": 1.0, "n": 1})
         line.setdefault("same_texts", 0)
@@ -116,6 +136,7 @@ def test_which_draft_is_the_fastest_is_not_judged(place, answered):
 
 
 def test_what_was_made_again_can_be_made_again(place, answered):
+    place("measured")
     answered("reproduce", "measured", "--out", "again")
     line = json.loads((Path("again") / "measured.jsonl").read_text().splitlines()[0])
     assert line["provenance"]["where"]["command"].startswith("notall eval tiny --plan plan.json --text a.txt")
@@ -124,6 +145,8 @@ def test_what_was_made_again_can_be_made_again(place, answered):
 
 @pytest.mark.parametrize(("errors", "agreement"), [(0.4, "within tolerance"), (0.6, "differs")])
 def test_a_figure_is_held_against_half_of_its_standard_error(place, run, errors, agreement):
+    place("measured")
+
     def change(line):
         line["quality"]["delta_nll"] += errors * line["quality"]["delta_nll_se"]
 
@@ -137,6 +160,7 @@ def test_a_figure_is_held_against_half_of_its_standard_error(place, run, errors,
 
 @pytest.mark.parametrize(("factor", "agreement"), [(1.009, "within tolerance"), (1.011, "differs")])
 def test_a_figure_without_an_error_is_held_against_a_hundredth_of_it(place, run, factor, agreement):
+    place("measured")
     rewritten(
         "measured/measured.jsonl",
         lambda line: line["quality"].update(perplexity=line["quality"]["perplexity"] * factor),
@@ -151,6 +175,8 @@ def test_a_figure_without_an_error_is_held_against_a_hundredth_of_it(place, run,
 
 
 def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place, run):
+    place("compared")
+
     def change(line):
         if line["criterion"] == "cosine":
             line["plan"] = {"attention": [3] if line["plan"]["attention"] != [3] else [0], "mlp": []}
@@ -173,6 +199,7 @@ def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place,
 
 
 def test_a_changed_digit_of_a_sealed_line_is_refused(place, run):
+    place("measured")
     file = Path("measured/measured.jsonl")
     file.write_text(file.read_text().replace('"nll": ', '"nll": 1', 1))
     code, _, err = run("reproduce", "measured", "--out", "again")
@@ -183,6 +210,8 @@ def test_a_changed_digit_of_a_sealed_line_is_refused(place, run):
 @pytest.mark.parametrize("name", ["compared", "measured"])
 @pytest.mark.parametrize("changed", ["text", "weights"])
 def test_another_text_or_model_is_refused_before_any_work(place, run, no_work, name, changed):
+    place(name)
+    no_work()
     if changed == "text":
         Path("a.txt").write_text(Path("a.txt").read_text().replace("fox", "dog"))
     else:
@@ -196,6 +225,8 @@ def test_another_text_or_model_is_refused_before_any_work(place, run, no_work, n
 
 @pytest.mark.parametrize("name", ["measured", "timed", "repaired"])
 def test_another_plan_file_is_refused_before_any_work(place, run, no_work, name):
+    place(name)
+    no_work()
     if name == "timed":
         commanded("timed/bench.jsonl", f"notall bench tiny --plan plan.json --dtype float32 {TIMED} --out timed")
     Plan([2]).save("plan.json")
@@ -204,7 +235,22 @@ def test_another_plan_file_is_refused_before_any_work(place, run, no_work, name)
     assert f"plan.json skips attention 2, and {name} holds records of another plan" in err
 
 
+@pytest.mark.slow
+def test_weights_that_the_run_fits_are_judged_by_their_figures(place, answered):
+    """Another processor fits others, by their last digits."""
+    place("repaired")
+
+    def change(line):
+        if line["model"] == "repaired":
+            line["provenance"]["what"]["weights"] = "0" * 16
+
+    rewritten("repaired/measured.jsonl", change)
+    found = answered("reproduce", "repaired", "--out", "again")["reproduced"]
+    assert [one["agreement"] for one in found] == ["equal"] * 2
+
+
 def test_another_function_is_refused(place, run):
+    place("compared")
     Path("mine.py").write_text(MINE.replace("- 2", "- 3"))
     code, _, err = run("reproduce", "compared", "--row", "mine:by_depth: 1 attention", "--out", "again")
     assert code == 2
@@ -212,6 +258,7 @@ def test_another_function_is_refused(place, run):
 
 
 def test_a_row_of_a_comparison_is_made_alone(place, answered):
+    place("compared")
     (found,) = answered("reproduce", "compared", "--row", ROW, "--out", "again")["reproduced"]
     assert (found["row"], found["agreement"]) == (ROW, "equal")
     lines = [json.loads(line) for line in Path("again/comparison.jsonl").read_text().splitlines()]
@@ -225,13 +272,16 @@ def test_a_row_of_a_comparison_is_made_alone(place, answered):
     assert other["agreement"] == "equal"
 
 
+@pytest.mark.slow
 def test_several_rows_are_those_that_begin_with_these_words(place, answered):
+    place("compared")
     found = answered("reproduce", "compared", "--row", "cosine", "--out", "again")["reproduced"]
     assert len(found) == 2 * 3
     assert {one["agreement"] for one in found} == {"equal"}
 
 
 def test_with_another_number_of_threads_it_is_within_the_tolerance(place, answered):
+    place("measured")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2 if before == 1 else 1)
@@ -242,6 +292,7 @@ def test_with_another_number_of_threads_it_is_within_the_tolerance(place, answer
 
 
 def test_files_that_are_elsewhere_are_named(place, run, answered, tmp_path):
+    place("measured")
     Path("a.txt").rename(tmp_path / "a.txt")
     code, _, err = run("reproduce", "measured", "--out", "again")
     assert code == 2
@@ -253,6 +304,8 @@ def test_files_that_are_elsewhere_are_named(place, run, answered, tmp_path):
 
 
 def test_a_dtype_that_suits_another_machine_is_that_of_the_records(place, run):
+    place("measured")
+
     def change(line):
         line["provenance"]["what"]["dtype"] = "bfloat16"
         line["provenance"]["where"]["command"] = line["provenance"]["where"]["command"].replace("--dtype float32", "")
@@ -263,6 +316,8 @@ def test_a_dtype_that_suits_another_machine_is_that_of_the_records(place, run):
 
 
 def test_what_can_not_be_tried_is_one_line(place, run, no_work):
+    place("measured", "compared")
+    no_work()
     unsafe = {
         "--trust-remote-code": "which no record may ask for",
         "--ray": "which no record may ask for",
@@ -290,6 +345,8 @@ def test_what_can_not_be_tried_is_one_line(place, run, no_work):
 
 
 def test_a_table_has_all_rows_and_of_single_layers_those_that_differ(place, run):
+    place("swept")
+
     def change(line):
         if line["sublayer"] == "mlp.2":
             line["delta_nll"] += 1
@@ -304,7 +361,9 @@ def test_a_table_has_all_rows_and_of_single_layers_those_that_differ(place, run)
     assert "1 differs" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_the_page_of_a_comparison_has_the_command_of_each_row(place, run):
+    place("compared")
     steps = shown_comparison(read_folder(Path("compared"))).steps
     commands = {step.name: shlex.split(step.told.partition("Made again by: notall ")[2]) for step in steps}
     assert len(commands) == 2 * 3 * 3
