@@ -22,7 +22,7 @@ completion to your shell.
 | --- | --- |
 | 0 | done |
 | 2 | bad input, named in one line with the fix |
-| 3 | done, but the budget was missed; a line reports the result |
+| 3 | done, but the budget was missed, or a figure differs; a line reports the result |
 | 130 | interrupted; the same command continues where it stopped |
 
 A table fits your terminal. If that is too narrow for all columns, a line below names the others. A file or a pipe

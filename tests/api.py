@@ -193,6 +193,7 @@ NAMES = {
         "write_plain",
     ],
     "experiments.recovery": ["JudgedRecord", "RecoveryOptions", "kept_in_words", "short_of"],
+    "experiments.reproduce": ["KINDS as REMADE_KINDS"],
     "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord"],
     "experiments.sweep": [
         "COLUMNS as SWEEP_COLUMNS",

@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[Make, str]] = {
     "similarity": (nothing, f"similarity ../model --out r {SMALL}"),
     "plan": (nothing, "plan ../model -o r.json --skip attention:1"),
     "report": (made_by(f"sweep ../model --out r {SMALL} {TIMED}"), fuzzing.REPORT),
+    "reproduce": (made_by(f"eval ../model --plan ../plan.json --out r {SMALL}"), "reproduce r --out again"),
     "export hf": (fuzzing.checkpoint, f"{EXPORT} hf --dtype float32 --device cpu"),
     "export nemotron-nas": (fuzzing.checkpoint, f"{EXPORT} nemotron-nas {PLAIN}"),
     "export gguf": (fuzzing.gguf, f"{EXPORT.replace(' m ', ' m.gguf ')} gguf --no-verify"),

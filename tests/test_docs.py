@@ -68,6 +68,7 @@ def workplace(tiny, tmp_path, monkeypatch, short_prose):
     monkeypatch.setattr(repair_texts, "SEQUENCES", 4)
     monkeypatch.setattr(repair_texts, "LENGTH", 32)
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
+    Path(tiny.name).symlink_to(tiny)  # as records name it
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(16)]
     times = lambda _, workload, **__: latency.SublayerTimes(workload, 100, dict.fromkeys(names, 2))  # noqa: E731
     monkeypatch.setattr(latency, "measure_times", times)  # what so small a model saves is hard to time

@@ -51,6 +51,7 @@ LINES: dict[str, tuple[str, ...]] = {
     "sweep": (f"model {TIMED} --out sweep",),
     "tasks": ("tiny --task-path tasks",),
     "report": ("sweep -o page.html", "paper -o paper.html"),
+    "reproduce": ("compare --out reproduce",),
     "export": (
         "model --plan plan.json --to hf --out hf",
         "model --plan plan.json --to nemotron-nas --out nas",

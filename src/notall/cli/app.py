@@ -39,10 +39,11 @@ COMMANDS = {
     "sweep": (MEASURE, "measure", "Run the paper's grid on a text."),
     "tasks": (MEASURE, "measure", "List the tasks of lm-evaluation-harness that --tasks takes."),
     "report": (SHOW, "measure", "Turn a results folder into one page that opens anywhere."),
+    "reproduce": (SHOW, "measure", "Make a results folder again, and compare every figure."),
     "export": (TAKE, "export", "Write the model without what the plan skips, as files that engines load."),
 }
 
-MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for
+MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for, or recorded
 WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
 
 FIRST_STEPS = """\
@@ -102,7 +103,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but the budget was missed; "
+    epilog="Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but the budget was missed, "
+    "or a figure differs; "
     "130 interrupted. "
     "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
 )

@@ -1,14 +1,20 @@
-"""notall eval, bench, draft, sweep, paper, pareto, tasks and report: what plans cost and save, and their page."""
+"""notall eval, bench, draft, sweep, paper, pareto, tasks, report and reproduce: what plans cost and save."""
 
+import io
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..errors import FIGURES, UsageError, need, printable, shortened
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
 from ..experiments import options
 from ..experiments import pareto as fronts
+from ..experiments import reproduce as again
 from ..experiments import sweep as sweeps
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
@@ -27,7 +33,7 @@ from ..results.ledger import read
 from ..results.provenance import windows_in_words
 from ..results.table import table
 from ..results.terminal import next_report, progress_bar, show
-from .app import command, conclude
+from .app import MISSED, app, command, conclude
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,13 +69,13 @@ def evaluate(
     wanted.check(locate(net))
     batches, described = text.windows(net, tokenizer, seed=run.seed)
     windows = text.for_diagnostics(net, tokenizer, run.seed) if diagnostics else None
+    settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         if repair:
             wanted, _ = repair.apply(net, tokenizer, wanted, kept, model.provenance(net), progress)
         warn_of_own_text(wanted, described, plan.plan)
         evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, progress)
         found = evaluation.run(batches)
-    settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
     records = evaluation.records(found, batches, settings)
     tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
     if found.scores:
@@ -306,3 +312,38 @@ def report(
     from ..report.page import write_report
 
     print(printable(f"{write_report(folder, out)}: open it in a browser"))
+
+
+@command(example="notall reproduce comparison --row cosine --out again")
+def reproduce(
+    folder: Annotated[Path, Option("folder of results", metavar="DIR", argument=True)] = Path("results"),
+    row: Annotated[options.Words, Option("only rows whose names begin with these words; repeat it for more")] = (),
+    swap: Annotated[
+        options.Words, Option("another word for one of the recorded command; repeat it for more", ("--replace",), "WORD=OTHER")
+    ] = (),
+    out: OutFolder = Path("reproduced"),
+    as_json: Json = False,
+) -> None:
+    """Make a results folder again, from its records alone, and compare every figure.
+
+    The recorded command runs again. A model, text, plan or function that has changed is refused by its digest.
+    Exit code 3 follows where a figure differs beyond the tolerance.
+    """
+    found = again.reproduce(folder, row, swap, out, _run)
+    told = again.conclusion(found, folder)
+    many = ("similarity", "leave_one_out")  # rows that are shown where they differ
+    shown = [one for one in found if one.agreement != "equal" or not one.row.startswith(many)]
+    tables = {"reproduced": replace(table(f"{folder}, made again in {out}", again.COLUMNS, shown), facts=tuple(found))}
+    show(tables, as_json=as_json, also={"verdict": told}, then=[told])
+    if any(one.agreement in ("differs", "not made") for one in found):
+        raise typer.Exit(MISSED)
+
+
+def _run(line: list[str]) -> None:
+    """A command in this process, without its tables; records name it as if it had been typed."""
+    typed, sys.argv = sys.argv, ["notall", *line]
+    try:
+        with redirect_stdout(io.StringIO()):
+            app(line, prog_name="notall", standalone_mode=False)
+    finally:
+        sys.argv = typed

@@ -315,7 +315,7 @@ def compare_criteria(
                 tasks=tuple(one.score for one in answers if one.plan == choice.plan and repair == UNREPAIRED),
                 # What adds matrices takes other times.
                 times=None if added.get((repair, choice.plan)) else times.get(choice.plan),
-                provenance=source,
+                provenance=Provenance.of(source, **source_of(choice.criterion)),
             )
             for choice, repair in product(choices, (UNREPAIRED, *ways))
         ]
@@ -541,7 +541,9 @@ def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
 def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     found = shown_plans(folder, records, _sections(records), _found_again)
-    steps = tuple(replace(step, order=one.order) for step, one in zip(found.steps, records))
+    again = [next_command("reproduce", folder.path, row=one.name, out="again") for one in records]
+    again = again if folder.provenance.command[:2] == ["notall", "compare"] else [""] * len(records)
+    steps = tuple(replace(step, order=one.order, again=by) for step, one, by in zip(found.steps, records, again))
     return replace(found, cards=tuple(_cards(records)), steps=steps)
 
 

@@ -1,6 +1,5 @@
 """What a results folder holds, whichever command wrote it, and what a page shows of it: each verb makes these."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,16 +49,8 @@ class Folder:
         return next((shape.layers for shape in shapes if shape), 0)
 
     @property
-    def command(self) -> list[str]:
-        """The words of the command that it is of; [] where that is not known."""
-        try:
-            return shlex.split(str(self.provenance.where.get("command", "")))
-        except ValueError:
-            return []
-
-    @property
     def plan_options(self) -> list[str]:
-        words = self.command
+        words = self.provenance.command
         pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
         kept = ["--keep-last"] if "--keep-last" in words else []
         return [word for pair in pairs for word in pair] + kept or ["--plan", "plan.json"]
@@ -111,6 +102,7 @@ class Step:
     footprint: Footprint | None = None
     dense: Footprint | None = None
     order: tuple[Sequence[str], ...] = ()
+    again: str = ""  # the command that makes its figures again
 
     @property
     def told(self) -> str:
@@ -125,7 +117,7 @@ class Step:
             parts.append(f"{self.times.decode_ms_per_token.median:.1f} ms a token")
         if self.order:
             parts.append("skipped in this order: " + ", ".join(map("+".join, self.order)))
-        return f"{'; '.join(parts)}."
+        return f"{'; '.join(parts)}.{f' Made again by: {self.again}' if self.again else ''}"
 
 
 def in_nats(quality: Quality) -> str:

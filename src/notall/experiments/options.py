@@ -18,6 +18,7 @@ from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
 from ..plan import Plan
+from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
 
@@ -99,7 +100,7 @@ class ModelOptions:
         about = machine(model.device)
         where = {name: about[name] for name in ("device", "threads", "versions")} | {"machine": about} | this_run()
         what = {**identify(self.model, revision=self.revision), "dtype": dtype_name(model), **more}
-        return Provenance(what=what, where=where)
+        return as_recorded(Provenance(what=what, where=where))
 
 
 @dataclass(frozen=True)

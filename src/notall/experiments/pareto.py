@@ -606,7 +606,7 @@ def shown(folder: Folder) -> Shown:
     measured = any(one.times for one in records)
     drawn = (Figure(on_page(_drawn(records)), "Loss against decode speedup in the engine"),) if measured else ()
     section = Section("pareto", "Skipping beside quantising", drawn, table("pareto", COLUMNS, records))
-    command = folder.command
+    command = folder.provenance.command
     if command[:2] != ["notall", "pareto"]:
         engine = folder.provenance.what.get("engine", "llama.cpp")
         command = ["notall", "pareto", folder.model, "--engine", engine, "--out", str(folder.path)]

@@ -1,7 +1,8 @@
 """One run's records of one kind in a folder: read and checked once, then only added to."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,7 +15,11 @@ from .provenance import Provenance
 from .record import BESIDE, HOMES, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
+About = Provenance | Record
 Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
+RECORDED = ContextVar[tuple[Record, Path] | None]("of a folder whose records a run makes again", default=None)
+GO_ON = "choose another folder (--out), or give the same settings to go on with it"
+AS_IT_WAS = "give it as it was, or keep what comes of it now as results of your own"
 
 
 class Ledger(Generic[R]):
@@ -100,12 +105,18 @@ def kind_at(path: Path) -> str | None:
     return None
 
 
-def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
-    """Raise `UsageError` when `out` holds results of other settings; on another machine they may go on."""
+def as_recorded(about: Provenance) -> Provenance:
+    """`about`; raises `UsageError` where records of other settings are to be made again."""
+    if recorded := RECORDED.get():
+        check_same(recorded[0], about, recorded[1], AS_IT_WAS)
+    return about
+
+
+def check_same(held: About, wanted: About, out: Path, fix: str = GO_ON, found: Container[str] = ()) -> None:
+    """Raise `UsageError` when `out` holds results of other settings, but for those that were `found`."""
     for name, value in lines.finite(wanted.what).items():
-        if held.what.get(name) != value:
+        if name not in found and held.what.get(name) != value:
             told = f"{out} holds results with {name} {shortened(held.what.get(name))}, not {shortened(value)}"
-            fix = "choose another folder (--out), or give the same settings to go on with it"
             raise UsageError(f"{told}; {fix}")
 
 

@@ -36,6 +36,14 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
         return json.dumps(self.what, sort_keys=True)
 
     @property
+    def command(self) -> list[str]:
+        """The words of the command; [] where that is not known."""
+        try:
+            return shlex.split(str(self.where.get("command", "")))
+        except ValueError:
+            return []
+
+    @property
     def in_words(self) -> str:
         """The model in its dtype, and where it ran: what a table says above itself."""
         model, dtype = self.what.get("model", "the model"), self.what.get("dtype", "a dtype that is not told")

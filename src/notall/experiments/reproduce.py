@@ -1,0 +1,175 @@
+"""Make a folder's records again, by their own commands, and compare the two figure by figure."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..errors import UsageError, printable, shortened
+from ..plan import several
+from ..results.facts import SPEEDUPS
+from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
+from ..results.record import Fact, Key, Record, Scalar
+from ..results.repairs import MeasuredRecord
+from ..results.table import Column, words
+from . import bench, draft, driver, recovery, search, sweep
+from .compare import ComparisonRecord
+from .options import read_plan
+
+COMMANDS = tuple(
+    f"notall {name}" for name in ("compare", "sweep", "search", "eval", "repair", "heal", "bench", "draft")
+)
+GIVEN = (MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRecord)  # records of a plan that is given
+KINDS: tuple[type[Record], ...] = (
+    *(ComparisonRecord, sweep.SweepRecord, search.SearchRecord, *GIVEN),
+    *(driver.SimilarityRecord, driver.LeaveOneOutRecord),
+)
+# What no record may ask for: code and machines of others, and files elsewhere than in --out.
+UNSAFE = {"--trust-remote-code", "--task-path", "--ray", "--offload"}
+FOUND = ("plan", "weights")  # among settings what a run chose or fitted, which is compared as figures are
+TIMED = re.compile(r"(^|_)(ms|seconds|speedup|predicted|measured|same|peak)(_|$)")  # or of what is the fastest
+OF_OTHERS = {"behind", "behind_se", "evaluations", "executions", "forwards"}  # depend on the rows made in the same run
+OF_ERROR, OF_VALUE = 0.5, 0.01  # the tolerance: of a figure's standard error, or of a figure without one
+Agreement = Literal["equal", "within tolerance", "differs", "not made"]
+
+
+class Remade(Fact):
+    """A record and its like, by the figure that differs most; a speedup is shown, and not judged."""
+
+    row: str
+    agreement: Agreement
+    differs_most: str = ""
+    recorded: str = ""
+    made_again: str = ""
+    speedup_recorded: str = ""
+    speedup_again: str = ""
+
+
+COLUMNS: tuple[Column[Remade], ...] = tuple(
+    words(name.replace("_", " "), attrgetter(name)) for name in Remade.model_fields
+)
+
+
+def reproduce(
+    folder: Path, rows: Sequence[str], swaps: Sequence[str], out: Path, run: Callable[[list[str]], object]
+) -> list[Remade]:
+    """Let `run` make the records of `folder`, or of these rows, again in `out`, and compare them.
+
+    Raises `UsageError` where that cannot be tried, or a text, a model, a plan or a function is not as it was.
+    """
+    if out.resolve() == folder.resolve():
+        raise UsageError(f"{out} is what is to be made again: choose another folder (--out)")
+    if wrong := [swap for swap in swaps if "=" not in swap]:
+        raise UsageError(f"--replace {shortened(wrong[0])} has no other word: write wiki.txt=data/wiki.txt")
+    asked = [one for one in _records(folder) if not rows or _name(one).startswith(tuple(rows))]
+    if not asked:
+        raise UsageError(f"{folder} has no {f'row {shortened(rows[0])}' if rows else 'records'} to make again")
+    lines: dict[tuple[str, ...], list[Record]] = {}
+    for record in asked:
+        own = _line(record, folder, dict(swap.split("=", 1) for swap in swaps), narrowed=bool(rows))
+        lines.setdefault((*own, "--out", str(out / "plan.json" if own[0] == "search" else out)), []).append(record)
+    for line, records in lines.items():
+        print(f"making again: {printable(shlex.join(['notall', *line]))}", file=sys.stderr)
+        token = RECORDED.set((records[0], folder))
+        try:
+            _check_plans(line, records, folder)
+            run([*line])
+        except UsageError as error:
+            raise UsageError(f"{error}; --replace WORD=OTHER changes a word of that command") from None
+        finally:
+            RECORDED.reset(token)
+    made = {_identity(one): one for place in (out, out / "plan.search") for one in _records(place)}
+    every, unfit = (one for records in lines.values() for one in records), OF_OTHERS if rows else set()
+    return [_compared(one, made.get(_identity(one)), folder, unfit) for one in every]
+
+
+def conclusion(found: Sequence[Remade], folder: Path) -> str:
+    counts = Counter(one.agreement for one in found)
+    told = ", ".join(f"{counts[name]} {name}" for name in get_args(Agreement) if counts[name])
+    rule = "Equal: to the last digit. Tolerance: half of a figure's standard error, or 1 % of a figure without one."
+    timed = " Times are shown, and not judged." if any(one.speedup_recorded for one in found) else ""
+    return f"{several(len(found), 'record')} of {folder}, made again: {told}. {rule}{timed}"
+
+
+def _records(folder: Path) -> list[Record]:
+    return [one for kind in KINDS for one in read(folder / kind.file, kind)]
+
+
+def _line(record: Record, folder: Path, swaps: Mapping[str, str], *, narrowed: bool) -> list[str]:
+    """Its command without --out, in its dtype, maybe `narrowed` to itself. Raises `UsageError` for one of others."""
+    given = record.provenance.command if record.provenance else []
+    if " ".join(given[:2]) not in COMMANDS:
+        made = shortened(shlex.join(given), 60) or "what it does not say"
+        raise UsageError(f"{folder} was made by {made}: give a folder of {', '.join(COMMANDS)}")
+    line = [part for word in given[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if unsafe := UNSAFE.intersection(line):
+        raise UsageError(f"{folder} was made with {min(unsafe)}, which no record may ask for: run its command yourself")
+    asked, dropped = dict[str, str](), ["--out", "-o"]
+    if record.what.get("dtype") in ("float32", "bfloat16", "float16"):  # whatever suits this machine
+        asked["--dtype"] = str(record.what["dtype"])
+    if narrowed and isinstance(record, ComparisonRecord):
+        asked |= {"--skip": f"{record.space}:{record.count}", "--criterion": record.criterion}
+        asked |= {"--objective": record.objective, "--repair": record.repair}
+    kept = [word for before, word in zip(["", *line], line) if not {before, word} & {*asked, *dropped}]
+    return [*(swaps.get(word, word) for word in kept), *(word for pair in asked.items() for word in pair)]
+
+
+def _check_plans(line: Sequence[str], records: Sequence[Record], folder: Path) -> None:
+    """Raise `UsageError` where a plan file of the command is missing, or not that of the records."""
+    planned = [one for one in records if isinstance(one, GIVEN)]
+    weights = {digest for one in planned for name in ("weights", "repair") if (digest := one.what.get(name))}
+    for path in (Path(word) for before, word in zip(line, line[1:]) if before == "--plan"):
+        plan = read_plan(path)
+        if any(one.plan.indices != plan.indices for one in planned) or (weights and plan.digest not in weights):
+            raise UsageError(f"{path} skips {plan}, and {folder} holds records of another plan; {AS_IT_WAS}")
+
+
+def _compared(held: Record, made: Record | None, folder: Path, unfit: set[str]) -> Remade:
+    """By all figures but times and those that are `unfit`. Raises `UsageError` for a record of other settings."""
+    if made is None:
+        return Remade(row=_name(held), agreement="not made", speedup_recorded=_speedup(held))
+    check_same(held, made, folder, AS_IT_WAS, FOUND)
+    old, new = held.figures(), made.figures()
+    fit = [name for name in old if not TIMED.search(name) and name not in unfit]
+    apart = {name: _tolerances(old[name], new.get(name), old.get(f"{name}_se")) for name in fit}
+    worst = max(apart, key=apart.__getitem__)
+    agreement: Agreement = "differs" if apart[worst] > 1 else "within tolerance" if apart[worst] else "equal"
+    told = {"differs_most": worst, "recorded": str(old[worst]), "made_again": str(new.get(worst))}
+    speedups = {"speedup_recorded": _speedup(held), "speedup_again": _speedup(made)}
+    return Remade(row=_name(held), agreement=agreement, **(told if apart[worst] else {}), **speedups)
+
+
+def _tolerances(old: Scalar, new: Scalar, error: Scalar) -> float:
+    """How many of them two figures are apart: words and counts are the same, or infinitely far."""
+    if old == new:
+        return 0.0
+    if not isinstance(old, float) or not isinstance(new, float):
+        return math.inf
+    tolerance = OF_ERROR * error if isinstance(error, float) and error else OF_VALUE * abs(old)
+    return abs(new - old) / tolerance if tolerance else math.inf
+
+
+def _identity(record: Record) -> Key:
+    """What was asked for, and not what was found; drafts, which have no key, are told apart by two fields."""
+    names = ["plan", "decoding", "drafted", *record.key_fields]
+    given = (name for name in names if name != "plan" or isinstance(record, GIVEN))
+    return (record.kind_name, *(getattr(record, name, None) for name in given))
+
+
+def _name(record: Record) -> str:
+    if isinstance(record, ComparisonRecord | sweep.SweepRecord):
+        return record.name
+    return " ".join(map(str, (record.kind_name, *(getattr(record, name) for name in record.key_fields))))
+
+
+def _speedup(record: Record) -> str:
+    """Of decoding; of a bench that of its plan."""
+    times = getattr(getattr(record, "skipped", record), "times", None)
+    return SPEEDUPS[0].text(times) if times else ""
