@@ -319,7 +319,8 @@ def reproduce(
     folder: Annotated[Path, Option("folder of results", metavar="DIR", argument=True)] = Path("results"),
     row: Annotated[options.Words, Option("only rows whose names begin with these words; repeat it for more")] = (),
     swap: Annotated[
-        options.Words, Option("another word for one of the recorded command; repeat it for more", ("--replace",), "WORD=OTHER")
+        options.Words,
+        Option("another word for one of the recorded command; repeat it for more", ("--replace",), "WORD=OTHER"),
     ] = (),
     out: OutFolder = Path("reproduced"),
     as_json: Json = False,

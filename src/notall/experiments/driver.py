@@ -238,8 +238,8 @@ def benchmark(
 
     settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": choice.num_fewshot, "truncate": choice.truncate}
     about = Provenance.of(subject.provenance, **settings)
-    limits = {name: {"asked": name, "limit": choice.limit_of(name)} | source_of(name) for name in choice.names}
-    abouts = {name: Provenance.of(about, **limit) for name, limit in limits.items()}
+    sources = {name: Provenance.of(about, asked=name, **source_of(name)) for name in choice.names}
+    abouts = {name: Provenance.of(source, limit=choice.limit_of(name)) for name, source in sources.items()}
     rows_of = {False: rows, True: generating_rows or rows}  # text is generated plan by plan
 
     def known(name: str) -> list[BenchmarkRecord]:

@@ -32,7 +32,7 @@ KINDS: tuple[type[Record], ...] = (
     *(driver.SimilarityRecord, driver.LeaveOneOutRecord),
 )
 # What no record may ask for: code and machines of others, and files elsewhere than in --out.
-UNSAFE = {"--trust-remote-code", "--task-path", "--ray", "--offload"}
+UNSAFE = {"--trust-remote-code", "--attn-implementation", "--task-path", "--ray", "--offload"}
 FOUND = ("plan", "weights")  # among settings what a run chose or fitted, which is compared as figures are
 TIMED = re.compile(r"(^|_)(ms|seconds|speedup|predicted|measured|same|peak)(_|$)")  # or of what is the fastest
 OF_OTHERS = {"behind", "behind_se", "evaluations", "executions", "forwards"}  # depend on the rows made in the same run
