@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from statistics import correlation
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -387,12 +386,10 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
 
 def rank_correlation(values: Sequence[float]) -> float:
     """Spearman's, of values and their places, over those that are numbers; NaN where they are all alike."""
+    from scipy.stats import spearmanr
+
     known = [value for value in values if is_number(value)]
-    ordered = sorted(known)
-    if len(set(known)) < 2:
-        return math.nan
-    ranks = [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in known]  # ties share their mean
-    return correlation(range(1, len(known) + 1), ranks)
+    return float(spearmanr(range(len(known)), known).statistic) if len(set(known)) > 1 else math.nan
 
 
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
