@@ -158,8 +158,8 @@ def test_a_figure_is_held_against_half_of_its_standard_error(place, run, errors,
     assert one["recorded"] != one["made_again"]
 
 
-@pytest.mark.parametrize(("factor", "agreement"), [(1.009, "within tolerance"), (1.011, "differs")])
-def test_a_figure_without_an_error_is_held_against_a_hundredth_of_it(place, run, factor, agreement):
+@pytest.mark.parametrize(("factor", "agreement"), [(1.049, "within tolerance"), (1.06, "differs")])
+def test_a_figure_without_an_error_is_held_against_a_part_of_it(place, run, factor, agreement):
     place("measured")
     rewritten(
         "measured/measured.jsonl",
@@ -172,6 +172,14 @@ def test_a_figure_without_an_error_is_held_against_a_hundredth_of_it(place, run,
         agreement,
         "perplexity",
     )
+
+
+@pytest.mark.parametrize(("factor", "agreement"), [(1.9, "within tolerance"), (2.1, "differs")])
+def test_an_error_is_held_against_half_of_itself(place, run, factor, agreement):
+    place("measured")
+    rewritten("measured/measured.jsonl", lambda line: line["quality"].update(kl_se=line["quality"]["kl_se"] * factor))
+    one = json.loads(run("reproduce", "measured", "--out", "again", "--json")[1])["reproduced"][0]
+    assert (one["agreement"], one["differs_most"]) == (agreement, "kl_se")
 
 
 def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place, run):
@@ -344,19 +352,19 @@ def test_what_can_not_be_tried_is_one_line(place, run, no_work):
     assert not Path("again").exists()
 
 
-def test_a_table_has_all_rows_and_of_single_layers_those_that_differ(place, run):
+def test_a_table_has_all_rows_and_of_similarities_those_that_differ(place, run):
     place("swept")
 
     def change(line):
-        if line["sublayer"] == "mlp.2":
-            line["delta_nll"] += 1
+        if (line["layer"], line["kind"]) == (2, "mlp"):
+            line["cosine"] += 1
 
-    rewritten("swept/leave_one_out.jsonl", change)
+    rewritten("swept/similarity.jsonl", change)
     code, out, err = run("reproduce", "swept", "--out", "again")
     assert code == MISSED
     assert err.startswith("making again: notall sweep tiny --text a.txt")
-    assert "leave_one_out mlp.2" in out
-    assert "leave_one_out mlp.1" not in out
+    assert "similarity 2 mlp" in out
+    assert "similarity 1 mlp" not in out
     assert "attention 25%" in out
     assert "1 differs" in " ".join(out.split())
 

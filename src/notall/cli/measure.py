@@ -332,8 +332,7 @@ def reproduce(
     """
     found = again.reproduce(folder, row, swap, out, _run)
     told = again.conclusion(found, folder)
-    many = ("similarity", "leave_one_out")  # rows that are shown where they differ
-    shown = [one for one in found if one.agreement != "equal" or not one.row.startswith(many)]
+    shown = [one for one in found if one.agreement != "equal" or not one.row.startswith("similarity")]  # which are many
     tables = {"reproduced": replace(table(f"{folder}, made again in {out}", again.COLUMNS, shown), facts=tuple(found))}
     show(tables, as_json=as_json, also={"verdict": told}, then=[told])
     if any(one.agreement in ("differs", "not made") for one in found):
