@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -220,20 +219,6 @@ def test_leading_layers_without_experts_are_counted_again(skipped, leading, tmp_
     assert model.config.first_k_dense_replace == 1
     out = export(model, Plan([skipped], [skipped]), "hf", tmp_path / "out", verify=False)
     assert json.loads((out / "config.json").read_text())["first_k_dense_replace"] == leading
-
-
-def test_a_refused_upload_leaves_the_files_and_says_what_to_do(dense, tmp_path):
-    with pytest.raises(UsageError, match="hf upload me/tiny"):  # the hub is offline here
-        export(dense, BLOCK, "hf", tmp_path / "out", push_to_hub="me/tiny")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
-def test_pushing_uploads_what_was_written(dense, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, exist_ok: calls.append(name))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append((repo_id, folder_path)))
-    out = export(dense, BLOCK, "hf", tmp_path / "out", push_to_hub="me/tiny")
-    assert calls == ["me/tiny", ("me/tiny", out)]
 
 
 # --- refusals, after which nothing is left ----------------------------------------------------------------------------

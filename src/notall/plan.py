@@ -141,17 +141,15 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
-        """Read a plan that `save` or a person wrote, or `published:NAME`.
-
-        Raises `UsageError` when it is missing, truncated or malformed.
-        """
+        """Read a plan file, or `published:NAME`. Raises `UsageError` when it is missing, truncated or malformed."""
         path = Path(path)
         where = shortened(path)
         if (name := str(path).removeprefix("published:")) != str(path):
             path, known = PUBLISHED / f"{name}.json", [one.stem for one in PUBLISHED.glob("*.json")]
             if name not in known:
-                told = f"there is no published plan {shortened(name)}{nearest(name, known)}"
-                raise UsageError(f"{told}; docs/plans.md lists their names")
+                raise UsageError(
+                    f"there is no published plan {shortened(name)}{nearest(name, known)}; see docs/plans.md"
+                )
         try:
             content = contents(path, MOST_BYTES)
         except IsADirectoryError:

@@ -166,7 +166,7 @@ def _keeping_most(recovering: Recovering, first: "Outcome", setting: Setting, bu
 
     others = [Choice(one, tuple(filter(one.issuperset, space.units))) for one in evaluator.cheapest(is_other)]
     for choice in (first.choice, *others[:BESIDE]):
-        outcome = first if choice is first.choice else _outcome(choice, setting, budget)
+        outcome = first if choice is first.choice else _outcome(choice, setting, budget, {})
         if outcome.met:
             kept = recovering.kept(space.plan(choice.skipped))
             found.append((kept, outcome))
@@ -215,7 +215,7 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
     whole = choose_as_fast(criterion, setting.until(FIRST), replace(budget, limit=math.inf))
     if (cost := rise(whole)) <= budget.limit:
         return whole
-    within = _outcome(choose(criterion, setting, replace(budget, target=math.inf)), setting, budget)
+    within = _outcome(choose(criterion, setting, replace(budget, target=math.inf)), setting, budget, {})
     if within.met:
         return within
     costs = f"{_as_much(budget, whole.choice, whole.check)} costs {cost:.3f} nats on the text it was chosen by"
@@ -241,8 +241,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
             measured = outcome.check.measured_speedup
             if outcome.met and measured.median - max(measured.error, MOST_ERROR * budget.faster) <= budget.faster:
                 break
-            corrected = following.corrected(outcome.check)
-            if corrected is None:
+            if (corrected := following.corrected(outcome.check)) is None:
                 break
             following = corrected
     if met := [one for one in tried if one.met]:  # the one that costs least, or else the fastest
@@ -250,19 +249,17 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 
 
-def _outcome(
-    choice: Choice, setting: Setting, budget: Budget, timed: dict[Footprint, SpeedCheck] | None = None
-) -> Outcome:
+def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footprint, SpeedCheck]) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
-        plan, timed = plan_of(choice.skipped), {} if timed is None else timed
-        left, error = footprint(setting.model, plan), MOST_ERROR * budget.faster
+        plan, error = plan_of(choice.skipped), MOST_ERROR * budget.faster
+        left = footprint(setting.model, plan)
         if left not in timed:
             timed[left] = check_times(setting.model, plan, budget.times, error=error, seed=setting.seed)
-        predicted = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
-        speedup = budget.times.dense_ms / predicted
-        check = timed[left].model_copy(update={"predicted_ms": predicted, "predicted_speedup": speedup})
+        ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
+        predicted = {"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms}
+        check = timed[left].model_copy(update=predicted)
         is_met = budget.reached(check)
     return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
 

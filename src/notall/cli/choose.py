@@ -95,9 +95,8 @@ def search(
     """Choose what to skip, by the search or another importance criterion, to meet a budget.
 
     With --recovery it also measures tasks. With no other budget it skips as much as keeps their scores.
-    With --repair it reads twice --sequences windows.
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
-    If you interrupt it, the same command continues where it stopped.
+    With --repair it reads twice --sequences windows. If you interrupt it, the same command continues where it stopped.
     """
     asked = Search(model, space, text, budget, workload, by, repair, tasks, out, run.seed)
     with progress_bar() as progress:

@@ -49,15 +49,12 @@ def export(
     tasks: RecoveryOptions,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
     measure: Annotated[str | None, Option("measure the plan on this text, for the model card")] = None,
-    verify: Annotated[
-        bool, Option("run the export, and compare it with the pruned model", ("--verify/--no-verify",))
-    ] = True,
-    push_to_hub: Annotated[str | None, Option("upload the export to this repository of the hub")] = None,
+    verify: Annotated[bool, Option("run it, and compare it with the pruned model", ("--verify/--no-verify",))] = True,
     as_json: Json = False,
 ) -> None:
     """Write the model without what the plan skips, as files that engines load.
 
-    OUT appears whole or not at all.
+    OUT appears whole or not at all. `hf upload` puts it on the hub.
     """
     kept = out.with_name(f"{out.name}.repaired")
     wanted = read_plan(plan)
@@ -72,7 +69,7 @@ def export(
     with progress_bar() as progress:
         wanted, measured = _repaired(model, wanted, repair, kept, progress)
         card, verdict = _measured(model, wanted, measure, choice, progress) if measure or choice else (None, None)
-        how |= {"measured": card, "verify": verify, "push_to_hub": push_to_hub, "progress": progress}
+        how |= {"measured": card, "verify": verify, "progress": progress}
         export_model(model.model, wanted, to, out, **how)
     files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
     ending = _conclusion(out, to)

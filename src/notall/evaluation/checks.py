@@ -107,10 +107,7 @@ def json_keys(text: str) -> list[str]:
 
 
 def own_prompts(name: str, items: int, seed: int) -> list[Doc]:
-    """Ours, or those of the file behind the colon of `name`: its first, third ... to choose by, the others to judge by.
-
-    Raises `UsageError` where the file has none of these.
-    """
+    """Ours, or those of the file behind the colon of `name`: its first, third ... to choose by, others to judge by."""
     file = name.partition(":")[2]
     said = read_prompts(Path(file))[seed != CHOOSING :: 2] if file else prompts(items, seed=seed, held_out=True)
     if not said:

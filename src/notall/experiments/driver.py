@@ -238,8 +238,9 @@ def benchmark(
 
     settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": choice.num_fewshot, "truncate": choice.truncate}
     about = Provenance.of(subject.provenance, **settings)
-    sources = {name: Provenance.of(about, asked=name, **source_of(name)) for name in choice.names}
-    abouts = {name: Provenance.of(source, limit=choice.limit_of(name)) for name, source in sources.items()}
+    abouts = {
+        one: Provenance.of(about, asked=one, limit=choice.limit_of(one), **source_of(one)) for one in choice.names
+    }
     rows_of = {False: rows, True: generating_rows or rows}  # text is generated plan by plan
 
     def known(name: str) -> list[BenchmarkRecord]:

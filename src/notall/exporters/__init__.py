@@ -89,7 +89,6 @@ def export(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
-    push_to_hub: str | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Write `model` without the sublayers of `plan` as files for the engines of `target`; returns the folder `out`.
@@ -101,8 +100,7 @@ def export(
     GGUF file, which have no such dtype, become bfloat16. A program of ExecuTorch is in float32 without one.
     `measured` goes into the model card as a table. `out` appears whole or not at all.
     Raises `UsageError` for a plan of another model, one that keeps matrices at run time, a folder that exists,
-    damaged or unreadable files, a target that cannot express the plan, a full disk, and a written model that answers
-    differently.
+    damaged files, a target that cannot express the plan, a full disk, and a model that answers differently.
     """
     if type(plan) is not Plan:  # the module of repaired plans imports torch
         from ..running.repaired import refuse_maps
@@ -116,8 +114,6 @@ def export(
         if verify:
             progress(0, 1, "comparing with the skipped model")
         describe(folder, prepared, prepared.verify(folder) if verify else TURNED_OFF, measured)
-    if push_to_hub:
-        _push(out, push_to_hub)
     return out
 
 
@@ -160,16 +156,3 @@ def check_room(folder: Path, size: int) -> None:
     if size > free:
         told = f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left"
         raise UsageError(f"{told}; free some, or choose another disk")
-
-
-def _push(folder: Path, repository: str) -> None:
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except (OSError, ValueError, RuntimeError) as error:  # what httpx, requests and the hub's checks raise
-        said = str(error).partition("\n")[0] or type(error).__name__
-        told = f"{folder} is written, but {repository} did not take it ({said})"
-        raise UsageError(f"{told}: `hf upload {repository} {folder}`") from None
