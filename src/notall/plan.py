@@ -147,9 +147,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         if (name := str(path).removeprefix("published:")) != str(path):
             path, known = PUBLISHED / f"{name}.json", [one.stem for one in PUBLISHED.glob("*.json")]
             if name not in known:
-                raise UsageError(
-                    f"there is no published plan {shortened(name)}{nearest(name, known)}; see docs/plans.md"
-                )
+                raise UsageError(f"no published plan {shortened(name)}{nearest(name, known)}; see docs/plans.md")
         try:
             content = contents(path, MOST_BYTES)
         except IsADirectoryError:
