@@ -472,10 +472,10 @@ def test_a_folder_without_tasks_is_named(run, tmp_path):
 @pytest.mark.parametrize(
     ("how", "tokens"),
     [
-        ({"until": [], "max_gen_toks": 4}, 41),
-        ({"max_gen_toks": "4"}, 41),
-        ({"max_new_tokens": 3}, 31),
-        ({"max_gen_toks": None}, 2561),
+        ({"until": [], "max_gen_toks": 4}, 21),
+        ({"max_gen_toks": "4"}, 21),
+        ({"max_new_tokens": 3}, 16),
+        ({"max_gen_toks": None}, 1281),
     ],
 )
 def test_what_is_generated_counts_as_the_harness_reads_it(how, tokens):
