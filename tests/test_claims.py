@@ -133,6 +133,12 @@ def test_the_lowest_sets_are_those_of_a_slow_reference():
     assert testing.lowest(alone, together, 4, 5) == [list(members) for members in wanted]
 
 
+def test_attentions_and_mlps_are_of_about_the_same_size():
+    assert testing.as_large(3.0, 15) == [(3, 1), (6, 2), (9, 3), (12, 4)]
+    assert testing.as_large(3.0, 7) == [(3, 1), (6, 2)]
+    assert testing.as_large(0.615, 15) == [(2, 3), (3, 5), (4, 6), (4, 7)]
+
+
 def test_losses_are_those_of_evaluate(bench):
     plans = [Plan([2]), Plan([3], [4])]
     texts = ("WikiText-2 test", "C4, second half")

@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=Sizes.windows, help="of 256 tokens, of each text to judge by")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
     skipped = dict(one.split("=", 1) for one in given.skip)
     bench = Bench.at(given.data, given.model, given.dtype, Sizes(windows=given.windows), given.out)
     for claim in CLAIMS:

@@ -33,7 +33,7 @@ REPAIRS = "repairs/results-3c67b3cf.jsonl"
 TIMES = "paper/times.jsonl"
 METHODS = ("refit", "replaceme", "prune-and-comp", "nbl")
 FRACTIONS = (0.1, 0.25, 0.33)  # of 2407.15516
-MLPS = (1, 2, 3, 4)  # in a set, against attentions of as many bytes or milliseconds
+MLPS, PAIRS, ALIKE = 8, 4, 0.15  # most MLPs against attentions, sets of either, and how far off their sizes are
 MOST_SETS = 10_000_000  # to go through for excited states
 EXCITED = 4
 PAIRED = "Student's t over windows, paired"
@@ -110,7 +110,7 @@ def recovered_order(bench: Bench) -> Finding:
     rng = np.random.default_rng(1)
     inner = range(2, bench.blocks - 1)
     drawn = min(bench.skipped, len(inner))
-    sets = [*dict.fromkeys(sets[:8] + [Plan(rng.choice(inner, drawn, replace=False).tolist()) for _ in range(8)])]
+    sets = [*dict.fromkeys(sets[:7] + [Plan(rng.choice(inner, drawn, replace=False).tolist()) for _ in range(7)])]
     before, after = (bench.losses(sets, repaired=repaired).added.mean(1) for repaired in (False, True))
     best, other = (int(one.argmin()) for one in (before, after))
     half = before <= np.median(before)
@@ -210,9 +210,9 @@ def _cheaper(bench: Bench, ratio: float, records: tuple[str, ...] = ()) -> Findi
     singles = {name: float(added.mean()) for name, added in bench.singles().items()}
     ranked = {kind: [name for name in sorted(singles, key=singles.__getitem__) if name.startswith(kind)]
               for kind in ("attn", "mlp")}  # fmt: skip
-    pairs = [(round(ratio * mlps), mlps) for mlps in MLPS if round(ratio * mlps) <= bench.blocks // 2]
+    pairs = as_large(ratio, bench.blocks // 2)
     if not pairs:
-        raise NotRun("half of the attentions weigh less than one MLP")
+        raise NotRun("no few attentions are as large as some MLPs")
     sets = [[plan_of(ranked["attn"][:attentions]), plan_of(ranked["mlp"][:mlps])] for attentions, mlps in pairs]
     added = bench.losses([*chain(*sets)]).added.reshape(len(sets), 2, -1)
     differences = added[:, 0] - added[:, 1]
@@ -222,6 +222,13 @@ def _cheaper(bench: Bench, ratio: float, records: tuple[str, ...] = ()) -> Findi
     by_window = differences.mean(0)
     text = f"ranked by {bench.sizes.in_words} of {CALIBRATION[0]}; {judged(bench)}"
     return Finding(paired(by_window.tolist()), PAIRED, len(by_window), "windows", text, records, also)
+
+
+def as_large(ratio: float, most: int) -> list[tuple[int, int]]:
+    """The first numbers of attentions, up to `most`, and of MLPs that are as large, one being `ratio` attentions."""
+    pairs = [(round(ratio * mlps), mlps) for mlps in range(1, MLPS + 1)]
+    alike = [(few, mlps) for few, mlps in pairs if 0 < few <= most and abs(few / (ratio * mlps) - 1) <= ALIKE]
+    return alike[:PAIRS]
 
 
 def order_of_repairs(bench: Bench) -> Finding:
