@@ -26,11 +26,11 @@ from notall import Plan
 from notall.choosing.space import plan_of
 from notall.files import Settings
 
-RECORDS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORDED = "smollm2"  # the model of the committed records
-LOO = "serving/leave-one-out-smollm2/correlations.jsonl"
-REPAIRS = "repairs/results-3c67b3cf.jsonl"
-TIMES = "paper/times.jsonl"
+LOO = "benchmarks/serving/leave-one-out-smollm2/correlations.jsonl"
+REPAIRS = "benchmarks/repairs/results-3c67b3cf.jsonl"
+TIMES = "benchmarks/paper/times.jsonl"
 METHODS = ("refit", "replaceme", "prune-and-comp", "nbl")
 FRACTIONS = (0.1, 0.25, 0.33)  # of 2407.15516
 MLPS, PAIRS, ALIKE = 8, 4, 0.15  # most MLPs against attentions, sets of either, and how far off their sizes are
@@ -56,8 +56,8 @@ class Finding:
 def recorded(bench: Bench, name: str) -> list[Settings]:
     """The rows of a committed record. Raises `NotRun` for another model than theirs."""
     if bench.model_name != RECORDED:
-        raise NotRun(f"benchmarks/{name} is of {RECORDED}")
-    return [json.loads(line) for line in (RECORDS / name).read_text(encoding="utf-8").splitlines()]
+        raise NotRun(f"{name} is of {RECORDED}")
+    return [json.loads(line) for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
 
 
 def judged(bench: Bench) -> str:
