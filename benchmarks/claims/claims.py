@@ -177,7 +177,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
-    skipped = dict(one.split("=", 1) for one in given.skip)
+    skipped = {name: reason or "skipped" for name, _, reason in (one.partition("=") for one in given.skip)}
     bench = Bench.at(given.data, given.model, given.dtype, Sizes(windows=given.windows), given.out)
     for claim in CLAIMS:
         if claim.name in given.only:
