@@ -30,7 +30,7 @@ BY_NAME = {claim.name: claim for claim in claims.CLAIMS}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    save_tiny_checkpoint(folder / "model", num_hidden_layers=7)
+    save_tiny_checkpoint(folder / "model", num_hidden_layers=7, tie_word_embeddings=True)
     for name, content in (("wiki.test.raw", "A bird sings. "), ("wiki.train.first1MB.txt", "The fox jumps. ")):
         (folder / "wikitext2").mkdir(exist_ok=True)
         (folder / "wikitext2" / name).write_text(content * 100)
