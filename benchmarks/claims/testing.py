@@ -110,7 +110,7 @@ def recovered_order(bench: Bench) -> Finding:
     rng = np.random.default_rng(1)
     inner = range(2, bench.blocks - 1)
     drawn = min(bench.skipped, len(inner))
-    sets = [*dict.fromkeys(sets[:7] + [Plan(rng.choice(inner, drawn, replace=False).tolist()) for _ in range(7)])]
+    sets = [*dict.fromkeys(sets[:5] + [Plan(rng.choice(inner, drawn, replace=False).tolist()) for _ in range(5)])]
     before, after = (bench.losses(sets, repaired=repaired).added.mean(1) for repaired in (False, True))
     best, other = (int(one.argmin()) for one in (before, after))
     half = before <= np.median(before)
