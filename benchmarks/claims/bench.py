@@ -59,7 +59,7 @@ class Sizes:
     prompts: int = 8
     prompt: int = 32  # tokens
     new: int = 96  # tokens that the original model writes behind each
-    plans: int = 40  # random ones
+    plans: int = 24  # random ones
     steps: int = 48  # of tuning, two windows each
     share: float = 8 / 30  # of the attentions in a set
 
