@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from api import judge
-from notall import Plan, evaluate, remove, repair
+from api import DenseStream, Repair, judge
+from notall import Plan, evaluate, remove
 from programs import ROOT, program
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -22,6 +22,7 @@ claims = program("benchmarks/claims/claims")
 import bench as benches  # noqa: E402
 import rules  # noqa: E402
 import testing  # noqa: E402
+from bench import RIDGES  # noqa: E402
 
 SIZES = {"windows": 3, "length": 16, "to_choose": 2, "to_repair": 4, "prompts": 2, "prompt": 4, "new": 4, "steps": 2}
 BY_NAME = {claim.name: claim for claim in claims.CLAIMS}
@@ -148,7 +149,9 @@ def test_losses_are_those_of_evaluate(bench):
     assert found.added.shape == found.kl.shape == (2, 6)
     assert found.added.mean(1) == pytest.approx([one.delta_nll for one in wanted], abs=1e-5)
     assert found.kl.mean(1) == pytest.approx([one.kl for one in wanted], abs=1e-5)
-    repaired = repair(bench.model, plans[0], [b for text in benches.CALIBRATION[:2] for b in bench.batches(text, 2)])
+    stream = DenseStream(bench.model, [b for text in benches.CALIBRATION[:2] for b in bench.batches(text, 2)])
+    with torch.no_grad():
+        repaired = Repair(stream, plans[0], ridges=RIDGES, near=True).run(lambda *_: None)
     wanted = evaluate(bench.model, [repaired], batches)
     assert bench.losses(plans[:1], texts, repaired=True).added.mean() == pytest.approx(wanted[0].delta_nll, abs=1e-5)
 

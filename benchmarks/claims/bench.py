@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notall import ModelStructure, Plan, Space, load, locate, repair, skip
+from notall import ModelStructure, Plan, Space, load, locate, skip
 from notall.choosing.budget import by_count
 from notall.choosing.criteria import Setting, choose
 from notall.choosing.criteria.quadratic import measure
-from notall.choosing.evaluator import Evaluator
+from notall.choosing.evaluator import RIDGES, Evaluator
 from notall.choosing.objective import kl
 from notall.choosing.space import plan_of
 from notall.files import Settings
 from notall.measuring.acceptance import write_texts
 from notall.measuring.quality import measure_similarity, score
 from notall.models.texts import Text, read_text, token_batches
+from notall.progress import silent
+from notall.repairing.refitting import Repair
+from notall.repairing.streams import DenseStream
 from notall.results import lines
 from notall.results.facts import Scores
 from notall.running.skipping import remove
@@ -167,7 +170,7 @@ class Bench:
         return Text(name, f"{c4.sha256} {name}", part)
 
     def losses(self, plans: Sequence[Plan], texts: Sequence[str] = JUDGED, repaired: bool = False) -> Losses:
-        """What plans lose on the windows of some texts, as they are or after `notall.repair`."""
+        """What plans lose on the windows of some texts, as they are or after a quick repair."""
         state = "repaired" if repaired else "skipped"
 
         def key(plan: Plan) -> str:
@@ -190,9 +193,15 @@ class Bench:
         batches = [batch for text in texts for batch in self.batches(text, self.sizes.windows)]
         return [reduce(add, parts) for parts in zip(*(score(self.model, plans, batch) for batch in batches))]
 
-    def _repaired(self, plan: Plan) -> Plan:
+    @cached_property
+    def _to_repair(self) -> DenseStream:
         each = self.sizes.to_repair // 2
-        return repair(self.model, plan, [row for text in CALIBRATION[:2] for row in self.batches(text, each)])
+        return DenseStream(self.model, [batch for text in CALIBRATION[:2] for batch in self.batches(text, each)])
+
+    @torch.no_grad()
+    def _repaired(self, plan: Plan) -> Plan:
+        """The quick repair of `notall search --repair`: a refit of the sublayers before gaps alone."""
+        return Repair(self._to_repair, plan, ridges=RIDGES, near=True).run(silent).knowing(self.model)
 
     def chosen(self, text: str, seed: int, kind: str = "attention", ways: Sequence[str] = WAYS) -> dict[str, Plan]:
         """What each way skips, by windows of a text; sets are judged by KL to the original model on them."""

@@ -55,7 +55,7 @@ CLAIMS = (
           "a model loses less than without as many by cosine, tuned alike",
           "NLL of the last less NLL of cosine's", "below", 0, testing.last_blocks_tuned),
     Claim("recovered-order", "NVIDIA Model-Optimizer", "a repair reorders sets: losses before and after it are hardly "
-          "correlated", "Spearman of NLL added before and after refit", "below", 0.5, testing.recovered_order),
+          "correlated", "Spearman of NLL added before and after a quick refit", "below", 0.5, testing.recovered_order),
     Claim("blind-to-retrieval", "2510.19861", "perplexity is blind to retrieval", "Spearman of NLL added on text and "
           "on answers to retrieve", "below", 0.5, testing.blind_to_retrieval),
     Claim("blind-to-reasoning", "2510.22228", "perplexity is blind to reasoning", "Spearman of NLL added on text and "
@@ -77,7 +77,7 @@ CLAIMS = (
           "mean |ln(joint / sum)|", "below", 0.22, testing.sum_is_size),
     Claim("excited-skipped", "2602.00161", "one of the second to fifth set by a quadratic estimate loses less than the "
           "first", "NLL added, picked less first", "below", 0, testing.excited_skipped),
-    Claim("excited-repaired", "2602.00161", "the same after a repair of each",
+    Claim("excited-repaired", "2602.00161", "the same after a quick refit of each",
           "NLL added, picked less first", "below", 0, testing.excited_repaired),
     Claim("last-attention-kept", "2407.15516", "keeping the last attention does not raise the loss",
           "NLL added, kept less skipped", "below", 0, testing.last_attention_kept),
