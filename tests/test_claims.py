@@ -211,7 +211,7 @@ def test_a_run_goes_on_and_tells_where_its_answers_come_from(data, tmp_path, mon
 
 
 def test_other_settings_are_another_folder(data, tmp_path):
-    bench_at(data, tmp_path).losses([], ("WikiText-2 test",))
+    bench_at(data, tmp_path).losses([Plan([2])], ("WikiText-2 test",))
     with pytest.raises(SystemExit, match="choose another --out"):
         bench_at(data, tmp_path, windows=2)
 
