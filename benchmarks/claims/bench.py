@@ -196,7 +196,8 @@ class Bench:
     @cached_property
     def _to_repair(self) -> DenseStream:
         each = self.sizes.to_repair // 2
-        return DenseStream(self.model, [batch for text in CALIBRATION[:2] for batch in self.batches(text, each)])
+        batches = [batch for text in CALIBRATION[:2] for batch in self.batches(text, each)]
+        return DenseStream(self.model, batches, keep_all=True)  # it is read again for each plan
 
     @torch.no_grad()
     def _repaired(self, plan: Plan) -> Plan:
