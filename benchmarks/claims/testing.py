@@ -247,7 +247,7 @@ def order_of_repairs(bench: Bench) -> Finding:
         "sets",
         f"{rows[0]['tokens']:,} tokens to fit; {rows[0]['windows']} windows of 512 tokens of two texts",
         (REPAIRS,),
-        {f"refit is best, {Path(text).stem.removesuffix(".test")}": share for text, share in zip(texts, best)},
+        {f"refit is best, {Path(text).stem.removesuffix('.test')}": share for text, share in zip(texts, best)},
     )
 
 
