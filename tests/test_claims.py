@@ -120,6 +120,7 @@ def test_agreement_is_with_the_other_sets():
     alike = np.array([[1.0, 2, 3, 4], [10, 20, 30, 40], [0.1, 0.2, 0.3, 0.4]])
     assert rules.agreement(alike) == pytest.approx([1, 1, 1])
     assert rules.agreement(np.array([*alike[:2], [4, 3, 2, 1]]))[2] == pytest.approx(-1)
+    assert rules.agreement(np.array([alike[0], [4, 3, 2, 1]])) == pytest.approx([-1, -1])  # and never with its own
 
 
 def test_the_lowest_sets_are_those_of_a_slow_reference():

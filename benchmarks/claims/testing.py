@@ -72,9 +72,12 @@ def text_over_way(bench: Bench) -> Finding:
     by_kl, by_nll = losses.kl.reshape(shape), losses.added.reshape(shape)
     text, way, together, seed = eta_squared(by_kl.mean(3)).tolist()
     nll = eta_squared(by_nll.mean(3))
+    # one poor way may be most of the variance
+    others = share_of_rows_less_columns(np.delete(by_kl, WAYS.index("fisher"), axis=1))
     also = {"text": text, "way": way, "interaction": together, "windows to choose by": seed}
     also |= {f"KL by {name}": float(by_kl[:, number].mean()) for number, name in enumerate(WAYS)}
     also |= {f"KL on {name}": float(by_kl[number].mean()) for number, name in enumerate(CALIBRATION)}
+    also |= {f"without fisher, {end}": getattr(others, end) for end in ("value", "low", "high")}
     also |= {"by NLL": float(nll[0] - nll[1]), "different sets": len(set(plans))}
     return Finding(
         share_of_rows_less_columns(by_kl),
