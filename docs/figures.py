@@ -11,7 +11,7 @@ FIELD and a key may be a path (`quality.delta_nll`), a value a pattern (`judged=
 have the field. FORMAT is one of Python's (`.1f`, `,d`, `.0%`, `s`), or
 
     ±.2f     a value and its standard error, FIELD_se
-    [.2f     an interval, of a field that has a share or a median, low and high
+    [.2f     an interval, of a field that has a share, a median or a value, low and high
     right    items answered rightly, of all rows that match: FIELD is a share of recovery.items
     minutes  of seconds
     GB       of bytes
@@ -72,7 +72,7 @@ def figure(told: str) -> str:
     if form.startswith("±"):
         return f"{value:{form[1:]}} ± {field(rows[0], path + '_se'):{form[1:]}}"
     if form.startswith("["):
-        middle = value["share"] if "share" in value else value["median"]
+        middle = next(value[name] for name in ("share", "median", "value") if name in value)
         return "{:{form}} [{:{form}}, {:{form}}]".format(middle, value["low"], value["high"], form=form[1:])
     return format(value, form).replace("%", " %")
 
