@@ -1,6 +1,6 @@
 """Ten claims of the field, as sentences that a number can decide, tested on a model: which hold on it, which fail?
 
-    python benchmarks/claims/claims.py --data DATA --out OUT                # the default model: 40 minutes on one core
+    python benchmarks/claims/claims.py --data DATA --out OUT   # 23 CPU minutes, less three claims
     python benchmarks/claims/claims.py --data DATA --out OUT --only last-mlp-kept similar-attentions
     python benchmarks/claims/claims.py --data DATA --out OUT --model GGUF --skip "last-blocks-tuned=no time"
 
