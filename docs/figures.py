@@ -14,7 +14,7 @@ have the field. FORMAT is one of Python's (`.1f`, `,d`, `.0%`, `s`), or
     [.2f     an interval, of a field that has a share, a median or a value, low and high
     right    items answered rightly, of all rows that match: FIELD is a share of recovery.items
     minutes  of seconds
-    GB       of bytes
+    MB, GB   of bytes
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FIGURE = re.compile(r"<!--= (?P<told>[^>]*?) -->(?P<shown>[^<\n]*)<!--/-->")
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-UNITS = {"minutes": (60, ".0f"), "GB": (10**9, ".1f")}
+UNITS = {"minutes": (60, ".0f"), "MB": (10**6, ",.0f"), "GB": (10**9, ".1f")}
 NEEDED = ("command", "date", "machine")  # of a record
 
 
