@@ -60,8 +60,9 @@ def choices(rows: list[dict[str, object]], title: str) -> alt.LayerChart:
             losses = kl[f"skipped: {' '.join(row['set'])} on {', '.join(JUDGED)}"]  # type: ignore[arg-type]
             points.append({**found.groupdict(), "kl": fmean(losses)})  # type: ignore[arg-type]
     texts = [*dict.fromkeys(point["text"] for point in points)]
+    scale, axis = alt.Scale(zero=False), alt.Axis(tickCount=7, format=".1f")
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("kl:Q", title="KL to the original model on held-out text, nats per token", scale=alt.Scale(zero=False)),
+        x=alt.X("kl:Q", title="KL to the original model on held-out text, nats per token", scale=scale, axis=axis),
         y=alt.Y("way:N", sort=[*dict.fromkeys(point["way"] for point in points)], title=None),
         yOffset=alt.YOffset("text:N", sort=texts),
     )
