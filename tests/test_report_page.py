@@ -74,6 +74,7 @@ def view(browser):
         context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=colours, offline=True, accept_downloads=True
         )
+        context.set_default_timeout(300_000)  # beside three other suites it waits for the processor
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
@@ -81,7 +82,7 @@ def view(browser):
         page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
         page.goto(path.as_uri())
-        page.wait_for_selector("body[data-drawn]", timeout=60_000)
+        page.wait_for_selector("body[data-drawn]")
         return page
 
     yield view
