@@ -361,6 +361,8 @@ def test_prompts_of_a_file_are_asked_every_second_one_to_choose_and_the_others_t
     (tmp_path / "mine.txt").write_text("one")
     with pytest.raises(UsageError, match="has one prompt: give two"):
         checks.made(f"{kind}:{tmp_path / 'mine.txt'}")
+    with pytest.raises(UsageError, match="give a file of prompts"):
+        checks.made(f"{kind}:")
 
 
 def test_what_is_kept_of_own_prompts_holds_for_these_alone(tmp_path):

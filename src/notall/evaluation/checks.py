@@ -108,8 +108,8 @@ def json_keys(text: str) -> list[str]:
 
 def own_prompts(name: str, items: int, seed: int) -> list[Doc]:
     """Ours, or those of the file behind the colon of `name`: its first, third ... to choose by, others to judge by."""
-    file = name.partition(":")[2]
-    said = read_prompts(Path(file))[seed != CHOOSING :: 2] if file else prompts(items, seed=seed, held_out=True)
+    _, colon, file = name.partition(":")
+    said = read_prompts(Path(file))[seed != CHOOSING :: 2] if colon else prompts(items, seed=seed, held_out=True)
     if not said:
         raise UsageError(f"{shortened(Path(file))} has one prompt: give two or more, every second one to judge by")
     return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in said[:items]]
