@@ -373,7 +373,7 @@ def test_a_table_has_all_rows_and_of_similarities_those_that_differ(place, run):
 def test_the_page_of_a_comparison_has_the_command_of_each_row(place, run):
     place("compared")
     steps = shown_comparison(read_folder(Path("compared"))).steps
-    commands = {step.name: shlex.split(step.told.partition("Made again by: notall ")[2]) for step in steps}
+    commands = {step.name: shlex.split(step.told.partition("Reproduce with: notall ")[2]) for step in steps}
     assert len(commands) == 2 * 3 * 3
     for name in (ROW, "search by kl, mine:halved: 1 attention"):
         code, out, _ = run(*commands[name])

@@ -117,7 +117,7 @@ class Step:
             parts.append(f"{self.times.decode_ms_per_token.median:.1f} ms a token")
         if self.order:
             parts.append("skipped in this order: " + ", ".join(map("+".join, self.order)))
-        return f"{'; '.join(parts)}.{f' Made again by: {self.again}' if self.again else ''}"
+        return f"{'; '.join(parts)}.{f' Reproduce with: {self.again}' if self.again else ''}"
 
 
 def in_nats(quality: Quality) -> str:

@@ -28,11 +28,8 @@ COMMANDS = tuple(
 )
 GIVEN = (MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRecord)  # records of a plan that is given
 CHOSEN = (ComparisonRecord, sweep.SweepRecord, search.SearchRecord)
-KINDS: tuple[type[Record], ...] = (
-    *CHOSEN,
-    *GIVEN,
-    driver.SimilarityRecord,
-)  # of sublayers left out alone errors are of two windows
+# Without those of sublayers left out alone, whose errors are of two windows.
+KINDS: tuple[type[Record], ...] = (*CHOSEN, *GIVEN, driver.SimilarityRecord)
 # What no record may ask for: code and machines of others, and files elsewhere than in --out.
 UNSAFE = {"--trust-remote-code", "--attn-implementation", "--task-path", "--ray", "--offload"}
 FOUND = ("plan", "weights")  # among settings what a run chose or fitted, which is compared as figures are
