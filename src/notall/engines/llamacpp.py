@@ -44,6 +44,7 @@ KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_
 
 AT_ONCE = 8  # windows that are scored together
 LIKELIEST = 10  # tokens that are compared
+BIAS = 1e4  # more than any logit
 LOADING = "error loading model: "  # what llama.cpp prints before its reason
 
 logger = logging.getLogger(__name__)
@@ -100,12 +101,15 @@ class LlamaCpp(Engine):
 
     def likeliest(self, checkpoint: Path, prompts: Sequence[Tokens]) -> list[list[tuple[int, float]]]:
         """The most likely tokens after each prompt, with their log-probabilities in nats."""
-        new = 8
-        server = self._server(checkpoint, max(map(len, prompts)) + new, 1)
-        request: dict[str, object] = {"max_tokens": new, "temperature": 0, "n_probs": LIKELIEST, "ignore_eos": True}
-        request["grammar"] = "root ::= [a-z ]+"  # texts that end within a character have none
-        said = [_complete(server, request | {"prompt": list(tokens)})["choices"][0]["logprobs"] for tokens in prompts]
-        return [[(entry["id"], entry["logprob"]) for entry in one["content"][0]["top_logprobs"]] for one in said]
+        server = self._server(checkpoint, max(map(len, prompts)) + 1, 1)
+        one = {"max_tokens": 1, "temperature": 0, "n_probs": LIKELIEST, "ignore_eos": True}
+
+        def said(tokens: Tokens, **how: object) -> Any:
+            return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][0]["logprobs"]["content"][0]
+
+        letter = said(prompts[0], grammar="root ::= [a-z]+")["id"]  # texts that end within a character have none
+        found = [said(tokens, logit_bias=[[letter, BIAS]])["top_logprobs"] for tokens in prompts]
+        return [[(entry["id"], entry["logprob"]) for entry in entries] for entries in found]
 
     @staticmethod
     def reason(stderr: str) -> str:
@@ -166,7 +170,7 @@ def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
             "max_tokens": 1,
             "temperature": 0,
             "n_probs": 1,
-            "logit_bias": [[token, 1e4]],  # more than any logit
+            "logit_bias": [[token, BIAS]],
             "cache_prompt": True,
             "id_slot": slot,
         }
