@@ -112,6 +112,26 @@ def test_some_swap_is_found(model):
     assert any(after < before for before, after in costs)
 
 
+class Rough(Table):
+    """Tells on a part of the text about twice of what is true."""
+
+    def cost(self, skipped, share=1.0):
+        known = super().cost(skipped, share)
+        return known if share == 1.0 else 2 * (known + random.Random("".join(sorted(skipped))).random())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_grows_on_a_part_of_the_text_is_refined_on_all_of_it(model, seed):
+    space = Space(locate(model), "attention")
+    table = Rough(space, seed, 1.5, forgiving=True)
+    grown = search(space, by_count(space, 4), table, patience=0, grown_on=0.25)
+    assert {*table.asked} == {frozenset(), grown.skipped}
+    found = search(space, by_count(space, 4), table, patience=99, grown_on=0.25)
+    assert table.cost(found.skipped) <= table.cost(grown.skipped)
+    swaps = [found.skipped - {back} | {one} for back in found.skipped for one in {*space.names} - found.skipped]
+    assert table.cost(found.skipped) <= min(map(table.cost, swaps)) + 1e-9
+
+
 class Ordered(Table):
     """Notes what is asked for in its order, with the share of the text."""
 

@@ -4,9 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from api import (
     CHOICES,
+    AfterRepair,
     Quartiles,
     SearchRecord,
     Setting,
@@ -14,6 +16,7 @@ from api import (
     SpeedCheck,
     SublayerTimes,
     Workload,
+    by_count,
     by_speedup,
     choice,
     choose_as_fast,
@@ -93,6 +96,27 @@ def test_what_is_too_slow_corrects_the_times_and_the_next_is_as_fast(setting, ma
     assert found.met
     assert found.check.measured_speedup.median == pytest.approx(DENSE / (DENSE - 8 * 3))
     assert found.check.predicted_speedup == pytest.approx(found.check.measured_speedup.median)
+
+
+@pytest.mark.parametrize("after_repair", [False, True])
+def test_a_set_for_a_speedup_grows_on_a_part_of_the_text_unless_repairs_are_fitted_to_it(
+    setting, machine, monkeypatch, after_repair
+):
+    machine(1.0)
+    grown_on, batches = [], [torch.arange(4 * 9).view(4, 9)]
+
+    def choose(way, setting, budget):
+        grown_on.append(setting.grown_on)
+        return greedily(way, setting, budget)
+
+    greedily = choice.choose
+    monkeypatch.setattr(choice, "choose", choose)
+    if after_repair:
+        setting = replace(setting, evaluator=AfterRepair(setting.model, batches), batches=batches)
+    choose_as_fast("greedy", setting, by_count(setting.space, 1))
+    choose_as_fast("greedy", setting, asked(setting, 1.05))
+    assert grown_on[0] == 1.0
+    assert {*grown_on[1:]} == {1.0 if after_repair else 0.25}
 
 
 def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):

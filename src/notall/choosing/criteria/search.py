@@ -83,7 +83,7 @@ class _Search:
         for unit in sorted(units, key=self._cheap):
             if self.setting.late:
                 return
-            self.rises[unit] = self._on_a_part(self.skipped.union(unit))
+            self.rises[unit] = self._more(self.skipped.union(unit))
 
     def settle(self) -> None:
         """Grow and refine, in turn, until one of them changes nothing."""
@@ -95,7 +95,7 @@ class _Search:
         """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
         self.evaluator.set_prefix(frozenset())
         asked = contiguous_runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
-        guesses = {run: self._on_a_part(names_in(run)) for run in asked if not self.setting.late}
+        guesses = {run: self._more(names_in(run)) for run in asked if not self.setting.late}
         if not guesses or self.setting.late:
             return
         best = min(guesses, key=guesses.__getitem__)
@@ -125,7 +125,8 @@ class _Search:
 
     def refine(self) -> bool:
         """Swap until `patience` evaluations brought nothing, tried on a part of the text first; say whether any did."""
-        before, spent, tried = self.cost, 0.0, {self.skipped}
+        self.cost = before = self._evaluate(self.skipped)  # which grew on a share of the text, maybe
+        spent, tried = 0.0, {self.skipped}
         guesses: dict[Swap, float] = {}
         self.falls = {}
         self.evaluator.set_prefix(self.skipped)
@@ -156,7 +157,7 @@ class _Search:
             back, unit = swap
             swapped = self.skipped.difference(back).union(unit)
             tried.add(swapped)
-            guesses[swap] = more = self._on_a_part(swapped)
+            guesses[swap] = more = self._more(swapped)
             self.rises[unit] = self.falls[back] + more
             if more < 0:
                 return
@@ -171,7 +172,7 @@ class _Search:
                 return best
             if self.setting.late:
                 return best if self.budget.limit == math.inf else None
-            self.rises[best] = self._evaluate(self.skipped.union(best)) - self.cost
+            self.rises[best] = self._more(self.skipped.union(best), self.setting.grown_on)
             fresh.add(best)
         return None
 
@@ -188,7 +189,7 @@ class _Search:
         for back in self.space.returns(self.skipped):
             less = self.skipped.difference(back)
             if back not in self.falls:
-                self.falls[back] = -self._on_a_part(less)
+                self.falls[back] = -self._more(less)
             for unit in self.moves(less):
                 gain = self.falls[back] - self.rises.get(unit, math.inf)
                 swapped = less.union(unit)
@@ -196,10 +197,10 @@ class _Search:
                     best, best_gain = (back, unit), gain
         return best
 
-    def _on_a_part(self, skipped: Skipped) -> float:
-        """How much more than what is skipped now it costs, on a part of the text."""
-        now = self.evaluator.cost(self.skipped, SCREENED)
-        return self._evaluate(skipped, SCREENED) - now
+    def _more(self, skipped: Skipped, share: float = SCREENED) -> float:
+        """How much more than what is skipped now it costs, on a share of the text."""
+        now = self.evaluator.cost(self.skipped, share)
+        return self._evaluate(skipped, share) - now
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)

@@ -30,7 +30,8 @@ class Setting:
     """A model, the sets to choose from, a calibration text ((batch, tokens) token ids each), and what evaluates sets.
 
     `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is how many evaluations may
-    bring nothing before a search ends; `progress` is told how far the choice is.
+    bring nothing before a search ends, `grown_on` the share of the text that it grows a set on, before it refines it;
+    `progress` is told how far the choice is.
     """
 
     model: PreTrainedModel
@@ -41,6 +42,7 @@ class Setting:
     deadline: float = float("inf")
     patience: int = PATIENCE
     progress: Progress = silent
+    grown_on: float = 1.0
 
     @property
     def late(self) -> bool:
