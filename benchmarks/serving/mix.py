@@ -5,6 +5,8 @@
     python benchmarks/serving/mix.py --data DATA --out /tmp/look --windows 8 --limit 4 --texts prose mix   # a look
     python benchmarks/serving/mix.py --data DATA --out results/qwen --model MODEL.gguf --sets block:2 --texts wiki mix \
         --tasks passkey answers gsm8k gym_letter_counting --rounds 15   # answers to questions, and times
+    python benchmarks/serving/mix.py --data DATA --out results/more --model MODEL.gguf --windows 8 --questions 96 \
+        --sets published:qwen2.5-coder-1.5b-block-1-by-mix --tasks gsm8k   # a plan that was found before
 
 A set is one that is named here, or of a kind and count: then it is chosen by each text, as `notall search` does, and
 repaired on the same one. Each repair is fitted to as many windows of 512 tokens, of one text or of several in turn;
@@ -32,7 +34,7 @@ from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.tasks import Limits, TaskShelf
-from notall.experiments.options import TextOptions
+from notall.experiments.options import TextOptions, read_plan
 from notall.experiments.search import WITH_RETRIEVAL
 from notall.measuring.speed import machine, time_plans
 from notall.models.names import USE
@@ -50,7 +52,7 @@ SETS = {
     "b4": "attn.14 mlp.14 attn.16 mlp.16 attn.17 mlp.17 attn.18 mlp.18",
 }
 TASKS = ["passkey", "retrieval", "answers"]
-GSM8K, NOTHING = "gsm8k", "nothing: skipped"
+GSM8K, NOTHING, PUBLISHED = "gsm8k", "nothing: skipped", "published:"
 # A task of the harness: the last number of an answer counts, without commas and zeros behind a point. `gsm8k` is scored
 # by the leaderboard's filter, whose name this one has.
 QUESTIONS = {
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, or such as attention:8")
+    parser.add_argument("--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, or {PUBLISHED}NAME")
     parser.add_argument("--texts", nargs="+", default=["prose", "wiki+c4", "mix", "wiki+c4+answers+episodes"])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--chosen-by", type=int, default=16, help="windows of them that sets are chosen by")
@@ -168,6 +170,9 @@ def main() -> None:
     model, tokenizer = load(asked.model)
     plans: dict[tuple[str, str], tuple[Plan, int]] = {}
     for name in asked.sets:
+        if name.startswith(PUBLISHED):
+            plans[name, NOTHING] = read_plan(Path(name)), 0
+            continue
         for text in asked.texts:
             sources = [str(files.get(part, part)) for part in text.split("+")]
             drawn = RepairTexts.draw(model, tokenizer, sources, sequences=asked.windows)
