@@ -1,6 +1,6 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
+.PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
   engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
@@ -17,6 +17,7 @@ PYTEST := -m pytest -n 2 --dist worksteal -q
 # Of `make fuzz`, some forty minutes.
 SEED := 0
 FILES := 10000
+DATA := data
 KILLS := 500
 # Two workers with one thread each: the suite is many small models, and never goes to a network.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -117,6 +118,9 @@ architectures: setup $(VENV4)/.done ## record what the tests find of each archit
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_architectures.py tests/test_refusals.py
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_architectures.py tests/test_refusals.py
 	$(VENV)/bin/python docs/architectures.py
+
+data: setup ## fetch the data that benchmarks read, into DATA; it needs a network
+	$(VENV)/bin/python benchmarks/data/fetch.py --data $(DATA)
 
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
