@@ -157,8 +157,7 @@ docs: setup ## write the command reference and the figures, and build the docume
 	$(VENV)/bin/python docs/commands.py
 	$(VENV)/bin/python docs/plans.py
 	$(VENV)/bin/python docs/figures.py
-	$(VENV)/bin/python docs/cosines.py
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	$(VENV)/bin/zensical build --strict
 
 notebook: setup ## run docs/notebook.ipynb on the default model, keep what its cells show, and render docs/notebook.md
 	$(VENV)/bin/python docs/notebook.py

@@ -218,7 +218,7 @@ def test_links_lead_somewhere():
 
 
 def anchors(page):
-    """Of the headings of a page, as GitHub and MkDocs make them."""
+    """Of the headings of a page, as GitHub and the site make them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
 

@@ -18,7 +18,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 pytestmark = pytest.mark.any_transformers  # it packs and installs files
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "scipy", "datasets", "ray", "mkdocs", "playwright")
+OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "scipy", "datasets", "ray", "zensical", "playwright")
 QUICK = ("--sequences", "1", "--length", "16", *TIMED, "--dtype", "float32")
 
 
