@@ -247,8 +247,8 @@ def refits() -> list[RefitRecord]:
 
 def looks() -> list[HealRecord]:
     """How far a healing was."""
-    far = ((0, 0.4), (512, 0.3), (1024, 0.25))
-    return [HealRecord(tokens=tokens, held_out_kl=kl, seconds=1.0) for tokens, kl in far]
+    far = (("repaired", 0, 0.4), ("healed", 512, 0.3), ("healed", 1024, 0.25))
+    return [HealRecord(model=of, tokens=tokens, held_out_kl=kl, seconds=60 * tokens / 512) for of, tokens, kl in far]
 
 
 def benched(variant: str = "attention", weight_bytes: int = 4_000_000, **changes: Any) -> BenchRecord:

@@ -391,9 +391,9 @@ def test_one_noisy_quartile_leaves_the_bars_of_what_is_saved_long():
     assert max(row["to"] for row in drawn["data"]["values"]) == 1.25
 
 
-def test_a_training_is_its_kl_over_its_tokens():
+def test_a_training_is_its_kl_over_its_time():
     assert rows_of(charts_layers.training(result_folders.looks())) == [
-        {"tokens": 0, "kl": 0.4},
-        {"tokens": 512, "kl": 0.3},
-        {"tokens": 1024, "kl": 0.25},
+        {"minutes": 0, "tokens": 0, "kl": 0.4},
+        {"minutes": 1, "tokens": 512, "kl": 0.3},
+        {"minutes": 2, "tokens": 1024, "kl": 0.25},
     ]

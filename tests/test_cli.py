@@ -54,7 +54,7 @@ def bad_inputs(folder, tmp_path):
         "a plan that names no layer of the model": (["eval", folder, "--plan", plan, *QUICK], "0 to 5"),
         "a plan for another model": (["eval", folder, "--plan", other, *QUICK], "made for llama-2x8"),
         "a plan that skips everything": (["eval", folder, "--plan", everything, *QUICK], "keep at least one"),
-        "nothing to leave out": (["eval", folder], "--plan plan.json (notall search writes one), or --skip attention"),
+        "nothing to leave out": (["eval", folder], "--plan plan.json (of notall search), or --skip attention"),
         "two things to leave out": (["generate", folder, "a", "--plan", plan, *MLPS], "give one of them"),
         "a share of less than a layer": (["plan", folder, "--skip", "mlp:0.01"], "none of them: give a larger"),
         "a last layer of nothing": (["bench", folder, "--keep-last"], "add --skip"),

@@ -5,6 +5,7 @@
     python benchmarks/repairing/healing.py --data DATA --train lora --warm-up 0.2 --sample   # other ways
     python benchmarks/repairing/healing.py --data DATA --sets b4 --passes 2                  # twice over the text
     python benchmarks/repairing/healing.py --data DATA --sets b4 --train-tokens 262144       # on more text
+    python benchmarks/repairing/healing.py --data DATA --sets a8 b4 --begin repaired --minutes 3  # for a time
 
 Trained on the text that the repair is fitted to, and measured on other text: see methods.py beside this. Called again
 with the same --out, it goes on. DATA is as there.
@@ -53,6 +54,7 @@ class Healed(Settings):
     sample: bool
     passes: int | None = None
     train_tokens: int | None = None
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def main() -> None:
     options.add_argument("--sample", action="store_true", help="train on what the original model writes itself")
     options.add_argument("--passes", type=int, default=1, help="over the text, in one training")
     options.add_argument("--train-tokens", type=int, help="to train on, where that is not what the repair is fitted to")
+    options.add_argument("--minutes", type=float, help="CPU minutes to train for, over the text again and again")
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
@@ -101,7 +104,10 @@ def main() -> None:
     lesson, stop = rows[:-STOP], list(rows[-STOP:].split(BATCH))
     more = {"passes": asked.passes if asked.passes > 1 else None, "train_tokens": asked.train_tokens}
     settings = {name: getattr(asked, name) for name in WHAT} | {name: value for name, value in more.items() if value}
-    named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    named = of_settings = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    if asked.minutes:  # whose repairs are the same ones
+        settings["minutes"] = asked.minutes
+        named = f"{of_settings}-{asked.minutes:g}min"
     path = asked.out / f"results-{named}.jsonl"  # other settings are another file
     found, curve = [Healed(**line) for line in lines.read(path)], list[Look]()
     for of in asked.sets:
@@ -110,14 +116,14 @@ def main() -> None:
             folder = asked.out / f"{of}-{begun}-{named}"
             if not any((row.set, row.begun) == (of, begun) for row in found):
                 by = "refit" if begun == "repaired" else "none"
-                start, _ = kept_repair(asked.out / f"repairs-{named}", by, model, plan, fit)
+                start, _ = kept_repair(asked.out / f"repairs-{of_settings}", by, model, plan, fit)
                 with progress_bar() as bar:
                     batches = list(lesson.split(BATCH)) * asked.passes
                     if asked.sample:
                         batches = sampled(
                             model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar
                         )
-                    config = TrainConfig(asked.train, rate=asked.rate, warm_up=asked.warm_up)
+                    config = TrainConfig(asked.train, rate=asked.rate, warm_up=asked.warm_up, minutes=asked.minutes)
                     healed = heal(model, start, batches, stop, config, out=folder, progress=bar)
                 minutes = read(folder / HealRecord.file, HealRecord)[-1].seconds / 60
                 added: list[Healed] = []

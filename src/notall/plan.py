@@ -177,8 +177,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         for kind in ("attention", "mlp"):
             for layer in getattr(self, kind):
                 if kind not in structure.kinds[layer]:
-                    skipped = f"the {kind} of layer {layer}"
-                    raise UsageError(f"the plan skips {skipped}, which has none; see `notall inspect`")
+                    raise UsageError(f"the plan skips the {kind} of layer {layer}, which has none; see notall inspect")
         if structure.counting.issubset(self.attention):
             held = ", ".join(f"attn.{layer}" for layer in sorted(structure.counting))
             every = f"every attention that holds keys and values ({held})"
@@ -188,8 +187,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         """Raise `UsageError` unless this plan fits a model of so many layers and leaves it at least one attention."""
         for index in (*self.attention, *self.mlp):
             if index >= layers:
-                has = f"the model's layers are 0 to {layers - 1}"
-                raise UsageError(f"the plan names layer {index}, but {has}; make a plan for it")
+                raise UsageError(f"the plan names layer {index}, but layers are 0 to {layers - 1}; make a plan for it")
         if len(self.attention) == layers:
             raise UsageError("the plan skips every attention; keep at least one, so that tokens can see each other")
 

@@ -125,8 +125,7 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
         for look in ({"stroke": PAPER, "strokeWidth": 4}, {"color": INK})  # on a halo
     ]
     whole = alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="share:Q")
-    layers = [drawn, whole, spread, beyond, *words]
-    return alt.LayerChart(layer=layers).add_params(alt.param(name="plan", value=0))
+    return alt.LayerChart(layer=[drawn, whole, spread, beyond, *words]).add_params(alt.param(name="plan", value=0))
 
 
 def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
@@ -154,10 +153,11 @@ def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
 
 
 def training(looks: Sequence[HealRecord]) -> alt.LayerChart:
-    """The KL on text that is not trained on, over the training."""
-    rows = [{"tokens": look.tokens, "kl": look.held_out_kl} for look in looks if is_number(look.held_out_kl)]
+    """The KL on text that is not trained on, over the CPU time."""
+    known = [look for look in looks if is_number(look.held_out_kl)]
+    rows = [{"minutes": one.seconds / 60, "tokens": one.tokens, "kl": one.held_out_kl} for one in known]
     drawn = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("tokens:Q", title="tokens trained on", axis=alt.Axis(format=",d"), scale=snug(12)),
+        x=alt.X("minutes:Q", title="CPU minutes", scale=snug(12)),
         y=alt.Y("kl:Q", title=f"held-out {KL.titled}", scale=snug(16)),
         tooltip=[alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("kl:Q", title=KL.heading, format=".4f")],
     )

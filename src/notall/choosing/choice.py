@@ -261,8 +261,7 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footp
         if left not in timed:
             timed[left] = check_times(setting.model, plan, budget.times, error=error, seed=setting.seed)
         ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
-        predicted = {"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms}
-        check = timed[left].model_copy(update=predicted)
+        check = timed[left].model_copy(update={"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms})
         is_met = budget.reached(check)
     return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
 

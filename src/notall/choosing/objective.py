@@ -241,8 +241,7 @@ def task(
     batches = []
     for part in _together(questions, lambda one: len(one[0]) * max(len(a) + len(b) for a, b in one[0])):
         margins = _margins([(len(pairs), gold) for pairs, gold in part])
-        rows = [pair for pairs, _ in part for pair in pairs]
-        batches.append(_answered(rows, model.device, margins, by_nll=True))
+        batches.append(_answered([pair for pairs, _ in part for pair in pairs], model.device, margins, by_nll=True))
     return Objective((Term(f"task:{name}", tuple(batches), weight),))
 
 

@@ -126,9 +126,7 @@ class Space:
         if skipped.issuperset(f"attn.{index}" for index in self.structure.counting):
             return False
         if self.kind == "period":
-            whole = (
-                block.index for block in self.structure.blocks if skipped.isdisjoint(p.name for p in block.sublayers)
-            )
+            whole = (one.index for one in self.structure.blocks if skipped.isdisjoint(p.name for p in one.sublayers))
             if not self.structure.keeps_period([*whole]):
                 return False
         return not self.portable or is_portable(self.structure, self.plan(skipped))

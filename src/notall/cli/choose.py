@@ -101,8 +101,7 @@ def search(
     asked = Search(model, space, text, budget, workload, by, repair, tasks, out, run.seed)
     with progress_bar() as progress:
         done = asked.run(progress)
-    title = f"{out}: {done.budget}, skip {done.record.plan}"
-    tables = {"search": table(title, COLUMNS, [done.record])}
+    tables = {"search": table(f"{out}: {done.budget}, skip {done.record.plan}", COLUMNS, [done.record])}
     if done.measured:
         tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
     if done.scores:

@@ -125,8 +125,7 @@ def draft(
     """Predict and measure the speedup of a plan as a draft model in speculative decoding.
 
     Windows of the text are prompts. The original model continues them itself; its text gives the acceptance of a draft,
-    and the steps of both are timed: that predicts a speedup. At the best number of tokens, transformers' own generate
-    measures one, greedy.
+    and the steps of both are timed: that predicts a speedup. At the best number of tokens, generate measures one.
     """
     from torch import cat
 
@@ -137,8 +136,7 @@ def draft(
     plan.check(needed=True, model=model.model)
     net, tokenizer = model.load()
     wanted = plan.of(net)
-    length = how.prompt_tokens + how.generation_tokens
-    read = options.TextOptions(text.text, text.sequences, length, 1)
+    read = options.TextOptions(text.text, text.sequences, how.prompt_tokens + how.generation_tokens, 1)
     windows, described = read.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
@@ -226,15 +224,13 @@ def pareto(
     """Compare skipping with quantising in the engine that serves the model: loss, speed and size.
 
     This measures the original model and each plan, with and without a repair, in each type: NLL by the engine, times
-    in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command continues
-    where it stopped.
+    in turn, and bytes. It repairs, then quantises. If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "pareto")
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
     if text.sequences < FEWEST:
-        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
-        raise UsageError(f"{few}: give {FEWEST} or more")
+        raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
         engine.of().check(spec)
     net, tokenizer = model.load()

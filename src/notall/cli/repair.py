@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
 from ..experiments import repair as repairs
@@ -40,29 +40,38 @@ def repair(
     run: RunOptions,
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
-    offload: Annotated[
-        Path | None, Option("keep the text's streams in files in this folder, if memory is short", metavar="DIR")
-    ] = None,
+    offload: Annotated[Path | None, Option("keep streams in files of a folder, if memory is short", (), "DIR")] = None,
+    minutes: Annotated[float | None, Option("then train, until both have taken M CPU minutes", metavar="M")] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
     """Refit the remaining weights, to recover a part of the loss.
 
-    Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
-    --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
+    Without --minutes nothing is trained. No tensor is added, and it costs nothing later. OUT is a plan with weights, as
+    --plan of eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
-    from ..repairing.methods import repair_into
+    from ..repairing.healing import Training
+    from ..repairing.methods import recover, repair_into
+    from ..repairing.students import TrainConfig
+    from ..repairing.texts import SEQUENCES
+    from ..running.repaired import RepairedPlan
 
-    check_folder(out, "repair")
+    config = TrainConfig(minutes=minutes, seed=run.seed)
+    check_folder(out, "heal" if minutes else "repair")
     if offload:
         refuse_unwritable(offload)
     repairs.check_method(repair, offload)
-    asked = _begun(model, plan, text, tasks, run.seed)
+    asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length if minutes else None)
+    net, texts, plans = asked.net, asked.texts, dict[State, RepairedPlan]()
     with progress_bar() as progress:
-        fit, skipped = asked.texts.together(text.batch_size), asked.plan
-        repaired = repair_into(out, repair, asked.net, skipped, fit, asked.settings, progress, offload)
-    tables = {"refits": repairs.refits_table(repaired, out)} if repair == REFIT else {}
-    title = f"skip {skipped}: before the repair and after it"
-    asked.end({"skipped": skipped, "repaired": repaired}, out, tables, title, run.as_json)
+        how = asked.settings, progress, offload
+        if minutes:
+            fit = texts.together(text.batch_size, None if text.sequences else SEQUENCES)
+            training = Training(asked.plan, texts.together(repairs.STEP), texts.stop(repairs.STEP), config)
+            plans["repaired"], plans["healed"] = recover(out, repair, net, training, fit, *how)
+        else:
+            plans["repaired"] = repair_into(out, repair, net, asked.plan, texts.together(text.batch_size), *how)
+    tables = {"refits": repairs.refits_table(plans["repaired"], out)} if repair == REFIT else {}
+    asked.end({"skipped": asked.plan, **plans}, out, tables, run.as_json)
 
 
 @command(example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
@@ -88,19 +97,14 @@ def heal(
     check_folder(out, "heal")
     config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
     asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length)
-    net, wanted, texts, settings = asked.net, asked.plan, asked.texts, asked.settings
-    settings = Provenance.of(settings, sampled=True) if text.sample else settings
+    asked = replace(asked, settings=Provenance.of(asked.settings, sampled=True)) if text.sample else asked
+    told: dict[str, Any] = {"out": out, "provenance": asked.settings, "workers": workers}
     with progress_bar() as progress:
-        fit, stop = texts.together(text.batch_size), texts.stop(text.batch_size)
+        fit, stop = asked.texts.together(text.batch_size), asked.texts.stop(text.batch_size)
         if text.sample:
-            fit = sampled(net, fit, out, settings, seed=run.seed, progress=progress)
-        healed = heal_plan(
-            net, wanted, fit, stop, config, out=out, provenance=settings, workers=workers, progress=progress
-        )
-    looks, title = read(out / HealRecord.file, HealRecord), "what it loses on text that was not trained on"
-    tables = {"healing": table(f"{out}: {title}", HEALING, looks)}
-    title = f"skip {wanted}: before the healing and after it"
-    replace(asked, settings=settings).end({wanted.state: wanted, "healed": healed}, out, tables, title, run.as_json)
+            fit = sampled(asked.net, fit, out, asked.settings, seed=run.seed, progress=progress)
+        healed = heal_plan(asked.net, asked.plan, fit, stop, config, **told, progress=progress)
+    asked.end({asked.plan.state: asked.plan, "healed": healed}, out, {}, run.as_json)
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,16 @@ class Asked:
     tasks: TaskChoice
     settings: Provenance
 
-    def end(self, plans: Mapping[State, Plan], out: Path, tables: dict[str, Table], title: str, as_json: bool) -> None:
+    def end(self, plans: Mapping[State, Plan], out: Path, tables: dict[str, Table], as_json: bool) -> None:
         """Measure the states of the plan whose weights are in `out`, and say it, and what to do with them."""
         from ..repairing.texts import measure
 
         with progress_bar() as progress:
             measured = measure(self.net, plans, self.texts.other, out, self.settings, progress)
             scores = judged(self.net, self.tokenizer, plans, self.tasks, out, self.settings, progress)
-        tables = tables | {"quality": table(title, MEASURED, measured)}
+        if looks := read(out / HealRecord.file, HealRecord):
+            tables["healing"] = table(f"{out}: what it loses on text that was not trained on", HEALING, looks)
+        tables["quality"] = table(f"skip {self.plan}: before and after", MEASURED, measured)
         if scores:
             tables["tasks"] = scores_table(scores)
         last = measured[-1]

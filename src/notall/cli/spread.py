@@ -1,9 +1,9 @@
 """Options of the command line from dataclasses: each field is one, and the command gets the dataclass back."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -11,15 +11,15 @@ import typer
 from ..errors import shortened
 from ..options import Option
 
-REQUIRED = inspect.Parameter.empty
+REQUIRED = Parameter.empty
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
     """`function` with a parameter for each field of its parameters that are dataclasses; `...` is a required one."""
     hints = get_type_hints(function, include_extras=True)
     classes: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    given = inspect.signature(function).parameters
-    options: dict[str, inspect.Parameter] = {}
+    given = signature(function).parameters
+    options: dict[str, Parameter] = {}
     owners: dict[str, str] = {}  # of an option, the parameter that it is, or is a field of
     for name, parameter in given.items():
         how = hints[name], parameter.default
@@ -34,12 +34,12 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
             mine[owners[name]][name] = tuple(value) if isinstance(value, list) else value
         function(**{name: classes[name](**mine[name]) if name in classes else mine[name][name] for name in given})
 
-    command.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
+    command.__signature__ = Signature([*options.values()])  # type: ignore[attr-defined]
     command.__annotations__ = {name: option.annotation for name, option in options.items()}
     return command
 
 
-def _fields(kind: Any, given: Any) -> Iterator[inspect.Parameter]:
+def _fields(kind: Any, given: Any) -> Iterator[Parameter]:
     """Of a dataclass, with the defaults of `given`, an instance, where there is one."""
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
@@ -48,9 +48,7 @@ def _fields(kind: Any, given: Any) -> Iterator[inspect.Parameter]:
         yield _option(field.name, hints[field.name], default, panel, field.metadata.get("option"))
 
 
-def _option(
-    name: str, hint: Any, default: Any, panel: str | None = None, option: Option | None = None
-) -> inspect.Parameter:
+def _option(name: str, hint: Any, default: Any, panel: str | None = None, option: Option | None = None) -> Parameter:
     """As Typer takes it, which knows lists and no tuples."""
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     option = option or next((one for one in more if isinstance(one, Option)), None)
@@ -64,7 +62,7 @@ def _option(
         info = typer.Option(*flags, **told)
     kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
     default = REQUIRED if default is ... else list(default) if isinstance(default, tuple) else default
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def _at_most(most: int | None) -> Callable[[int], int] | None:

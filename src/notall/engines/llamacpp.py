@@ -217,8 +217,7 @@ def types_of(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kind
         elif name in finer and wanted != Kind.Q8_0:
             wanted = Kind.Q6_K
         width, either = shapes[name][-1], (wanted, NARROWER.get(wanted, wanted))  # where its blocks divide a row
-        fits = (one for one in either if width % GGML_QUANT_SIZES[one][0] == 0)
-        found[name] = next(fits, Kind.F16)
+        found[name] = next((one for one in either if width % GGML_QUANT_SIZES[one][0] == 0), Kind.F16)
     return found
 
 

@@ -212,9 +212,7 @@ def _checks(
     return found
 
 
-def _check(
-    name: str, value: Known, delta: Known, better: bool | None, p_value: float, kept: Recovery | None = None
-) -> Check:
+def _check(name: str, value: Known, delta: Known, better: bool | None, p: float, kept: Recovery | None = None) -> Check:
     """`value`, and what it has more than the original model's; `better`: whether higher is."""
     figures = dict(zip(("value", "value_se", "delta", "delta_se"), (*value, *delta)))
-    return Check(check=name, **figures, p_value=p_value, higher_is_better=better, recovery=kept)
+    return Check(check=name, **figures, p_value=p, higher_is_better=better, recovery=kept)

@@ -291,8 +291,7 @@ class PlansLM(HFLM):
         if not 0 < len(continuation) <= self.max_length:
             told = f"an answer of {self.task} has {len(continuation)} tokens"
             raise UsageError(f"{told}, and the model takes 1 to {self.max_length}; leave the task out, or mend it")
-        sequence = (context + continuation)[-(self.max_length + 1) :][:-1]
-        return Request(tuple(sequence), tuple(continuation))
+        return Request(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation))
 
     def _missing(self, keys: list[str], requests: list[Instance], size: int) -> Iterator[list[Instance]]:
         """The requests that some plans lack, each once, `size` at a time; `running` is then set to those plans."""

@@ -50,8 +50,7 @@ class Workers(AbstractContextManager["Workers"]):
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
         """As `quality.score`: scores of the original model, then of each plan, on one batch of token ids."""
         groups = self._split(plans)
-        tasks = [("score", ([plans[number] for number in group], tokens.cpu())) for group in groups]
-        answers = self.pool.run(tasks)
+        answers = self.pool.run([("score", ([plans[number] for number in group], tokens.cpu())) for group in groups])
         found = {number: scores for group, (_, *rest) in zip(groups, answers) for number, scores in zip(group, rest)}
         return [answers[0][0], *(found[number] for number in range(len(plans)))]
 
@@ -91,8 +90,7 @@ def split_branches(structure: ModelStructure, plans: Sequence[Plan], parts: int)
         work = most
         for number in order:
             path = paths[number]
-            shared = common(paths[groups[-1][-1]], path) if groups else 0
-            work += len(path) - shared + 1
+            work += len(path) - (common(paths[groups[-1][-1]], path) if groups else 0) + 1
             if work > most:
                 groups.append([])
                 work = len(path) + 1

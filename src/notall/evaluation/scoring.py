@@ -226,8 +226,7 @@ def packed(sequences: Iterable[tuple[int, ...]], most: float = math.inf) -> Iter
     for sequence in sorted(sequences):
         shared = common(before, sequence)
         size = len(pack) + len(sequence) - shared
-        longest = max(len(before), len(sequence))
-        room = min(most, MOST_TIMES_LONGEST * longest + MOST_BESIDE)
+        room = min(most, MOST_TIMES_LONGEST * max(len(before), len(sequence)) + MOST_BESIDE)
         if before and (4 * shared < len(sequence) or size > room):
             yield pack
             pack, before = Pack(), ()

@@ -91,10 +91,8 @@ class ShapeOptions:
             raise UsageError("--shape has no weights of its own: add --dummy-weights")
         from ..models.loading import build_random, load_config, resolve_device, resolve_dtype
 
-        place = resolve_device(model.device)
-        config = load_config(
-            self.shape or model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        place, spec = resolve_device(model.device), self.shape or model.model
+        config = load_config(spec, revision=model.revision, trust_remote_code=model.trust_remote_code)
         return build_random(config, dtype=resolve_dtype(model.dtype, place), device=place, seed=seed)
 
 
@@ -114,8 +112,7 @@ def bench(
 
     with working_in(out, "bench"):
         kept = Ledger(out, BenchRecord) if out else None
-        plans = {"skipped": plan} if plan else {}
-        times = time_plans(model, plans, workload, seed=seed, progress=progress)
+        times = time_plans(model, {"skipped": plan} if plan else {}, workload, seed=seed, progress=progress)
         dense = Timed(times=times["dense"], footprint=footprint(model, Plan()))
         skipped = Timed(times=times["skipped"], footprint=footprint(model, plan)) if plan else None
         source = Provenance.of(provenance, seed=seed)
@@ -138,8 +135,7 @@ def conclusion(record: BenchRecord) -> str:
 
 
 def shown(folder: Folder) -> Shown:
-    records = folder.of(BenchRecord)
-    rows = rows_of(records)
+    rows = rows_of(folder.of(BenchRecord))
     steps = []
     for row in rows:
         plan = row.bench.plan if row.model is row.bench.skipped else Plan()

@@ -30,7 +30,7 @@ from ..results.repairs import EvaluationRecord
 from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_delta, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Card, Figure, Folder, Section, Shown
-from .options import SkipAmount, TaskChoice, space_of
+from .options import SkipAmount, TaskChoice, Words, space_of
 from .pages import MeasuredPlan, points_of, results, shown_plans
 from .search import tasks_of
 from .verdict import is_usable, next_command, on_the_text
@@ -80,9 +80,7 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
-    behind: Number = Field(
-        math.nan, description="NLL beyond that of the least, of as many and repaired alike; of that one itself nothing"
-    )
+    behind: Number = Field(math.nan, description="NLL beyond that of the least, of as many and repaired alike")
     behind_se: Unsigned = Field(math.nan, description="its standard error, paired by window of text")
     added_bytes: Count = Field(0, description="of matrices that the repair keeps at run time")
     tasks: tuple[TaskScore, ...] = ()
@@ -165,18 +163,14 @@ class CompareOptions:
 
     PANEL: ClassVar = "What is compared"
 
-    skip: tuple[str, ...] = option(
+    skip: Words = option(
         ("attention:4,8",),
         "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more",
         metavar="KIND:COUNT[,...]",
     )
-    criterion: tuple[str, ...] = option(
-        (), "a name of `notall criteria`, or your own module:function; repeat it for more (default: all)"
-    )
-    objective: tuple[str, ...] = option(
-        ("kl",), "nll, kl, answers, task:NAME, or a sum; repeat it for more", metavar="OBJECTIVE"
-    )
-    repair: tuple[str, ...] = option(
+    criterion: Words = option((), "a name of `notall criteria`, or module:function; repeat it for more (default: all)")
+    objective: Words = option(("kl",), "nll, kl, answers, task:NAME, or a sum; repeat it for more", (), "OBJECTIVE")
+    repair: Words = option(
         (),
         "also judge plans after a repair with --text: refit, replaceme, prune-and-comp, nbl, ghosted, or your own "
         "module:function; repeat it for more",
@@ -247,9 +241,7 @@ class Run:
         return " ".join(map(str, self.key))
 
 
-def runs_of(
-    criteria: Sequence[str], objectives: Sequence[str], spaces: Sequence[tuple[Space, Sequence[int]]]
-) -> list[Run]:
+def runs_of(criteria: Sequence[str], goals: Sequence[str], spaces: Sequence[tuple[Space, Sequence[int]]]) -> list[Run]:
     """Every criterion at every count of every space that it can choose from; by each objective where it goes by one."""
     from ..choosing.criteria import criterion, suits
 
@@ -257,7 +249,7 @@ def runs_of(
         Run(name, objective, space, count)
         for space, counts in spaces
         for name in criteria
-        for objective in (objectives if criterion(name).reads == "objective" else objectives[:1])
+        for objective in (goals if criterion(name).reads == "objective" else goals[:1])
         for count in counts
         if suits(name, space)
     ]
@@ -319,7 +311,7 @@ def compare_criteria(
             )
             for choice, repair in product(choices, (UNREPAIRED, *ways))
         ]
-        found = _finished(records, Ledger(subject.out, ComparisonRecord), held)
+        found = _done(records, Ledger(subject.out, ComparisonRecord), held)
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
         return found
 
@@ -365,12 +357,10 @@ def _repaired(
     return found
 
 
-def _finished(
-    records: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores
-) -> list[ComparisonRecord]:
+def _done(rows: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores) -> list[ComparisonRecord]:
     """The same beside the best of as many of the same space, repaired alike; what is new of these is written down."""
-    asked = {record.key for record in records}
-    every = [*records, *(record for record in kept if record.key not in asked)]
+    asked = {record.key for record in rows}
+    every = [*rows, *(record for record in kept if record.key not in asked)]
     groups: dict[tuple[str, int, str], list[ComparisonRecord]] = {}
     for record in every:
         if is_number(record.quality.delta_nll) and held.has(scored_as(record.plan, record.repair)):
@@ -386,7 +376,7 @@ def _finished(
         more, error = behind.get(record.key, (math.nan, math.nan))
         every[place] = record.model_copy(update={"behind": more, "behind_se": error})
     kept.renew(every)
-    return every[: len(records)]
+    return every[: len(rows)]
 
 
 class _Choosing:

@@ -191,7 +191,7 @@ def _sections(folder: Folder) -> Iterator[Section]:
     yield from tasks_section(folder, measured[-1].plan if measured else None)
     if looks := folder.of(HealRecord):
         note = "KL to the original model, on text that is not trained on. The weights that were best there are kept."
-        drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the training", note=note)
+        drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the CPU time", note=note)
         yield Section("healing", "How the healing went", (drawn,), table("healing", HEALING, looks))
     if refits := folder.of(RefitRecord):
         note = (

@@ -141,8 +141,7 @@ class TextOptions(PromptOptions):
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
         batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
-        described = {"text": text.name, "text_sha256": text.sha256, **size}
-        return [batch.to(model.device) for batch in batches], described
+        return [batch.to(model.device) for batch in batches], {"text": text.name, "text_sha256": text.sha256, **size}
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,7 @@ class HeldOutOptions(TextOptions):
         if fewer:
             text = _read(model, tokenizer, self.text, (self.sequences + count) * self.length)
             count = max(0, min(count, windows_in(tokenizer, text, self.length) - self.sequences))
-        every = replace(self, sequences=self.sequences + count)
-        both, described = every.windows(model, tokenizer, seed=seed)
+        both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
         others = list(rest.split(self.batch_size)) if count else []
@@ -218,9 +216,7 @@ class PlanOptions:
     """What is left out: the plan of a file, or the deepest of a kind."""
 
     plan: Path | None = option(None, "plan file, folder of a repair, or published:NAME")
-    skip: str | None = option(
-        None, "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", (), "KIND[:HOW MANY]"
-    )
+    skip: str | None = option(None, "instead of --plan: the deepest, such as attention:0.33", (), "KIND[:HOW MANY]")
     keep_last: bool = option(False, "with --skip: preserve the last layer")
 
     @property
@@ -246,8 +242,7 @@ class PlanOptions:
                 beside, dense = shortened(weights_beside(Path(model)) or model), dense_of(Path(model))
                 wrong = f"{shortened(model)} is what is left of another model"
                 raise UsageError(f"{wrong}: name that one, such as {dense}, and give --plan {beside}")
-            give = "--plan plan.json (notall search writes one), or --skip attention:0.25"
-            raise UsageError(f"say what to leave out: {give}")
+            raise UsageError("say what to leave out: --plan plan.json (of notall search), or --skip attention:0.25")
         _ = self.amount, self._read
 
     def of(self, model: PreTrainedModel) -> Plan:

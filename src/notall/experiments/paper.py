@@ -107,9 +107,7 @@ class PaperOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    generate_all: bool = option(
-        False, "run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",)
-    )
+    generate_all: bool = option(False, "generate text in all configurations, not only at 33 %", ("--generate-all",))
     diagnostics: Diagnostics = False
 
 

@@ -31,7 +31,7 @@ from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Key, Loss, Number, Positive, Record, SublayerNames, Unsigned, is_number
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Figure, Folder, Message, Section, Shown
-from .options import read_plan, words_of
+from .options import Words, read_plan, words_of
 from .paper import LEAST_ROUNDS, LEAST_WINDOWS
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
@@ -103,9 +103,7 @@ class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     tokens: Count | None = Field(None, description="predicted, of all windows")
     file_bytes: Count | None = Field(None, description="of weights on disk")
     memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
-    times: Times | None = Field(
-        None, description="speedups are over the plain original model in this engine; models of one shape share theirs"
-    )
+    times: Times | None = Field(None, description="speedups over the plain original, alike for models of one shape")
     rounds: Count | None = Field(None, description="in which it was timed")
     best: bool = Field(False, description="whether what loses less is slower, beyond the spread of the rounds")
     failed: str | None = Field(None, description="what the engine said, where it could not run it")
@@ -483,14 +481,14 @@ class EngineOptions:
     PANEL: ClassVar = "Engine"
 
     engine: str = option("llama.cpp", "llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")
-    types: tuple[str, ...] = option(
+    types: Words = option(
         (),
         "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
         "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
         metavar="TYPE",
     )
     threads: int | None = option(None, "threads of the engine (default: one for each core)", least=1)
-    also: tuple[str, ...] = option((), "another model to measure with this one; repeat it for more")
+    also: Words = option((), "another model to measure with this one; repeat it for more")
 
     def of(self, model: PreTrainedModel | None = None) -> Engine:
         """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
@@ -517,12 +515,8 @@ class ParetoPlans(SpaceOptions):
         "find plans that skip these, such as attention:4,8, or what --speedups choose among",
         metavar="KIND[:HOW MANY,...]",
     )
-    plan: tuple[Path, ...] = option(
-        (), "plan file, folder of a repair, or published:NAME, to measure; repeat it for more"
-    )
-    speedups: tuple[str, ...] = option(
-        (), f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"
-    )
+    plan: tuple[Path, ...] = option((), "plan file, folder of a repair, or published:NAME; repeat it for more")
+    speedups: Words = option((), f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)")
     repair: str = option(REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")
 
     def given(self) -> dict[str, Plan]:

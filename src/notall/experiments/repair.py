@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 REFIT = "refit"  # the method that is the default
 NONE = "none"  # no repair, where one is the default
-TOKENS = 131_072  # that a healing trains on
+TOKENS, STEP = 131_072, 4  # that a healing trains on, and windows of each step
 METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
 
 
@@ -71,8 +71,7 @@ class RepairOptions:
         if not plan or plan.state == "repaired":
             return plan, texts.other
         about = Provenance.of(provenance, **texts.described)
-        batches = texts.together(8)
-        return repair_into(out, str(self.repair), model, plan, batches, about, progress), texts.other
+        return repair_into(out, str(self.repair), model, plan, texts.together(8), about, progress), texts.other
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class FitOptions:
     text: Words = option((), "text to fit to; repeat it, since two kinds repair better than one (default: mix)")
     held_out: Words = option((), "text to measure on; repeat it for more (default: other windows of each --text)")
     sequences: int | None = option(None, "windows to fit to, of all texts together (default: up to 128)")
-    length: int = option(512, "tokens in each window")
+    length: int = option(512, "tokens in each window", least=1)
     batch_size: int = option(8, "windows to run at a time")
 
     def check(self) -> None:
@@ -113,7 +112,7 @@ class HealTexts(FitOptions):
 
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
-    batch_size: int = option(4, "windows of a step")
+    batch_size: int = option(STEP, "windows of a step")
     sample: bool = option(False, "train on text by the original model, from the first words of each window")
     tokens: int | None = option(None, "instead of --sequences: tokens to train on, of all texts together")
 
@@ -134,18 +133,15 @@ class HealOptions:
     PANEL: ClassVar = "Training"
 
     train: Literal["outputs", "all", "lora"] = option(
-        "outputs",
-        "what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
-        "added to each one in the end)",
-        metavar="WHAT",
+        "outputs", "outputs (norms and output projections), all weights, or lora (merged in the end)", metavar="WHAT"
     )
     rank: int | None = option(None, "rank of the matrices of --train lora (default: 16)")
     rate: float = option(3e-4, "the learning rate to begin with")
     warm_up: float = option(
-        0.0,
-        "for this share of the tokens, 0 to 1, train each remaining sublayer alone to the original model's stream",
-        metavar="SHARE",
+        0.0, "for this share, 0 to 1, train each sublayer alone to the original model's stream", metavar="SHARE"
     )
+
+    minutes: float | None = option(None, "CPU minutes to train for, over the text again and again (default: once)")
 
     def config(self, seed: int) -> TrainConfig:
         from ..repairing.students import TrainConfig
@@ -154,8 +150,7 @@ class HealOptions:
             raise UsageError(f"--rate {self.rate} is no learning rate: give one such as 3e-4")
         if self.rank is not None and (self.train != "lora" or self.rank < 1):
             raise UsageError(f"--rank {shortened(self.rank)} is of no use here: give 1 or more, with --train lora")
-        rank = {} if self.rank is None else {"rank": self.rank}
-        return TrainConfig(train=self.train, rate=self.rate, warm_up=self.warm_up, seed=seed, **rank)
+        return TrainConfig(**{name: value for name, value in vars(self).items() if value is not None}, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ from . import bench, draft, driver, recovery, search, sweep
 from .compare import ComparisonRecord
 from .options import read_plan
 
-COMMANDS = tuple(
-    f"notall {name}" for name in ("compare", "sweep", "search", "eval", "repair", "heal", "bench", "draft")
-)
+COMMANDS = tuple(map("notall {}".format, ("compare", "sweep", "search", "eval", "repair", "heal", "bench", "draft")))
 GIVEN = (MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRecord)  # records of a plan that is given
 CHOSEN = (ComparisonRecord, sweep.SweepRecord, search.SearchRecord)
 # Without those of sublayers left out alone, whose errors are of two windows.

@@ -131,9 +131,7 @@ class BudgetOptions:
     weights: float | None = option(None, "save this many bytes of weights, or this share")
     kv: float | None = option(None, "save this many bytes of KV cache per token, or this share")
     speedup: float | None = option(None, "run prompt and generated tokens this many times as fast here")
-    max_nll: float | None = option(
-        None, "skip as much as possible while NLL rises by at most this many nats, alone or as a limit"
-    )
+    max_nll: float | None = option(None, "skip as much as a rise of NLL by this many nats allows, alone or as a limit")
     max_kl: float | None = option(None, "the same for KL")
 
     def check(self, amount: SkipAmount, recovery: float | None = None) -> BudgetChoice:
@@ -213,12 +211,8 @@ class ObjectiveOptions:
         "nll, kl, retrieval, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl, on the mix kl + "
         "0.3*retrieval; what --max-nll or --max-kl limits)",
     )
-    prompts: Path | None = option(
-        None, "for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column"
-    )
-    max_minutes: float | None = option(
-        None, "stop looking after this many minutes; loading, timing and measuring come on top"
-    )
+    prompts: Path | None = option(None, "for `answers`: prompts, one per line, or a .jsonl with a `prompt` column")
+    max_minutes: float | None = option(None, "stop looking after this many minutes; loading and timing come on top")
     patience: int = option(12, "stop after this many evaluations that bring nothing", least=0)
 
     def check(self) -> None:

@@ -107,8 +107,7 @@ class Verdict:
 
     def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> "Verdict":
         """With what tasks say of it; where less is kept than is `asked` for, or that is not seen, it is missed."""
-        short = short_of(scores, asked) if asked else None
-        missed = "; ".join(filter(None, (self.missed, short))) or None
+        missed = "; ".join(filter(None, (self.missed, short_of(scores, asked) if asked else None))) or None
         return replace(self, scores=scores, least=asked or RECOVERY, missed=missed)
 
     @property

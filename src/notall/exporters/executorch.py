@@ -28,9 +28,7 @@ from .tensors import FLOATS, Weight, Weights
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BY_LENGTH = ("dynamic", "longrope")  # RoPEs whose angles go by how long a text is
 PROGRAM = "model.pte"
-INSTALL = (
-    "install it and notall in an environment of their own (pip install executorch notall), and run this command there"
-)
+INSTALL = "install it and notall in an environment of their own (pip install executorch notall), and run this there"
 USE = (
     f"ExecuTorch's runners for language models take `{PROGRAM}` and the tokenizer beside it. The program reads up to "
     "{tokens} tokens, and takes the memory of a cache for all of them when it is loaded."

@@ -71,8 +71,7 @@ TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 def describe(folder: Path, export: "Export", verdict: Verdict, measured: Settings | None = None) -> None:
     """Write the manifest, with what is known now that the weights are written, and the card."""
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
-    whole = {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)}
-    write_manifest(folder, whole)
+    write_manifest(folder, {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)})
     (folder / "README.md").write_text(_card(export, verdict, measured), encoding="utf-8")
 
 

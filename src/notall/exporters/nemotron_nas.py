@@ -84,8 +84,7 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
     from mlx_lm.utils import load_model
 
     model, _ = load_model(folder)
-    answer = model(mx.array(tokens.tolist())).astype(mx.float32)
-    return torch.tensor(answer.tolist())
+    return torch.tensor(model(mx.array(tokens.tolist())).astype(mx.float32).tolist())
 
 
 def _check(dense: DenseModel) -> None:

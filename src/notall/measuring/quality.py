@@ -102,8 +102,7 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
     found: dict[tuple[int, Literal["block", "attention", "mlp"]], list[Tensor]] = {}
 
     def look(passage: Passage) -> None:
-        pairs = {"block": (passage.before, passage.after)} | passage.around
-        for kind, (before, after) in pairs.items():
+        for kind, (before, after) in ({"block": (passage.before, passage.after)} | passage.around).items():
             cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
             found.setdefault((passage.block.index, kind), []).append(cosine)  # type: ignore[arg-type]
 

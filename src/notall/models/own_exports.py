@@ -89,8 +89,7 @@ def shard_index(path: Path) -> dict[str, str]:
 def own_export(name: str | Path, settings: Settings) -> OwnExport:
     """The layers that config.json of an export tells. Raises `UsageError` where it tells none that can be built."""
     try:
-        regrouped = settings["model_type"] != NEMOTRON_NAS
-        return _regrouped(settings) if regrouped else _nemotron_nas(settings)
+        return _regrouped(settings) if settings["model_type"] != NEMOTRON_NAS else _nemotron_nas(settings)
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         said = shortened(f"{type(error).__name__}: {error}")
         raise UsageError(f"the config of {shortened(name)} is none that notall writes ({said}); {REDONE}") from error

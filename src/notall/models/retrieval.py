@@ -18,8 +18,7 @@ WORKS, NOUNS, ADJECTIVES, VERBS = (WORDS[name] for name in ("works", "nouns", "a
 class Episode:
     """A text that ends in a question, and what should come next.
 
-    A number follows a quote or a comma: behind a space, which many tokenizers make a token of its own, first choices
-    would tell of layout.
+    A number follows a quote or a comma: behind a space, often a token of its own, first choices would tell of layout.
     """
 
     text: str

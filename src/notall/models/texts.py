@@ -31,8 +31,7 @@ class Text:
 def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     """Read a UTF-8 text file, the `text` fields of a .jsonl file, or `prose`: English that ships with Python.
 
-    Prose differs a little between Python versions, and so does its hash. Raises UsageError for a text that is missing,
-    empty or not UTF-8.
+    Prose and its hash differ a bit between Python versions. Raises UsageError for a text missing, empty or not UTF-8.
     """
     path = expanded(source)
     name = shortened(path.name)
@@ -165,6 +164,5 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
     if not all(map(str.strip, prompts)):
-        said = f"{shortened(path)} holds an empty prompt"
-        raise UsageError(f"{said}: write one that says something, or leave its line out")
+        raise UsageError(f"{shortened(path)} holds an empty prompt: write one that says something, or leave it out")
     return prompts

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UnsupportedModel, UsageError, expect
+from ..measuring.quality import evaluate
 from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
 from ..plan import Plan
 from ..progress import Progress, silent
+from ..results.facts import State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
@@ -51,6 +53,8 @@ def heal(
     provenance: Provenance | Mapping[str, object] | None = None,
     workers: "Spread | None" = None,
     progress: Progress = silent,
+    spent: float = 0.0,
+    clock: Callable[[], float] = time.process_time,
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the original model.
 
@@ -58,18 +62,19 @@ def heal(
     the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
     With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
     processes may share each batch, and need the folder: `workers`, or those of `accelerate launch`.
+    `spent` are the CPU seconds that a repair of `plan` took; they count, on `clock`, and so does what it began with.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
-    and workers that fail, and `UnsupportedModel` as `locate` does and where the head is no matrix.
+    workers that fail or are given `minutes`, and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     config, inner = config or TrainConfig(), base_model(model)
-    training = Training(plan, [*checked(batches, model)], [*checked(held_out, model)], config)
-    _check(inner, training)
+    training = Training(plan, [*checked(batches, model)], [*checked(held_out, model)], config, spent, clock)
+    training.check(inner)
     processes = processes_of(inner)
-    if not out and (workers or processes.num_processes > 1):
-        raise UsageError("workers share a folder: give one")
+    if (workers or processes.num_processes > 1) and (not out or config.minutes):
+        raise UsageError(f"workers {'have no minutes: drop them, or --ray' if out else 'share a folder: give one'}")
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
     about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
@@ -96,26 +101,6 @@ def heal(
     return healed
 
 
-def _check(model: PreTrainedModel, training: "Training") -> None:
-    plan, warm_up = training.plan, training.config.warm_up
-    if not 0 <= warm_up <= 1:
-        raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
-    if told := quantisation_of(model.config):
-        why = f"healing trains plain weights, and these are quantised ({quantisation_name(told)})"
-        fix = "heal the plan on the model that was quantised, export that, and quantise the export"
-        raise UsageError(f"{why}: {fix}")
-    structure = locate(model)
-    plan.check(structure)
-    structure.refuse_stubs("healing")
-    if Head(model).projection is None:
-        why = f"the head of {type(model).__name__} is no matrix, and cannot be aimed at"
-        raise UnsupportedModel(f"{why}; use notall.repair instead")
-    if not plan or not training.batches or not training.held_out:
-        raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
-    if len({batch.shape[1] for batch in training.batches}) > 1:
-        raise UsageError("the windows to train on are of several lengths: give windows of one")
-
-
 def _settings(training: "Training", history: Sequence[RepairStep]) -> dict[str, object]:
     plan, how = training.plan, asdict(training.config)
     how["train_seed"] = how.pop("seed")  # that of the text has this name
@@ -137,6 +122,25 @@ class Training:
     batches: Sequence[Tensor]
     held_out: Sequence[Tensor]
     config: TrainConfig
+    spent: float = 0.0  # CPU seconds that made the plan's weights, where they count
+    clock: Callable[[], float] = time.process_time
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` for a model, plan or text that can't be trained, and as `heal` does."""
+        if told := quantisation_of(model.config):
+            why = f"healing trains plain weights, and these are quantised ({quantisation_name(told)})"
+            fix = "heal the plan on the model that was quantised, export that, and quantise the export"
+            raise UsageError(f"{why}: {fix}")
+        structure = locate(model)
+        self.plan.check(structure)
+        structure.refuse_stubs("healing")
+        if Head(model).projection is None:
+            why = f"the head of {type(model).__name__} is no matrix, and cannot be aimed at"
+            raise UnsupportedModel(f"{why}; use notall.repair instead")
+        if not self.plan or not self.batches or not self.held_out:
+            raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
+        if len({batch.shape[1] for batch in self.batches}) > 1:
+            raise UsageError("the windows to train on are of several lengths: give windows of one")
 
     def run(
         self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
@@ -153,6 +157,10 @@ class _State:
     waited: int = 0  # evaluations without a gain
     first: float = math.inf
     best: float = math.inf
+    begun: float = 0.0  # CPU seconds before the first step
+    step_seconds: float = 0.0  # of the last step
+    evaluation_seconds: float = 0.0  # of the last evaluation
+    looked: int = 0  # evaluations that were due
 
 
 @dataclass(eq=False)
@@ -167,12 +175,15 @@ class _Loop:
         training, teacher, self.config = self.training, self.teacher, self.training.config
         self.tokens, self.rows = training.batches[0].numel(), torch.cat(list(training.batches))
         self.size = len(training.batches[0])
-        self.steps = -(-len(self.rows) // self.size)
-        self.warm = round(self.config.warm_up * self.steps)
-        self.every = max(1, self.steps // self.config.evaluations)
+        self.steps = -(-len(self.rows) // self.size)  # of a pass over the text
+        every, timed = self.steps // self.config.evaluations, self.config.minutes is not None
+        self.looks = self.config.evaluations if timed else self.steps / max(1, every)  # evaluations, but for the last
+        self.rise = 0.1 if timed else min(10, self.steps // 10) / self.steps  # the share in which the rate rises
         self.of = digest_of_json(_settings(training, ()))
-        self.scorer, self.state, self.start = TokenScorer(teacher), _State(), time.process_time()
-        self.student = Student(teacher, training.plan, self.config, training.batches[0], layerwise=self.warm > 0)
+        self.scorer, self.state, self.start = TokenScorer(teacher), _State(), training.clock()
+        self.start -= max([training.spent, *(evaluation.seconds for evaluation in self.ledger)])
+        layerwise = self.config.warm_up > 0
+        self.student = Student(teacher, training.plan, self.config, training.batches[0], layerwise=layerwise)
         processes_of(teacher)  # before accelerate settles who they are without the model
         # what a batch does not need, such as an expert, waits for nobody
         spread = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -188,45 +199,74 @@ class _Loop:
             scores, dense = self.scorer.dense(rows_of(teacher, ids), targets, likeliest=True)
             self.held_out.append((ids, targets, scores.likeliest, dense))
 
+    @property
+    def seconds(self) -> float:
+        """CPU seconds so far, also before a break, and of a repair that counts."""
+        return self.training.clock() - self.start
+
+    @property
+    def done(self) -> float:
+        """The share of the training before the next step: of its steps, or of its time until the middle of that one."""
+        state, minutes = self.state, self.config.minutes
+        if minutes is None:
+            return state.step / self.steps
+        most = 60 * minutes - state.evaluation_seconds - state.begun  # the last evaluation is within the time
+        return (self.seconds + state.step_seconds / 2 - state.begun) / most if most > 0 else 1.0
+
     def run(self) -> dict[str, Tensor]:
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.config.seed))
-        devices = [self.teacher.device] if self.teacher.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
             if not self._restore():
-                self._evaluate()
-            while self.state.step < self.steps and self.state.waited < self.config.patience:
-                at = self.state.step * self.size
-                self._step(self.rows[order[at : at + self.size]])
-                self.state.step += 1
-                self.progress(self.state.step, self.steps, "healing")
-                if self.state.step % self.every == 0 or self.state.step == self.steps:
+                self._begin()
+            state, done = self.state, self.done
+            while done < 1 and state.waited < self.config.patience:
+                passes, number = divmod(state.step, self.steps)  # each pass over the text has an order of its own
+                generator, before = torch.Generator().manual_seed(self.config.seed + passes), self.seconds
+                order = torch.randperm(len(self.rows), generator=generator)
+                self._step(self.rows[order[number * self.size :][: self.size]], done)
+                state.step += 1
+                state.step_seconds = self.seconds - before
+                done = self.done
+                self.progress(min(done, 1.0) * self.steps, self.steps, "healing")
+                if done >= 1 or int(done * self.looks + 1e-9) > state.looked:
+                    state.looked = int(done * self.looks + 1e-9)
                     self._evaluate()
+                    done = self.done
         self.accelerator.wait_for_everyone()
         for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
             self.student.trained[path].data.copy_(weight)
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
 
-    def _step(self, batch: Tensor) -> None:
-        """One of AdamW, on this process's share of a batch, (sequences, tokens)."""
+    def _begin(self) -> None:
+        """Evaluate what the training begins with, and, where a repair counts, what that began with."""
+        if self.training.spent:
+            (skipped,) = evaluate(self.teacher, [self.training.plan.unrepaired], self.training.held_out)
+            self._note("skipped", skipped.kl, skipped.nll, skipped.top1_agreement, 0.0)
+        self._evaluate()
+        self.state.begun, self.state.step_seconds = self.seconds, self.state.evaluation_seconds  # about as much work
+
+    def _step(self, batch: Tensor, done: float) -> None:
+        """One of AdamW, on this process's share of a batch, (sequences, tokens), where so much of the training is done.
+
+        The rate rises in a straight line, and falls in half a wave of a cosine.
+        """
         count, index = self.accelerator.num_processes, self.accelerator.process_index
         share = batch[index::count]
         weight = len(share) * count / len(batch)  # gradients are averaged over processes, and are to be over tokens
         torch.manual_seed(self.config.seed + self.state.step * count + index)  # of dropout
         self.student.train()
-        loss = self._loss(share if len(share) else batch[:1])
-        self.accelerator.backward(weight * loss)
+        self.is_warming = done < self.config.warm_up
+        self.accelerator.backward(weight * self._loss(share if len(share) else batch[:1]))
         self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        step, rise = self.state.step, min(10, self.steps // 10)
-        fall = 0.5 * (1.0 + math.cos(math.pi * ((step - rise) / max(1, self.steps - rise))))
-        for group in self.optimizer.param_groups:  # a straight rise, and half a wave of a cosine down
-            group["lr"] = self.config.rate * (step / rise if step < rise else fall)
+        fall = 0.5 * (1.0 + math.cos(math.pi * (done - self.rise) / (1 - self.rise)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate * (done / self.rise if done < self.rise else fall)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _loss(self, ids: Tensor) -> Tensor:
         """What has the gradient of the mean KL over tokens; in the warm-up a share of the stream's square."""
-        if self.student.layerwise and self.state.step < self.warm:
+        if self.student.layerwise and self.is_warming:
             targets = self.student.layerwise.targets(ids)
             with self.autocast:
                 return self.model(ids, targets).mean()
@@ -238,27 +278,27 @@ class _Loop:
         return (states * derivative).sum(-1).mean()
 
     def _evaluate(self) -> None:
-        state = self.state
+        state, before = self.state, self.seconds
         self.student.eval()
         kl, nll, same, count = self.accelerator.reduce(self._held_out_sums(), "sum").tolist()
-        evaluation = HealRecord(
-            tokens=state.step * self.tokens,
-            held_out_kl=kl / count,
-            held_out_nll=nll / count,
-            held_out_agreement=same / count,
-            seconds=time.process_time() - self.start,
-        )
-        is_best = state.step == 0 or kl / count < min(state.best, state.first)
+        found, state.evaluation_seconds = kl / count, self.seconds - before
+        is_best = state.step == 0 or found < min(state.best, state.first)
         if state.step == 0:
-            state.first = kl / count
-        elif state.step > self.warm or not self.warm:  # the warm-up aims at something else
-            state.waited = 0 if kl / count < state.best else state.waited + 1
+            state.first = found
+        elif not self.is_warming:  # the warm-up aims at something else
+            state.waited = 0 if found < state.best else state.waited + 1
         if state.step:
-            state.best = min(state.best, kl / count)
+            state.best = min(state.best, found)
+        self._note("healed" if state.step else self.training.plan.state, found, nll / count, same / count, self.seconds)
         if self.accelerator.is_main_process:
-            if evaluation.key not in self.ledger:
-                self.ledger.add(evaluation)
             self._save(is_best)
+
+    def _note(self, model: State, kl: float, nll: float, agreement: float, seconds: float) -> None:
+        """Write down an evaluation, in one process, unless it is there."""
+        tokens = self.state.step * self.tokens
+        if self.accelerator.is_main_process and (model, tokens) not in self.ledger:
+            found = {"held_out_kl": kl, "held_out_nll": nll, "held_out_agreement": agreement, "seconds": seconds}
+            self.ledger.add(HealRecord.model_validate({"model": model, "tokens": tokens, **found}))
 
     @torch.no_grad()
     def _held_out_sums(self) -> Tensor:
@@ -296,7 +336,6 @@ class _Loop:
                 parameter.data.copy_(tensor)
             else:
                 self.optimizer.state[parameter][kind] = tensor.to(parameter.device)
-        self.start -= max(evaluation.seconds or 0 for evaluation in self.ledger)
         return True
 
 

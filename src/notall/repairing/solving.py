@@ -109,8 +109,7 @@ class Rows:
         features, lacking, roots = self._together()
         total = metric @ lacking.square().sum(0)
         known = torch.cat([features, roots], 1) if self.biased else features
-        missed = metric @ (lacking - known @ change.T).square().sum(0)
-        return float(missed / total) if total > 0 else 1.0
+        return float(metric @ (lacking - known @ change.T).square().sum(0) / total) if total > 0 else 1.0
 
     def solve(self, ridge: float, *, alike: bool = False) -> Tensor | None:
         """As of `Moments`: with H the diagonal of what features are held back by, C = r' (z H^-1 z' + 1)^-1 z H^-1."""

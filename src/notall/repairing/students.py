@@ -1,6 +1,7 @@
 """The model that a healing trains: the dense one without what a plan skips, and copies of the weights to train."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class TrainConfig:
     `warm_up` of the steps each kept sublayer aims at the original's stream behind it, and only then all of them at
     the next token. The held-out text is looked at `evaluations` times, evenly; `patience` of them in a row without a
     gain end it: while the rate is high there may be none, and as it falls there are.
+
+    With `minutes` (CPU minutes of this process) it trains for that long, evaluations included, over the text as often
+    as there is time: shares are of the time, and the rate is none when it is up. Raises `UsageError` for a time that is
+    not positive and finite, and a warm-up that is no share.
     """
 
     train: Trained = "outputs"
@@ -44,6 +49,13 @@ class TrainConfig:
     seed: int = 0
     evaluations: int = 10
     patience: int = 5
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warm_up <= 1:
+            raise UsageError(f"a warm-up of {self.warm_up} is no share of the training: give one from 0 to 1")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"{self.minutes} minutes are no time to train for: give more than 0, such as 3")
 
 
 class Student(nn.Module):

@@ -81,9 +81,9 @@ class RepairTexts:
                 other[f"{text.name}, other windows" if count else text.name] = rows[count:]
         return cls(own, other, {"texts": told, "sequences": each * len(texts), "length": length, "seed": seed})
 
-    def together(self, size: int) -> list[Tensor]:
-        """Windows of all texts in turn, `size` at a time, so that each part of them holds some of each text."""
-        return list(torch.cat([row for windows in zip(*self.own) for row in windows]).split(size))
+    def together(self, size: int, most: int | None = None) -> list[Tensor]:
+        """Up to `most` windows of all texts in turn, `size` at a time: each part of them holds some of each text."""
+        return list(torch.cat([row for windows in zip(*self.own) for row in windows])[:most].split(size))
 
     def stop(self, size: int) -> list[Tensor]:
         """A few windows of each text to measure on, to stop a training by."""
@@ -125,8 +125,7 @@ def measure(
 ) -> list[MeasuredRecord]:
     """A record a text and plan. Each is kept in `folder`, and not measured again for the same weights and windows.
 
-    `texts` are token ids, (batch, tokens) each, by the name of the text. Raises `UsageError` when the folder is in use
-    or holds a malformed line.
+    `texts` are token ids, (batch, tokens), by the text's name. Raises `UsageError` for a folder in use, or malformed.
     """
     found: list[MeasuredRecord] = []
     stages = Stages(progress, len(texts))

@@ -46,8 +46,7 @@ VERBS: tuple[tuple[tuple[Callable[[Folder], Shown], tuple[type[Record], ...]], .
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write the page of a results folder to `out`, whole or not at all, and answer where it is.
 
-    Raises `UsageError` when the folder holds no results, a line of them is malformed, or `out` can't be written or is
-    no page.
+    Raises `UsageError` when the folder holds no results or a malformed line, or `out` can't be written or is no page.
     """
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):

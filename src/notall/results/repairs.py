@@ -83,22 +83,24 @@ REFITS: tuple[Column[RefitRecord], ...] = (
 )
 
 
-class HealRecord(Record, kind="healing", key=("tokens",), headed=True):
-    """How far from the original model the healing is, on text that it does not train on."""
+class HealRecord(Record, kind="healing", key=("model", "tokens"), headed=True):
+    """How far from the original model the healing is, or what it began with, on text that it does not train on."""
 
+    model: State = Field("healed", description="skipped, repaired or, after the first step, healed")
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(math.nan, description="negative log-likelihood there, nats per token")
     held_out_agreement: Share = Field(math.nan, description="share of the original model's first choices there, 0 to 1")
-    seconds: Amount = Field(description="CPU seconds so far of all threads, also before a break, of the first worker")
+    seconds: Amount = Field(description="CPU seconds so far of the first worker, also before a break, or of the repair")
 
 
 HEALING: tuple[Column[HealRecord], ...] = (
+    words("model", lambda look: look.model),
     number("tokens", lambda look: look.tokens, ","),
     number("held-out KL", lambda look: look.held_out_kl, ".4f"),
     number("held-out NLL", lambda look: look.held_out_nll, ".4f"),
     number("held-out top-1 agreement", lambda look: look.held_out_agreement, ".4f"),
-    number("CPU s", lambda look: look.seconds, ",.1f"),
+    number("CPU min", lambda look: look.seconds / 60, ",.2f"),
 )
 
 

@@ -138,9 +138,7 @@ def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     while sum(widths) > room:
         widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
         widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
-    return [
-        Strip(tuple(_filled(cell, wide) for cell in strip.cells), strip.right) for strip, wide in zip(strips, widths)
-    ]
+    return [Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right) for one, wide in zip(strips, widths)]
 
 
 def _filled(pieces: Pieces, width: int) -> Pieces:

@@ -24,8 +24,7 @@ def joined(address: str) -> Iterator[None]:
     """Be connected to a cluster, which ends with the `with` if it was not before.
 
     `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here),
-    HOST:PORT (from a machine of the cluster) or ray://HOST:PORT (from outside, by Ray's client). Raises `UsageError`
-    where no cluster is there.
+    HOST:PORT (from a machine of the cluster) or ray://HOST:PORT (from outside). Raises `UsageError` without one.
     """
     if ray.is_initialized():
         yield

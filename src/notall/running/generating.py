@@ -161,8 +161,7 @@ def _generating_by(settings: GenerationConfig, model: PreTrainedModel, undo: Und
 @contextmanager
 def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Random numbers from `seed` on, for the time of the `with`; then those that would have come."""
-    devices = range(torch.cuda.device_count()) if model.device.type == "cuda" else ()
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if model.device.type == "cuda" else ()):
         torch.manual_seed(seed)
         yield
 

@@ -137,10 +137,8 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         if folder.is_file():
             raise UsageError(f"{shortened(folder)} is a file: notall.Plan.load reads a plan without weights")
         if (seal := _seal_of(folder)) is None:
-            for by, kind in MADE_BY.items():
-                if (folder / kind.file).is_file():
-                    again = f"run the same `notall {by}` again, and it goes on"
-                    raise UsageError(f"what {shortened(folder)} holds was not finished: {again}")
+            if any((folder / kind.file).is_file() for kind in MADE_BY.values()):
+                raise UsageError(f"what {shortened(folder)} holds was not finished: run the same command again")
             raise UsageError(f"{shortened(folder)} is no repaired plan: give a plan file, or one that was repaired")
         check_files(folder, {name: d for name, d in seal.files.items() if not name.endswith(".safetensors")}, FIX)
         weights, replaced = _sealed_weights(folder, seal)
@@ -164,8 +162,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     def __or__(self, other: Plan) -> "RepairedPlan":
         both = super().__or__(other)
         theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
-        names = ("weights", "replaced", "maps")
-        merged = {name: {**getattr(self, name), **getattr(theirs, name)} for name in names}
+        merged = {name: {**getattr(self, name), **getattr(theirs, name)} for name in ("weights", "replaced", "maps")}
         return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, **merged)
 
     __ror__ = __or__
@@ -234,8 +231,7 @@ def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, n
         raise UsageError(f"{told}; repair this model")
     if own.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    new = nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
-    return holder._parameters, name, new
+    return holder._parameters, name, nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
 
 
 class Seal(BaseModel, frozen=True, extra="forbid"):
@@ -362,8 +358,7 @@ def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None
             notes: Notes = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{shortened(path)} is damaged ({shortened(error)}): {fix}") from None
-    said = notes.pop(DIGEST, None)
-    if said != (found := digest_of_tensors(tensors, notes)):
+    if notes.pop(DIGEST, None) != (found := digest_of_tensors(tensors, notes)):
         raise UsageError(f"{shortened(path)} is damaged (its tensors are not those that were written): {fix}")
     if digest not in (None, found) or of not in (None, notes.get(OF)):
         raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")

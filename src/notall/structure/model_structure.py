@@ -182,8 +182,7 @@ class ModelStructure:
     def period(self) -> int:
         """The period of the pattern of mixers, in layers: 4 in Qwen3-Next; 0 where there is none."""
         kinds = self._mixers_by_layer
-        half = len(kinds) // 2
-        return next((length for length in range(1, half + 1) if kinds[length:] == kinds[:-length]), 0)
+        return next((length for length in range(1, len(kinds) // 2 + 1) if kinds[length:] == kinds[:-length]), 0)
 
     def keeps_period(self, layers: Sequence[int]) -> bool:
         """Whether `layers` alone have mixers of the kinds that as many layers have in the original's beginning."""

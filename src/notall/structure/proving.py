@@ -231,8 +231,7 @@ def block_lines(block: Block) -> list[tuple[Branch, ...]]:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a fraction of the largest expected magnitude; nan where either holds one."""
-    scale = expected.float().abs().max().clamp_min(1e-30)
-    return float((found.float() - expected.float()).abs().max() / scale)
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
 
 
 def tolerance(dtype: torch.dtype) -> float:

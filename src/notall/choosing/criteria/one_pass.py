@@ -54,8 +54,7 @@ def choose_angular(setting: Setting, budget: Budget) -> Choice:
     def angle(first: int) -> float:
         start = first + space.keep_first
         before, behind = torch.cat(states[start]), torch.cat(states[start + len(found[first])])
-        cosine = cosine_similarity(before, behind, dim=-1).clamp(-1, 1)
-        return float((cosine.arccos() / math.pi).mean())
+        return float((cosine_similarity(before, behind, dim=-1).clamp(-1, 1).arccos() / math.pi).mean())
 
     _walk(setting, look)
     found = contiguous_runs(space, budget)

@@ -57,14 +57,12 @@ def measure(setting: Setting, units: Sequence[Unit]) -> "QuadraticProgram":
     dense = evaluator.cost(frozenset(), SCREENED)
 
     def rises(sets: list[Unit]) -> Floats:
-        costs = evaluator.costs([frozenset(names) for names in sets], SCREENED)
-        return np.minimum(np.array(costs) - dense, WORST)
+        return np.minimum(np.array(evaluator.costs([frozenset(names) for names in sets], SCREENED)) - dense, WORST)
 
     alone = rises([*units])
     together = np.zeros((len(units), len(units)))
     for i, unit in enumerate(units):
-        behind = range(i + 1, len(units))
-        fit = [j for j in behind if space.allows(frozenset(unit + units[j]))]
+        fit = [j for j in range(i + 1, len(units)) if space.allows(frozenset(unit + units[j]))]
         together[i, i + 1 :] = np.inf
         if not fit or setting.late:
             together[i, fit] = 0

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,13 +16,14 @@ from ...models.loading import dtype_name
 from ...plan import Plan
 from ...plugins import explained, first_line, named, source_of, takes
 from ...progress import Progress, silent
-from ...results.ledger import Ledger, working_in
+from ...results.ledger import Ledger, read, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
 from ...running import repaired
 from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
+from ..healing import Training, heal
 from ..refitting import about_weights, repair
 from .published import Batches, ghosted, nbl, prune_and_comp, replaceme
 
@@ -61,6 +62,7 @@ METHODS = {
     "ghosted": Method(ghosted, "a linear map at each gap; 2605.15491", "a matrix each"),
 }
 GROUP = "notall.repair_methods"  # of entry points
+CLOSED_FORM = "closed-form"  # the folder, in that of a recovery, of the repair that the training begins with
 WEIGHT, MATRIX, BIAS = "weight ", "matrix ", "bias "  # tensors in a file of a repair
 
 
@@ -69,8 +71,7 @@ def method(way: str | Method | Repairing) -> Method:
 
     Packages may add names of their own. A function of (model, plan, batches), with a fourth argument `progress` if
     it is to be told, becomes a method, described by its first line. Raises `UsageError` for a name that there is
-    nothing of, and for a module that cannot be imported. What fails in a method of others is a `UsageError` too, when
-    it is called.
+    nothing of, and for a module that cannot be imported. A method of others that fails raises `UsageError` as well.
     """
     if isinstance(way, str):
         name, found = way, named(way, METHODS, GROUP, "repair")
@@ -158,3 +159,30 @@ def repair_into(
         kept = RepairedPlan.load(folder)
         kept.check_replaced(base_model(model))
         return kept
+
+
+def recover(
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    training: Training,
+    batches: Sequence[Tensor],
+    settings: Provenance | Mapping[str, object],
+    progress: Progress = silent,
+    offload: Path | None = None,
+) -> tuple[RepairedPlan, RepairedPlan]:
+    """A plan repaired by the method `name` on `batches`, and that healed by `training` for the rest of its minutes.
+
+    `folder` is that of a healing, whose records begin with the skipped model; it holds the repair in `CLOSED_FORM`.
+    Repeating the call resumes an interrupted run, and the CPU seconds of what is there count. Where the repair takes
+    all of the time nothing is trained. Raises `UsageError` and `UnsupportedModel` as `repair` and `heal` do.
+    """
+    training.check(base_model(model))
+    clock, closed = training.clock, folder / CLOSED_FORM
+    start = clock()
+    earlier = sum(refit.seconds for refit in read(closed / RefitRecord.file, RefitRecord))
+    about = Provenance.of(settings, sequences=sum(map(len, batches)))
+    found = repair_into(closed, name, model, training.plan, batches, about, progress, offload)
+    texts, spent = (training.batches, training.held_out), earlier + clock() - start
+    told: dict[str, Any] = {"out": folder, "provenance": settings, "progress": progress}
+    return found, heal(model, found, *texts, training.config, **told, spent=spent, clock=clock)

@@ -67,8 +67,7 @@ def _least_squares(inputs: Batches, outputs: Batches, *, ridge: float = 0.0, bia
         moments.add(given, wanted, given.new_ones(len(given)))
     found = moments.solve(ridge, alike=True)
     if found is None:
-        told = f"the text is too short for a matrix of {inputs[0].shape[-1]} channels"
-        raise UsageError(f"{told}; give more of it, with --sequences")
+        raise UsageError(f"the text is too short for a matrix of {inputs[0].shape[-1]} channels; give more --sequences")
     return found
 
 
@@ -88,8 +87,7 @@ def nbl(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress
     A least-squares fit with a bias is the same estimator.
     """
     stream, maps = _stream(model, plan, batches), {}
-    gaps = gaps_of(stream.structure, plan, by_block=True)
-    for gap in tracked(gaps, "fitting maps to what is skipped", progress):
+    for gap in tracked(gaps_of(stream.structure, plan, by_block=True), "fitting maps to what is skipped", progress):
         found = _over(stream, gap, biased=True)
         maps[gap.name] = LinearMap(found[:, :-1].contiguous(), found[:, -1].contiguous())
     return RepairedPlan.of(plan, maps=maps)
