@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import ONE_IN, AfterRepair, DenseStream, Repair
-from api import after_repair_RIDGES as RIDGES
-from api import evaluator as evaluators
-from api import space_plan_of as plan_of
+from api import (
+    ONE_IN,
+    AfterRepair,
+    DenseStream,
+    Repair,
+    after_repair_RIDGES as RIDGES,
+    evaluator as evaluators,
+    space_plan_of as plan_of,
+)
 from families import family
 from notall import UsageError, skip
 

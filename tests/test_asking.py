@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from api import Evaluator, answers, build_objective, kl, mix, nll, read_prompts, task
-from families import family as family_of
-from families import silenced
+from families import family as family_of, silenced
 from notall import Plan, UsageError, locate
 from tiny_tasks import byte_tokenizer, run_tasks, tiny_llama, write_tasks
 

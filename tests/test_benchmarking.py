@@ -9,9 +9,20 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
 import forked
-from api import BenchmarkRecord, Limits, Provenance, Scorer, TaskChoice, TaskShelf, benchmark, paper_grid, read, tasks
-from api import driver_Subject as Subject
-from api import records_lines as lines
+from api import (
+    BenchmarkRecord,
+    Limits,
+    Provenance,
+    Scorer,
+    TaskChoice,
+    TaskShelf,
+    benchmark,
+    driver_Subject as Subject,
+    paper_grid,
+    read,
+    records_lines as lines,
+    tasks,
+)
 from notall import UsageError, locate
 from tiny_tasks import byte_tokenizer, run_tasks, tiny_llama, write_tasks
 

@@ -8,8 +8,7 @@ from importlib.util import find_spec
 import pytest
 from transformers import LlamaForCausalLM
 
-from api import ModelOptions, latency, texts_mix
-from api import records_lines as lines
+from api import ModelOptions, latency, records_lines as lines, texts_mix
 from command_line import FAST, QUICK
 from notall import Plan, UsageError
 from tiny_tasks import write_tasks

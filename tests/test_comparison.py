@@ -26,6 +26,7 @@ from api import (
     compare_criteria,
     compare_module,
     comparison_table,
+    driver_Subject as Subject,
     evaluate,
     kl,
     nll,
@@ -34,7 +35,6 @@ from api import (
     runs_of,
     write_comparison,
 )
-from api import driver_Subject as Subject
 from families import family
 from notall import UsageError, locate, skip
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks

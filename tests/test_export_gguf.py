@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFEndian, GGUFValueType
+from gguf import GGMLQuantizationType as Kind, GGUFEndian, GGUFValueType
 from gguf.quants import quantize
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import engines
 from api import (
@@ -25,17 +23,16 @@ from api import (
     UnknownArchitecture,
     cut,
     exporters_gguf,
+    gguf_with_weights as with_weights,
     llamacpp,
     load_config,
     loading,
     read_gguf,
     write_gguf,
 )
-from api import gguf_with_weights as with_weights
 from families import family
 from notall import Plan, UsageError, export, load, repair, skip
-from tiny_gguf import WORDS
-from tiny_gguf import write_gguf as write_tiny
+from tiny_gguf import WORDS, write_gguf as write_tiny
 
 PLANS = {
     "portable": Plan(attention=[2], mlp=[1]),

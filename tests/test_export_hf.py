@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engines
-from api import FAMILIES as REGROUPED
-from api import cache_argument, check_code, export, footprint, is_portable, source_of
+from api import FAMILIES as REGROUPED, cache_argument, check_code, export, footprint, is_portable, source_of
 from families import FAMILIES, each_layout, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
 from test_weightless import NEEDS_VALUES

@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 import notall
-from api import HOMES, TaskShelf, appearing, check_folder, digests, files, read_text, results_of, write_report
-from api import records_lines as lines
+from api import (
+    HOMES,
+    TaskShelf,
+    appearing,
+    check_folder,
+    digests,
+    files,
+    read_text,
+    records_lines as lines,
+    results_of,
+    write_report,
+)
 from command_line import QUICK
 from notall import Plan, UsageError
 

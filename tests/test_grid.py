@@ -15,16 +15,16 @@ from api import (
     SimilarityRecord,
     SweepRecord,
     Workload,
+    driver_Subject as Subject,
     least_lost,
     leave_one_out,
     quality,
     read,
+    records_lines as lines,
     score,
     silent,
     sweep,
 )
-from api import driver_Subject as Subject
-from api import records_lines as lines
 from families import family, silenced
 from notall import Plan, UsageError, skip
 

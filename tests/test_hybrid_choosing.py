@@ -26,14 +26,13 @@ from api import (
     footprint,
     may_lose_retrieval,
     nll,
+    quadratic_measure as measure,
     verdict_module,
 )
-from api import quadratic_measure as measure
 from families import TRANSFORMERS_5, family, replayed_logits, silenced
 from notall import Plan, UsageError, locate, repair
 from test_architectures import prompt
-from test_repairing import SMALL as SMALL_TEXT
-from test_repairing import check_against_replay
+from test_repairing import SMALL as SMALL_TEXT, check_against_replay
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on")

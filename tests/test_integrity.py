@@ -23,13 +23,13 @@ from api import (
     kept_repair,
     manifest_plan_of,
     read,
+    records_lines as lines,
     sealed,
     silent,
     texts_mix,
     unsealed,
     write_report,
 )
-from api import records_lines as lines
 from command_line import QUICK
 from families import family
 from notall import Plan, RepairedPlan, UsageError, export, heal, repair

@@ -17,9 +17,9 @@ from api import (
     check_times,
     latency,
     measure_times,
+    speed_Timing as Timing,
     unsealed,
 )
-from api import speed_Timing as Timing
 from command_line import QUICK
 from families import family
 from notall import Plan, UsageError, locate

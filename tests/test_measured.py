@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import MeasuredRecord, Provenance, RepairedPlan, evaluate, read, repair_texts
-from api import records_lines as lines
-from api import repair_texts_measure as measure
+from api import (
+    MeasuredRecord,
+    Provenance,
+    RepairedPlan,
+    evaluate,
+    read,
+    records_lines as lines,
+    repair_texts,
+    repair_texts_measure as measure,
+)
 from families import family
 from notall import Plan, UsageError
 

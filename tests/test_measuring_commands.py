@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from api import BenchRecord, DraftRecord, MeasuredRecord, Provenance, Workload, bench, read
-from api import records_lines as lines
+from api import BenchRecord, DraftRecord, MeasuredRecord, Provenance, Workload, bench, read, records_lines as lines
 from command_line import FAST, QUICK
 from families import family
 from notall import Plan, UsageError

@@ -23,8 +23,18 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from api import UsageError, check_weights, digests, files, gguf_copies, paper_grid, read_text, score, summarize
-from api import loading as models
+from api import (
+    UsageError,
+    check_weights,
+    digests,
+    files,
+    gguf_copies,
+    loading as models,
+    paper_grid,
+    read_text,
+    score,
+    summarize,
+)
 from families import family
 from notall import Plan, locate
 from tiny_checkpoint import save_tiny_checkpoint

@@ -23,8 +23,6 @@ from api import (
     prompts,
     short_of,
     text_of,
-)
-from api import (
     texts_mix as mix,
 )
 from notall import Plan, UsageError, skip

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import notall
-from api import FAMILIES, decoder_layers, deepest, evaluate, footprint, unsealed
-from api import manifest_plan_of as plan_of
+from api import FAMILIES, decoder_layers, deepest, evaluate, footprint, manifest_plan_of as plan_of, unsealed
 from command_line import FAST, QUICK
 from families import family
 from notall import Plan, UsageError, export, locate, skip

@@ -6,8 +6,7 @@ import warnings
 import pytest
 import torch
 
-from api import Pack, Request, Scorer, inputs_of, packed
-from api import packing_plain as plain
+from api import Pack, Request, Scorer, inputs_of, packed, packing_plain as plain
 from families import WINDOW, family, representatives
 from notall import Plan, UsageError
 

@@ -38,11 +38,14 @@ from api import (
     diagnose,
     diagnostics,
     diagnostics_figures,
+    driver_Subject as Subject,
     escaped,
+    facts_Times as Times,
     half,
     paper_grid,
     place_of,
     read,
+    records_lines as lines,
     silent,
     speed,
     table,
@@ -50,9 +53,6 @@ from api import (
     time_grid,
     words,
 )
-from api import driver_Subject as Subject
-from api import facts_Times as Times
-from api import records_lines as lines
 from notall import Plan, UsageError, locate
 from small_disk import fills_up
 from tiny_tasks import saved, tiny_llama, write_tasks

@@ -33,13 +33,17 @@ from api import (
     by_another,
     call,
     engine_named,
+    engine_Timing as Timing,
     engines_worker,
+    facts_Times as Times,
     llamacpp,
     measure_pareto,
+    options_Workload as Workload,
     pareto,
     pareto_front,
     read_folder,
     read_gguf,
+    records_lines as lines,
     remote_code,
     render,
     sentence,
@@ -48,14 +52,9 @@ from api import (
     write_pareto,
     write_plain,
 )
-from api import engine_Timing as Timing
-from api import facts_Times as Times
-from api import options_Workload as Workload
-from api import records_lines as lines
 from families import family
 from notall import Plan, UsageError, load, repair, skip
-from tiny_gguf import WORDS
-from tiny_gguf import write_gguf as write_tiny
+from tiny_gguf import WORDS, write_gguf as write_tiny
 
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}
 MIXED = Plan(attention=[0, 3], mlp=[1])

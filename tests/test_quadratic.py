@@ -22,8 +22,8 @@ from api import (
     errors,
     kl,
     nll,
+    quadratic_measure as measure,
 )
-from api import quadratic_measure as measure
 from families import family, silenced
 from notall import UsageError, locate
 

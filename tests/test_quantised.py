@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer

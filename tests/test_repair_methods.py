@@ -21,6 +21,7 @@ from api import (
     compare_criteria,
     comparison_points,
     comparison_table,
+    driver_Subject as Subject,
     evaluate,
     gaps_of,
     ghosted,
@@ -31,11 +32,10 @@ from api import (
     prune_and_comp,
     quality,
     read,
+    repaired_with_weights as with_weights,
     replaceme,
+    streams as streams_module,
 )
-from api import driver_Subject as Subject
-from api import repaired_with_weights as with_weights
-from api import streams as streams_module
 from families import family, replayed_logits
 from notall import Plan, UsageError, export, locate, remove, skip
 

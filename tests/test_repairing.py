@@ -9,8 +9,18 @@ import pytest
 import torch
 
 import forked
-from api import HELD, Kept, Projections, Replay, held_out, offloaded, record, refitting, streams
-from api import refitting_RIDGES as RIDGES
+from api import (
+    HELD,
+    Kept,
+    Projections,
+    Replay,
+    held_out,
+    offloaded,
+    record,
+    refitting,
+    refitting_RIDGES as RIDGES,
+    streams,
+)
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family, replayed_logits
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from small_disk import room_for

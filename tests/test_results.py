@@ -29,12 +29,12 @@ from api import (
     header_of,
     kind_at,
     read,
+    records_lines as lines,
     refuse_foreign,
     sealed,
     this_run,
     working_in,
 )
-from api import records_lines as lines
 from notall import Plan
 from small_disk import room_for
 

@@ -21,15 +21,15 @@ from api import (
     choose,
     choose_greedily,
     evaluate,
+    evaluator as evaluating,
     kl,
     mix,
     names_in,
     nll,
+    records_lines as lines,
     searching,
+    space_plan_of as plan_of,
 )
-from api import evaluator as evaluating
-from api import records_lines as lines
-from api import space_plan_of as plan_of
 from families import family
 from notall import UsageError, locate
 

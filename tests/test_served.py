@@ -11,8 +11,7 @@ import engines
 from families import family
 from notall import Plan, TrainConfig, UsageError, export, heal, load, repair, skip
 from programs import program
-from tiny_gguf import WORDS
-from tiny_gguf import write_gguf as write_tiny
+from tiny_gguf import WORDS, write_gguf as write_tiny
 
 served = program("benchmarks/repairing/served")
 

@@ -18,9 +18,18 @@ if importlib.util.find_spec("ray") is None:
 import ray
 from accelerate import PartialState
 
-from api import HealRecord, RepairedPlan, Training, cli, cluster, heal, healing, read
-from api import healing_Spread as Spread
-from api import records_lines as lines
+from api import (
+    HealRecord,
+    RepairedPlan,
+    Training,
+    cli,
+    cluster,
+    heal,
+    healing,
+    healing_Spread as Spread,
+    read,
+    records_lines as lines,
+)
 from notall import Plan, TrainConfig, UsageError, load, repair
 from test_healing import HELD_OUT, PLAN, TRAINED, llama
 from tiny_tasks import saved, tiny_llama

@@ -21,11 +21,21 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
 import forked
-from api import Provenance, Replay, Request, Scorer, Workers, paper_grid, score, split_branches, sweep
-from api import cluster as cluster_module
-from api import driver_Subject as Subject
-from api import options_Workload as Workload
-from api import ray_workers as spreading
+from api import (
+    Provenance,
+    Replay,
+    Request,
+    Scorer,
+    Workers,
+    cluster as cluster_module,
+    driver_Subject as Subject,
+    options_Workload as Workload,
+    paper_grid,
+    ray_workers as spreading,
+    score,
+    split_branches,
+    sweep,
+)
 from families import family
 from notall import Plan, UsageError, load, locate
 from tiny_tasks import saved, tiny_llama

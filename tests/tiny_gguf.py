@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType as Kind, GGUFWriter, TokenType
 from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor

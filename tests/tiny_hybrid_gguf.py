@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType as Kind, GGUFWriter
 
 from tiny_gguf import WORDS, add_tokenizer
 

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notall import Plan, evaluate, load, locate
-from notall.charts.style import INK, PAPER, save, titled
-from notall.charts.style import LIGHT as THEME
+from notall.charts.style import INK, LIGHT as THEME, PAPER, save, titled
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Request, Scorer
 from notall.evaluation.tasks import TaskShelf

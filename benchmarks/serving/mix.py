@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, or {PUBLISHED}NAME")
+    parser.add_argument(
+        "--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, or {PUBLISHED}NAME"
+    )
     parser.add_argument("--texts", nargs="+", default=["prose", "wiki+c4", "mix", "wiki+c4+answers+episodes"])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--chosen-by", type=int, default=16, help="windows of them that sets are chosen by")

@@ -11,12 +11,10 @@ if TYPE_CHECKING:
     from .choosing.choice import choose_plan as choose_plan
     from .choosing.criteria.data_free import deepest as deepest
     from .choosing.space import Space as Space
-    from .errors import UnsupportedModel as UnsupportedModel
-    from .errors import UsageError as UsageError
+    from .errors import UnsupportedModel as UnsupportedModel, UsageError as UsageError
     from .exporters import export as export
     from .exporters.remote_code import register as register
-    from .measuring.quality import evaluate as evaluate
-    from .measuring.quality import measure_similarity as measure_similarity
+    from .measuring.quality import evaluate as evaluate, measure_similarity as measure_similarity
     from .models.loading import load as load
     from .plan import Plan as Plan
     from .repairing.healing import heal as heal
@@ -24,13 +22,9 @@ if TYPE_CHECKING:
     from .repairing.students import TrainConfig as TrainConfig
     from .running.generating import generate_text as generate_text
     from .running.repaired import RepairedPlan as RepairedPlan
-    from .running.skipping import draft_model as draft_model
-    from .running.skipping import remove as remove
-    from .running.skipping import skip as skip
+    from .running.skipping import draft_model as draft_model, remove as remove, skip as skip
     from .structure.locating import locate as locate
-    from .structure.model_structure import Block as Block
-    from .structure.model_structure import ModelStructure as ModelStructure
-    from .structure.model_structure import Sublayer as Sublayer
+    from .structure.model_structure import Block as Block, ModelStructure as ModelStructure, Sublayer as Sublayer
 
 __version__ = "0.1.0"
 

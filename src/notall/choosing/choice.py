@@ -21,8 +21,7 @@ from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..running.skipping import footprint
 from .budget import Budget
-from .criteria import CriterionLike, Setting, choose
-from .criteria import criterion as criterion_of
+from .criteria import CriterionLike, Setting, choose, criterion as criterion_of
 from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times

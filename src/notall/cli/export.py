@@ -13,8 +13,7 @@ from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_pl
 from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
-from ..exporters import Source, check_export
-from ..exporters import export as export_model
+from ..exporters import Source, check_export, export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
 from ..options import Json, Option
 from ..plan import Plan

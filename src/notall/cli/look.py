@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from rich.console import Console
 from rich.live import Live
-from rich.table import Column as RichColumn
-from rich.table import Table
+from rich.table import Column as RichColumn, Table
 from rich.text import Text
 
 from ..errors import FIGURES, need, printable

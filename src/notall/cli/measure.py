@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import FIGURES, UsageError, need, printable, shortened
-from ..experiments import bench as benches
-from ..experiments import draft as drafts
-from ..experiments import options
-from ..experiments import pareto as fronts
-from ..experiments import reproduce as again
-from ..experiments import sweep as sweeps
+from ..experiments import (
+    bench as benches,
+    draft as drafts,
+    options,
+    pareto as fronts,
+    reproduce as again,
+    sweep as sweeps,
+)
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder

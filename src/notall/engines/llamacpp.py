@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, LlamaFileType, quant_shape_to_byte_shape
-from gguf import GGMLQuantizationType as Kind
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Kind, LlamaFileType, quant_shape_to_byte_shape
 from gguf.quants import dequantize
 
 from ..errors import UnknownArchitecture, UsageError, shortened

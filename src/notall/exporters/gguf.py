@@ -15,8 +15,14 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGUFValueType, get_tensor_name_map, quant_shape_to_byte_shape
-from gguf import GGMLQuantizationType as Kind
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType as Kind,
+    GGUFValueType,
+    get_tensor_name_map,
+    quant_shape_to_byte_shape,
+)
 from gguf.quants import quantize
 
 from ..digests import digest_of_file

@@ -13,8 +13,7 @@ from typing import NamedTuple
 from rich import progress as bars
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
-from rich.table import Column as RichColumn
-from rich.table import Table as RichTable
+from rich.table import Column as RichColumn, Table as RichTable
 from rich.text import Text
 from typing_extensions import Self
 
