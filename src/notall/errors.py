@@ -51,8 +51,7 @@ def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
 def expect(given: object, kind: type | tuple[type, ...], give: str) -> None:
     """Raise `UsageError` that says what to give, where `given` is no `kind`."""
     if not isinstance(given, kind):
-        held = getattr(given, "plan", None)
-        inside = "; it is in its .plan" if isinstance(held, kind) else ""
+        inside = "; it is in its .plan" if isinstance(getattr(given, "plan", None), kind) else ""
         raise UsageError(f"give {give}, not {type(given).__name__}{inside}")
 
 

@@ -41,7 +41,7 @@ def repair(
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
     offload: Annotated[Path | None, Option("keep streams in files of a folder, if memory is short", (), "DIR")] = None,
-    minutes: Annotated[float | None, Option("then train, until both have taken M CPU minutes", metavar="M")] = None,
+    minutes: Annotated[float | None, Option("then train for M CPU minutes", metavar="M")] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
     """Refit the remaining weights, to recover a part of the loss.

@@ -137,8 +137,7 @@ def next_token_logprobs(path: Path, *prompts: Tokens) -> list[dict[int, float]]:
     from ..measuring.speed import cores
 
     try:
-        asked = [list(tokens) for tokens in prompts]
-        found = [dict(one) for one in call(LlamaCpp(cores()), "likeliest", checkpoint=path, prompts=asked)]
+        found = [*map(dict, call(LlamaCpp(cores()), "likeliest", checkpoint=path, prompts=[*map(list, prompts)]))]
     except EngineFailed as error:
         kind = UnknownArchitecture if "unknown model architecture" in error.reason else UsageError
         raise kind(f"llama.cpp cannot run {path.name}: {error.reason}") from None

@@ -62,7 +62,7 @@ def heal(
     the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
     With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
     processes may share each batch, and need the folder: `workers`, or those of `accelerate launch`.
-    `spent` are the CPU seconds that a repair of `plan` took; they count, on `clock`, and so does what it began with.
+    `spent` are the CPU seconds of a repair of `plan`, on `clock`: the record begins before it.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
@@ -122,7 +122,7 @@ class Training:
     batches: Sequence[Tensor]
     held_out: Sequence[Tensor]
     config: TrainConfig
-    spent: float = 0.0  # CPU seconds that made the plan's weights, where they count
+    spent: float = 0.0  # CPU seconds that made the plan's weights, where the record has them
     clock: Callable[[], float] = time.process_time
 
     def check(self, model: PreTrainedModel) -> None:
@@ -176,9 +176,8 @@ class _Loop:
         self.tokens, self.rows = training.batches[0].numel(), torch.cat(list(training.batches))
         self.size = len(training.batches[0])
         self.steps = -(-len(self.rows) // self.size)  # of a pass over the text
-        every, timed = self.steps // self.config.evaluations, self.config.minutes is not None
-        self.looks = self.config.evaluations if timed else self.steps / max(1, every)  # evaluations, but for the last
-        self.rise = 0.1 if timed else min(10, self.steps // 10) / self.steps  # the share in which the rate rises
+        self.every = max(1, self.steps // self.config.evaluations)
+        self.rise = 0.1 if self.config.minutes else min(10, self.steps // 10) / self.steps  # the share of a rising rate
         self.of = digest_of_json(_settings(training, ()))
         self.scorer, self.state, self.start = TokenScorer(teacher), _State(), training.clock()
         self.start -= max([training.spent, *(evaluation.seconds for evaluation in self.ledger)])
@@ -201,7 +200,7 @@ class _Loop:
 
     @property
     def seconds(self) -> float:
-        """CPU seconds so far, also before a break, and of a repair that counts."""
+        """CPU seconds so far, also before a break, and of the repair."""
         return self.training.clock() - self.start
 
     @property
@@ -210,8 +209,16 @@ class _Loop:
         state, minutes = self.state, self.config.minutes
         if minutes is None:
             return state.step / self.steps
-        most = 60 * minutes - state.evaluation_seconds - state.begun  # the last evaluation is within the time
+        most = 60 * minutes - state.evaluation_seconds  # the last evaluation is within the time
         return (self.seconds + state.step_seconds / 2 - state.begun) / most if most > 0 else 1.0
+
+    @property
+    def looks(self) -> float:
+        """How often the held-out text is looked at, about; of a time that is given, for a sixth at most."""
+        if self.config.minutes is None:
+            return self.steps / self.every
+        fitting = 10 * self.config.minutes / max(self.state.evaluation_seconds, 1e-9)
+        return max(1.0, min(self.config.evaluations, fitting))
 
     def run(self) -> dict[str, Tensor]:
         with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
@@ -238,7 +245,7 @@ class _Loop:
         return self.student.weights()
 
     def _begin(self) -> None:
-        """Evaluate what the training begins with, and, where a repair counts, what that began with."""
+        """Evaluate what the training begins with, and what a repair began with."""
         if self.training.spent:
             (skipped,) = evaluate(self.teacher, [self.training.plan.unrepaired], self.training.held_out)
             self._note("skipped", skipped.kl, skipped.nll, skipped.top1_agreement, 0.0)

@@ -142,6 +142,5 @@ class DenseStream:
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
     """Of each batch, which sequences are held out, (batch,): one in so many, and the last where there are fewer."""
     sequences = sum(len(batch) for batch in batches)
-    every = min(one_in, sequences)
-    held = torch.arange(1, sequences + 1) % every == 0
+    held = torch.arange(1, sequences + 1) % min(one_in, sequences) == 0
     return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]

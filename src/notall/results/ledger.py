@@ -148,6 +148,5 @@ def _checked(path: Path, number: int, text: bytes, kind: type[R]) -> R:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        said = f"{shortened(field)}: {shortened(first['msg'])}"
+        said = f"{shortened('.'.join(map(str, first['loc'])))}: {shortened(first['msg'])}"
         raise UsageError(f"line {number} of {path}: {said}; repair or delete that line") from None

@@ -30,8 +30,7 @@ class Setting:
     """A model, the sets to choose from, a calibration text ((batch, tokens) token ids each), and what evaluates sets.
 
     `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is how many evaluations may
-    bring nothing before a search ends, `grown_on` the share of the text that it grows a set on, before it refines it;
-    `progress` is told how far the choice is.
+    bring nothing before a search ends, `grown_on` the share of the text that its sets grow on, before it refines them.
     """
 
     model: PreTrainedModel

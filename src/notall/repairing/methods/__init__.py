@@ -171,11 +171,11 @@ def recover(
     progress: Progress = silent,
     offload: Path | None = None,
 ) -> tuple[RepairedPlan, RepairedPlan]:
-    """A plan repaired by the method `name` on `batches`, and that healed by `training` for the rest of its minutes.
+    """A plan repaired by the method `name` on `batches`, and that healed by `training`.
 
     `folder` is that of a healing, whose records begin with the skipped model; it holds the repair in `CLOSED_FORM`.
-    Repeating the call resumes an interrupted run, and the CPU seconds of what is there count. Where the repair takes
-    all of the time nothing is trained. Raises `UsageError` and `UnsupportedModel` as `repair` and `heal` do.
+    Repeating the call resumes an interrupted run, and the CPU seconds of what is there are in the record. Raises
+    `UsageError` and `UnsupportedModel` as `repair` and `heal` do.
     """
     training.check(base_model(model))
     clock, closed = training.clock, folder / CLOSED_FORM
