@@ -375,7 +375,7 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
     whole = run_heal(tmp_path / "whole")
     folder = tmp_path / "killed"
     forked.kill_at(folder / "healing.jsonl", 5, SCRIPT, folder)
-    with pytest.raises(UsageError, match="was not finished: run the same command again"):
+    with pytest.raises(UsageError, match="was not finished: run the command that began it again"):
         RepairedPlan.load(folder)
     assert same(run_heal(folder), whole)
     assert same(RepairedPlan.load(folder), whole)

@@ -192,7 +192,7 @@ def test_a_time_that_is_none_is_refused(minutes):
 
 
 def test_workers_have_no_minutes(tmp_path):
-    with pytest.raises(UsageError, match="workers have no minutes: drop them, or --ray"):
+    with pytest.raises(UsageError, match="workers do not train by time: drop --minutes or --ray"):
         heal(llama(), PLAN, TRAINED, HELD_OUT, TrainConfig(minutes=1), out=tmp_path / "out", workers=healing_Spread({}))
     assert not (tmp_path / "out").exists()
 

@@ -497,7 +497,7 @@ def test_an_unfinished_repair_goes_on_from_whole_files_alone(folders, tmp_path):
     folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
     (folder / SEAL).unlink()
     with_other_bytes(folder, "refits.jsonl", lambda content: b"".join(content.splitlines(keepends=True)[:-1]))
-    with pytest.raises(UsageError, match="was not finished: run the same command again"):
+    with pytest.raises(UsageError, match="was not finished: run the command that began it again"):
         RepairedPlan.load(folder)
     sound = (folder / WEIGHTS).read_bytes()
     for damage in ("a bit flipped", "other weights"):

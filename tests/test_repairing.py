@@ -439,7 +439,7 @@ def goes_on(folder, elsewhere):
     """What was cut short in a folder comes to what a whole run comes to, and keeps what it had."""
     whole = run_repair(elsewhere)
     known = (folder / "refits.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="was not finished: run the same"):
+    with pytest.raises(UsageError, match="was not finished: run the command that began it again"):
         RepairedPlan.load(folder)
     found = run_repair(folder)
     assert (folder / "refits.jsonl").read_bytes().startswith(known[: known.rfind(b"\n") + 1])

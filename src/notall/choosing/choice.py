@@ -22,6 +22,7 @@ from ..results.provenance import Provenance
 from ..running.skipping import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, choose, criterion as criterion_of
+from .criteria.search import SCREENED
 from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
@@ -31,7 +32,6 @@ from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
 BESIDE = 3  # other sets that save enough, of which more may be kept
-GROWN_ON = 0.25  # of the text: what the swaps change in the end, and maybe the times before them, takes no more
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     """
     if not isinstance(budget, SpeedBudget):
         return Outcome(choose(criterion, setting, budget))
-    if not isinstance(setting.evaluator, AfterRepair):  # which has too little text to fit to in a part of it
-        setting = replace(setting, grown_on=GROWN_ON)
+    if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
+        setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
     tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):

@@ -127,7 +127,7 @@ def draft(
     """Predict and measure the speedup of a plan as a draft model in speculative decoding.
 
     Windows of the text are prompts. The original model continues them itself; its text gives the acceptance of a draft,
-    and the steps of both are timed: that predicts a speedup. At the best number of tokens, generate measures one.
+    and the steps of both are timed: that predicts a speedup. At the best number of tokens, greedy generation is timed.
     """
     from torch import cat
 

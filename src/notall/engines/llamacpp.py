@@ -106,8 +106,8 @@ class LlamaCpp(Engine):
         def said(tokens: Tokens, **how: object) -> Any:
             return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][0]["logprobs"]["content"][0]
 
-        letter = said(prompts[0], grammar="root ::= [a-z]+")["id"]  # texts that end within a character have none
-        found = [said(tokens, logit_bias=[[letter, BIAS]])["top_logprobs"] for tokens in prompts]
+        bias = [[said(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]]  # half a character has no log-probabilities
+        found = [said(tokens, logit_bias=bias)["top_logprobs"] for tokens in prompts]
         return [[(entry["id"], entry["logprob"]) for entry in entries] for entries in found]
 
     @staticmethod

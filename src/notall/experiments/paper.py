@@ -107,7 +107,7 @@ class PaperOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    generate_all: bool = option(False, "generate text in all configurations, not only at 33 %", ("--generate-all",))
+    generate_all: bool = option(False, "run generating tasks everywhere, not only at 33 %", ("--generate-all",))
     diagnostics: Diagnostics = False
 
 

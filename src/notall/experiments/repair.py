@@ -138,10 +138,10 @@ class HealOptions:
     rank: int | None = option(None, "rank of the matrices of --train lora (default: 16)")
     rate: float = option(3e-4, "the learning rate to begin with")
     warm_up: float = option(
-        0.0, "for this share, 0 to 1, train each sublayer alone to the original model's stream", metavar="SHARE"
+        0.0, "share of the training, 0 to 1, that fits each sublayer alone to the original's stream", metavar="SHARE"
     )
 
-    minutes: float | None = option(None, "CPU minutes to train for, over the text again and again (default: once)")
+    minutes: float | None = option(None, "CPU minutes to train for, repeating the text (default: once over it)")
 
     def config(self, seed: int) -> TrainConfig:
         from ..repairing.students import TrainConfig

@@ -131,7 +131,7 @@ class BudgetOptions:
     weights: float | None = option(None, "save this many bytes of weights, or this share")
     kv: float | None = option(None, "save this many bytes of KV cache per token, or this share")
     speedup: float | None = option(None, "run prompt and generated tokens this many times as fast here")
-    max_nll: float | None = option(None, "skip as much as a rise of NLL by this many nats allows, alone or as a limit")
+    max_nll: float | None = option(None, "most NLL to add, in nats per token, alone or as a limit")
     max_kl: float | None = option(None, "the same for KL")
 
     def check(self, amount: SkipAmount, recovery: float | None = None) -> BudgetChoice:
@@ -212,7 +212,7 @@ class ObjectiveOptions:
         "0.3*retrieval; what --max-nll or --max-kl limits)",
     )
     prompts: Path | None = option(None, "for `answers`: prompts, one per line, or a .jsonl with a `prompt` column")
-    max_minutes: float | None = option(None, "stop looking after this many minutes; loading and timing come on top")
+    max_minutes: float | None = option(None, "minutes to look for at most; loading, timing and measuring are extra")
     patience: int = option(12, "stop after this many evaluations that bring nothing", least=0)
 
     def check(self) -> None:

@@ -165,7 +165,7 @@ def _check(source: GGUF, plan: Plan) -> None:
     ours = (source.depth, source.count("embedding_length"))
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
-        raise UsageError(f"{source.path.name} has {len(numbers)} blocks, its header {source.depth}; download it again")
+        raise UsageError(f"{source.path.name} has {len(numbers)} blocks, and says {source.depth}; download it again")
     if shape and (shape.layers, shape.hidden_size) != ours:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
     plan.check_depth(source.depth)

@@ -177,7 +177,7 @@ class TokenScorer:
         """Of the original model's rows: its own scores, with a KL of 0, and what plans are held against."""
         if not self.is_matrix:
             zeros = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-            return replace(self._defined(hidden, targets, None, likeliest), kl=zeros), Dense(hidden, None)
+            return replace(self._by_logits(hidden, targets, None, likeliest), kl=zeros), Dense(hidden, None)
         states, wanted = self._read(hidden, targets)
         sums, dense = self._dense(states, wanted, likeliest)
         return _scores(sums, wanted, torch.zeros_like(sums.about), likeliest), dense
@@ -188,7 +188,7 @@ class TokenScorer:
     ) -> TokenScores:
         """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are given: at least one of them."""
         if not self.is_matrix:
-            return self._defined(hidden, targets, dense, likeliest)
+            return self._by_logits(hidden, targets, dense, likeliest)
         states, wanted = self._read(hidden, targets)
         alike = None if dense is None else self._alike(states, dense)
         about = wanted if alike is None else alike
@@ -294,7 +294,7 @@ class TokenScorer:
                     tile += self.bias[columns]
                 yield rows, columns, tile
 
-    def _defined(self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool) -> TokenScores:
+    def _by_logits(self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool) -> TokenScores:
         parts: list[TokenScores] = []
         on_cpu = hidden.device.type == "cpu"
         for rows in _slices(len(hidden), max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size)):

@@ -62,7 +62,7 @@ def heal(
     the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
     With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
     processes may share each batch, and need the folder: `workers`, or those of `accelerate launch`.
-    `spent` are the CPU seconds of a repair of `plan`, on `clock`: the record begins before it.
+    `spent` is what a repair of `plan` took, in CPU seconds: the record then begins with the skipped model.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
@@ -74,7 +74,9 @@ def heal(
     training.check(inner)
     processes = processes_of(inner)
     if (workers or processes.num_processes > 1) and (not out or config.minutes):
-        raise UsageError(f"workers {'have no minutes: drop them, or --ray' if out else 'share a folder: give one'}")
+        raise UsageError(
+            f"workers {'do not train by time: drop --minutes or --ray' if out else 'share a folder: give one'}"
+        )
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
     about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
@@ -176,13 +178,11 @@ class _Loop:
         self.tokens, self.rows = training.batches[0].numel(), torch.cat(list(training.batches))
         self.size = len(training.batches[0])
         self.steps = -(-len(self.rows) // self.size)  # of a pass over the text
-        self.every = max(1, self.steps // self.config.evaluations)
         self.rise = 0.1 if self.config.minutes else min(10, self.steps // 10) / self.steps  # the share of a rising rate
         self.of = digest_of_json(_settings(training, ()))
         self.scorer, self.state, self.start = TokenScorer(teacher), _State(), training.clock()
         self.start -= max([training.spent, *(evaluation.seconds for evaluation in self.ledger)])
-        layerwise = self.config.warm_up > 0
-        self.student = Student(teacher, training.plan, self.config, training.batches[0], layerwise=layerwise)
+        self.student = Student(teacher, training.plan, self.config, training.batches[0])
         processes_of(teacher)  # before accelerate settles who they are without the model
         # what a batch does not need, such as an expert, waits for nobody
         spread = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -216,7 +216,7 @@ class _Loop:
     def looks(self) -> float:
         """How often the held-out text is looked at, about; of a time that is given, for a sixth at most."""
         if self.config.minutes is None:
-            return self.steps / self.every
+            return self.steps / max(1, self.steps // self.config.evaluations)
         fitting = 10 * self.config.minutes / max(self.state.evaluation_seconds, 1e-9)
         return max(1.0, min(self.config.evaluations, fitting))
 

@@ -65,9 +65,7 @@ class Student(nn.Module):
     theirs. All others share their memory with the model's.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, plan: Plan, config: TrainConfig, tokens: Tensor, *, layerwise: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan, config: TrainConfig, tokens: Tensor) -> None:
         super().__init__()
         structure = locate(model)
         wanted = set(_chosen(model, plan, config.train, tokens))
@@ -87,7 +85,7 @@ class Student(nn.Module):
         }
         self.dtypes = {path: one.dtype for path, one in self.trained.items()}
         layers = self.model.get_submodule(structure.layers)
-        self.layerwise = Layerwise(model, structure, plan, layers) if layerwise else None
+        self.layerwise = Layerwise(model, structure, plan, layers) if config.warm_up > 0 else None
         remove(self.model, Plan(plan.attention, plan.mlp))
         for parameter in self.trained.values():
             exact = torch.promote_types(parameter.dtype, torch.float32)  # steps are too small for dtypes of few bits

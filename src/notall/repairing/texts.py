@@ -125,7 +125,7 @@ def measure(
 ) -> list[MeasuredRecord]:
     """A record a text and plan. Each is kept in `folder`, and not measured again for the same weights and windows.
 
-    `texts` are token ids, (batch, tokens), by the text's name. Raises `UsageError` for a folder in use, or malformed.
+    `texts` are token ids, (batch, tokens), by the text's name. Raises `UsageError` for a folder in use or damaged.
     """
     found: list[MeasuredRecord] = []
     stages = Stages(progress, len(texts))

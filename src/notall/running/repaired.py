@@ -138,7 +138,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             raise UsageError(f"{shortened(folder)} is a file: notall.Plan.load reads a plan without weights")
         if (seal := _seal_of(folder)) is None:
             if any((folder / kind.file).is_file() for kind in MADE_BY.values()):
-                raise UsageError(f"what {shortened(folder)} holds was not finished: run the same command again")
+                raise UsageError(f"{shortened(folder)} was not finished: run the command that began it again")
             raise UsageError(f"{shortened(folder)} is no repaired plan: give a plan file, or one that was repaired")
         check_files(folder, {name: d for name, d in seal.files.items() if not name.endswith(".safetensors")}, FIX)
         weights, replaced = _sealed_weights(folder, seal)

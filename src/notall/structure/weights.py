@@ -121,7 +121,8 @@ class _ZerosForValues(TorchFunctionMode):
 def _with_values(given: Any) -> Any:
     """`given` with zeros for its tensors; large ones are left untouched by the memory they were not given."""
     if isinstance(given, Tensor):
-        return (torch.empty if given.is_floating_point() else torch.zeros)(given.shape, dtype=given.dtype)
+        make = torch.empty if given.is_floating_point() else torch.zeros
+        return make(given.shape, dtype=given.dtype)
     if isinstance(given, slice):
         return slice(*map(_with_values, (given.start, given.stop, given.step)))
     if isinstance(given, tuple | list):

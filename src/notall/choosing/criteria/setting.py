@@ -30,7 +30,8 @@ class Setting:
     """A model, the sets to choose from, a calibration text ((batch, tokens) token ids each), and what evaluates sets.
 
     `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is how many evaluations may
-    bring nothing before a search ends, `grown_on` the share of the text that its sets grow on, before it refines them.
+    bring nothing before a search ends; `progress` is told how far the choice is; `grown_on` is the share of the text
+    that a search grows its sets on, before it refines them on all of it.
     """
 
     model: PreTrainedModel
