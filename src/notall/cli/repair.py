@@ -46,8 +46,8 @@ def repair(
 ) -> None:
     """Refit the remaining weights, to recover a part of the loss.
 
-    Without --minutes nothing is trained. No tensor is added, and it costs nothing later. Give OUT, a plan with weights,
-    as --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
+    Without --minutes nothing is trained. OUT is a plan with weights: give it as --plan to eval, bench or export.
+    No tensor is added, and it costs nothing later. If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.healing import Training
     from ..repairing.methods import recover, repair_into
