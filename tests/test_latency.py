@@ -106,6 +106,20 @@ def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(model, monkeyp
     assert (check.measured_ms, check.measured_speedup.median) == (1.0, 3.0)
 
 
+def test_a_check_tells_how_far_it_is(model, monkeypatch):
+    told, none = [], (0.0, 0.0, 0.0)
+
+    def compare(model, variants, workload, *, progress, **_):
+        progress(1, 2, "timing skipped")
+        dense = (2.0, 3.0, 4.0)
+        return {"dense": Timing(dense, none, None), "skipped": Timing((1.0, 1.0, 1.0), none, None)}
+
+    monkeypatch.setattr(latency, "compare", compare)
+    times = SublayerTimes(WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers})
+    check_times(model, Plan([1]), times, rounds=3, error=-1.0, progress=lambda *one: told.append(one))
+    assert told == [(step + 0.5, 4, "timing skipped") for step in range(4)]
+
+
 def test_what_is_far_out_of_reach_is_refused_before_each_sublayer_is_timed(model, clock, cache):
     space = Space(locate(model), "mlp")
     with pytest.raises(

@@ -132,6 +132,19 @@ def test_what_grows_on_a_part_of_the_text_is_refined_on_all_of_it(model, seed):
     assert table.cost(found.skipped) <= min(map(table.cost, swaps)) + 1e-9
 
 
+def test_what_does_not_gain_on_the_part_that_a_set_grew_on_is_not_evaluated_on_all_of_the_text(model):
+    space, gains = Space(locate(model), "attention"), 0
+    for seed in range(6):
+        table = Ordered(space, seed, 1.5, forgiving=True)  # which tells the same of every part
+        found = search(space, by_count(space, 4), table, patience=99, grown_on=0.5)
+        wholes = [skipped for skipped, share in table.calls if share == 1.0 and len(skipped) == 4]
+        costs = [Table.cost(table, skipped) for skipped in dict.fromkeys(wholes)]
+        assert costs == sorted(costs, reverse=True)
+        assert wholes[-1] == found.skipped
+        gains += len(costs) - 1
+    assert gains > 0
+
+
 class Ordered(Table):
     """Notes what is asked for in its order, with the share of the text."""
 

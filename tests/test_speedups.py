@@ -31,6 +31,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it is about times
 
+BATCHES = [torch.arange(4 * 9).view(4, 9)]
 DENSE, EACH = 100.0, 5.0  # milliseconds: twelve sublayers take sixty
 
 
@@ -40,7 +41,7 @@ def machine(monkeypatch):
     timed = []
 
     def saves(share, spread=0.0):
-        def check_times(model, plan, times, *, error, seed=0):
+        def check_times(model, plan, times, *, error, progress):
             predicted, real = times.predicted_ms(plan), DENSE - share * EACH * len(plan)
             timed.append(len(plan))
             ratio, rounds = DENSE / real, 5
@@ -103,7 +104,7 @@ def test_a_set_for_a_speedup_grows_on_a_part_of_the_text_unless_repairs_are_fitt
     setting, machine, monkeypatch, after_repair
 ):
     machine(1.0)
-    grown_on, batches = [], [torch.arange(4 * 9).view(4, 9)]
+    grown_on = []
 
     def choose(way, setting, budget):
         grown_on.append(setting.grown_on)
@@ -112,11 +113,11 @@ def test_a_set_for_a_speedup_grows_on_a_part_of_the_text_unless_repairs_are_fitt
     greedily = choice.choose
     monkeypatch.setattr(choice, "choose", choose)
     if after_repair:
-        setting = replace(setting, evaluator=AfterRepair(setting.model, batches), batches=batches)
+        setting = replace(setting, evaluator=AfterRepair(setting.model, BATCHES), batches=BATCHES)
     choose_as_fast("greedy", setting, by_count(setting.space, 1))
     choose_as_fast("greedy", setting, asked(setting, 1.05))
     assert grown_on[0] == 1.0
-    assert {*grown_on[1:]} == {1.0 if after_repair else 0.25}
+    assert {*grown_on[1:]} == {1.0 if after_repair else 0.5}
 
 
 def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):
@@ -132,6 +133,19 @@ def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):
     assert found.met
     assert patience == [0, 0, setting.patience]
     assert timed == [5, 8]
+
+
+def test_growing_checks_and_swaps_are_told_as_one_count(setting, machine, monkeypatch):
+    machine(0.6)
+    told = []
+    monkeypatch.setattr(choice, "choose", lambda _, setting, budget: searching.search(setting, budget, {}))
+    setting = replace(setting, progress=lambda done, total, doing: told.append((done, total)))
+    assert choose_as_fast("search", setting, asked(setting, 1.3)).met
+    shares = [done / total for done, total in told]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.1
+    assert 0.8 < shares[-1] <= 1.0
+    assert len({total for _, total in told}) == 1
 
 
 def test_it_is_met_within_the_error_of_the_median(setting, machine):

@@ -15,14 +15,13 @@ from ..errors import UsageError, expect
 from ..measuring.quality import evaluate
 from ..models.texts import all_checked, checked
 from ..plan import Plan
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, silent
 from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..running.skipping import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, choose, criterion as criterion_of
-from .criteria.search import SCREENED
 from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
@@ -32,6 +31,8 @@ from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
 BESIDE = 3  # other sets that save enough, of which more may be kept
+GROWN_ON = 0.5  # the share of the text for sets that swaps and corrected times may change
+CHOOSING, AGAIN, TIMING = 4, 0.2, 0.8  # shares of the time, about: a set or its swaps, the next set, a check of one
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,17 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     if not isinstance(budget, SpeedBudget):
         return Outcome(choose(criterion, setting, budget))
     if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
-        setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
+        setting = replace(setting, grown_on=GROWN_ON)
     tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
+    stages = Stages(setting.progress, 2 * CHOOSING + CHOICES * (TIMING + AGAIN))
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):
+            asked = replace(asked, progress=stages.stage(AGAIN if tried and not asked.patience else CHOOSING))
             choice = choose(criterion, asked, following)
             if any(one.met and one.choice.skipped == choice.skipped for one in tried):
                 break
-            tried.append(outcome := _outcome(choice, setting, following, timed))
+            asked = replace(asked, progress=stages.stage(TIMING))
+            tried.append(outcome := _outcome(choice, asked, following, timed))
             assert outcome.check
             measured = outcome.check.measured_speedup
             if outcome.met and measured.median - max(measured.error, MOST_ERROR * budget.faster) <= budget.faster:
@@ -256,9 +260,8 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footp
     check, is_met = None, budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
         plan, error = plan_of(choice.skipped), MOST_ERROR * budget.faster
-        left = footprint(setting.model, plan)
-        if left not in timed:
-            timed[left] = check_times(setting.model, plan, budget.times, error=error, seed=setting.seed)
+        if (left := footprint(setting.model, plan)) not in timed:
+            timed[left] = check_times(setting.model, plan, budget.times, error=error, progress=setting.progress)
         ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
         check = timed[left].model_copy(update={"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms})
         is_met = budget.reached(check)

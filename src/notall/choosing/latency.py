@@ -20,7 +20,7 @@ from ..integrity import sealed, unsealed
 from ..measuring.speed import compare, machine, speedup
 from ..options import Workload
 from ..plan import Plan
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, silent
 from ..results.facts import SpeedCheck
 from ..running.skipping import skip
 from ..structure.locating import locate
@@ -121,24 +121,28 @@ def _read(path: Path, about: Mapping[str, object], workload: Workload, names: se
 
 
 def check_times(
-    model: PreTrainedModel, plan: Plan, times: SublayerTimes, *, rounds: int = 5, error: float = math.inf, seed: int = 0
+    model: PreTrainedModel,
+    plan: Plan,
+    times: SublayerTimes,
+    *,
+    rounds: int = 5,
+    error: float = math.inf,
+    progress: Progress = silent,
 ) -> SpeedCheck:
     """Time `plan` interleaved with the original model, and hold it against what the sublayers' times add up to.
 
     As many `rounds` follow, up to three times, while the speedup's standard error is more than `error`.
     """
     dense, skipped = list[float](), list[float]()
+    plans, stages = {"dense": Plan(), "skipped": plan}, Stages(progress, MOST_TIMES)
     for _ in range(MOST_TIMES):
-        took = _compare(model, {"dense": Plan(), "skipped": plan}, replace(times.workload, rounds=rounds), seed)
+        took = _compare(model, plans, replace(times.workload, rounds=rounds), 0, stages.stage(1))
         dense, skipped = dense + took["dense"], skipped + took["skipped"]
         if (measured := speedup(dense, skipped)).error <= error:
             break
-    predicted = times.predicted_ms(plan)
+    ms, took_ms = times.predicted_ms(plan), statistics.median(skipped)
     return SpeedCheck(
-        predicted_ms=predicted,
-        measured_ms=statistics.median(skipped),
-        predicted_speedup=times.dense_ms / predicted,
-        measured_speedup=measured,
+        predicted_ms=ms, predicted_speedup=times.dense_ms / ms, measured_ms=took_ms, measured_speedup=measured
     )
 
 

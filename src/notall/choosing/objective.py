@@ -25,9 +25,9 @@ from ..structure.model_structure import positions_of
 if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
-EPISODES, EPISODE_TOKENS = 16, 256  # of `retrieval`: how many, and about how many tokens each has
+EPISODES, EPISODE_TOKENS = 8, 256  # of `retrieval`: how many, and about how many tokens each has
 T = TypeVar("T")
 Answered = tuple[list[int], list[int]]  # token ids of a context, and of what is judged behind it
 

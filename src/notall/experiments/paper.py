@@ -366,10 +366,13 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     blocks = sorted((row for row in similarity if row.kind == "block"), key=lambda row: row.layer)
     if len(blocks) < 4:
         return
+    from scipy.stats import spearmanr
+
     windows = min(int(row.what.get("sequences", 0)) for row in blocks)
     few = f", on {windows} windows" if windows < LEAST_WINDOWS else ""
     *inner, last = blocks
-    rho, error = rank_correlation([row.cosine for row in inner]), 1 / math.sqrt(len(inner) - 1)
+    known, error = [row.cosine for row in inner if is_number(row.cosine)], 1 / math.sqrt(len(inner) - 1)
+    rho = float(spearmanr(range(len(known)), known).statistic) if len(set(known)) > 1 else math.nan
     claim = "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)"
     here = f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers"
     yield _claim(claim, here, few, _around(rho, error), "rank correlation", figure=rho, error=error)
@@ -380,14 +383,6 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
         less = f"last less the one before {change:+.4f} ± {error:.4f}"
         here = f"cosine {last.cosine:.4f} after {before.cosine:.4f}: {less}"
         yield _claim(claim, here, few, _around(-change, error), "cosine", figure=change, error=error)
-
-
-def rank_correlation(values: Sequence[float]) -> float:
-    """Spearman's, of values and their places, over those that are numbers; NaN where they are all alike."""
-    from scipy.stats import spearmanr
-
-    known = [value for value in values if is_number(value)]
-    return float(spearmanr(range(len(known)), known).statistic) if len(set(known)) > 1 else math.nan
 
 
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
@@ -565,8 +560,10 @@ def shown(folder: Folder) -> Shown:
     end, command = "go on with it", next_command("paper", folder.model, out=folder.path)
     if first := _headline(timed, averages, lost):
         found = _told(timed.get(first), averages.get(first), lost.get(first), board.fewest)
-        parts.append(f"{_without(first)} {joined([*found])}")
-        options = {"skip": f"{first[0]}:{first[1]:g}", "keep_last": first[2] or None}
+        variant, fraction, keep_last = first
+        named = f"{fraction:.0%} of its {KIND_NAMES[variant]}s{' (the last layer kept)' if keep_last else ''}"
+        parts.append(f"without the deepest {named} {joined([*found])}")
+        options = {"skip": f"{variant}:{fraction:g}", "keep_last": keep_last or None}
         end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
     said = "; ".join(parts) or f"the evaluation of {model} has only begun"
     usable = lost[first] <= MOST_NATS if first in lost else None
@@ -608,13 +605,6 @@ def _told(timed: TimesRecord | None, average: Average | None, nats: float | None
         yield f"the average of {several(average.tasks, 'benchmark')} changes by {change} ± {error} points{few}"
     if nats is not None:
         yield f"long texts take {nats:+.2f} nats a token{'' if nats <= MOST_NATS else ': it is no longer usable'}"
-
-
-def _without(key: Configuration) -> str:
-    """Such as `without the deepest 33% of its attentions`."""
-    variant, fraction, keep_last = key
-    kept = " (the last layer kept)" if keep_last else ""
-    return f"without the deepest {fraction:.0%} of its {KIND_NAMES[variant]}s{kept}"
 
 
 def _sections(folder: Folder, board: Scoreboard, place: Sequence[Configuration]) -> Iterator[Section]:

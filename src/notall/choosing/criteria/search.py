@@ -19,7 +19,7 @@ from .setting import Setting
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all of it
-RECHECKS = 3.5  # evaluations a step, to guess the time left
+RECHECKS = 4.5  # evaluations a step, to guess the time left
 
 Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
@@ -75,7 +75,7 @@ class _Search:
         steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
         # evaluations of the whole text so far, and how many it takes at most, about
-        self.done, self.total = 0.0, guesses + steps * (RECHECKS * self.setting.grown_on + 1) + self.setting.patience
+        self.done, self.total = 0.0, guesses + steps * RECHECKS * self.setting.grown_on + self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -138,7 +138,10 @@ class _Search:
                 break
             back, unit = min(guesses, key=guesses.__getitem__)
             del guesses[back, unit]
-            cost = self._evaluate(self.skipped.difference(back).union(unit))
+            swapped = self.skipped.difference(back).union(unit)
+            if self.setting.grown_on < 1.0 and self._more(swapped, self.setting.grown_on) > 0:
+                continue
+            cost = self._evaluate(swapped)
             if cost < self.cost:
                 self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
                 self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
