@@ -35,6 +35,7 @@ def nothing(folder: Path) -> None:
     """For commands that need no more than the model, the text and the plan beside the folder."""
 
 
+RAY = "--ray local --ray-workers 2"
 COMMANDS: dict[str, tuple[Make, str]] = {
     "sweep": (nothing, fuzzing.SWEEP),
     "compare": (nothing, fuzzing.COMPARE),
@@ -48,6 +49,8 @@ COMMANDS: dict[str, tuple[Make, str]] = {
     "paper": (nothing, fuzzing.PAPER),
     "similarity": (nothing, f"similarity ../model --out r {SMALL}"),
     "plan": (nothing, "plan ../model -o r.json --skip attention:1"),
+    "sweep by Ray": (nothing, f"{fuzzing.SWEEP} {RAY}"),
+    "eval by Ray": (nothing, f"{fuzzing.EVAL} {RAY}"),
     "report": (made_by(f"sweep ../model --out r {SMALL} {TIMED}"), fuzzing.REPORT),
     "reproduce": (made_by(f"eval ../model --plan ../plan.json --out r {SMALL}"), "reproduce r --out again"),
     "export hf": (fuzzing.checkpoint, f"{EXPORT} hf --dtype float32 --device cpu"),
@@ -73,7 +76,7 @@ TIMED_TOO = {
     "low",
     "verdict",
 }
-SHARE = {"pareto": 0.1}  # of the cases that others have: its workers take seconds to start
+SHARE = {"pareto": 0.1, "sweep by Ray": 0.1, "eval by Ray": 0.1}  # of the cases of others: workers start slowly
 
 
 # --- a run in a process of its own

@@ -123,10 +123,10 @@ def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_
             assert written == {"greedy_each": 32, "sample": 32}
             assert few[3] == "\n\n".join(part[: min(map(len, few[:3]))] for part in few[:3])
         found[first] = [text_of(model, tokenizer, part).content for part in (*mix.MIX, "mix")]
-        assert written == {"greedy_each": 40, "sample": 72 if first == "few" else 40}  # few tokens take shorter ones
+        assert written == {"greedy_each": 40, "sample": 40}
     assert found["few"] == found["all"]
     assert found["all"][0].startswith(few[0])
-    assert found["all"][2].startswith(few[2][:64])  # the first one, as far as it was written
+    assert found["all"][2].startswith(few[2])
     assert len(few[0]) < len(found["all"][0])
     # too few tokens in the first part: all are written
     monkeypatch.setattr(mix, "FEW", 10**9)

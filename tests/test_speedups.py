@@ -117,7 +117,7 @@ def test_a_set_for_a_speedup_grows_on_a_part_of_the_text_unless_repairs_are_fitt
     choose_as_fast("greedy", setting, by_count(setting.space, 1))
     choose_as_fast("greedy", setting, asked(setting, 1.05))
     assert grown_on[0] == 1.0
-    assert {*grown_on[1:]} == {1.0 if after_repair else 0.5}
+    assert {*grown_on[1:]} == {1.0 if after_repair else 0.25}
 
 
 def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):

@@ -22,6 +22,7 @@ from ..results.provenance import Provenance
 from ..running.skipping import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, choose, criterion as criterion_of
+from .criteria.search import SCREENED
 from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
@@ -31,7 +32,6 @@ from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
 BESIDE = 3  # other sets that save enough, of which more may be kept
-GROWN_ON = 0.5  # the share of the text for sets that swaps and corrected times may change
 CHOOSING, AGAIN, TIMING = 4, 0.2, 0.8  # shares of the time, about: a set or its swaps, the next set, a check of one
 
 
@@ -232,7 +232,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     if not isinstance(budget, SpeedBudget):
         return Outcome(choose(criterion, setting, budget))
     if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
-        setting = replace(setting, grown_on=GROWN_ON)
+        setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
     tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
     stages = Stages(setting.progress, 2 * CHOOSING + CHOICES * (TIMING + AGAIN))
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):

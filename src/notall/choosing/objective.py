@@ -25,7 +25,7 @@ from ..structure.model_structure import positions_of
 if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
-TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 1024
 NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
 EPISODES, EPISODE_TOKENS = 8, 256  # of `retrieval`: how many, and about how many tokens each has
 T = TypeVar("T")

@@ -91,7 +91,7 @@ class _Author:
     def completions(self) -> str:
         """What the model goes on with from the first words of a text, drawn from its distributions."""
         rows = [prompt_tokens(self.tokenizer, one, add_special_tokens=False) for one in openings(COMPLETIONS)]
-        new = int(min(NEW_TOKENS if self.parts else BEHIND, positions_of(self.model) - FIRST))  # the last ones are slow
+        new = int(min(BEHIND, positions_of(self.model) - FIRST))
 
         def write(number: int, begun: list[list[int]], progress: Progress) -> str:
             with skip(self.model, Plan()):

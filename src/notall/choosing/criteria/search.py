@@ -133,15 +133,13 @@ class _Search:
         while spent < self.setting.patience and not self.setting.late:
             known = len(guesses)
             self._look(guesses, tried)
-            spent += (len(guesses) - known) * SCREENED + 1
+            spent += (len(guesses) - known) * SCREENED
             if not guesses:
                 break
             back, unit = min(guesses, key=guesses.__getitem__)
-            del guesses[back, unit]
-            swapped = self.skipped.difference(back).union(unit)
-            if self.setting.grown_on < 1.0 and self._more(swapped, self.setting.grown_on) > 0:
+            if guesses.pop((back, unit)) > 0 and self.setting.grown_on < 1.0:
                 continue
-            cost = self._evaluate(swapped)
+            spent, cost = spent + 1, self._evaluate(self.skipped.difference(back).union(unit))
             if cost < self.cost:
                 self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
                 self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
