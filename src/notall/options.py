@@ -40,6 +40,7 @@ option = _as_field(Option)  # of a dataclass a field with this default, whose `O
 Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
 Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
 OutFolder = Annotated[Path, Option("folder for the results", ("--out", "-o"))]
+DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 KeepIn = Annotated[Path | None, Option("keep the results in this folder, for `notall report`", ("--out", "-o"), "DIR")]
 
 
@@ -61,6 +62,11 @@ class Workload:
     generation_tokens: int = option(16, "tokens generated behind it")
     concurrency: int = option(1, "sequences at once")
     rounds: int = option(5, "timed rounds; each times all models in turn")
+
+    @property
+    def steps(self) -> int:
+        """How long all rounds of one model take, the first one included: about as many tokens that are prefilled."""
+        return (self.rounds + 1) * self.concurrency * (self.prompt_tokens + DECODED_TOKEN * self.generation_tokens)
 
     def check(self, model: "PreTrainedModel") -> None:
         """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""

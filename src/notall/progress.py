@@ -23,7 +23,7 @@ class Stages:
         self.given += steps
 
         def tell(done: float, total: float, doing: str) -> None:
-            self.progress(start + steps * (done / total if total else 1.0), self.steps, doing)
+            self.progress(min(start + steps * (done / total if total else 1.0), self.steps), self.steps, doing)
 
         return tell
 

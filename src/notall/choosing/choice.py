@@ -32,7 +32,7 @@ from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
 BESIDE = 3  # other sets that save enough, of which more may be kept
-CHOOSING, AGAIN, TIMING = 4, 0.2, 0.8  # shares of the time, about: a set or its swaps, the next set, a check of one
+GROWING, SWAPPING, TIMING, AGAIN = 4, 3, 1, 0.1  # shares of the time, about: a set, its swaps, a check, the next set
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,10 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
         setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
     tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
-    stages = Stages(setting.progress, 2 * CHOOSING + CHOICES * (TIMING + AGAIN))
+    stages = Stages(setting.progress, GROWING + SWAPPING + 2 * (TIMING + AGAIN))
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):
-            asked = replace(asked, progress=stages.stage(AGAIN if tried and not asked.patience else CHOOSING))
+            asked = replace(asked, progress=stages.stage(SWAPPING if asked.patience else AGAIN if tried else GROWING))
             choice = choose(criterion, asked, following)
             if any(one.met and one.choice.skipped == choice.skipped for one in tried):
                 break

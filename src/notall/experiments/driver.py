@@ -226,7 +226,7 @@ def benchmark(
     rows: Sequence[Configured],
     choice: TaskChoice,
     generating_rows: Sequence[Configured] | None = None,
-    progress: Progress = silent,
+    stages: Stages | None = None,
 ) -> list[BenchmarkRecord]:
     """One record a task, metric and row (the dense one first), kept as soon as a task is done, and each answer at once.
 
@@ -264,16 +264,16 @@ def benchmark(
                 asked[name] = job, generates and bool(generating_rows)
         for job, of_few in asked.values():
             model(of_few).check(job)
-        stages = Stages(progress, sum(job.tokens for job, _ in asked.values()))
+        stages, share = stages or Stages(silent, 0), len(rows) / 5  # plans share most of what they run
+        stages.steps += share * sum(job.tokens for job, _ in asked.values())
         for name, (job, of_few) in asked.items():
             lm, before = model(of_few), {record.key for record in known(name)}
-            lm.progress = stages.stage(job.tokens)
+            lm.progress = stages.stage(share * job.tokens)
             answers = evaluate_job(lm, job)
             source = Provenance.of(abouts[name], records=len(answers))
             facts = ((one.score, rows_of[of_few][one.number]) for one in answers)
             made = (BenchmarkRecord.from_fact(*some, provenance=source) for some in facts)
             held.add(*(record for record in made if record.key not in before))
-        progress(stages.steps, stages.steps, "benchmarks")
         return [record for name in choice.names for record in known(name)]
 
 

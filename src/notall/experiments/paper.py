@@ -133,12 +133,14 @@ def run_paper(
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
     generating = None if generate_all else [row for row in rows if row.fraction in (0.0, most)]
-    stages = Stages(progress, 1 + 20 * bool(tasks) + 10 * bool(windows) + 10)
-    benchmarks = benchmark(subject, rows, tasks, generating, stages.stage(20)) if tasks else []
+    timed = 2 * sum(workload.steps for workload in timing.workloads) * len(rows)
+    checking = sum(some.numel() for some in windows) * len(rows)
+    stages = Stages(progress, subject.tokens + checking + timed)
+    benchmarks = benchmark(subject, rows, tasks, generating, stages) if tasks else []
     with working_in(subject.out, "paper"):
-        similarity = similarities(subject, subject.provenance, stages.stage(1))
-    checks = diagnose(subject, rows[1:], windows, stages.stage(10)) if windows else []
-    times = time_grid(subject, rows, timing, progress=stages.stage(10))
+        similarity = similarities(subject, subject.provenance, stages.stage(subject.tokens))
+    checks = diagnose(subject, rows[1:], windows, stages.stage(checking)) if windows else []
+    times = time_grid(subject, rows, timing, progress=stages.stage(timed))
     return write_paper(subject.out, similarity, benchmarks, times, checks)
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
 
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
-DENSE = "dense"
+DENSE, SCORING = "dense", 1.5  # to write and to score a variant takes so many timings, about
 FIRST, FASTER = "1.1,1.2", "1.3,1.5"  # speedups that are found by default, and those to add to them
 NAMED = ("model", "repaired", "type")
 Name = Annotated[str, Field(min_length=1, max_length=80)]
@@ -327,7 +327,7 @@ class _Run:
     def records(self) -> list[ParetoRecord]:
         known = Ledger(self.out, ParetoRecord)
         for number, variant in enumerate(self.variants):
-            self._trying(variant, partial(self._score, variant, 2 * number))
+            self._trying(variant, partial(self._score, variant, SCORING * number))
         for number in range(self.workload.rounds):
             self._round(number)
         found = [self._compared(variant) for variant in self.variants]
@@ -335,8 +335,8 @@ class _Run:
         known.renew(record.model_copy(update={"best": record.key in best}) for record in found)
         return [known[variant.key] for variant in self.variants]
 
-    def _tell(self, step: int, what: str) -> None:
-        self.progress(step, len(self.variants) * (2 + self.workload.rounds), what)
+    def _tell(self, step: float, what: str) -> None:
+        self.progress(step, len(self.variants) * (SCORING + self.workload.rounds), what)
 
     def _source(self, record: EngineScoresRecord | EngineTimesRecord) -> Provenance:
         by_name = {variant.key[:2]: variant.subject for variant in self.variants}
@@ -351,12 +351,12 @@ class _Run:
                 raise
             self.failed[variant.key] = str(error)
 
-    def _score(self, variant: Variant, step: int) -> None:
+    def _score(self, variant: Variant, step: float) -> None:
         if variant.key in self.scores:
             return
         self._tell(step, f"writing {variant}")
         checkpoint = self._written(variant)
-        self._tell(step + 1, f"scoring {variant}")
+        self._tell(step + 0.5, f"scoring {variant}")
         windows = variant.subject.windows
         scored = worker.call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
         reported = [[value for value in window if value is not None] for window in scored]
@@ -404,7 +404,7 @@ class _Run:
         running = [variant for variant in self.variants if variant.key not in self.failed]
         if all((*variant.key, number) in self.times for variant in running):
             return
-        start = len(self.variants) * (2 + number)
+        start = len(self.variants) * (SCORING + number)
         for place, variant in enumerate(running[:: -1 if number % 2 else 1]):
             self._tell(start + place, f"timing {variant}, round {number + 1}")
             self._trying(variant, partial(self._time, variant, number))

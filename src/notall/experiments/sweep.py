@@ -10,7 +10,7 @@ from pydantic import Field
 from ..digests import digest_of
 from ..errors import FIGURES, installed
 from ..files import Settings, write_whole
-from ..options import WORKLOAD, Workload
+from ..options import DECODED_TOKEN, WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
-DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
 class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
@@ -69,9 +68,7 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
     rows = paper_grid(subject.structure)
     asked = {"workload": asdict(workload), "seed": subject.seed, "batches": digest_of(subject.batches)[:16]}
     about = Provenance.of(subject.provenance, **asked)
-    # Steps are about as many as tokens that are prefilled, a fifth of them where plans share what they run.
-    per_run = workload.concurrency * (workload.prompt_tokens + DECODED_TOKEN * workload.generation_tokens)
-    scoring, timing = subject.tokens * len(rows) / 5, 2 * (workload.rounds + 1) * per_run
+    scoring, timing = subject.tokens * len(rows) / 5, 2 * workload.steps  # plans share most of what scores them
     leaving_out = subject.batches[0].shape[-1] * len(subject.structure.sublayers)
     sampling = 4 * DECODED_TOKEN * SAMPLE_TOKENS if subject.tokenizer else 0
     stages = Stages(progress, scoring + len(rows) * timing + subject.tokens + leaving_out + sampling)
@@ -83,14 +80,10 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         for row in rows:
             telling = stages.stage(timing)
             if row.configuration not in done or not row.describes(done[row.configuration]):
-                record = SweepRecord.from_fact(
-                    row,
-                    quality=held.quality(scored_as(row.plan)),
-                    times=time_plan(subject, row.plan, workload, telling, row.name),
-                    footprint=footprint(subject.model, row.plan),
-                    provenance=about,
-                )
-                done.add(record)
+                times = time_plan(subject, row.plan, workload, telling, row.name)
+                found = {"quality": held.quality(scored_as(row.plan)), "times": times}
+                left = footprint(subject.model, row.plan)
+                done.add(SweepRecord.from_fact(row, footprint=left, provenance=about, **found))
             telling(1, 1, f"timed {row.name}")
         records = [done[row.configuration] for row in rows]
         similarities(subject, about, stages.stage(subject.tokens))

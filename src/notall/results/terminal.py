@@ -23,7 +23,7 @@ from .table import Cell, Column, Table
 
 FRAME = 3  # cells beside a column's text: a space on either side, and a line
 TURNED = 2  # rows: so few may become columns
-SILENT = 60.0  # seconds without a word, in a log
+SILENT, PACE = 60.0, 120.0  # seconds without a word in a log; of whose steps the time left is told
 OTHERS = 56  # letters of a line that are not the description
 Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may have a line of its own
 
@@ -173,7 +173,7 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     def fitting(doing: str) -> str:
         return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
 
-    with bars.Progress(*columns, console=console, transient=True) as bar:
+    with bars.Progress(*columns, console=console, transient=True, speed_estimate_period=PACE) as bar:
         task = bar.add_task(fitting(doing), total=None)
 
         def tell(done: float, total: float, doing: str) -> None:

@@ -75,7 +75,8 @@ class _Search:
         steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
         # evaluations of the whole text so far, and how many it takes at most, about
-        self.done, self.total = 0.0, guesses + steps * RECHECKS * self.setting.grown_on + self.setting.patience
+        growing = steps * (RECHECKS * self.setting.grown_on + SCREENED)
+        self.done, self.total = 0.0, guesses + growing + 1.25 * self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
