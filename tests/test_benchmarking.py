@@ -14,6 +14,7 @@ from api import (
     Limits,
     Provenance,
     Scorer,
+    Stages,
     TaskChoice,
     TaskShelf,
     benchmark,
@@ -43,10 +44,10 @@ def model():
     return tiny_llama()
 
 
-def run_benchmarks(model, rows, names, out, about, *, task_path, limits, generating_rows=None, **how):
+def run_benchmarks(model, rows, names, out, about, *, task_path, limits, generating_rows=None, stages=None, **how):
     choice = TaskChoice(TaskShelf(task_path), tuple(names), limits=limits, **how)
     subject = Subject(model, byte_tokenizer(), [], out, Provenance.of(about))
-    return benchmark(subject, rows, choice, generating_rows)
+    return benchmark(subject, rows, choice, generating_rows, stages)
 
 
 @pytest.fixture
@@ -66,6 +67,20 @@ def nothing_computed(monkeypatch):
         monkeypatch.setattr(Scorer, "score", forbid),
         monkeypatch.setattr(tasks.TaskShelf, "build", forbid),
     ]
+
+
+def test_tasks_add_what_they_take_to_the_count_of_the_whole(run, model, folder, tmp_path):
+    told = []
+    stages = Stages(lambda done, total, doing: told.append((done, total)), 1000)
+    run(["tiny_choice", "tiny_words"], tmp_path, ABOUT, stages=stages)
+    count = len(paper_grid(locate(model)))
+    jobs = [
+        TaskShelf(folder).build(name, None, limit).tokens for name, limit in (("tiny_choice", 6), ("tiny_words", 2))
+    ]
+    assert stages.steps == pytest.approx(1000 + sum(jobs) * count / 5)
+    assert {total for _, total in told} == {stages.steps}
+    assert told == sorted(told)
+    assert stages.given == pytest.approx(stages.steps - 1000)
 
 
 def test_records_are_the_results_of_the_same_run(run, model, folder, tmp_path):

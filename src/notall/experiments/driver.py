@@ -230,8 +230,8 @@ def benchmark(
 ) -> list[BenchmarkRecord]:
     """One record a task, metric and row (the dense one first), kept as soon as a task is done, and each answer at once.
 
-    All data is read and checked before anything is computed. Tasks that generate text are for `generating_rows`, where
-    given. Raises `UsageError` as `run_tasks` does, and as `Ledger` does.
+    All data is read and checked before anything is computed, and what that takes is added to `stages`. Tasks that
+    generate text are for `generating_rows`, where given. Raises `UsageError` as `run_tasks` does, and as `Ledger` does.
     """
     from ..evaluation.checks import source_of
     from ..evaluation.harness import LM_EVAL_VERSION, PlansLM, evaluate_job
