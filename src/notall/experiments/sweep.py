@@ -81,9 +81,8 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
             telling = stages.stage(timing)
             if row.configuration not in done or not row.describes(done[row.configuration]):
                 times = time_plan(subject, row.plan, workload, telling, row.name)
-                found = {"quality": held.quality(scored_as(row.plan)), "times": times}
-                left = footprint(subject.model, row.plan)
-                done.add(SweepRecord.from_fact(row, footprint=left, provenance=about, **found))
+                quality, left = held.quality(scored_as(row.plan)), footprint(subject.model, row.plan)
+                done.add(SweepRecord.from_fact(row, quality=quality, times=times, footprint=left, provenance=about))
             telling(1, 1, f"timed {row.name}")
         records = [done[row.configuration] for row in rows]
         similarities(subject, about, stages.stage(subject.tokens))
