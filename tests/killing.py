@@ -50,7 +50,8 @@ COMMANDS: dict[str, tuple[Make, str]] = {
     "similarity": (nothing, f"similarity ../model --out r {SMALL}"),
     "plan": (nothing, "plan ../model -o r.json --skip attention:1"),
     "sweep by Ray": (nothing, f"{fuzzing.SWEEP} {RAY}"),
-    "eval by Ray": (nothing, f"{fuzzing.EVAL} {RAY}"),
+    "paper by Ray": (nothing, f"{fuzzing.PAPER} {RAY}"),
+    "heal by Ray": (nothing, f"{fuzzing.HEAL} {RAY}"),
     "report": (made_by(f"sweep ../model --out r {SMALL} {TIMED}"), fuzzing.REPORT),
     "reproduce": (made_by(f"eval ../model --plan ../plan.json --out r {SMALL}"), "reproduce r --out again"),
     "export hf": (fuzzing.checkpoint, f"{EXPORT} hf --dtype float32 --device cpu"),
@@ -76,7 +77,7 @@ TIMED_TOO = {
     "low",
     "verdict",
 }
-SHARE = {"pareto": 0.1, "sweep by Ray": 0.1, "eval by Ray": 0.1}  # of the cases of others: workers start slowly
+SHARE = {"pareto": 0.1} | {f"{name} by Ray": 0.1 for name in ("sweep", "paper", "heal")}  # workers start slowly
 
 
 # --- a run in a process of its own
