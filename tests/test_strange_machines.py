@@ -34,7 +34,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", killing.COMMANDS)
+@pytest.mark.parametrize("name", [name for name in killing.COMMANDS if "by Ray" not in name])
 def test_no_command_goes_by_the_locale_the_clock_or_a_home(place, name):
     """It writes what it writes elsewhere."""
     make, command = killing.COMMANDS[name]
@@ -54,6 +54,21 @@ def test_no_command_goes_by_the_locale_the_clock_or_a_home(place, name):
         found = {path: held for path, held in killing.files_in(folder).items() if not path.endswith(drawn)}
     expected = {path: held for path, held in expected.items() if not path.endswith(drawn)}
     assert killing.difference(found, expected, {}) is None
+
+
+@pytest.mark.slow
+def test_without_a_home_ray_is_refused_in_one_line(place):
+    """It keeps a token there."""
+    pytest.importorskip("ray")
+    _, command = killing.COMMANDS["sweep by Ray"]
+    with place.case(killing.nothing) as folder:
+        environment = {**os.environ, "HOME": os.devnull, "NOTALL_CACHE": str(folder / "cache")}
+        words = [sys.executable, "-m", "notall", *command.split()]
+        ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        (said,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+        assert said.startswith("error: no Ray cluster at local: ")
+        assert said.endswith("RAY_AUTH_MODE=token and a HOME")
 
 
 ARCHIVES = {

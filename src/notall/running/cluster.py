@@ -42,8 +42,10 @@ def joined(address: str) -> Iterator[None]:
                 if attempt == ATTEMPTS - 1:
                     raise
                 ray.shutdown()
-    except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
-        fix = "give local, auto, HOST:PORT or ray://HOST:PORT, and set RAY_AUTH_MODE=token where it wants a token"
+    except (OSError, ray.exceptions.RayError, ValueError) as error:
+        fix = (
+            "give local, auto, HOST:PORT or ray://HOST:PORT, and where it wants a token RAY_AUTH_MODE=token and a HOME"
+        )
         raise UsageError(f"no Ray cluster at {address}: {_last_line(error)[:200]}; {fix}") from None
     try:
         yield
