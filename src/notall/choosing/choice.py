@@ -242,8 +242,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
             choice = choose(criterion, asked, following)
             if any(one.met and one.choice.skipped == choice.skipped for one in tried):
                 break
-            asked = replace(asked, progress=stages.stage(TIMING))
-            tried.append(outcome := _outcome(choice, asked, following, timed))
+            tried.append(outcome := _outcome(choice, replace(asked, progress=stages.stage(TIMING)), following, timed))
             assert outcome.check
             measured = outcome.check.measured_speedup
             if outcome.met and measured.median - max(measured.error, MOST_ERROR * budget.faster) <= budget.faster:

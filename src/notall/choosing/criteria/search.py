@@ -74,8 +74,7 @@ class _Search:
         mean = self.budget.saved(self.space.names) / units
         steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
-        # evaluations of the whole text so far, and how many it takes at most, about
-        growing = steps * (RECHECKS * self.setting.grown_on + SCREENED)
+        growing = steps * (RECHECKS * self.setting.grown_on + SCREENED)  # evaluations of all of the text, about
         self.done, self.total = 0.0, guesses + growing + 1.25 * self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
