@@ -148,6 +148,27 @@ def test_growing_checks_and_swaps_are_told_as_one_count(setting, machine, monkey
     assert len({total for _, total in told}) == 1
 
 
+def test_swaps_move_the_count_also_behind_many_checks(setting, machine, monkeypatch):
+    """Three sets are timed before the swaps, where two are reckoned with."""
+    timed, told, shares = machine(0.9), [], iter((0.7, 0.6, 0.6, 0.6))
+
+    def slower(self, check, corrected=latency.SpeedBudget.corrected):
+        machine(next(shares))
+        return corrected(self, check)
+
+    def choose(_, setting, budget):
+        told.append([])
+        return searching.search(setting, budget, {})
+
+    monkeypatch.setattr(latency.SpeedBudget, "corrected", slower)
+    monkeypatch.setattr(choice, "choose", choose)
+    setting = replace(setting, progress=lambda done, total, doing: told[-1].append(done / total))
+    choose_as_fast("search", setting, asked(setting, 1.3))
+    assert len(timed) >= 3
+    assert len({*told[-1]}) > 5
+    assert max(told[-1]) < 1.0
+
+
 def test_it_is_met_within_the_error_of_the_median(setting, machine):
     """1.2820 is 0.018 short of 1.3; the error of five rounds is 0.83 of half the distance of the quartiles."""
     for spread, sizes in ((0.023, [5]), (0.020, [5, 6])):

@@ -68,7 +68,7 @@ def test_without_a_home_ray_is_refused_in_one_line(place):
         (said,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
         assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
         assert said.startswith("error: no Ray cluster at local: ")
-        assert said.endswith("RAY_AUTH_MODE=token and a HOME")
+        assert said.endswith("RAY_AUTH_MODE=token and HOME")
 
 
 ARCHIVES = {

@@ -37,10 +37,10 @@ def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:
 
 option = _as_field(Option)  # of a dataclass a field with this default, whose `Option` is made of what follows
 
+DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
 Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
 OutFolder = Annotated[Path, Option("folder for the results", ("--out", "-o"))]
-DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 KeepIn = Annotated[Path | None, Option("keep the results in this folder, for `notall report`", ("--out", "-o"), "DIR")]
 
 

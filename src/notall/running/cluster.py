@@ -43,9 +43,7 @@ def joined(address: str) -> Iterator[None]:
                     raise
                 ray.shutdown()
     except (OSError, ray.exceptions.RayError, ValueError) as error:
-        fix = (
-            "give local, auto, HOST:PORT or ray://HOST:PORT, and where it wants a token RAY_AUTH_MODE=token and a HOME"
-        )
+        fix = "give local, auto, HOST:PORT or ray://HOST:PORT, and for a token set RAY_AUTH_MODE=token and HOME"
         raise UsageError(f"no Ray cluster at {address}: {_last_line(error)[:200]}; {fix}") from None
     try:
         yield
