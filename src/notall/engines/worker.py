@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import sleep
 from typing import Any
 
 from ..errors import UsageError, shortened
@@ -80,6 +81,7 @@ def main() -> None:
         answer = {"result": getattr(engine, request["method"])(**request["arguments"])}
     except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run
         answer = {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
+        sleep(1)  # a thread of llama.cpp writes its log
     print(json.dumps(answer, default=asdict), file=out, flush=True)
     out.close()
     os._exit(0)  # threads of llama.cpp outlive it
