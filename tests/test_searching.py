@@ -3,7 +3,7 @@
 import random
 import time
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -458,6 +458,23 @@ def test_progress_grows_to_one(model):
     search(space, by_count(space, 4), Table(space, 2), progress=lambda done, total, doing: seen.append(done / total))
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
+
+
+def test_progress_moves_with_each_evaluation_however_many_swaps_gain(model):
+    space, told, doings = Space(locate(model), "sublayer"), [], set()
+    looking = searching._Search(asked_of(space, Table(space, 0)), by_count(space, 3), {})
+
+    def progress(done, total, doing):
+        told.append(done / total)
+        doings.add(doing)
+
+    looking.progress = progress
+    for _ in range(round(2 * looking.total)):
+        looking._evaluate(frozenset())
+    assert all(one < other for one, other in pairwise(told))
+    assert told[9] == pytest.approx(10 / looking.total)
+    assert told[-1] < 1.0
+    assert doings == {"0 skipped, objective 3.0000"}
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------

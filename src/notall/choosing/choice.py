@@ -32,7 +32,7 @@ from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
 BESIDE = 3  # other sets that save enough, of which more may be kept
-GROWING, SWAPPING, TIMING, AGAIN = 4, 3, 1, 0.1  # shares of the time, about: a set, its swaps, a check, the next set
+GROWING, SWAPPING, TIMING, AGAIN = 4, 3, 0.5, 0.1  # shares of the time, about: a set, its swaps, a check, the next set
 
 
 @dataclass(frozen=True)

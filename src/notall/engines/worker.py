@@ -83,7 +83,6 @@ def main() -> None:
         answer = {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
         sleep(1)  # a thread of llama.cpp writes its log
     print(json.dumps(answer, default=asdict), file=out, flush=True)
-    out.close()
     os._exit(0)  # threads of llama.cpp outlive it
 
 

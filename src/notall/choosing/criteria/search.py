@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 from ...progress import Progress, Stages, silent
 from ..budget import Budget, contiguous_runs
+from ..evaluator import AfterRepair
 from ..space import Choice, Skipped, Unit, names_in
 from .one_pass import score_cosine
 from .setting import Setting
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all of it
-RECHECKS = 4.5  # evaluations a step, to guess the time left
 
 Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
@@ -71,11 +71,12 @@ class _Search:
         self.falls: dict[Unit, float] = {}  # and by how much it falls without a unit less, on a part of the text
         self.moves = functools.cache(self.space.moves)
         units = len(self.space.units)
-        mean = self.budget.saved(self.space.names) / units
-        steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
+        share = self.budget.target / self.budget.saved(self.space.names)  # of the units, about, that are skipped
+        steps = units * (1 / 3 if share == math.inf else min(share, 1))
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
-        growing = steps * (RECHECKS * self.setting.grown_on + SCREENED)  # evaluations of all of the text, about
-        self.done, self.total = 0.0, guesses + growing + 1.25 * self.setting.patience
+        harder = 2.5 if isinstance(self.evaluator, AfterRepair) else 1  # times as much, as measured: more swaps gain
+        growing = steps * (harder * steps / 3 * self.setting.grown_on + SCREENED)  # evaluations of the text, about
+        self.done, self.total = 0.0, guesses + growing + harder * self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -101,8 +102,7 @@ class _Search:
         best = min(guesses, key=guesses.__getitem__)
         cost = self._evaluate(names_in(best))
         if cost < self.cost:
-            self.skipped, self.cost, self.order = names_in(best), cost, [*best]
-            self.rises = {}
+            self.skipped, self.cost, self.order, self.rises = names_in(best), cost, [*best], {}
             self.guess(self.moves(self.skipped))
             self.refine()
 
@@ -205,10 +205,11 @@ class _Search:
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
-        reached = round(self.cost, 4) + 0.0  # none is -0.0000
         self.done += share
-        doing = f"{len(self.skipped)} skipped, objective {reached:.4f}"
-        self.progress(min(self.done, 0.99 * self.total), self.total, doing)
+        doing = f"{len(self.skipped)} skipped, objective {round(self.cost, 4) + 0.0:.4f}"  # none is -0.0000
+        most = 0.8 * self.total  # from there on ever slower: how many swaps gain is not known
+        beyond = max(self.done - most, 0.0) / (self.total - most)
+        self.progress(min(self.done, most) - (self.total - most) * math.expm1(-beyond), self.total, doing)
         return cost
 
     def _cheap(self, unit: Unit) -> float:
