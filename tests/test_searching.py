@@ -296,19 +296,19 @@ def test_late_among_the_blocks_it_keeps_the_set_that_it_knows(model, monkeypatch
         def cost(self, skipped, share=1.0):
             return super().cost(skipped) if share == 1.0 else 3.0
 
-    space, told = Space(locate(model), portable=True), [0.0]
+    space, sizes = Space(locate(model), portable=True), []
     late = search(
         space,
         by_count(space, 6),
         Misleading(space, 0),
-        late=lambda: max(told) > 0.5,
-        progress=lambda done, total, doing: told.append(done / total),
+        late=lambda: sizes != sorted(sizes),  # once the search among the blocks began
+        progress=lambda done, total, doing: sizes.append(int(doing.split()[0])),
     )
     same = {"kind": "block"}  # so that there are no others to look among
     monkeypatch.setattr(searching, "replace", lambda of, **new: of if new == same else replace(of, **new))
     alone = search(space, by_count(space, 6), Misleading(space, 0))
     assert late.skipped == alone.skipped
-    assert max(told) > 0.5
+    assert 0 in sizes[sizes.index(6) :]
 
 
 def unshared(evaluator):
