@@ -45,7 +45,7 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
         if setting.late:
             break
     looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
-    if best is not looking and not setting.late:  # what a late one says that it costs is a guess
+    if best is not looking:
         looking.go_on_from(best)
         looking.settle()
     setting.progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
