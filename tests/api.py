@@ -252,9 +252,7 @@ NAMES = {
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],
     "repairing.students": ["Layerwise", "Student"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
-    "report.page": [
-        *("as_it_is", "flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")
-    ],
+    "report.page": [*("flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")],
     "results.facts": [
         "TIMES",
         "Times",

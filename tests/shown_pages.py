@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import result_folders
@@ -20,6 +21,7 @@ from api import (
     Section,
     Shown,
     Step,
+    Table,
     charts_layers,
     charts_losses,
     charts_style,
@@ -190,17 +192,27 @@ def repaired(chart: str = "refits") -> Shown:
     )
 
 
-def folder(path: Path, about: Provenance = ABOUT, **foreign: list[dict[str, object]]) -> Folder:
-    """As if one was read: of one record, whose provenance it has, and with foreign files."""
+def folder(path: Path, about: Provenance = ABOUT) -> Folder:
+    """As if one was read: of one record, whose provenance it has."""
     look = result_folders.looks()[0].model_copy(update={"provenance": about})
-    return Folder(path, {"healing": (look,)}, {name: tuple(rows) for name, rows in foreign.items()})
+    return Folder(path, {"healing": (look,)})
 
 
-def page(path: Path, *shown: Shown, about: Provenance = ABOUT, **foreign: list[dict[str, object]]) -> Path:
-    """A page in a folder."""
+def as_words(rows: list[dict[str, object]]) -> Table:
+    """A column for each name in the first of them."""
+    return table("", [words(name, partial(_named, name)) for name in rows[0]], rows)
+
+
+def _named(name: str, row: dict[str, object]) -> object:
+    return row.get(name)
+
+
+def page(path: Path, *shown: Shown, about: Provenance = ABOUT, **tables: list[dict[str, object]]) -> Path:
+    """A page in a folder; its last sections are `tables`, by their names."""
+    sections = tuple(Section(name, name, table=as_words(rows)) for name, rows in tables.items())
     path.mkdir(parents=True, exist_ok=True)
     out = path / "report.html"
-    out.write_text(render(folder(path, about, **foreign), shown), encoding="utf-8")
+    out.write_text(render(folder(path, about), [*shown, Shown(sections=sections)]), encoding="utf-8")
     return out
 
 

@@ -11,10 +11,10 @@ import result_folders
 import shown_pages
 from api import (
     Message,
+    Provenance,
     Section,
     Shown,
     Step,
-    as_it_is,
     flatten,
     read_json,
     records_lines,
@@ -243,44 +243,88 @@ def test_a_folder_may_hold_what_several_commands_wrote(tmp_path):
 # --- files of others --------------------------------------------------------------------------------------------------
 
 
-def test_files_of_other_programs_become_tables_as_they_are():
-    rows = [{"criterion": "cosine", "lost": 0.25, "plan": {"mlp": [1]}}, {"criterion": "kl", "cost": 3}]
-    found = as_it_is(rows)
-    assert found.headings == ("criterion", "lost", "plan", "cost")
-    assert [str(cell) for cell in found.rows[0]] == ["cosine", "0.25", "{'mlp': [1]}", "-"]
-    assert found.csv.splitlines()[:2] == ["criterion,lost,cost", "cosine,0.25,"]
+def test_what_no_command_wrote_is_left_alone(tmp_path):
+    folder = repair_folder(tmp_path)
+    before = write_report(folder, tmp_path / "before.html").read_text()
+    records_lines.append(folder / "mine.jsonl", {"provenance": "here", "value": 10**400})
+    assert write_report(folder, tmp_path / "after.html").read_text() == before
+
+
+# --- comparisons of several -------------------------------------------------------------------------------------------
+
+
+BY_COMPARE = Provenance(what={"model": "tiny", "text_sha256": "t"}, where={"command": "notall compare tiny"})
+
+
+def comparison_of(folder, *rows, about=BY_COMPARE):
+    """A folder of what each criterion of `rows` loses without 2 attentions."""
+    records = [result_folders.compared(criterion, "attention", 2, lost) for criterion, lost in rows]
+    result_folders.write(folder, *(one.model_copy(update={"provenance": about, "behind": 0.1}) for one in records))
+    return folder
+
+
+def test_comparisons_of_several_folders_are_ranked_together(tmp_path):
+    ours = comparison_of(tmp_path / "ours", ("cosine", 0.3), ("greedy", 0.1))
+    theirs = comparison_of(tmp_path / "theirs", ("mine:good", 0.2))
+    page = write_report(ours, tmp_path / "r.html", [theirs]).read_text()
+    lines = list(csv.DictReader(io.StringIO(data_of(page)["csv"]["results"])))
+    assert {row["criterion"]: row["folder"] for row in lines} == {
+        "cosine": str(ours),
+        "greedy": str(ours),
+        "mine:good": str(theirs),
+    }
+    shown = re.findall(r"<tr.*?</tr>", markup(page).partition('id="table-results"')[2], re.S)
+    criteria = [re.search("cosine|greedy|mine:good", line) for line in shown]
+    assert [one[0] for one in criteria if one] == ["greedy", "mine:good", "cosine"]
+    assert "behind" not in "".join(shown)
+    assert "<bdi>folder</bdi>" in page
+    told = {plan["name"]: plan["told"] for plan in data_of(page)["plans"]}
+    assert f"notall reproduce {theirs} --row " in told["mine:good by kl: 2 attention"]
+    assert f"notall reproduce {ours} --row " in told["greedy by kl: 2 attention"]
+
+
+def test_alone_a_comparison_has_no_column_of_folders(tmp_path):
+    page = write_report(comparison_of(tmp_path / "ours", ("cosine", 0.3)), tmp_path / "r.html").read_text()
+    assert "folder" not in data_of(page)["csv"]["results"]
+    assert "<bdi>folder</bdi>" not in page
 
 
 @pytest.mark.parametrize(
-    "odd",
+    ("what", "where", "says"),
     [
-        {"provenance": "here", "value": 1},
-        {"provenance": [{"model": "a"}]},
-        {"plan": "attn.1", "tasks": [1]},
-        {"plan": {"attention": 3}, "tasks": {"arc": "0.5"}},
-        {"variant": "x", "fraction": "y", "keep_last": None, "plan": None},
-        {"value": 10**400, "other": -(10**400)},
+        ({"text_sha256": "other"}, {}, "ours and .*theirs differ in text_sha256: t and other$"),
+        ({"revision": "sha256:1"}, {}, "differ in revision: None and sha256:1$"),
+        ({"model": "a folder that is called otherwise", "by": "kl 1"}, {}, None),
+        ({}, {"command": "notall sweep"}, "theirs holds no results of notall compare, and only those are joined$"),
     ],
 )
-def test_what_no_command_wrote_is_shown_whatever_it_is(tmp_path, odd):
-    folder = repair_folder(tmp_path)
-    result_folders.write(folder, mine=[odd, {"value": 2.5}])
-    page = write_report(folder, tmp_path / "r.html").read_text()
-    assert "2.5" in data_of(page)["csv"]["mine"]
+def test_only_what_was_measured_alike_is_ranked_together(tmp_path, what, where, says):
+    about = Provenance(what={**BY_COMPARE.what, **what}, where={**BY_COMPARE.where, **where})
+    ours = comparison_of(tmp_path / "ours", ("cosine", 0.3))
+    theirs = comparison_of(tmp_path / "theirs", ("cosine", 0.2), about=about)
+    if says is None:
+        write_report(ours, tmp_path / "r.html", [theirs])
+        return
+    with pytest.raises(UsageError, match=says):
+        write_report(ours, tmp_path / "r.html", [theirs])
+    assert not (tmp_path / "r.html").exists()
 
 
-def test_a_folder_of_a_file_of_no_kind_shows_it_as_it_is(tmp_path):
-    result_folders.write(tmp_path, lost=[{"criterion": "cosine", "lost": 0.1}])
-    assert results_of(tmp_path).foreign == {"lost": ({"criterion": "cosine", "lost": 0.1},)}
-    page = write_report(tmp_path, tmp_path / "r.html").read_text()
-    assert headings(page) == ["lost"]
-    assert 'id="message"' not in page
+def test_other_numbers_of_windows_are_not_ranked_together(tmp_path):
+    ours = comparison_of(tmp_path / "ours", ("cosine", 0.3))
+    (one,) = results_of(comparison_of(tmp_path / "some", ("cosine", 0.3))).files["comparison"]
+    few = one.model_copy(update={"quality": one.quality.model_copy(update={"sequences": 3})})
+    with pytest.raises(UsageError, match=r"differ in sequences: \d+ and 3$"):
+        write_report(ours, tmp_path / "r.html", [result_folders.write(tmp_path / "few", few)])
 
 
-def test_a_foreign_file_that_is_called_as_a_section_is_beside_it(tmp_path):
-    page = shown_pages.page(tmp_path, shown_pages.swept(), results=[{"mine": 1}]).read_text()
-    assert len(set(re.findall(r'id="table-(.*?)"', page))) == 2
-    assert data_of(page)["csv"]["results-2"] == "mine\n1\n"
+def test_what_is_no_comparison_is_not_joined(tmp_path):
+    ours = comparison_of(tmp_path / "ours", ("cosine", 0.3))
+    with pytest.raises(UsageError, match="holds no results of notall compare"):
+        write_report(ours, tmp_path / "r.html", [repair_folder(tmp_path)])
+    begun = result_folders.write(tmp_path / "begun", *result_folders.evaluations(), about=BY_COMPARE)
+    with pytest.raises(UsageError, match="begun holds no results of notall compare"):
+        write_report(ours, tmp_path / "r.html", [begun])
 
 
 # --- what it withstands -----------------------------------------------------------------------------------------------

@@ -304,12 +304,13 @@ def tasks(
 def report(
     folder: Annotated[Path, Option("folder of results", metavar="DIR", argument=True)] = Path("results"),
     out: Annotated[Path, Option("where to write the page", ("--out", "-o"))] = Path("report.html"),
+    join: Annotated[options.Words, Option("folder whose comparison is ranked with it; repeat it for more")] = (),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""
     need(*FIGURES, "jinja2")
     from ..report.page import write_report
 
-    print(printable(f"{write_report(folder, out)}: open it in a browser"))
+    print(printable(f"{write_report(folder, out, join)}: open it in a browser"))
 
 
 @command(example="notall reproduce comparison --row cosine --out again")

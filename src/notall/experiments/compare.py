@@ -63,6 +63,8 @@ class Answered(Skips):
 
 
 RUN = ("criterion", "objective", "space", "count")
+COMMAND = ["notall", "compare"]
+ALIKE = ("revision", "dtype", "seed", "text_sha256", "held_out_sha256", "length", "sequences")  # where they are joined
 
 
 class ChoiceRecord(Record, Answered, kind="choice", key=RUN):
@@ -84,6 +86,7 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
     behind_se: Unsigned = Field(math.nan, description="its standard error, paired by window of text")
     added_bytes: Count = Field(0, description="of matrices that the repair keeps at run time")
     tasks: tuple[TaskScore, ...] = ()
+    folder: str | None = Field(None, exclude=True, description="where it was joined from")
 
     @property
     def run(self) -> Key:
@@ -146,6 +149,7 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
         number("CPU s", lambda one: one.spent.seconds, ",.1f"),
         number("on the text it chose by", lambda one: one.calibration_delta, "+.3f"),
         number("calibration tokens", lambda one: one.calibration_tokens if one.spent.evaluations else None, ",d"),
+        words("folder", lambda one: one.folder),
     )
 
 
@@ -528,32 +532,46 @@ def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
     return points_of(records, look)
 
 
+def joined(folders: Sequence[Folder]) -> Folder:
+    """The comparisons of several folders as one, without what each pairs with the best of its own.
+
+    Raises `UsageError` where a folder holds none, or of another model, text or number of windows.
+    """
+    records: list[ComparisonRecord] = []
+    for folder in folders:
+        if not (held := folder.of(ComparisonRecord)) or folder.provenance.command[:2] != COMMAND:
+            raise UsageError(f"{folder.path} holds no results of notall compare, and only those are joined")
+        ours, theirs = (one.what | {"sequences": one.quality.sequences} for one in ((records or held)[0], held[0]))
+        if other := next((name for name in ALIKE if ours.get(name) != theirs.get(name)), None):
+            told = f"{folders[0].path} and {folder.path} differ in {other}"
+            raise UsageError(f"{told}: {shortened(str(ours.get(other)))} and {shortened(str(theirs.get(other)))}")
+        here = {"folder": str(folder.path), "behind": math.nan, "behind_se": math.nan}
+        records += [one.model_copy(update=here) for one in held]
+    return Folder(folders[0].path, {ComparisonRecord.kind_name: tuple(records)})
+
+
 def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     found = shown_plans(folder, records, _sections(records), _found_again)
-    again = [next_command("reproduce", folder.path, row=one.name, out="again") for one in records]
-    again = again if folder.provenance.command[:2] == ["notall", "compare"] else [""] * len(records)
+    again = [next_command("reproduce", one.folder or folder.path, row=one.name, out="again") for one in records]
+    again = again if folder.provenance.command[:2] == COMMAND else [""] * len(records)
     steps = tuple(replace(step, order=one.order, again=by) for step, one, by in zip(found.steps, records, again))
     return replace(found, cards=tuple(_cards(records)), steps=steps)
 
 
 def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
     """What makes the model of a choice: from its plan, or else by a search for the same."""
-    unrepaired, plan = record.repair == UNREPAIRED, plan_file(folder.path, record)
-    if plan.is_file() and unrepaired:
+    plan = plan_file(Path(record.folder or folder.path), record)
+    if not plan.is_file():
+        by = record.objective if record.objective in ("nll", "kl", "answers") else None
+        options = {"skip": f"{record.space}:{record.count}", "criterion": record.criterion, "objective": by}
+        return "make that plan", next_command("search", folder.model, **options, out="plan.json")
+    if record.repair == UNREPAIRED:
         command = next_command("export", folder.model, plan=plan, repair="refit", to="hf", out="smaller")
         return "repair it, and write that model", command
-    if plan.is_file():
-        kept = record.repair == "refit" or record.added_bytes  # what adds matrices cannot be served
-        mend = {"repair": None if kept else record.repair, **on_the_text(folder.provenance, "sequences", "length")}
-        return "repair that plan", next_command("repair", folder.model, plan=plan, **mend, out="repaired")
-    options = {
-        "skip": f"{record.space}:{record.count}",
-        "criterion": record.criterion if record.criterion != "search" else None,
-        "objective": record.objective if record.objective in ("nll", "kl", "answers") else None,
-    }
-    end = "make that plan" if unrepaired else "make that plan, then repair it"
-    return end, next_command("search", folder.model, **options, out="plan.json")
+    kept = record.repair == "refit" or record.added_bytes  # what adds matrices cannot be served
+    mend = {"repair": None if kept else record.repair, **on_the_text(folder.provenance, "sequences", "length")}
+    return "repair that plan", next_command("repair", folder.model, plan=plan, **mend, out="repaired")
 
 
 def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:

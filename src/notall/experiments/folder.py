@@ -21,11 +21,10 @@ Place = tuple[str, int]  # of a sublayer: kind (attention or mlp), layer
 
 @dataclass(frozen=True)
 class Folder:
-    """`files` are those of our kinds; `foreign` those that no command of ours wrote, their lines as they are."""
+    """The records of commands of ours."""
 
     path: Path
-    files: dict[str, tuple[Record, ...]]  # by the kind of their records
-    foreign: dict[str, tuple[Settings, ...]]  # by the name of the file, without suffix
+    files: dict[str, tuple[Record, ...]]  # by their kind
 
     def of(self, kind: type[R]) -> tuple[R, ...]:
         """The records of a kind, each with its provenance; none where there is no such file."""

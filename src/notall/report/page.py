@@ -19,9 +19,8 @@ from ..results import lines
 from ..results.ledger import header_of, kind_at, read
 from ..results.record import KINDS, Record
 from ..results.repairs import AnswersRecord, HealRecord, MeasuredRecord, RefitRecord
-from ..results.table import Column, Table, as_csv, csv_of, in_bytes, number, table, words
+from ..results.table import as_csv, in_bytes
 
-MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
 SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
 MARK = b'<p class="kicker">notall report</p>'
 MAP, BAR = 104, 48  # pixels of the height of the layer map, and of a bar with its words
@@ -43,17 +42,21 @@ VERBS: tuple[tuple[tuple[Callable[[Folder], Shown], tuple[type[Record], ...]], .
 )
 
 
-def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+def write_report(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], join: Sequence[str | os.PathLike[str]] = ()
+) -> Path:
     """Write the page of a results folder to `out`, whole or not at all, and answer where it is.
 
-    Raises `UsageError` when the folder holds no results or a malformed line, or `out` can't be written or is no page.
+    With the comparisons of the folders `join`, which are of the same model and held-out text. Raises `UsageError` where
+    they are not, a folder holds no results or a malformed line, or `out` can't be written or is no page.
     """
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
     with writing(shortened(path), "choose another -o"):
         refuse_others(path.resolve(), lambda page: MARK in contents(page), "page of notall")
-        page = render(read_folder(Path(folder)))
+        read = [read_folder(Path(one)) for one in (folder, *join)]
+        page = render(compare.joined(read) if join else read[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path.resolve(), page)
     return path
@@ -65,16 +68,14 @@ def read_folder(path: Path) -> Folder:
         raise UsageError(f"{path} is a file: give the folder that it lies in")
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
-    files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[Settings, ...]]()
+    files = dict[str, tuple[Record, ...]]()
     for file in sorted(path.glob("*.jsonl")):
         if name := kind_at(file):
             kind = KINDS[name]
             header = header_of(file) if kind.headed else None
             update = {"provenance": header.provenance} if header else {}
             files[name] = tuple(one.model_copy(update=update) for one in read(file, kind))
-        elif rows := tuple(lines.read(file)):
-            foreign[file.stem] = rows
-    if not any(files.values()) and not foreign:
+    if not any(files.values()):
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         raise UsageError(f"{path} holds no results; {advice}")
@@ -83,7 +84,7 @@ def read_folder(path: Path) -> Folder:
     if len(models) > 1:
         told = (f"{file} is of {shortened(str(one.what.get('model')))}, {of[:9]}" for of, (file, one) in models.items())
         raise UsageError(f"{path} holds results of several models ({'; '.join(told)}): move the others elsewhere")
-    return Folder(path, files, foreign)
+    return Folder(path, files)
 
 
 def shown_by(folder: Folder) -> list[Shown]:
@@ -167,10 +168,8 @@ class Page:
 
     @cached_property
     def parts(self) -> list[Section]:
-        """Sections that hold something, those of foreign files last, each with a name and the page's steps."""
+        """Sections that hold something, each with a name and the page's steps."""
         told = [(one, section) for one in self.shown for section in one.sections]
-        for name, rows in self.folder.foreign.items():
-            told.append((Shown(), Section(name, name.replace("_", " "), table=as_it_is(rows))))
         found, taken = [], Counter[str]()
         for one, section in told:
             if section.figures or (section.table and section.table.rows):
@@ -273,20 +272,3 @@ def flatten(value: object, name: str = "") -> Iterable[tuple[str, str]]:
             yield from flatten(item, f"{name}.{key}" if name else str(key))
     else:
         yield name, str(value)
-
-
-def as_it_is(rows: Sequence[Settings]) -> Table:
-    """Lines that no command of ours wrote, without lists and provenance; their CSV has plain values only."""
-    told = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
-    names = dict.fromkeys(key for row in told for key, value in row.items() if value is not None)
-    names.pop("provenance", None)
-
-    def column(name: str) -> Column[Settings]:
-        """Of figures, where a row has nothing else there."""
-        found = [value for row in told if (value := row.get(name)) is not None]
-        if all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST for value in found):
-            return number(name, lambda row: row.get(name), ".4g")
-        return words(name, lambda row: row.get(name))
-
-    plain = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in told]
-    return replace(table("", map(column, names), told), csv=csv_of(plain))
