@@ -3,6 +3,7 @@
     python benchmarks/repairing/methods.py --data DATA --out results/repairs   # hours on 2 cores
     python benchmarks/repairing/methods.py --data DATA --sets a8 --tokens 16384 --windows 8   # a look
     python benchmarks/repairing/methods.py --data DATA --model GGUF --sets gemma-a4 gemma-p8 --methods none refit
+    python benchmarks/repairing/methods.py --data DATA --sets a8 b4 p8 --methods others:linear_patch others:rotation
 
 All are given the same text, windows of 512 tokens of WikiText-2 train and of C4 documents 151 to 300 in turn, and are
 measured on WikiText-2 test and on C4 documents 1 to 150. Called again with the same --out, it goes on.
@@ -37,6 +38,7 @@ from notall.results.table import Column, inherited, number, size, table, with_er
 from notall.results.terminal import print_table
 
 LENGTH = 512
+WAYS = [*METHODS, "others:linear_patch", "others:rotation", "others:streamline"]
 SETS = {
     # found by the search on the default model: attentions, blocks, portable sets, sublayers
     "a4": "attn.6 attn.7 attn.26 attn.29",
@@ -169,7 +171,7 @@ def main() -> None:
     options.add_argument(
         "--sets", nargs="+", choices=SETS, default=[name for name in SETS if not name.startswith(("after", "gemma"))]
     )
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--methods", nargs="+", choices=WAYS, default=list(METHODS))
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)
@@ -196,7 +198,7 @@ def main() -> None:
             # A set's lines come together, so that none is half there.
             lines.append(path, *(row.line() for row in found))
         rows += found
-    order = [*SETS], [*METHODS]
+    order = [*SETS], WAYS
     shown = [row for row in rows if row.set in asked.sets and row.repair in asked.methods]
     shown.sort(key=lambda row: (order[0].index(row.set), row.text, order[1].index(row.repair)))
     title = f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each"
@@ -205,7 +207,7 @@ def main() -> None:
         words("skip", lambda row: row.set),
         words("text", lambda row: row.text),
         number("refit gives back", lambda row: row.back, ".0%"),
-        *map(with_method, METHODS),
+        *map(with_method, WAYS),
     ]
     print_table(table("NLL added", columns, beside(shown, lambda row: (row.delta_nll, row.delta_nll_se))))
     print_table(table("KL", columns, beside(shown, lambda row: (row.kl, row.kl_se))))

@@ -138,6 +138,7 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
     return (
         *CHOSEN,
+        words("folder", lambda one: one.folder),
         words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
         *(with_delta(name, partial(_compared, name)) for name in _tasks_of(records)),
@@ -149,7 +150,6 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
         number("CPU s", lambda one: one.spent.seconds, ",.1f"),
         number("on the text it chose by", lambda one: one.calibration_delta, "+.3f"),
         number("calibration tokens", lambda one: one.calibration_tokens if one.spent.evaluations else None, ",d"),
-        words("folder", lambda one: one.folder),
     )
 
 
