@@ -1,0 +1,128 @@
+"""Repairs of other papers, written with what docs/add-repair.md says, as a stranger would: `others:linear_patch`.
+
+Each puts a matrix at every gap of a plan, fitted to the original model's stream before the gap and behind it. The
+matrix stays at run time. `methods.py` measures them beside notall's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from notall import Plan, RepairedPlan, locate
+from notall.progress import Progress, silent, tracked
+from notall.repairing.methods.published import gaps_of
+from notall.repairing.streams import DenseStream
+from notall.running.repaired import LinearMap
+from notall.structure.model_structure import base_model
+
+Batches = Sequence[Tensor]
+Fit = Callable[[Batches, Batches], LinearMap]  # of the stream before a gap and behind it, (batch, tokens, hidden) each
+
+
+@torch.no_grad()
+def linear_patch(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
+    """LinearPatch without its training, arXiv 2505.24680: P = H D H', and the mean magnitudes D of behind over before.
+
+    H is a Hadamard matrix over the root of its size, and D has a channel of H'x each.
+    """
+
+    def fit(before: Batches, behind: Batches) -> LinearMap:
+        turn = hadamard(before[0].shape[-1])
+        scale = magnitudes(behind, turn) / magnitudes(before, turn)
+        return beside_the_stream(turn * scale @ turn.T)
+
+    return _at_gaps(fit, model, plan, batches, progress)
+
+
+@torch.no_grad()
+def rotation(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
+    """The rotation of RCPU, arXiv 2510.07782, at a gap: the orthogonal R least |Y - X R|, from the SVD of X'Y = U S V'.
+
+    RCPU turns the output of a projection that lost inputs; here nothing is left of what is skipped, and the stream is
+    turned.
+    """
+
+    def fit(before: Batches, behind: Batches) -> LinearMap:
+        left, _, right = torch.linalg.svd(crossed(before, behind))
+        return beside_the_stream((left @ right).T)
+
+    return _at_gaps(fit, model, plan, batches, progress)
+
+
+@torch.no_grad()
+def streamline(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
+    """LLM-Streamline, arXiv 2403.19135, with a linear layer in place of a gap: its squared error in closed form."""
+
+    def fit(before: Batches, behind: Batches) -> LinearMap:
+        biased = [torch.cat([at, at.new_ones(*at.shape[:-1], 1)], -1) for at in before]
+        added = [to - at for at, to in zip(before, behind)]
+        found = torch.linalg.lstsq(crossed(biased, biased), crossed(biased, added)).solution.T
+        return LinearMap(found[:, :-1].contiguous(), found[:, -1].contiguous())
+
+    return _at_gaps(fit, model, plan, batches, progress)
+
+
+def hadamard(size: int) -> Tensor:
+    """An orthogonal matrix of entries of one magnitude, (size, size), in float64.
+
+    Raises `ValueError` for a size that is no product of 2 and of q + 1, for primes q of the form 4k + 3 (Paley).
+    """
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    for order in (44, 32, 24, 20, 12, 2):
+        if size % order == 0:
+            try:
+                rest = hadamard(size // order)
+            except ValueError:
+                continue
+            return torch.kron(paley(order - 1), rest) if order != 2 else torch.kron(_TWO, rest)
+    raise ValueError(f"no Hadamard matrix of size {size} is known here")
+
+
+_TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+
+
+def paley(prime: int) -> Tensor:
+    """Paley's first construction, for a prime q of the form 4k + 3: I + S, of size q + 1."""
+    squares = {place * place % prime for place in range(1, prime)}
+    signs = [0, *(1 if place in squares else -1 for place in range(1, prime))]
+    skew = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
+    skew[0, 1:], skew[1:, 0] = 1, -1
+    for row in range(prime):
+        for column in range(prime):
+            skew[1 + row, 1 + column] = signs[(column - row) % prime]
+    return (torch.eye(prime + 1, dtype=torch.float64) + skew) / math.sqrt(prime + 1)
+
+
+def magnitudes(states: Batches, turn: Tensor) -> Tensor:
+    """The mean magnitude of each channel of the turned states, (hidden,)."""
+    total = sum((state.double() @ turn).abs().flatten(0, 1).sum(0) for state in states)
+    return torch.as_tensor(total) / sum(state.shape[:-1].numel() for state in states)
+
+
+def crossed(left: Batches, right: Batches) -> Tensor:
+    """X'Y in float64, (channels of x, channels of y)."""
+    pairs = ((one.flatten(0, 1).double(), other.flatten(0, 1).double()) for one, other in zip(left, right))
+    return torch.as_tensor(sum(one.T @ other for one, other in pairs))
+
+
+def beside_the_stream(matrix: Tensor) -> LinearMap:
+    """A map that the stream is multiplied by, (hidden, hidden), as what is added to it."""
+    return LinearMap(matrix - torch.eye(len(matrix), dtype=matrix.dtype))
+
+
+def _at_gaps(fit: Fit, model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress) -> RepairedPlan:
+    """A map at each gap, in the model's dtype."""
+    inner = base_model(model)
+    plan.check(locate(inner))
+    stream, maps = DenseStream(inner, batches), {}
+    for gap in tracked(gaps_of(stream.structure, plan), "fitting maps over the gaps", progress):
+        found = fit(*stream.before(gap.start, gap.end))
+        bias = None if found.bias is None else found.bias.to(model.dtype)
+        maps[gap.name] = LinearMap(found.matrix.to(model.dtype), bias)
+    return RepairedPlan.of(plan, maps=maps)
