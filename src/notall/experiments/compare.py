@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
     from ..running.repaired import RepairedPlan
 
-NO_TASKS = TaskChoice(None, ())
-
 
 class Answered(Skips):
     """What one criterion chose, going by an objective, to skip so many of a space; and what that took."""
@@ -264,7 +262,7 @@ def compare_criteria(
     runs: Sequence[Run],
     objectives: Mapping[str, CalibratedObjective],
     *,
-    tasks: TaskChoice = NO_TASKS,
+    tasks: TaskChoice = TaskChoice(None, ()),
     workload: Workload | None = None,
     repairs: Sequence[str] = (),
     repair_text: Sequence[Tensor] = (),
@@ -563,9 +561,11 @@ def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
     """What makes the model of a choice: from its plan, or else by a search for the same."""
     plan = plan_file(Path(record.folder or folder.path), record)
     if not plan.is_file():
+        way = record.criterion if record.criterion != "search" else None
         by = record.objective if record.objective in ("nll", "kl", "answers") else None
-        options = {"skip": f"{record.space}:{record.count}", "criterion": record.criterion, "objective": by}
-        return "make that plan", next_command("search", folder.model, **options, out="plan.json")
+        options = {"skip": f"{record.space}:{record.count}", "criterion": way, "objective": by}
+        then = "" if record.repair == UNREPAIRED else ", then repair it"
+        return f"make that plan{then}", next_command("search", folder.model, **options, out="plan.json")
     if record.repair == UNREPAIRED:
         command = next_command("export", folder.model, plan=plan, repair="refit", to="hf", out="smaller")
         return "repair it, and write that model", command
