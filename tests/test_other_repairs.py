@@ -12,7 +12,6 @@ others = program("benchmarks/repairing/others")
 
 BATCHES = list((torch.arange(12 * 40).view(12, 40) * 7 % 89 + 3).split(4))
 GAPS = Plan([1, 2], [1])  # one of three sublayers
-EYE = torch.eye
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def only_map(repaired):
 @pytest.mark.parametrize("size", [1, 2, 12, 44, 64, 576, 640, 1536, 2048])
 def test_hadamard_matrices_are_orthogonal_and_flat(size):
     found = others.hadamard(size)
-    torch.testing.assert_close(found @ found.T, EYE(size, dtype=torch.float64))
+    torch.testing.assert_close(found @ found.T, torch.eye(size, dtype=torch.float64))
     torch.testing.assert_close(found.abs(), torch.full_like(found, size**-0.5))
 
 
@@ -56,7 +55,7 @@ def test_of_other_sizes_none_is_known():
 
 def test_linear_patch_gives_each_turned_channel_its_magnitude(model):
     before, behind = stream(model)
-    matrix = only_map(others.linear_patch(model, GAPS, BATCHES)).matrix + EYE(48)
+    matrix = only_map(others.linear_patch(model, GAPS, BATCHES)).matrix + torch.eye(48)
     torch.testing.assert_close(matrix, matrix.T)
     turn = others.hadamard(48)
     torch.testing.assert_close((before @ matrix.T @ turn).abs().mean(0), (behind @ turn).abs().mean(0))
@@ -67,8 +66,8 @@ def test_linear_patch_gives_each_turned_channel_its_magnitude(model):
 def test_the_rotation_is_the_nearest_one(model):
     linalg = pytest.importorskip("scipy.linalg")
     before, behind = stream(model)
-    matrix = only_map(others.rotation(model, GAPS, BATCHES)).matrix + EYE(48)
-    torch.testing.assert_close(matrix @ matrix.T, EYE(48, dtype=torch.float64))
+    matrix = only_map(others.rotation(model, GAPS, BATCHES)).matrix + torch.eye(48)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(48, dtype=torch.float64))
     expected, _ = linalg.orthogonal_procrustes(before.numpy(), behind.numpy())
     torch.testing.assert_close(matrix.T, torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 

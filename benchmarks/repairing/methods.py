@@ -3,7 +3,7 @@
     python benchmarks/repairing/methods.py --data DATA --out results/repairs   # hours on 2 cores
     python benchmarks/repairing/methods.py --data DATA --sets a8 --tokens 16384 --windows 8   # a look
     python benchmarks/repairing/methods.py --data DATA --model GGUF --sets gemma-a4 gemma-p8 --methods none refit
-    python benchmarks/repairing/methods.py --data DATA --sets a8 b4 p8 --methods others:linear_patch others:rotation
+    python benchmarks/repairing/methods.py --data DATA --sets a8 b4 --methods others:linear_patch others:rotation
 
 All are given the same text, windows of 512 tokens of WikiText-2 train and of C4 documents 151 to 300 in turn, and are
 measured on WikiText-2 test and on C4 documents 1 to 150. Called again with the same --out, it goes on.

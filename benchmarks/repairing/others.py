@@ -1,4 +1,4 @@
-"""Repairs of other papers, written with what docs/add-repair.md says, as a stranger would: `others:linear_patch`.
+"""Repairs of other papers, which commands take by `module:function` (docs/add-repair.md), as `others:linear_patch`.
 
 Each puts a matrix at every gap of a plan, fitted to the original model's stream before the gap and behind it. The
 matrix stays at run time. `methods.py` measures them beside notall's own.
@@ -80,15 +80,12 @@ def hadamard(size: int) -> Tensor:
                 rest = hadamard(size // order)
             except ValueError:
                 continue
-            return torch.kron(paley(order - 1), rest) if order != 2 else torch.kron(_TWO, rest)
+            return torch.kron(paley(order - 1), rest)
     raise ValueError(f"no Hadamard matrix of size {size} is known here")
 
 
-_TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
-
-
 def paley(prime: int) -> Tensor:
-    """Paley's first construction, for a prime q of the form 4k + 3: I + S, of size q + 1."""
+    """Paley's first construction, for a prime q of the form 4k + 3: I + S, of size q + 1; that of 1 is its own."""
     squares = {place * place % prime for place in range(1, prime)}
     signs = [0, *(1 if place in squares else -1 for place in range(1, prime))]
     skew = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)

@@ -237,7 +237,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     stages = Stages(setting.progress, GROWING + SWAPPING + 2 * (TIMING + AGAIN))
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):
-            left = max(1, stages.steps - stages.given - TIMING)
+            left = stages.steps - stages.given - TIMING
             asked = replace(asked, progress=stages.stage(left if asked.patience else AGAIN if tried else GROWING))
             choice = choose(criterion, asked, following)
             if any(one.met and one.choice.skipped == choice.skipped for one in tried):

@@ -304,7 +304,7 @@ def tasks(
 def report(
     folder: Annotated[Path, Option("folder of results", metavar="DIR", argument=True)] = Path("results"),
     out: Annotated[Path, Option("where to write the page", ("--out", "-o"))] = Path("report.html"),
-    join: Annotated[options.Words, Option("folder whose comparison is ranked with it; repeat it for more")] = (),
+    join: Annotated[options.Words, Option("comparison to rank in the same table; repeat it for more")] = (),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""
     need(*FIGURES, "jinja2")

@@ -81,7 +81,7 @@ def main() -> None:
         answer = {"result": getattr(engine, request["method"])(**request["arguments"])}
     except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run
         answer = {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
-        sleep(1)  # a thread of llama.cpp writes its log
+        sleep(1)  # so that llama.cpp's thread can write its log
     print(json.dumps(answer, default=asdict), file=out, flush=True)
     os._exit(0)  # threads of llama.cpp outlive it
 

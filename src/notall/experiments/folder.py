@@ -21,7 +21,7 @@ Place = tuple[str, int]  # of a sublayer: kind (attention or mlp), layer
 
 @dataclass(frozen=True)
 class Folder:
-    """The records of commands of ours."""
+    """A results folder: the records that commands of notall wrote."""
 
     path: Path
     files: dict[str, tuple[Record, ...]]  # by their kind

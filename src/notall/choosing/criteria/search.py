@@ -74,9 +74,9 @@ class _Search:
         share = self.budget.target / self.budget.saved(self.space.names)  # of the units, about, that are skipped
         steps = units * (1 / 3 if share == math.inf else min(share, 1))
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
-        harder = 2.5 if isinstance(self.evaluator, AfterRepair) else 1  # times as much, as measured: more swaps gain
-        growing = steps * (harder * steps / 3 * self.setting.grown_on + SCREENED)  # evaluations of the text, about
-        self.done, self.total = 0.0, guesses + growing + harder * self.setting.patience
+        more = 2.5 if isinstance(self.evaluator, AfterRepair) else 1  # rechecks and swaps that gain, as measured
+        growing = steps * (more * steps / 3 * self.setting.grown_on + SCREENED)  # evaluations of the text, about
+        self.done, self.total = 0.0, guesses + growing + more * self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
