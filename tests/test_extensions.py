@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -406,3 +409,30 @@ def test_the_list_of_criteria_has_those_of_packages(package, run):
     code, out, _ = run("criteria")
     assert code == 0
     assert "The seventh wonder" in out
+
+
+@pytest.mark.slow
+def test_the_template_installs_as_a_package_of_its_own_and_is_in_every_table(tmp_path, short_prose):
+    """With no line of notall changed: it is built, installed, listed, compared, and ranked on the report's page."""
+    site, template = tmp_path / "site", Path(__file__).parent.parent / "docs" / "template"
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", site]
+    subprocess.run([sys.executable, *install, shutil.copytree(template, tmp_path / "template")], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200"}
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=5)
+    Path(tmp_path / "text.txt").write_text("a bird sings under the winter light of an old stone; " * 9)
+
+    def notall_says(*words):
+        command = [sys.executable, "-m", "notall", *map(str, words)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    listed = notall_says("criteria")
+    assert "lightest" in listed
+    assert "Mean square of the weights" in listed
+    small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt"]
+    ways = ["--criterion", "lightest", "--criterion", "cosine", "--skip", "mlp:2", "--repair", "scaled"]
+    out = json.loads(notall_says("compare", model, *ways, *small, "--out", "c", "--json"))
+    assert {(row["criterion"], row["repair"]) for row in out["comparison"]} >= {("lightest", "scaled"), ("cosine", "scaled")}
+    notall_says("report", "c", "-o", "c.html")
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "lightest" in page
+    assert "scaled" in page

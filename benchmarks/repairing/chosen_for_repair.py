@@ -35,7 +35,10 @@ from notall.results.record import Number, Unsigned
 from notall.results.table import Column, number, table, with_error, words
 from notall.results.terminal import print_table, progress_bar
 
-SPACES = {"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4), "s16": ("sublayer", 16)}
+SPACES = {
+    **{"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4), "s16": ("sublayer", 16)},
+    **{f"p{count}": ("portable", count) for count in (4, 8, 12)},
+}
 
 
 class Chosen(Settings):
@@ -102,7 +105,8 @@ def main() -> None:
 def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> ChosenPlan:
     """What the search finds by the KL that a cheap repair leaves."""
     kind, count = SPACES[of]
-    space = notall.Space(notall.locate(model), kind)
+    structure = notall.locate(model)
+    space = notall.Space(structure, portable=True) if kind == "portable" else notall.Space(structure, kind)
     about = Provenance(what={"model": Path(asked.model).name, "dtype": asked.dtype, "sequences": asked.sequences})
     print(f"{of}: choosing", file=sys.stderr, flush=True)
     with progress_bar() as bar:
