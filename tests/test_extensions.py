@@ -431,7 +431,10 @@ def test_the_template_installs_as_a_package_of_its_own_and_is_in_every_table(tmp
     small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt"]
     ways = ["--criterion", "lightest", "--criterion", "cosine", "--skip", "mlp:2", "--repair", "scaled"]
     out = json.loads(notall_says("compare", model, *ways, *small, "--out", "c", "--json"))
-    assert {(row["criterion"], row["repair"]) for row in out["comparison"]} >= {("lightest", "scaled"), ("cosine", "scaled")}
+    assert {(row["criterion"], row["repair"]) for row in out["comparison"]} >= {
+        ("lightest", "scaled"),
+        ("cosine", "scaled"),
+    }
     notall_says("report", "c", "-o", "c.html")
     page = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert "lightest" in page

@@ -1,11 +1,13 @@
 """Repairs of other papers as a stranger adds them: each matrix against its formula, on a tiny model."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
-from api import kept_repair, nbl
+from api import DenseStream, Projections, Repair, kept_repair, nbl
 from families import family
-from notall import Plan
+from notall import Plan, repair
 from programs import ROOT, program
 
 others = program("benchmarks/repairing/others")
@@ -94,3 +96,32 @@ def test_each_is_named_as_a_stranger_names_it(model, name, tmp_path, monkeypatch
     again = only_map(getattr(others, name)(model, GAPS, BATCHES))
     for kept, made in zip(only_map(repaired).tensors, again.tensors):
         torch.testing.assert_close(kept, made, rtol=1e-5, atol=1e-6)
+
+
+def test_turns_of_one_layer_are_a_repair(model):
+    for plan in (Plan([2], [2]), Plan([], [3])):
+        once, found = repair(model, plan, BATCHES), others.turns(model, plan, BATCHES)
+        assert once.weights.keys() == found.weights.keys() != set()
+        for path, weight in once.weights.items():
+            assert torch.equal(weight, found.weights[path])
+
+
+@torch.no_grad()
+def test_a_turn_begins_with_the_weights_of_the_one_before_and_aims_at_the_original(model):
+    """By a model of its own with those weights, and the original's stream."""
+    plan, weights = Plan([1, 3], [2]), {}
+    for last in (Plan([3]), Plan([3], [2]), plan):
+        changed = deepcopy(model)
+        changed.load_state_dict(weights, strict=False)
+        text = DenseStream(model, BATCHES, keep_all=True)
+        text.before(len(text.lines))
+        text.model, text.layers = changed, changed.model.layers
+        text.projections = Projections(changed, BATCHES[0])
+        weights |= {path: weight.clone() for path, weight in Repair(text, last).run().weights.items()}
+    for gone in ("1.self_attn", "3.self_attn", "2.mlp"):
+        weights = {path: weight for path, weight in weights.items() if f"layers.{gone}." not in path}
+    found = others.turns(model, plan, BATCHES).weights
+    assert found.keys() == weights.keys()
+    for path, weight in found.items():
+        torch.testing.assert_close(weight, weights[path])
+    assert any(not torch.equal(one, found[path]) for path, one in repair(model, plan, BATCHES).weights.items())

@@ -38,7 +38,7 @@ from notall.results.table import Column, inherited, number, size, table, with_er
 from notall.results.terminal import print_table
 
 LENGTH = 512
-WAYS = [*METHODS, "others:linear_patch", "others:rotation", "others:streamline"]
+WAYS = [*METHODS, *(f"others:{name}" for name in ("linear_patch", "rotation", "streamline", "turns"))]
 SETS = {
     # found by the search on the default model: attentions, blocks, portable sets, sublayers
     "a4": "attn.6 attn.7 attn.26 attn.29",

@@ -1,7 +1,7 @@
 """Repairs of other papers, which commands take by `module:function` (docs/add-repair.md), as `others:linear_patch`.
 
-Each puts a matrix at every gap of a plan, fitted to the original model's stream before the gap and behind it. The
-matrix stays at run time. `methods.py` measures them beside notall's own.
+All but `turns` put a matrix at every gap of a plan, fitted to the original model's stream before the gap and behind
+it. The matrix stays at run time. `methods.py` measures them beside notall's own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from notall import Plan, RepairedPlan, locate
 from notall.progress import Progress, silent, tracked
 from notall.repairing.methods.published import gaps_of
+from notall.repairing.refitting import Repair
 from notall.repairing.streams import DenseStream
-from notall.running.repaired import LinearMap
+from notall.running.repaired import LinearMap, with_weights
 from notall.structure.model_structure import base_model
 
 Batches = Sequence[Tensor]
@@ -65,6 +66,27 @@ def streamline(model: PreTrainedModel, plan: Plan, batches: Batches, progress: P
         return LinearMap(found[:, :-1].contiguous(), found[:, -1].contiguous())
 
     return _at_gaps(fit, model, plan, batches, progress)
+
+
+@torch.no_grad()
+def turns(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
+    """The turns of IteRABRe, arXiv 2503.06291: one layer's sublayers go, all that is kept is recovered, and so on.
+
+    The paper chooses a block in each turn and distils what is kept. Here the plan is given, its layers go from the last
+    one on, and `refit` recovers, from the weights of the turn before towards the original model's stream.
+    """
+    inner = base_model(model)
+    plan.check(locate(inner))
+    text, layers = DenseStream(inner, batches, keep_all=True), sorted({*plan.attention, *plan.mlp}, reverse=True)
+    text.before(len(text.lines))  # with the original's weights
+    weights: dict[str, Tensor] = {}
+    for first in tracked(layers, "refitting after each layer", progress):
+        last = Plan(*([layer for layer in kind if layer >= first] for kind in (plan.attention, plan.mlp)))
+        with with_weights(inner, weights):
+            weights |= Repair(text, last).run().weights
+    parts = [part for part in text.structure.sublayers if part.name in plan.names]
+    gone = tuple(f"{text.structure.layers}.{part.index}.{module}." for part in parts for module in part.modules)
+    return RepairedPlan.of(plan, weights={path: one for path, one in weights.items() if not path.startswith(gone)})
 
 
 def hadamard(size: int) -> Tensor:
