@@ -78,7 +78,6 @@ def turns(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progre
     inner = base_model(model)
     plan.check(locate(inner))
     text, layers = DenseStream(inner, batches, keep_all=True), sorted({*plan.attention, *plan.mlp}, reverse=True)
-    text.before(len(text.lines))  # with the original's weights
     weights: dict[str, Tensor] = {}
     for first in tracked(layers, "refitting after each layer", progress):
         last = Plan(*([layer for layer in kind if layer >= first] for kind in (plan.attention, plan.mlp)))
