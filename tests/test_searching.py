@@ -460,6 +460,21 @@ def test_progress_grows_to_one(model):
     assert seen[-1] == 1.0
 
 
+def test_progress_never_goes_back_where_the_best_run_of_blocks_is_gone_on_from(model):
+    """A run that costs little as a whole alone, which pairs do not come to."""
+    space, seen = Space(locate(model), portable=True), []
+    run = {f"{kind}.{index}" for kind in ("attn", "mlp") for index in (3, 4, 5)}
+
+    class OfARun(Table):
+        def cost(self, skipped, share=1.0):
+            return 3.1 if skipped == run else super().cost(skipped, share)
+
+    found = search(space, by_count(space, 6), OfARun(space, 0), progress=lambda *told: seen.append(told[0] / told[1]))
+    assert found.skipped == run
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
 def test_progress_moves_with_each_evaluation_however_many_swaps_gain(model):
     space, told, doings = Space(locate(model), "sublayer"), [], set()
     looking = searching._Search(asked_of(space, Table(space, 0)), by_count(space, 3), {})

@@ -35,7 +35,8 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
     space = setting.space  # whole blocks are portable sets, which a search among single pairs does not always find
     spaces = [space, replace(space, kind="block")] if space.by_pairs else [space]
     searches = [_Search(replace(setting, space=one), budget, cheap) for one in spaces]
-    stages = Stages(setting.progress, sum(one.total for one in searches))
+    going_on = 1.0 + setting.patience
+    stages = Stages(setting.progress, sum(one.total for one in searches) + going_on * space.by_pairs)
     for one in searches:
         one.progress = stages.stage(one.total)
         one.guess(one.moves(frozenset()))
@@ -46,6 +47,7 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
             break
     looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
     if best is not looking:
+        looking.progress, looking.done, looking.total = stages.stage(going_on), 0.0, going_on
         looking.go_on_from(best)
         looking.settle()
     setting.progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
@@ -72,7 +74,7 @@ class _Search:
         self.moves = functools.cache(self.space.moves)
         units = len(self.space.units)
         share = self.budget.target / self.budget.saved(self.space.names)  # of the units, about, that are skipped
-        steps = units * (1 / 3 if share == math.inf else min(share, 1))
+        steps = units / (1 + self.space.by_pairs) * (1 / 3 if share == math.inf else min(share, 1))
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
         more = 2.5 if isinstance(self.evaluator, AfterRepair) else 1  # rechecks and swaps that gain, as measured
         growing = steps * (more * steps / 3 * self.setting.grown_on + SCREENED)  # evaluations of the text, about
@@ -100,8 +102,7 @@ class _Search:
         if not guesses or self.setting.late:
             return
         best = min(guesses, key=guesses.__getitem__)
-        cost = self._evaluate(names_in(best))
-        if cost < self.cost:
+        if (cost := self._evaluate(names_in(best))) < self.cost:
             self.skipped, self.cost, self.order, self.rises = names_in(best), cost, [*best], {}
             self.guess(self.moves(self.skipped))
             self.refine()
@@ -126,9 +127,8 @@ class _Search:
     def refine(self) -> bool:
         """Swap until `patience` evaluations brought nothing, tried on a part of the text first; say whether any did."""
         self.cost = before = self._evaluate(self.skipped)  # which grew on a share of the text, maybe
-        spent, tried = 0.0, {self.skipped}
+        spent, tried, self.falls = 0.0, {self.skipped}, {}
         guesses: dict[Swap, float] = {}
-        self.falls = {}
         self.evaluator.set_prefix(self.skipped)
         while spent < self.setting.patience and not self.setting.late:
             known = len(guesses)
