@@ -1,12 +1,15 @@
 """Two pictures of what claims.py found: how far each claim is from its threshold, and losses by text and by way.
 
-python benchmarks/claims/picture.py OUT "SmolLM2-135M-Instruct"   # the folder of a run, and the model's name
+python benchmarks/claims/picture.py OUT "SmolLM2-135M-Instruct" [OTHER "Gemma 3 270M" ...]   # folders, and their models
+
+The pictures are written to the first folder; that of losses by text and by way is of the first model alone.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -22,22 +25,25 @@ FAR = 30  # half intervals: further away is drawn here
 CHOSEN = re.compile(r"(?P<count>\d+) attention by (?P<way>\S+) on (?P<text>.+), seed (?P<seed>\d+)")
 
 
-def distances(answers: list[Answer], title: str) -> alt.LayerChart:
-    """Each claim's interval, in half intervals from its threshold; the claim's own side is on the right."""
-    points = []
-    for one in answers:
-        if one.found is None:
-            continue
-        half = (one.found.high - one.found.low) / 2 or 1e-9
-        sign = 1 if one.side == "above" else -1
-        at, *ends = (sign * (x - one.threshold) / half for x in (one.found.value, one.found.low, one.found.high))
-        low, high = sorted(max(-FAR, min(FAR, end)) for end in ends)
-        points.append({"claim": one.claim, "verdict": one.verdict, "at": max(-FAR, min(FAR, at))}
-                      | {"low": low, "high": high})  # fmt: skip
+def distances(found: Mapping[str, list[Answer]]) -> alt.LayerChart:
+    """Each claim's interval on each model, in half intervals from its threshold; the claim's side is on the right."""
+    points: list[dict[str, object]] = []
+    for model, answers in found.items():
+        for one in answers:
+            if one.found is None:
+                continue
+            half = (one.found.high - one.found.low) / 2 or 1e-9
+            sign = 1 if one.side == "above" else -1
+            at, *ends = (sign * (x - one.threshold) / half for x in (one.found.value, one.found.low, one.found.high))
+            low, high = sorted(max(-FAR, min(FAR, end)) for end in ends)
+            points.append({"claim": one.claim, "verdict": one.verdict, "model": model, "low": low, "high": high})
+            points[-1]["at"] = max(-FAR, min(FAR, at))
     scale = alt.Scale(type="symlog", domain=[-FAR, FAR])
     axis = alt.Axis(values=[-FAR, -10, -3, -1, 0, 1, 3, 10, FAR], format="+d")
+    names, models = [*dict.fromkeys(str(one["claim"]) for one in points)], [*found]
     base = alt.Chart(alt.Data(values=points)).encode(
-        y=alt.Y("claim:N", sort=[one["claim"] for one in points], title=None, axis=alt.Axis(labelLimit=220)),
+        y=alt.Y("claim:N", sort=names, title=None, axis=alt.Axis(labelLimit=220)),
+        yOffset=alt.YOffset("model:N", sort=models),
         color=alt.Color("verdict:N", scale=alt.Scale(domain=[*SHADES], range=[*SHADES.values()]), title=None),
     )
     bars = base.mark_rule(strokeWidth=3).encode(
@@ -45,9 +51,11 @@ def distances(answers: list[Answer], title: str) -> alt.LayerChart:
         x2="high:Q",
     )
     threshold = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=INK).encode(x=alt.X("x:Q", scale=scale))
-    chart = alt.layer(threshold, bars, base.mark_point(filled=True, size=70).encode(x=alt.X("at:Q", scale=scale)))
+    shape = alt.Shape("model:N", sort=models, title=None, scale=alt.Scale(range=["circle", "diamond"]))
+    dots = base.mark_point(filled=True, size=70).encode(x=alt.X("at:Q", scale=scale), shape=shape)
     told = "Lines: 95 % intervals. A claim holds, or fails, where its whole line is on one side of 0."
-    return chart.properties(width=460, title=titled(title, told), padding=16).configure(**LIGHT)
+    title = titled(f"Claims of the field on {' and '.join(models)}", told)
+    return alt.layer(threshold, bars, dots).properties(width=460, title=title, padding=16).configure(**LIGHT)
 
 
 def choices(rows: list[dict[str, object]], title: str) -> alt.LayerChart:
@@ -79,10 +87,14 @@ def choices(rows: list[dict[str, object]], title: str) -> alt.LayerChart:
 
 
 def main() -> None:
-    out, name = Path(sys.argv[1]), sys.argv[2]
-    found = (out / "claims.jsonl").read_text(encoding="utf-8").splitlines()
-    save(distances([*map(Answer.model_validate_json, found)], f"Claims of the field on {name}"), out / "claims")
-    save(choices(lines.read(out / "measured.jsonl"), f"Sets chosen by text and by way, {name}"), out / "choices")
+    folders, names = [Path(folder) for folder in sys.argv[1::2]], sys.argv[2::2]
+    found = {
+        name: [*map(Answer.model_validate_json, (folder / "claims.jsonl").read_text(encoding="utf-8").splitlines())]
+        for folder, name in zip(folders, names)
+    }
+    save(distances(found), folders[0] / "claims")
+    chosen = lines.read(folders[0] / "measured.jsonl")
+    save(choices(chosen, f"Sets chosen by text and by way, {names[0]}"), folders[0] / "choices")
 
 
 if __name__ == "__main__":
