@@ -136,6 +136,7 @@ NAMES = {
         "comparison_table",
         "plan_file",
         "drawn_points as comparison_points",
+        "joined",
         "runs_of",
         "shown as shown_comparison",
         "write_comparison",

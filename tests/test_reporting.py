@@ -10,12 +10,15 @@ import pytest
 import result_folders
 import shown_pages
 from api import (
+    ComparisonRecord,
     Message,
     Provenance,
     Section,
     Shown,
     Step,
+    comparison_points,
     flatten,
+    joined,
     read_json,
     records_lines,
     render,
@@ -281,6 +284,14 @@ def test_comparisons_of_several_folders_are_ranked_together(tmp_path):
     told = {plan["name"]: plan["told"] for plan in data_of(page)["plans"]}
     assert f"notall reproduce {theirs} --row " in told["mine:good by kl: 2 attention"]
     assert f"notall reproduce {ours} --row " in told["greedy by kl: 2 attention"]
+
+
+def test_a_criterion_of_two_folders_is_drawn_as_two(tmp_path):
+    ours = comparison_of(tmp_path / "ours", ("cosine", 0.3), ("greedy", 0.1))
+    theirs = comparison_of(tmp_path / "theirs", ("cosine", 0.2))
+    points = comparison_points(joined([results_of(ours), results_of(theirs)]).of(ComparisonRecord))
+    assert [point.colour for point in points] == [f"cosine, {ours}", "greedy", f"cosine, {theirs}"]
+    assert [point.colour for point in comparison_points(results_of(ours).of(ComparisonRecord))] == ["cosine", "greedy"]
 
 
 def test_alone_a_comparison_has_no_column_of_folders(tmp_path):

@@ -274,12 +274,12 @@ def test_where_whole_blocks_are_better_each_of_them_is_given_back_anew(model, mo
     """What it gained to give a pair back is of the set that is left, not of the one that the search goes on from."""
     space, wanted, known = Space(locate(model), portable=True), set(), 0
 
-    def noting(self, other, go_on_from=searching._Search.go_on_from):
+    def noting(self, other, progress, go_on_from=searching._Search.go_on_from):
         nonlocal wanted, known
         units = space.returns(other.skipped)
         wanted = {other.skipped.difference(unit) for unit in units}
         known += len(self.falls.keys() & units)
-        go_on_from(self, other)
+        go_on_from(self, other, progress)
         self.evaluator.asked_of_a_part.clear()
 
     monkeypatch.setattr(searching._Search, "go_on_from", noting)

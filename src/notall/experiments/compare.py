@@ -520,11 +520,12 @@ def plan_file(folder: Path, record: ComparisonRecord) -> Path:
 
 
 def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
-    """A point for each record with a loss; a criterion is named with its objective where there are several."""
-    many = Counter(criterion for criterion, _ in {(one.criterion, one.objective) for one in records})
+    """A point for each record with a loss; a criterion is named with its objective, or folder, if it has several."""
+    also = ("objective", "folder")
+    many = Counter(key[:2] for key in {(one.criterion, what, getattr(one, what)) for one in records for what in also})
 
     def look(one: ComparisonRecord) -> Settings:
-        name = f"{one.criterion}, {one.objective}" if many[one.criterion] > 1 else one.criterion
+        name = ", ".join([one.criterion, *(getattr(one, what) for what in also if many[one.criterion, what] > 1)])
         return {"count": one.count, "colour": name, "shape": one.repair, "panel": one.space}
 
     return points_of(records, look)

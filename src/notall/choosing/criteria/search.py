@@ -35,8 +35,7 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
     space = setting.space  # whole blocks are portable sets, which a search among single pairs does not always find
     spaces = [space, replace(space, kind="block")] if space.by_pairs else [space]
     searches = [_Search(replace(setting, space=one), budget, cheap) for one in spaces]
-    going_on = 1.0 + setting.patience
-    stages = Stages(setting.progress, sum(one.total for one in searches) + going_on * space.by_pairs)
+    stages = Stages(setting.progress, sum(one.total for one in searches) + (1 + setting.patience) * space.by_pairs)
     for one in searches:
         one.progress = stages.stage(one.total)
         one.guess(one.moves(frozenset()))
@@ -47,8 +46,7 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
             break
     looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
     if best is not looking:
-        looking.progress, looking.done, looking.total = stages.stage(going_on), 0.0, going_on
-        looking.go_on_from(best)
+        looking.go_on_from(best, stages.stage(1 + setting.patience))
         looking.settle()
     setting.progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
     setting.evaluator.cost(looking.skipped)  # late it is not known yet
@@ -107,8 +105,9 @@ class _Search:
             self.guess(self.moves(self.skipped))
             self.refine()
 
-    def go_on_from(self, other: "_Search") -> None:
+    def go_on_from(self, other: "_Search", progress: Progress) -> None:
         self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
+        self.progress, self.done, self.total = progress, 0.0, 1.0 + self.setting.patience
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
