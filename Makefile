@@ -1,6 +1,6 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
+.PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq test-llmcompressor \
   engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
@@ -12,6 +12,7 @@ VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
 VENV_EXECUTORCH := .venv-executorch
 VENV_GPTQ := .venv-gptq
+VENV_LLMCOMPRESSOR := .venv-llmcompressor
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
 PYTEST := -m pytest -n 2 --dist worksteal -q
 # Of `make fuzz`, some forty minutes.
@@ -69,6 +70,11 @@ $(VENV_GPTQ)/.done: pyproject.toml
 	$(VENV_GPTQ)/bin/python -m pip install --quiet --no-compile --no-deps --no-build-isolation gptqmodel optimum device-smi pypcre tokenicer logbar defuser ninja
 	touch $@
 
+$(VENV_LLMCOMPRESSOR)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV_LLMCOMPRESSOR)
+	$(VENV_LLMCOMPRESSOR)/bin/python -m pip install --quiet --no-compile llmcompressor --editable . pytest pytest-timeout
+	touch $@
+
 # Little of everything, for minutes on two cores, and one attention: without two, own answers change. The text is Python's
 # documentation: the mix would have to be written first.
 demo: setup ## run the paper's experiment on the default model, choose a plan and repair it: one page, in results/demo
@@ -107,6 +113,9 @@ test-executorch: $(VENV_EXECUTORCH)/.done
 # On its own: the package is built from source, which takes a compiler and minutes.
 test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
 	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q tests/test_quantised.py -k 'gptq or awq'
+
+test-llmcompressor: $(VENV_LLMCOMPRESSOR)/.done ## run the modifier of docs/upstream in a recipe of llm-compressor
+	NOTALL_ENGINE=llmcompressor $(TEST_ENV) $(VENV_LLMCOMPRESSOR)/bin/python -m pytest -q tests/test_llmcompressor.py
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_quantised.py
@@ -170,5 +179,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) $(VENV_LLMCOMPRESSOR) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
