@@ -2,7 +2,9 @@
 
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor_skip import SkipModifier
 
+    folder = "smollm2"  # of a checkpoint
     recipe = [SkipModifier(plan="plan.json"), QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
     oneshot(model=folder, recipe=recipe, output_dir="smaller")
 
