@@ -12,6 +12,7 @@ DATA holds `gsm8k/test.jsonl`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -172,7 +173,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="no more than cores that are free")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    file = asked.out / "answers.jsonl"
+    told = f"{asked.model.name} {asked.model.stat().st_size}"  # another model's answers are another file
+    file = asked.out / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:8]}.jsonl"
     found: dict[str, dict[tuple[str, int], Answer]] = defaultdict(dict)
     for one in (Answer(**line) for line in lines.read(file)):
         found[one.plan][one.task, one.number] = one
@@ -195,9 +197,9 @@ def main() -> None:
         of = {name: [found[name][key] for key in keys] for name in plans}
         rows += [kept(name, plan, of[name], of[ORIGINAL]) for name, plan in plans.items()]
     spelled = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    told: Settings = {"command": shlex.join(["python", "benchmarks/serving/questions.py", *spelled])}
-    told |= {"date": f"{date.today()}", "machine": machine("cpu"), "model": asked.model.name, "together": TOGETHER}
-    records = [json.dumps(told), *(one.model_dump_json() for one in rows)]
+    about: Settings = {"command": shlex.join(["python", "benchmarks/serving/questions.py", *spelled])}
+    about |= {"date": f"{date.today()}", "machine": machine("cpu"), "model": asked.model.name, "together": TOGETHER}
+    records = [json.dumps(about), *(one.model_dump_json() for one in rows)]
     (asked.out / "kept.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     print_table(table("what is kept of answers", COLUMNS, rows))
 

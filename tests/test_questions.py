@@ -1,0 +1,55 @@
+"""Answers to questions that llama.cpp writes: which are right, and what a plan keeps of them."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from notall import Plan
+from programs import program
+from tiny_checkpoint import save_tiny_checkpoint
+
+questions = program("benchmarks/serving/questions")
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("so 4 + 5 = 9.", True),
+        ("it is $9.00", True),
+        ("9, or rather 8", False),
+        ("-9", False),
+        ("nine", False),
+        ("", False),
+    ],
+)
+def test_the_last_number_of_an_answer_counts(text, right):
+    assert questions.ends_with("9", text) is right
+
+
+def test_commas_of_a_number_do_not_count():
+    assert questions.ends_with("1,234", "in all 1234 of them")
+    assert questions.ends_with("1234", "in all 1,234.0 of them")
+
+
+def test_questions_of_a_file_are_asked_without_examples(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"{n} and {n}?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>\n#### {2 * n}"} for n in (1, 2, 3)]
+    (tmp_path / "gsm8k/test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_checkpoint(tmp_path / "tiny"))
+    first, second = questions.questions("gsm8k", tmp_path, 2, tokenizer)
+    assert first.prompt == "1 and 1?\n\n"
+    assert (second.is_right("4"), second.is_right("2")) == (True, False)
+
+
+def answers(plan, right, tokens):
+    return [questions.Answer(plan=plan, task="gsm8k", number=n, right=r, tokens=t, text="")
+            for n, (r, t) in enumerate(zip(right, tokens))]  # fmt: skip
+
+
+def test_what_is_kept_is_paired_by_question():
+    theirs = answers("nothing", [True, True, False, True], [10, 20, 30, 40])
+    found = questions.kept("less", Plan([1]), answers("less", [True, False, False, True], [12, 22, 33, 44]), theirs)
+    assert (found.right, found.of, found.recovery.share) == (2, 4, pytest.approx(2 / 3))
+    assert (found.tokens, found.tokens_more) == (27.75, 2.75)
+    assert questions.kept("nothing", Plan(), theirs, theirs).tokens_more_se == 0
