@@ -5,6 +5,8 @@ import pytest
 from api import mean_and_error
 from programs import program
 
+pytestmark = pytest.mark.any_transformers  # it is about numbers
+
 clustered = program("benchmarks/clustered")
 
 

@@ -9,6 +9,8 @@ from notall import Plan
 from programs import program
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it reads texts
+
 questions = program("benchmarks/serving/questions")
 
 
