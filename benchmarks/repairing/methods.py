@@ -57,6 +57,7 @@ SETS = {
     "db4": "attn.25 mlp.25 attn.26 mlp.26 attn.27 mlp.27 attn.28 mlp.28",
     # found by the search that judges sets after a repair
     "after-a8": "attn.6 attn.7 attn.8 attn.15 attn.17 attn.21 attn.26 attn.28",
+    "after-p4": "mlp.14 attn.15 mlp.16 attn.17",
     "after-b4": "attn.12 mlp.12 attn.14 mlp.14 attn.15 mlp.15 attn.17 mlp.17",
     # found by the search on Gemma 3 270M
     "gemma-a4": "attn.7 attn.9 attn.16 attn.17",
