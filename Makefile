@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq test-llmcompressor \
-  engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
+.PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
+  test-llmcompressor engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)

@@ -32,7 +32,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from notall import Plan, export
-from notall.engines.llamacpp import LlamaCpp
+from notall.engines.llamacpp import LlamaCpp, _complete
 from notall.evaluation.checks import Doc, MadeTask, made
 from notall.experiments.options import read_plan
 from notall.files import Settings
@@ -125,8 +125,7 @@ def answered(server: Any, tokenizer: PreTrainedTokenizerBase, asked: Question) -
     """The greedy answer, and of how many tokens it is."""
     ids = tokenizer(asked.prompt, add_special_tokens=False)["input_ids"]
     request = {"prompt": ids, "max_tokens": asked.most, "temperature": 0, "cache_prompt": False}
-    answer = server.handle_completions(request)
-    answer = json.loads(answer) if isinstance(answer, str) else answer
+    answer = _complete(server, request)
     return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
 
@@ -198,7 +197,8 @@ def main() -> None:
         rows += [kept(name, plan, of[name], of[ORIGINAL]) for name, plan in plans.items()]
     spelled = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     about: Settings = {"command": shlex.join(["python", "benchmarks/serving/questions.py", *spelled])}
-    about |= {"date": f"{date.today()}", "machine": machine("cpu"), "model": asked.model.name, "together": TOGETHER}
+    about |= {"date": f"{date.today()}", "machine": machine("cpu"), "model": asked.model.name, "together": TOGETHER,
+              "threads": asked.threads}  # fmt: skip
     records = [json.dumps(about), *(one.model_dump_json() for one in rows)]
     (asked.out / "kept.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     print_table(table("what is kept of answers", COLUMNS, rows))
