@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import select
@@ -63,7 +64,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 # What has ended, or a round that has not, is measured again, and both are kept.
 AGAIN = ("bench.jsonl", "drafts.jsonl", "engine_times.jsonl")
-TABLES = (".html", ".svg", ".png", ".csv", ".md", ".tex")  # hold times
+TABLES = (".html", ".svg", ".png", ".md", ".tex")  # hold times
 TIMED_TOO = {
     "sealed",
     "predicted",
@@ -150,6 +151,8 @@ def content(name: str, held: bytes) -> Any:
     if name.endswith(".jsonl"):
         lines = [json.dumps(without_times(json.loads(line)), sort_keys=True) for line in held.splitlines()]
         return sorted(set(lines) if name.endswith(AGAIN) else lines)
+    if name.endswith(".csv"):
+        return [without_times(row) for row in csv.DictReader(held.decode().splitlines())]
     if name.endswith(".json"):
         document = without_times(json.loads(held))
         return sorted(document["files"]) if name.endswith("finished.json") else document  # has digests of what is timed

@@ -283,11 +283,12 @@ def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
 @pytest.mark.any_transformers  # it is about what checks tell apart; what they compute is tested on both
 def test_each_check_sees_what_it_is_for(default_model):
     """One attention of the default model is needed for passkeys, one for facts alone, and one for answers alone."""
-    plans = {layer: Plan(attention=[layer]) for layer in (16, 23, 24)}
-    jobs = [TaskShelf().build(name, None, 12) for name in ("passkey_256", "retrieval_facts", "answers")]
+    asked = {"passkey_256": (16, 23, 24), "retrieval_facts": (23, 24), "answers": (24,)}
     found = {}
-    for result in harness.run_tasks(*default_model, [*plans.values()], jobs):
-        found[[*plans][result.number], result.score.task] = result.score.recovery
+    for name, layers in asked.items():
+        plans = [Plan(attention=[layer]) for layer in layers]
+        for result in harness.run_tasks(*default_model, plans, [TaskShelf().build(name, None, 12)]):
+            found[layers[result.number], name] = result.score.recovery
     assert found[16, "passkey_256"].is_kept(0.9) == "lost"
     assert (found[23, "passkey_256"].share, found[23, "retrieval_facts"].is_kept(0.9)) == (1, "lost")
     assert (found[24, "passkey_256"].share, found[24, "retrieval_facts"].is_kept(0.6)) == (1, "kept")
