@@ -552,8 +552,8 @@ EVAL = f"eval ../model --plan ../plan.json --out r {TASKS}"
 REPAIR = f"repair ../model --plan ../plan.json --out r {SMALL}".replace("--sequences 2", "--sequences 4")
 HEAL = "heal ../model --plan ../plan.json --out r --text ../text.txt --tokens 32 --length 8 --batch-size 2 --device cpu"
 PARETO = (
-    "pareto ../model --engine transformers --plan ../plan.json --repair none --types float32 --out r --text ../text.txt "
-    f"--sequences 4 --held-out-sequences 2 --length 16 {TIMED} --threads 1 --json --dtype float32"
+    "pareto ../model --engine transformers --plan ../plan.json --repair none --types float32 --out r "
+    f"--text ../text.txt --sequences 4 --held-out-sequences 2 --length 16 {TIMED} --threads 1 --json --dtype float32"
 )
 PAPER = f"paper ../model --out r {TASKS} {TIMED} --generate-all"
 REPORT, REPORT_SEARCH = (f"report {folder} -o page.html" for folder in ("r", "r.search"))
