@@ -74,7 +74,7 @@ def rates():
 
 
 def test_it_trains_until_the_time_is_up_and_looks_at_even_shares_of_it(tmp_path):
-    healed_for(Counted(), tmp_path, patience=99)
+    healed_for(Counted(), tmp_path, patience=0)  # which is of a training over a text
     looks = looks_of(tmp_path)
     assert abs(looks[-1].seconds - looks[0].seconds - LIMIT) <= SLACK
     assert [look.model for look in looks] == ["skipped", *["healed"] * 5]  # ten would take over a sixth of the time
@@ -84,7 +84,7 @@ def test_it_trains_until_the_time_is_up_and_looks_at_even_shares_of_it(tmp_path)
 
 
 def test_the_rate_rises_for_a_tenth_of_the_time_and_is_none_when_it_is_up(tmp_path, rates):
-    healed_for(Counted(), tmp_path, patience=99)
+    healed_for(Counted(), tmp_path)
     begun, *looks = (look.seconds for look in looks_of(tmp_path))
     now, about = begun, LOOK  # what the next step takes: before the first as much as an evaluation
     for rate in rates:
@@ -98,7 +98,7 @@ def test_the_rate_rises_for_a_tenth_of_the_time_and_is_none_when_it_is_up(tmp_pa
 
 def test_a_text_that_ends_before_the_time_is_gone_through_again_in_another_order(tmp_path):
     counted, every = Counted(), torch.cat(TRAINED).tolist()
-    healed_for(counted, tmp_path, patience=99)
+    healed_for(counted, tmp_path)
     rows = [row for row in counted.rows if row in every]
     passes = [rows[at : at + len(every)] for at in range(0, len(rows), len(every))]
     assert len(passes) > 3

@@ -1,13 +1,16 @@
 """Answers to questions that llama.cpp writes: which are right, and what a plan keeps of them."""
 
 import json
+import sys
 
 import pytest
 from transformers import AutoTokenizer
 
+from families import family
 from notall import Plan
 from programs import program
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_gguf import WORDS, write_gguf
 
 pytestmark = pytest.mark.any_transformers  # it reads texts
 
@@ -55,3 +58,34 @@ def test_what_is_kept_is_paired_by_question():
     assert (found.right, found.of, found.recovery.share) == (2, 4, pytest.approx(2 / 3))
     assert (found.tokens, found.tokens_more) == (27.75, 2.75)
     assert questions.kept("nothing", Plan(), theirs, theirs).tokens_more_se == 0
+
+
+def test_a_plan_is_answered_for_beside_the_original_and_what_is_known_is_not_asked_again(tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"{n} and {n}?", "answer": f"#### {2 * n}"} for n in (1, 2)]
+    (tmp_path / "gsm8k/test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_gguf(
+        family("llama").build(vocab_size=len(WORDS), head_dim=16, hidden_size=64, intermediate_size=96),
+        tmp_path / "tiny.gguf",
+    )
+    (tmp_path / "plan.json").write_text('{"attention": [1], "mlp": []}')
+    monkeypatch.setattr(questions, "MOST", 4)
+    words = (
+        f"--data {tmp_path} --model {tmp_path}/tiny.gguf --out {tmp_path}/out --plans {tmp_path}/plan.json --threads 1"
+    )
+    monkeypatch.setattr(sys, "argv", ["questions", *words.split(), "--questions", "2"])
+    questions.main()
+    (file,) = (tmp_path / "out").glob("answers-*.jsonl")
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["plan"], one["number"]) for one in answers] == [
+        ("nothing", 0),
+        ("nothing", 1),
+        ("plan", 0),
+        ("plan", 1),
+    ]
+    kept = [json.loads(line) for line in (tmp_path / "out/kept.jsonl").read_text().splitlines()]
+    assert [one["skipped"] for one in kept[1:]] == [str(Plan()), str(Plan([1]))]
+    before = file.read_bytes()
+    questions.main()
+    assert file.read_bytes() == before

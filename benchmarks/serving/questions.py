@@ -136,7 +136,7 @@ def answers_of(
     with TemporaryDirectory(dir=asked.out) as folder, ThreadPoolExecutor(TOGETHER) as pool:
         pruned = asked.model
         if plan:
-            export(str(asked.model), plan, "gguf", pruned := Path(folder) / "pruned.gguf", verify=False)
+            (pruned,) = export(str(asked.model), plan, "gguf", Path(folder) / "pruned", verify=False).glob("*.gguf")
         longest = max(len(tokenizer(one.prompt)["input_ids"]) + one.most for one in lacking.values())
         server = LlamaCpp(asked.threads)._server(pruned, longest, TOGETHER)
         said = pool.map(partial(answered, server, tokenizer), lacking.values())

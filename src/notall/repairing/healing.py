@@ -225,7 +225,7 @@ class _Loop:
             if not self._restore():
                 self._begin()
             state, done = self.state, self.done
-            while done < 1 and state.waited < self.config.patience:
+            while done < 1 and (self.config.minutes or state.waited < self.config.patience):
                 passes, number = divmod(state.step, self.steps)  # each pass over the text has an order of its own
                 generator, before = torch.Generator().manual_seed(self.config.seed + passes), self.seconds
                 order = torch.randperm(len(self.rows), generator=generator)
