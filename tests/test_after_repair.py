@@ -64,6 +64,7 @@ def test_fewer_than_four_sequences_are_refused():
         AfterRepair(family("llama").build(), texts((3, 12)))
 
 
+@pytest.mark.slow
 def test_a_repair_goes_on_from_where_it_parts_from_another():
     model, batches = family("llama").build(num_hidden_layers=12), texts((8, 12))
     together, sets = AfterRepair(model, batches), [frozenset(names.split()) for names in NESTED]

@@ -77,6 +77,7 @@ def test_the_file_holds_what_is_judged(tmp_path):
         assert torch.allclose(*heads, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
     save_tiny_checkpoint(tmp_path / "model", **WIDE, num_key_value_heads=2)
     for name, content in (("wiki.test.raw", "A bird sings. "), ("wiki.train.first1MB.txt", "The fox jumps. ")):

@@ -82,6 +82,7 @@ def test_an_engine_imports_no_file_of_the_working_folder(path, tmp_path, monkeyp
     del sys.modules["mine"]
 
 
+@pytest.mark.slow
 def test_transformers_runs_no_modeling_file_of_a_checkpoint(tmp_path):
     plan = Plan(attention=[0, 3], mlp=[1])
     out = export(family("llama").build(), plan, "hf", tmp_path / "out", verify=False)

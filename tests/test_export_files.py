@@ -349,6 +349,7 @@ def test_an_odd_header_is_refused_in_one_short_line(beside, change, tmp_path):
 ODD = [None, True, -1, 0, 3, 2**70, 1e308, "", "x" * 9000, [], {}, [[]], {"a": {}}, [1] * 4, "\x1b[31m"]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_odd_value_of_a_config_ends_in_a_traceback(dense, tmp_path, data):

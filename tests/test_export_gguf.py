@@ -164,6 +164,7 @@ def test_what_transformers_cannot_read_at_all_has_a_word_of_its_own(llama, tmp_p
     assert not isinstance(refusal.value, UnknownArchitecture)
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_what_llamacpp_says_is_told(llama, tmp_path):
     path = tmp_path / "foreign.gguf"

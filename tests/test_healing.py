@@ -371,6 +371,7 @@ test_healing.run_heal(Path(sys.argv[1]), progress=lambda *_: time.sleep(0.3))
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
     whole = run_heal(tmp_path / "whole")
     folder = tmp_path / "killed"

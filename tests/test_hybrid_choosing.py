@@ -288,6 +288,7 @@ def test_there_are_no_periods_where_kinds_do_not_come_again(name: str, why: str)
         Space(locate(family(name).build()), "period")
 
 
+@pytest.mark.slow
 def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> None:
     model = save_tiny_checkpoint(tmp_path / "m", of="qwen3_next", **LONG)
     for name, blocks in (("whole", [1, 2, 3, 4]), ("broken", [2])):
@@ -314,6 +315,7 @@ def test_what_to_do_next_with_a_plan_of_layers_in_place_is_neither_an_export_nor
     assert f"notall bench {model} --plan {plan}" in run(capsys, "eval", model, *text, "--plan", plan)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_layers_in_place_compares_their_layers(tmp_path: Path, capsys) -> None:
     model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
     (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)

@@ -128,6 +128,7 @@ def test_as_much_is_skipped_as_keeps_it(fits):
     assert len(looks) <= math.ceil(math.log2(6)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [0.13, 0.9])
 def test_search_skips_as_much_as_keeps_a_recovery(run, model, tmp_path, least):
     """Against each beginning of what it chose, judged one by one on the items that choose."""
@@ -149,6 +150,7 @@ def test_search_skips_as_much_as_keeps_a_recovery(run, model, tmp_path, least):
     assert json.loads(told)["tasks"][0]["value"] == pytest.approx(score.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [0.01, 0.9999])
 def test_of_sets_that_save_enough_the_one_that_keeps_most_is_chosen(run, model, tmp_path, least):
     """Against each set that the search evaluated, judged one by one, the cheapest first, on the items that choose."""

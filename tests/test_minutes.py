@@ -209,6 +209,7 @@ def test_what_cannot_be_trained_is_refused_before_the_repair(tmp_path):
 SHORT = ["--sequences", "8", "--length", "16", "--dtype", "float32", "--text", "prose", "--json"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_prose")
 def test_one_command_repairs_and_heals(run, folder, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "recovered"
@@ -232,6 +233,7 @@ def test_one_command_repairs_and_heals(run, folder, tmp_path):
     assert "holds results of notall heal" in run(*plain)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_prose")
 def test_heal_takes_minutes_too(run, folder, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "healed"

@@ -95,6 +95,7 @@ def test_the_mix_holds_as_much_of_each_and_is_written_once(model, tokenizer, tmp
         model.get_input_embeddings().weight.div_(1.01)
 
 
+@pytest.mark.slow
 def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_needed(
     model, tokenizer, tmp_path, monkeypatch
 ):
@@ -202,6 +203,7 @@ def test_answers_are_of_weights_dtype_config_and_tokenizer(model, tokenizer):
     assert len(known) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path, own):
     """To our prompts, and to those of a file."""

@@ -575,6 +575,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     assert "## What accuracy hides" in (tmp_path / "paper.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_tasks_only")
 def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tmp_path, monkeypatch, capsys):
     model, task_path = folders

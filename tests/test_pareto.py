@@ -165,6 +165,7 @@ def test_what_an_engine_says_is_told(dense, tmp_path):
         call(LlamaCpp(1), "score", checkpoint=tmp_path / "torn.gguf", windows=[[1, 2]])
 
 
+@pytest.mark.slow
 def test_a_file_that_is_called_like_a_library_is_none(monkeypatch, tmp_path):
     (tmp_path / "uuid.py").write_text("raise SystemExit('this is no library')")
     monkeypatch.chdir(tmp_path)
@@ -522,6 +523,7 @@ def test_the_sentence_says_what_to_take(asked, tmp_path):
     assert [record.type for record in pareto_front(alone)] == ["plain", "small"]
 
 
+@pytest.mark.slow
 @pytest.mark.any_transformers
 def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     asked.broken = {"less-plain"}

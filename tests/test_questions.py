@@ -60,6 +60,7 @@ def test_what_is_kept_is_paired_by_question():
     assert questions.kept("nothing", Plan(), theirs, theirs).tokens_more_se == 0
 
 
+@pytest.mark.slow
 def test_a_plan_is_answered_for_beside_the_original_and_what_is_known_is_not_asked_again(tmp_path, monkeypatch):
     pytest.importorskip("xllamacpp")
     (tmp_path / "gsm8k").mkdir()

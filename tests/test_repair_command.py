@@ -102,6 +102,7 @@ def untimed(line):
     return {name: value for name, value in line.items() if name not in ("provenance", "seconds")}
 
 
+@pytest.mark.slow
 def test_what_is_killed_while_it_measures_has_lost_nothing(run, folder, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "repaired"
     Plan([4]).save(path)

@@ -182,6 +182,7 @@ def test_an_error_is_held_against_half_of_itself(place, run, factor, agreement):
     assert (one["agreement"], one["differs_most"]) == (agreement, "kl_se")
 
 
+@pytest.mark.slow
 def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place, run):
     place("compared")
 
@@ -352,6 +353,7 @@ def test_what_can_not_be_tried_is_one_line(place, run, no_work):
     assert not Path("again").exists()
 
 
+@pytest.mark.slow
 def test_a_table_has_all_rows_and_of_similarities_those_that_differ(place, run):
     place("swept")
 

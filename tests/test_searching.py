@@ -613,6 +613,7 @@ test_searching.run_search(model, Path(sys.argv[1]), delay=0.05)
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     expected, whole = run_search(model, tmp_path / "whole")
     folder = tmp_path / "killed"

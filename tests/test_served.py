@@ -88,6 +88,7 @@ def test_an_engine_fails_by_what_it_is_off_beyond_the_dense_model():
     assert served.too_far(rows(dense=-0.02, repaired=0.031), 0.01) == ["an engine"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_not_there_is_said(tmp_path):
     assert "make test-engines installs it" in served.absent("vllm", str(tmp_path / "python"))
     assert served.absent("transformers", "") == ""
