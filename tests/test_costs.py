@@ -10,6 +10,7 @@ pytestmark = pytest.mark.any_transformers  # it looks at processes
 costs = program("benchmarks/costs")
 
 
+@pytest.mark.slow
 def test_a_command_has_its_time_its_memory_and_no_path(tmp_path):
     found = costs.cost(f"plan {save_tiny_checkpoint(tmp_path / 'tiny')} -o plan.json")
     assert found.command == "notall plan tiny -o plan.json"

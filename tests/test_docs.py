@@ -36,6 +36,7 @@ LONG = {
     "how-repair-works.md",
     "index.md",
     "repairing.md",
+    "reproducing.md",
 }  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {

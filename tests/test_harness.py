@@ -360,10 +360,9 @@ def run_until_killed(folder, out, name, lines):
 
 @pytest.mark.any_transformers
 @pytest.mark.filterwarnings("ignore:the last line")
-@pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize(
-    "name", ["tiny_choice", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_text", "tiny_words"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("name", ["tiny_choice", "tiny_text", "tiny_words"])
 def test_a_killed_run_goes_on_and_does_nothing_twice(run, folder, tmp_path, name, lines):
     run_until_killed(folder, tmp_path, name, lines)
     path = tmp_path / AnswersRecord.file
