@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..experiments.evaluate import warn_if_worse
 from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan
@@ -15,6 +15,7 @@ from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
 from ..exporters import Source, check_export, export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
+from ..files import Settings
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
@@ -60,7 +61,7 @@ def export(
     repair.check(kept)
     if measure:
         TextOptions(text=measure).check()
-    how: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    how: Settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     how["dtype"] = model.own_dtype
     choice = tasks.check()
     if repair or measure or choice:

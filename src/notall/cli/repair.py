@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
 from ..experiments import repair as repairs
@@ -12,6 +12,7 @@ from ..experiments.options import ModelOptions, TaskChoice, read_plan
 from ..experiments.recovery import RecoveryOptions, judged, scores_table
 from ..experiments.repair import METHODS, REFIT, FitOptions
 from ..experiments.verdict import Verdict, what_next
+from ..files import Settings
 from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.facts import State
@@ -98,7 +99,7 @@ def heal(
     config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
     asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length)
     asked = replace(asked, settings=Provenance.of(asked.settings, sampled=True)) if text.sample else asked
-    told: dict[str, Any] = {"out": out, "provenance": asked.settings, "workers": workers}
+    told: Settings = {"out": out, "provenance": asked.settings, "workers": workers}
     with progress_bar() as progress:
         fit, stop = asked.texts.together(text.batch_size), asked.texts.stop(text.batch_size)
         if text.sample:

@@ -268,7 +268,7 @@ class PlansLM(HFLM):
         return [self.answers.get(key, self.number, str) for key in keys]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: object, **__: object
     ) -> list[tuple[Any, Any]]:
         """For (strings, context, continuation) each: log-likelihood and greediness, arrays over the plans `running`."""
         cut = [self._cut(context, continuation) for _, context, continuation in requests]

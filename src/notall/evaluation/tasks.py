@@ -209,7 +209,7 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     task.build_all_requests(limit=limit)
 
-    def renew(**_: Any) -> None:
+    def renew(**_: object) -> None:
         for instance in task.instances:
             instance.resps, instance.filtered_resps = [], {}
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..digests import digest_of_file
 from ..errors import UsageError
-from ..files import beside, cache_folder, saving, unwritable
+from ..files import Settings, beside, cache_folder, saving, unwritable
 from ..integrity import check_files, read_manifest, write_manifest
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
@@ -67,7 +67,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, and save the model as if it had never been one."""
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+    source: Settings = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     # transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers
     plain_numbers = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}

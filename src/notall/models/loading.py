@@ -62,7 +62,7 @@ def load(
         check_manifest(file.parent if file else expanded(spec))
         settings = _settings_of_export(spec, revision)
         place = resolve_device(device)
-        how: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}
+        how: Settings = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}
         how |= {"attn_implementation": attn_implementation, "output_loading_info": True}
         if settings is None:
             return _load_plain(spec, revision, trust_remote_code, how)
@@ -211,7 +211,7 @@ def refuse_export(folder: Path) -> None:
 
 
 def _load_plain(
-    spec: str | Path, revision: str | None, trust_remote_code: bool, how: dict[str, Any]
+    spec: str | Path, revision: str | None, trust_remote_code: bool, how: Settings
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     source = model_source(spec, revision)
     options = _options(source, revision, trust_remote_code)
@@ -240,7 +240,7 @@ def _load_plain(
 
 
 def _load_export(
-    spec: str | Path, export: OwnExport, revision: str | None, how: dict[str, Any]
+    spec: str | Path, export: OwnExport, revision: str | None, how: Settings
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Refuses a checkpoint that lacks more than it says, and code beside it."""
     folder = expanded(spec)
@@ -299,7 +299,7 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
     return path
 
 
-def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> Settings:
     return {
         "local_files_only": isinstance(source, Path),
         "trust_remote_code": trust_remote_code,

@@ -11,7 +11,6 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +101,7 @@ class _Author:
         begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
         return "\n\n".join(self._written("completions", begun, new, write))
 
-    def _written(self, kind: str, given: list[Any], new: int, write: Callable[..., str]) -> list[str]:
+    def _written(self, kind: str, given: list[str] | list[list[int]], new: int, write: Callable[..., str]) -> list[str]:
         """What is written behind some of what is `given` at a time, from the cache, or else now."""
         some = [given[start : start + AT_ONCE] for start in range(0, len(given), AT_ONCE)][: self.parts]
         by, folder = origin(self.model, self.tokenizer), cache_folder() / "answers"

@@ -155,7 +155,7 @@ def child(holder: nn.Module, path: str) -> nn.Module:
 class Node:
     """A hidden state at one point of a layer, and what made it."""
 
-    made_by: str | Callable[..., Any] | None = None  # a child's path, a torch function, or None: the layer's input
+    made_by: str | Callable[..., Tensor] | None = None  # a child's path, a torch function, or None: the layer's input
     positional: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     output: int | None = None
@@ -338,7 +338,7 @@ def as_given(arguments: Mapping[str, object]) -> Arguments:
 
 
 @functools.cache
-def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def _signature(forward: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters  # which takes long enough to do it once
 
 

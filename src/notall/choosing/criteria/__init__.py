@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ...errors import UsageError, shortened
 from ...plugins import installed_names, named, takes
@@ -38,7 +37,7 @@ _ALL = (
 CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points
 
-CriterionLike = str | Criterion | Callable[..., Any]  # see `criterion`
+CriterionLike = str | Criterion | Callable[..., object]  # see `criterion`
 
 
 def criterion(given: CriterionLike) -> Criterion:

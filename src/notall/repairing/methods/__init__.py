@@ -5,13 +5,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
+from ...files import Settings
 from ...models.loading import dtype_name
 from ...plan import Plan
 from ...plugins import explained, first_line, named, source_of, takes
@@ -184,5 +185,5 @@ def recover(
     about = Provenance.of(settings, sequences=sum(map(len, batches)))
     found = repair_into(closed, name, model, training.plan, batches, about, progress, offload)
     texts, spent = (training.batches, training.held_out), earlier + clock() - start
-    told: dict[str, Any] = {"out": folder, "provenance": settings, "progress": progress}
+    told: Settings = {"out": folder, "provenance": settings, "progress": progress}
     return found, heal(model, found, *texts, training.config, **told, spent=spent, clock=clock)
