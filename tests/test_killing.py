@@ -26,7 +26,8 @@ def test_what_is_killed_loses_nothing(place, name):
 
 
 LINES = b'{"a": 1, "ms": 5}\n{"a": 2, "ms": 6}\n'
-FILES = {"r/x.jsonl": LINES, "r/plan.json": b'{"attention": [1]}', "r/table.md": b"5 ms"}
+TABLE = b"ms,cosine\n5,0.5\n"
+FILES = {"r/x.jsonl": LINES, "r/plan.json": b'{"attention": [1]}', "r/table.md": b"5 ms", "r.csv": TABLE}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ FILES = {"r/x.jsonl": LINES, "r/plan.json": b'{"attention": [1]}', "r/table.md":
     [
         ({}, None),
         ({"r/x.jsonl": LINES.replace(b"5", b"7"), "r/table.md": b"7 ms"}, None),  # times are measured anew
+        ({"r.csv": TABLE.replace(b"5,", b"7,")}, None),
+        ({"r.csv": TABLE.replace(b"0.5", b"0.6")}, "another content: r.csv"),
         ({"r/.x.part": b""}, "more files: r/.x.part"),
         ({"r/plan.json": None}, "lost files: r/plan.json"),
         ({"r/plan.json": b'{"attention": [2]}'}, "another content: r/plan.json"),

@@ -61,8 +61,7 @@ def export(
     repair.check(kept)
     if measure:
         TextOptions(text=measure).check()
-    how: Settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    how["dtype"] = model.own_dtype
+    how: Settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.own_dtype}
     choice = tasks.check()
     if repair or measure or choice:
         check_export(Source(model.model, **how), wanted, to, out)

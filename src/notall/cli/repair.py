@@ -12,7 +12,6 @@ from ..experiments.options import ModelOptions, TaskChoice, read_plan
 from ..experiments.recovery import RecoveryOptions, judged, scores_table
 from ..experiments.repair import METHODS, REFIT, FitOptions
 from ..experiments.verdict import Verdict, what_next
-from ..files import Settings
 from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.facts import State
@@ -88,7 +87,7 @@ def heal(
 ) -> None:
     """Train the remaining weights for some minutes by KL to the original model: recovery fine-tuning.
 
-    The plan may be repaired already. Training stops early when text that it does not train on no longer gains.
+    The plan may be repaired already. Without --minutes, training stops early when held-out loss no longer falls.
     OUT is a plan with weights, like that of `notall repair`.
     If you interrupt it, the same command continues where it stopped.
     """
@@ -99,12 +98,12 @@ def heal(
     config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
     asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length)
     asked = replace(asked, settings=Provenance.of(asked.settings, sampled=True)) if text.sample else asked
-    told: Settings = {"out": out, "provenance": asked.settings, "workers": workers}
     with progress_bar() as progress:
         fit, stop = asked.texts.together(text.batch_size), asked.texts.stop(text.batch_size)
         if text.sample:
             fit = sampled(asked.net, fit, out, asked.settings, seed=run.seed, progress=progress)
-        healed = heal_plan(asked.net, asked.plan, fit, stop, config, **told, progress=progress)
+        given = (asked.net, asked.plan, fit, stop, config)
+        healed = heal_plan(*given, out=out, provenance=asked.settings, workers=workers, progress=progress)
     asked.end({asked.plan.state: asked.plan, "healed": healed}, out, {}, run.as_json)
 
 

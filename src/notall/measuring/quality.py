@@ -160,7 +160,7 @@ def _inside(layer: nn.Module, block: Block, shape: Sequence[int], look: Look) ->
     fewer = [stubbed_layer(layer, block.index, dict.fromkeys(stubs[ran:])) for ran in range(len(stubs) + 1)]
 
     def as_stream(state: Tensor) -> Tensor:
-        """Streams, however many, as one, (batch, tokens, hidden)."""
+        """Any number of streams as one, (batch, tokens, hidden)."""
         if state.dim() > 3 and state.shape[:2] != tuple(shape):  # Gemma 3n's streams come first
             state = state.movedim(0, 2)
         return state.flatten(2)

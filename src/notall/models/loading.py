@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 else:
     CausalModel = PreTrainedModel
 
+Options = dict[str, Any]  # of `from_pretrained`
 UNPACKED_FROM = "notall_unpacked_from"  # of a model whose quantised weights transformers unpacked: their kind
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +41,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    device_map: str | dict[str, Any] | None = None,
+    device_map: str | dict[str, int | str] | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -62,7 +63,7 @@ def load(
         check_manifest(file.parent if file else expanded(spec))
         settings = _settings_of_export(spec, revision)
         place = resolve_device(device)
-        how: Settings = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}
+        how: Options = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}
         how |= {"attn_implementation": attn_implementation, "output_loading_info": True}
         if settings is None:
             return _load_plain(spec, revision, trust_remote_code, how)
@@ -211,7 +212,7 @@ def refuse_export(folder: Path) -> None:
 
 
 def _load_plain(
-    spec: str | Path, revision: str | None, trust_remote_code: bool, how: Settings
+    spec: str | Path, revision: str | None, trust_remote_code: bool, how: Options
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     source = model_source(spec, revision)
     options = _options(source, revision, trust_remote_code)
@@ -240,7 +241,7 @@ def _load_plain(
 
 
 def _load_export(
-    spec: str | Path, export: OwnExport, revision: str | None, how: Settings
+    spec: str | Path, export: OwnExport, revision: str | None, how: Options
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Refuses a checkpoint that lacks more than it says, and code beside it."""
     folder = expanded(spec)
@@ -299,7 +300,7 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
     return path
 
 
-def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> Settings:
+def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> Options:
     return {
         "local_files_only": isinstance(source, Path),
         "trust_remote_code": trust_remote_code,

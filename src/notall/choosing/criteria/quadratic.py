@@ -117,7 +117,7 @@ class QuadraticProgram:
             raise UsageError(f"no set was found in {seconds:g} s: choose among fewer, or by another criterion")
         return None if found.x is None else tuple(np.flatnonzero(found.x[:n] > 0.5).tolist())
 
-    def _rows(self, sizes: Floats, least: float, most: float) -> list[tuple[Floats, float, float]]:
+    def _rows(self, sizes: Floats, least: float, most: float) -> list[tuple[object, float, float]]:
         """Coefficients of each x[i] and of each product x[i] x[j], i < j, and between what their sum must lie."""
         from scipy import sparse
 

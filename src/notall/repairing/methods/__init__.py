@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
-from ...files import Settings
 from ...models.loading import dtype_name
 from ...plan import Plan
 from ...plugins import explained, first_line, named, source_of, takes
@@ -184,6 +183,6 @@ def recover(
     earlier = sum(refit.seconds for refit in read(closed / RefitRecord.file, RefitRecord))
     about = Provenance.of(settings, sequences=sum(map(len, batches)))
     found = repair_into(closed, name, model, training.plan, batches, about, progress, offload)
-    texts, spent = (training.batches, training.held_out), earlier + clock() - start
-    told: Settings = {"out": folder, "provenance": settings, "progress": progress}
-    return found, heal(model, found, *texts, training.config, **told, spent=spent, clock=clock)
+    given = (model, found, training.batches, training.held_out, training.config)
+    spent = earlier + clock() - start
+    return found, heal(*given, out=folder, provenance=settings, progress=progress, spent=spent, clock=clock)
