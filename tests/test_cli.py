@@ -63,6 +63,10 @@ def bad_inputs(folder, tmp_path):
         "an empty text": (["eval", folder, *MLPS, "--text", empty, *QUICK], "empty"),
         "a short text": (["eval", folder, *MLPS, "--text", short, *QUICK], "tokens"),
         "a missing text": (["eval", folder, *MLPS, "--text", tmp_path / "absent", *QUICK], "cannot read"),
+        "no prompts to answer": (
+            ["heal", folder, "--plan", plan, "--text", f"answers:{tmp_path / 'absent'}"],
+            "give a file of prompts",
+        ),
         "malformed results": ([*sweep, results], "line 1"),
         "an unwritable folder": ([*sweep, file], "cannot"),
         "an unknown dtype": (["eval", folder, "--dtype", "float13", *MLPS], "float13"),

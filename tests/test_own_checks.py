@@ -188,6 +188,23 @@ def test_own_answers_are_what_the_model_writes_in_its_chat_template(model, token
         assert tokenizer.decode(ids[0]) in content
 
 
+def test_a_text_of_answers_to_own_prompts_has_those_that_do_not_judge(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
+    monkeypatch.setattr(mix, "LONGER", 5)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
+    file = tmp_path / "mine.txt"
+    file.write_text("Say one.\nSay two.\nSay three.")
+    text = text_of(model, tokenizer, f"answers:{file}")
+    answered = [tokenizer(f"<s>{one}</s>")["input_ids"] for one in ("Say one.", "Say three.")]
+    for ids in answered:
+        for _ in range(5):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert text.content == "\n".join(map(tokenizer.decode, answered))
+    assert text.name == "answers:mine.txt"
+    file.write_text("Say four.")
+    assert text_of(model, tokenizer, f"answers:{file}").sha256 != text.sha256
+
+
 def test_answers_are_of_weights_dtype_config_and_tokenizer(model, tokenizer):
     known = {mix.origin(model, tokenizer), mix.origin(model, byte_tokenizer(adds_bos=True))}
     known.add(mix.origin(tiny_llama(1024), tokenizer))

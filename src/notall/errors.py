@@ -82,7 +82,7 @@ def need(*modules: str) -> None:
 
 def printable(text: str, encoding: str = "utf-8") -> str:
     """`text` in one line: what steers the terminal, or is missing from `encoding`, is spelt out, such as `\\x1b`."""
-    spelt = "".join(sign if sign.isprintable() else " " if sign.isspace() else _escape(sign) for sign in text)
+    spelt = "".join(sign if sign.isprintable() else " " if sign.isspace() else ascii(sign)[1:-1] for sign in text)
     return spelt.encode(encoding, IN_WORDS).decode(encoding)
 
 
@@ -94,14 +94,10 @@ def print_in_any_encoding() -> None:
             stream.reconfigure(errors=IN_WORDS)
 
 
-def _escape(sign: str) -> str:
-    return sign.encode("unicode_escape").decode()
-
-
 def _in_words(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(ASCII.get(sign) or _escape(sign) for sign in error.object[error.start : error.end]), error.end
+    return "".join(ASCII.get(sign) or ascii(sign)[1:-1] for sign in error.object[error.start : error.end]), error.end
 
 
 codecs.register_error(IN_WORDS, _in_words)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
-    "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers and "
-    "completions, and retrieval"
+    "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, mix: the model's own answers and "
+    "completions, and retrieval; or answers:FILE, its answers to your prompts"
 )
 QUESTIONS = 100  # of a task that is an objective, where nothing else is said
 SKIPPED = 0.33  # of the layers, where nothing else is said: the paper's most
@@ -188,10 +188,12 @@ def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
 
 def check_texts(*sources: str | None) -> None:
     """Raise `UsageError` for a text that cannot be read."""
-    from ..models.texts import MADE, read_text
+    from ..models.texts import TO_FILE, is_made, read_prompts, read_text
 
     for source in filter(None, sources):
-        if source not in MADE:
+        if source.startswith(TO_FILE):
+            read_prompts(Path(source.removeprefix(TO_FILE)))
+        elif not is_made(source):
             read_text(source)
 
 

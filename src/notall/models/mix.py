@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,9 +28,9 @@ from ..structure.model_structure import positions_of
 from .names import USE
 from .prompts import openings, prompts
 from .retrieval import FITTED, episode
-from .texts import MADE, MIX, Text, read_text
+from .texts import MIX, TO_FILE, Text, is_made, read_prompts, read_text
 
-ANSWERS, NEW_TOKENS, AT_ONCE = 160, 128, 32  # prompts, the most tokens of an answer, prompts that run together
+ANSWERS, NEW_TOKENS, LONGER, AT_ONCE = 160, 128, 320, 32  # prompts, most tokens of answers, to own prompts, at a time
 COMPLETIONS, FIRST, BEHIND = 96, 2, 256  # texts, the tokens of an opening that each has, tokens that the model adds
 FEW = 2 * AT_ONCE * NEW_TOKENS  # tokens: as a rule the first part of each text makes more together
 EPISODES = 160
@@ -44,17 +45,17 @@ def text_of(
     progress: Progress = silent,
     tokens: float = math.inf,
 ) -> Text:
-    """As `read_text`, or what the model made: a part of `mix`, or `mix`, which holds as much of each.
+    """As `read_text`, or what the model made: a part of `mix`, `mix`, which holds as much of each, or `answers:FILE`.
 
     What it wrote is kept in the cache, and written once by the same weights; the first of it alone, where that has as
     many `tokens` as are needed. Raises `UsageError` as `read_text` does, and where the cache can't be written.
     """
-    if source not in MADE:
+    if not is_made(source):
         return read_text(source)
     content = _Author(model, tokenizer, progress, 1).text(source) if tokens <= FEW else ""
     if len(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]) < tokens:
         content = _Author(model, tokenizer, progress).text(source)
-    return Text(source, digest_of([content]), content)
+    return Text(re.sub(r":.*[/\\]", ":", source), digest_of([content]), content)
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,26 @@ class _Author:
 
     def text(self, source: str) -> str:
         if source == "answers":
-            return self.answers()
+            return self.answers(prompts(ANSWERS))
+        if source.startswith(TO_FILE):
+            return self.answers(read_prompts(Path(source.removeprefix(TO_FILE)))[::2], LONGER)
         if source != USE:
             return self.completions() if source == "completions" else episodes(self.completions())
         made = [self.text(part) for part in MIX]
         return "\n\n".join(part[: min(map(len, made))] for part in made)
 
-    def answers(self) -> str:
-        """Greedy, behind their prompts, in the model's chat template where it has one."""
-        asked = [as_asked(self.tokenizer, prompt) for prompt in prompts(ANSWERS)]
+    def answers(self, given: list[str], new: int = NEW_TOKENS) -> str:
+        """Greedy, behind their prompts, in the model's chat template where it has one; up to `new` tokens each."""
+        asked = [as_asked(self.tokenizer, prompt) for prompt in given]
         is_plain = not self.tokenizer.chat_template
 
         def write(_: int, some: list[str], progress: Progress) -> str:
             rows = [prompt_tokens(self.tokenizer, prompt, add_special_tokens=is_plain) for prompt in some]
             with skip(self.model, Plan()):
-                said = greedy_each(self.model, rows, NEW_TOKENS, **reporting(progress, "answering prompts", NEW_TOKENS))
+                said = greedy_each(self.model, rows, new, **reporting(progress, "answering prompts", new))
             return "\n".join(prompt + str(self.tokenizer.decode(answer)) for prompt, answer in zip(some, said))
 
-        return "\n".join(self._written("answers", asked, NEW_TOKENS, write))
+        return "\n".join(self._written("answers", asked, new, write))
 
     def completions(self) -> str:
         """What the model goes on with from the first words of a text, drawn from its distributions."""

@@ -15,8 +15,12 @@ from ..files import contents, expanded, read_json
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
-MADE = (*MIX, USE)  # texts that are made, of a model
+TO_FILE = "answers:"  # before a file of prompts, the first, third ... of which a model answers
 MOST_BYTES = 1 << 30  # of a file
+
+
+def is_made(source: str) -> bool:
+    return source in (*MIX, USE) or source.startswith(TO_FILE)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.table import Column as RichColumn, Table as RichTable
 from rich.text import Text
-from typing_extensions import Self
 
 from ..errors import printable, shortened
 from ..progress import Progress
@@ -93,11 +92,6 @@ class Strip(NamedTuple):
         """How wide it is with every cell in one line."""
         return max(cell_len(" ".join(cell)) for cell in self.cells)
 
-    def in_lines(self, start: int) -> Self:
-        """With each cell from `start` on in one line."""
-        joined = tuple((" ".join(cell),) for cell in self.cells[start:])
-        return self._replace(cells=self.cells[:start] + joined)
-
 
 def _strips(table: Table, encoding: str) -> list[Strip]:
     """The columns as the terminal's encoding can write them."""
@@ -121,8 +115,11 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     turns = len(strips[0].cells) - 1 <= TURNED
     answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
     for count in range(len(strips), (len(strips) if turns else answer) - 1, -1):
-        for start in (0, 1, len(strips[0].cells)):
-            if fitting := _fitted([strip.in_lines(start) for strip in strips[:count]], width):
+        for start in (0, 1, len(strips[0].cells)):  # the first cell that stands in one line
+            joined = [
+                (one.cells[:start], [(" ".join(cell),) for cell in one.cells[start:]], one.right) for one in strips
+            ]
+            if fitting := _fitted([Strip((*some, *rest), right) for some, rest, right in joined[:count]], width):
                 return fitting
     rows = zip(*(strip.cells for strip in strips))  # each a column
     return _fitted([Strip(cells, place > 0) for place, cells in enumerate(rows)], width) if turns else None
