@@ -6,11 +6,12 @@
     python benchmarks/serving/mix.py --data DATA --out results/qwen --model MODEL.gguf --sets block:2 --texts wiki mix \
         --tasks passkey answers gsm8k gym_letter_counting --rounds 15   # answers to questions, and times
     python benchmarks/serving/mix.py --data DATA --out results/more --model MODEL.gguf --windows 8 --questions 96 \
-        --sets published:qwen2.5-coder-1.5b-block-1-by-mix --tasks gsm8k   # a plan that was found before
+        --sets published:qwen2.5-coder-1.5b-block-1-by-mix healed --tasks gsm8k   # plans that were found before
 
 A set is one that is named here, or of a kind and count: then it is chosen by each text, as `notall search` does, and
 repaired on the same one. Each repair is fitted to as many windows of 512 tokens, of one text or of several in turn;
-each is judged on items and texts that nothing was fitted to. Called again with the same --out, it goes on.
+with `--minutes` it is then trained on them as well. Each is judged on items and texts that nothing was fitted to.
+Called again with the same --out, it goes on.
 `gsm8k` asks its test questions in the model's chat template, without examples; the last number of an answer counts.
 Times are of skipping alone: what a repair adds to them is nothing. Take them where nothing else runs.
 DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw`, `c4/sample300.jsonl` and
@@ -29,7 +30,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notall import Plan, RepairedPlan, Space, choose_plan, evaluate, load, locate, repair
+from notall import Plan, RepairedPlan, Space, choose_plan, evaluate, heal, load, locate, repair
 from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
@@ -40,6 +41,7 @@ from notall.measuring.speed import machine, time_plans
 from notall.models.names import USE
 from notall.models.texts import fields, read_file
 from notall.options import Workload
+from notall.repairing.students import TrainConfig
 from notall.repairing.texts import RepairTexts
 from notall.results.facts import DELTA_NLL, KL, SPEEDUPS, Quality, Recovery, Times
 from notall.results.record import Fact
@@ -147,18 +149,23 @@ def chosen(
     return found.plan
 
 
+def telling(*told: object) -> None:
+    print(*told, end="\r")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument(
-        "--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, or {PUBLISHED}NAME"
+        "--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, {PUBLISHED}NAME, or a folder"
     )
     parser.add_argument("--texts", nargs="+", default=["prose", "wiki+c4", "mix", "wiki+c4+answers+episodes"])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--chosen-by", type=int, default=16, help="windows of them that sets are chosen by")
     parser.add_argument("--unrepaired", nargs="+", default=[], help="those of the texts whose sets are not repaired")
+    parser.add_argument("--minutes", type=float, default=None, help="CPU minutes that each repaired set is trained, too")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="of `notall tasks`, and gsm8k")
     parser.add_argument("--limit", type=int, default=16, help="items of each task")
     parser.add_argument("--questions", type=int, default=32, help="of gsm8k and of each generator")
@@ -172,8 +179,8 @@ def main() -> None:
     model, tokenizer = load(asked.model)
     plans: dict[tuple[str, str], tuple[Plan, int]] = {}
     for name in asked.sets:
-        if name.startswith(PUBLISHED):
-            plans[name, NOTHING] = read_plan(Path(name)), 0
+        if name.startswith(PUBLISHED) or Path(name).is_dir():
+            plans[Path(name).name, NOTHING] = read_plan(Path(name)), 0
             continue
         for text in asked.texts:
             sources = [str(files.get(part, part)) for part in text.split("+")]
@@ -189,8 +196,15 @@ def main() -> None:
                 continue
             folder = asked.out / f"{called.replace(':', '').replace(' ', '-')}-{text}-{asked.windows}"
             if not (folder / "plan.json").is_file():
-                repair(model, skipped, batches, out=folder, progress=lambda *told: print(*told, end="\r"))
+                repair(model, skipped, batches, out=folder, progress=telling)
             plans[called, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
+            if asked.minutes:
+                trained = folder.with_name(f"{folder.name}-trained")
+                if not (trained / "plan.json").is_file():
+                    config, stop = TrainConfig(minutes=asked.minutes), drawn.stop(4)
+                    repaired = plans[called, text][0]
+                    heal(model, repaired, drawn.together(4), stop, config, out=trained, progress=telling)
+                plans[called, f"{text}, trained"] = RepairedPlan.load(trained), plans[called, text][1]
     found = judged(model, tokenizer, plans, asked)
     told = {"machine": machine(model.device), "model": Path(asked.model).name, "windows": asked.windows}
     told |= {"tasks": asked.tasks, "limit": asked.limit, "questions": asked.questions}
