@@ -332,10 +332,13 @@ def test_in_half_precision_what_is_trained_is_in_float32_meanwhile(train, studen
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def test_where_nothing_gets_better_it_keeps_what_it_began_with():
+def test_where_nothing_gets_better_it_keeps_what_it_began_with_and_says_so(recwarn):
     model = llama()
     begun = repair(model, PLAN, TRAINED)
-    found = run_heal(model=model, plan=begun, rate=0.9)
+    run_heal(model=model, plan=begun, rate=1e-4)
+    assert not [one for one in recwarn if "--rate" in str(one.message)]
+    with pytest.warns(UserWarning, match=r"did not lower KL .*: its weights are dropped; a --rate below 0.9 may help"):
+        found = run_heal(model=model, plan=begun, rate=0.9)
     for path, weight in found.weights.items():
         assert torch.equal(weight, begun.weights.get(path, model.get_parameter(path)))
 

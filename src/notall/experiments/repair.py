@@ -140,7 +140,6 @@ class HealOptions:
     warm_up: float = option(
         0.0, "share of the training, 0 to 1, that fits each sublayer alone to the original's stream", metavar="SHARE"
     )
-
     minutes: float | None = option(None, "CPU minutes to train for, repeating the text (default: once over it)")
 
     def config(self, seed: int) -> TrainConfig:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -58,11 +59,11 @@ def heal(
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the original model.
 
-    `batches` are token ids, (batch, tokens) each, of as many steps of AdamW as `config` says how. It ends early where
-    the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
-    With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
-    processes may share each batch, and need the folder: `workers`, or those of `accelerate launch`.
-    `spent` is what a repair of `plan` took, in CPU seconds: the record then begins with the skipped model.
+    `batches` are token ids, (batch, tokens), a step of AdamW each, as `config` says. It ends early where the KL on
+    `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones. With a folder
+    `out` the result is kept, and repeating the call resumes an interrupted run. Several processes may share each batch,
+    and need the folder: `workers`, or those of `accelerate launch`. `spent` is what a repair of `plan` took, in CPU
+    seconds: the record then begins with the skipped model.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
@@ -74,9 +75,8 @@ def heal(
     training.check(inner)
     processes = processes_of(inner)
     if (workers or processes.num_processes > 1) and (not out or config.minutes):
-        raise UsageError(
-            f"workers {'do not train by time: drop --minutes or --ray' if out else 'share a folder: give one'}"
-        )
+        told = "do not train by time: drop --minutes or --ray" if out else "share a folder: give one"
+        raise UsageError(f"workers {told}")
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
     about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
@@ -93,7 +93,7 @@ def heal(
         if workers:
             trained = workers.train(training, folder, about, progress)
         else:
-            trained = training.run(inner, folder, ledger, progress)
+            trained = _Loop(training, inner, folder / CHECKPOINTS, ledger, progress).run()
         history = (*earlier.history, repaired.step_of("heal", about))
         healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
         if out and is_first:
@@ -143,12 +143,6 @@ class Training:
             raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
         if len({batch.shape[1] for batch in self.batches}) > 1:
             raise UsageError("the windows to train on are of several lengths: give windows of one")
-
-    def run(
-        self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
-    ) -> dict[str, Tensor]:
-        """The best weights, by their paths in `model`, the dense one. All processes run this; the first one writes."""
-        return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
 
 
 @dataclass
@@ -221,6 +215,7 @@ class _Loop:
         return max(1.0, min(self.config.evaluations, fitting))
 
     def run(self) -> dict[str, Tensor]:
+        """The best weights, by their paths in the teacher. All processes run this; the first one writes."""
         with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
             if not self._restore():
                 self._begin()
@@ -238,6 +233,9 @@ class _Loop:
                     state.looked = int(done * self.looks + 1e-9)
                     self._evaluate()
                     done = self.done
+        if state.best >= state.first and self.accelerator.is_main_process:
+            told = f"the training did not lower KL on held-out text ({state.first:.3f}): its weights are dropped"
+            warnings.warn(f"{told}; a --rate below {self.config.rate:g} may help", stacklevel=2)
         self.accelerator.wait_for_everyone()
         for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
             self.student.trained[path].data.copy_(weight)
@@ -373,7 +371,7 @@ class Spread:
             raise UsageError(f"{told}: give another --batch-size or --ray-workers")
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
-        """As `Training.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
+        """As `_Loop.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
         from ..running import cluster
 
         self.check(len(training.batches[0]))
@@ -393,6 +391,6 @@ def _work(
 ) -> None:
     """What each worker does; the first of them writes it down."""
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
-    trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
+    trained = _Loop(training, base_model(model), folder / CHECKPOINTS, Ledger(folder, HealRecord, about), silent).run()
     if is_first:
         repaired.write_tensors(folder / CHECKPOINTS / TRAINED, trained)
