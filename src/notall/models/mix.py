@@ -69,7 +69,7 @@ class _Author:
 
     def text(self, source: str) -> str:
         if source == "answers":
-            return self.answers(prompts(ANSWERS))
+            return self.answers(prompts(ANSWERS), NEW_TOKENS)
         if source.startswith(TO_FILE):
             return self.answers(read_prompts(Path(source.removeprefix(TO_FILE)))[::2], LONGER)
         if source != USE:
@@ -77,7 +77,7 @@ class _Author:
         made = [self.text(part) for part in MIX]
         return "\n\n".join(part[: min(map(len, made))] for part in made)
 
-    def answers(self, given: list[str], new: int = NEW_TOKENS) -> str:
+    def answers(self, given: list[str], new: int) -> str:
         """Greedy, behind their prompts, in the model's chat template where it has one; up to `new` tokens each."""
         asked = [as_asked(self.tokenizer, prompt) for prompt in given]
         is_plain = not self.tokenizer.chat_template
