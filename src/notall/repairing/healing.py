@@ -40,7 +40,6 @@ from .refitting import about_weights
 from .students import Student, TrainConfig, rows_of, states_of
 
 CHECKPOINTS, LAST, BEST, TRAINED = "checkpoints", "last.safetensors", "best.safetensors", "trained.safetensors"
-STATE = "state"  # of the loop, in the notes of the last checkpoint
 
 
 def heal(
@@ -59,11 +58,11 @@ def heal(
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the original model.
 
-    `batches` are token ids, (batch, tokens), a step of AdamW each, as `config` says. It ends early where the KL on
-    `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones. With a folder
-    `out` the result is kept, and repeating the call resumes an interrupted run. Several processes may share each batch,
-    and need the folder: `workers`, or those of `accelerate launch`. `spent` is what a repair of `plan` took, in CPU
-    seconds: the record then begins with the skipped model.
+    `batches` are token ids, (batch, tokens), a step of AdamW each, as `config` says. It ends early where the KL on the
+    batches `held_out` no longer falls, and keeps the best weights, possibly the initial ones. With a folder `out` the
+    result is kept, and an interrupted run resumed. Several processes may share each batch, and need the folder:
+    `workers`, or those of `accelerate launch`. After a repair of `spent` CPU seconds the record begins with the skipped
+    model.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
@@ -93,7 +92,7 @@ def heal(
         if workers:
             trained = workers.train(training, folder, about, progress)
         else:
-            trained = _Loop(training, inner, folder / CHECKPOINTS, ledger, progress).run()
+            trained = training.run(inner, folder, ledger, progress)
         history = (*earlier.history, repaired.step_of("heal", about))
         healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
         if out and is_first:
@@ -143,6 +142,12 @@ class Training:
             raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
         if len({batch.shape[1] for batch in self.batches}) > 1:
             raise UsageError("the windows to train on are of several lengths: give windows of one")
+
+    def run(
+        self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
+    ) -> dict[str, Tensor]:
+        """The best weights, by their paths in `model`, the dense one. All processes run this; the first one writes."""
+        return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
 
 
 @dataclass
@@ -215,7 +220,6 @@ class _Loop:
         return max(1.0, min(self.config.evaluations, fitting))
 
     def run(self) -> dict[str, Tensor]:
-        """The best weights, by their paths in the teacher. All processes run this; the first one writes."""
         with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
             if not self._restore():
                 self._begin()
@@ -234,8 +238,7 @@ class _Loop:
                     self._evaluate()
                     done = self.done
         if state.best >= state.first and self.accelerator.is_main_process:
-            told = f"the training did not lower KL on held-out text ({state.first:.3f}): its weights are dropped"
-            warnings.warn(f"{told}; a --rate below {self.config.rate:g} may help", stacklevel=2)
+            warnings.warn("KL on held-out text did not fall: no weight is changed; try a lower --rate", stacklevel=2)
         self.accelerator.wait_for_everyone()
         for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
             self.student.trained[path].data.copy_(weight)
@@ -325,7 +328,7 @@ class _Loop:
         if self.state.step:
             held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
             held |= {f"weight {path}": one for path, one in trained.items()}
-            notes = {STATE: json.dumps(asdict(self.state)), repaired.OF: self.of}
+            notes = {"state": json.dumps(asdict(self.state)), repaired.OF: self.of}
             repaired.write_tensors(self.folder / LAST, held, notes)
 
     def _restore(self) -> bool:
@@ -333,7 +336,7 @@ class _Loop:
         if not (self.folder / LAST).is_file() or not self.ledger:
             return False
         held, notes = repaired.read_tensors(self.folder / LAST, of=self.of)
-        self.state = _State(**json.loads(notes[STATE]))
+        self.state = _State(**json.loads(notes["state"]))
         for name, tensor in held.items():
             kind, _, path = name.partition(" ")
             parameter = self.student.trained[path]
@@ -371,7 +374,7 @@ class Spread:
             raise UsageError(f"{told}: give another --batch-size or --ray-workers")
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
-        """As `_Loop.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
+        """As `Training.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
         from ..running import cluster
 
         self.check(len(training.batches[0]))
@@ -391,6 +394,6 @@ def _work(
 ) -> None:
     """What each worker does; the first of them writes it down."""
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
-    trained = _Loop(training, base_model(model), folder / CHECKPOINTS, Ledger(folder, HealRecord, about), silent).run()
+    trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
     if is_first:
         repaired.write_tensors(folder / CHECKPOINTS / TRAINED, trained)
