@@ -159,13 +159,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument(
-        "--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, {PUBLISHED}NAME, or a folder"
+        "--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, such as attention:8, {PUBLISHED}NAME, a folder"
     )
     parser.add_argument("--texts", nargs="+", default=["prose", "wiki+c4", "mix", "wiki+c4+answers+episodes"])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--chosen-by", type=int, default=16, help="windows of them that sets are chosen by")
     parser.add_argument("--unrepaired", nargs="+", default=[], help="those of the texts whose sets are not repaired")
-    parser.add_argument("--minutes", type=float, default=None, help="CPU minutes that each repaired set is trained, too")
+    parser.add_argument("--minutes", type=float, default=None, help="CPU minutes that repaired sets are trained, too")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="of `notall tasks`, and gsm8k")
     parser.add_argument("--limit", type=int, default=16, help="items of each task")
     parser.add_argument("--questions", type=int, default=32, help="of gsm8k and of each generator")

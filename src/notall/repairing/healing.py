@@ -237,7 +237,7 @@ class _Loop:
                     state.looked = int(done * self.looks + 1e-9)
                     self._evaluate()
                     done = self.done
-        if state.best >= state.first and self.accelerator.is_main_process:
+        if state.step and state.best >= state.first and self.accelerator.is_main_process:
             warnings.warn("KL on held-out text did not fall: no weight is changed; try a lower --rate", stacklevel=2)
         self.accelerator.wait_for_everyone()
         for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
