@@ -21,7 +21,7 @@ from ..errors import UsageError, nearest, need, shortened
 from ..files import read_json
 from ..models.prompts import prompts
 from ..models.retrieval import UNSEEN, Form, episode
-from ..models.texts import read_prompts
+from ..models.texts import ANSWERS_TO, read_prompts
 from .scoring import common
 
 ITEMS = 64  # of a check, unless a limit says otherwise
@@ -183,7 +183,7 @@ MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
     "answers": answers,
     "written": written,
 }
-ASKING = ("answers:", "written:")  # before a file of prompts
+ASKING = (ANSWERS_TO, "written:")  # before a file of prompts
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "passkey": tuple(f"passkey_{tokens}" for tokens in CONTEXTS),
     "retrieval": tuple(f"retrieval_{form}" for form in UNSEEN),

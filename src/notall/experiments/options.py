@@ -188,11 +188,11 @@ def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
 
 def check_texts(*sources: str | None) -> None:
     """Raise `UsageError` for a text that cannot be read."""
-    from ..models.texts import TO_FILE, is_made, read_prompts, read_text
+    from ..models.texts import ANSWERS_TO, is_made, read_prompts, read_text
 
     for source in filter(None, sources):
-        if source.startswith(TO_FILE):
-            read_prompts(Path(source.removeprefix(TO_FILE)))
+        if source.startswith(ANSWERS_TO):
+            read_prompts(Path(source.removeprefix(ANSWERS_TO)))
         elif not is_made(source):
             read_text(source)
 

@@ -28,7 +28,7 @@ from ..structure.model_structure import positions_of
 from .names import USE
 from .prompts import openings, prompts
 from .retrieval import FITTED, episode
-from .texts import MIX, TO_FILE, Text, is_made, read_prompts, read_text
+from .texts import ANSWERS_TO, MIX, Text, is_made, read_prompts, read_text
 
 ANSWERS, NEW_TOKENS, LONGER, AT_ONCE = 160, 128, 320, 32  # prompts, most tokens of answers, to own prompts, at a time
 COMPLETIONS, FIRST, BEHIND = 96, 2, 256  # texts, the tokens of an opening that each has, tokens that the model adds
@@ -70,8 +70,8 @@ class _Author:
     def text(self, source: str) -> str:
         if source == "answers":
             return self.answers(prompts(ANSWERS), NEW_TOKENS)
-        if source.startswith(TO_FILE):
-            return self.answers(read_prompts(Path(source.removeprefix(TO_FILE)))[::2], LONGER)
+        if source.startswith(ANSWERS_TO):
+            return self.answers(read_prompts(Path(source.removeprefix(ANSWERS_TO)))[::2], LONGER)
         if source != USE:
             return self.completions() if source == "completions" else episodes(self.completions())
         made = [self.text(part) for part in MIX]

@@ -15,12 +15,12 @@ from ..files import contents, expanded, read_json
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
-TO_FILE = "answers:"  # before a file of prompts, the first, third ... of which a model answers
+ANSWERS_TO = "answers:"  # before a file of prompts, the first, third ... of which a model answers
 MOST_BYTES = 1 << 30  # of a file
 
 
 def is_made(source: str) -> bool:
-    return source in (*MIX, USE) or source.startswith(TO_FILE)
+    return source in (*MIX, USE) or source.startswith(ANSWERS_TO)
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,8 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
     for count in range(len(strips), (len(strips) if turns else answer) - 1, -1):
         for start in (0, 1, len(strips[0].cells)):  # the first cell that stands in one line
-            joined = [
-                (one.cells[:start], [(" ".join(cell),) for cell in one.cells[start:]], one.right) for one in strips
-            ]
-            if fitting := _fitted([Strip((*some, *rest), right) for some, rest, right in joined[:count]], width):
+            cells = [(*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:])) for one in strips[:count]]
+            if fitting := _fitted([Strip(some, one.right) for some, one in zip(cells, strips)], width):
                 return fitting
     rows = zip(*(strip.cells for strip in strips))  # each a column
     return _fitted([Strip(cells, place > 0) for place, cells in enumerate(rows)], width) if turns else None
