@@ -32,6 +32,7 @@ from api import (
     Windows,
     by_another,
     call,
+    check_manifest,
     engine_named,
     engine_Timing as Timing,
     engines_worker,
@@ -191,6 +192,7 @@ def test_eight_bits_for_vllm_are_rounded_a_channel_at_a_time(dense, tmp_path):
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config.pop("quantization_config") == EIGHT_BITS
     assert config == json.loads((tmp_path / "plain" / "config.json").read_text())
+    check_manifest(tmp_path / "packed")  # it is looked at before it is timed
 
 
 def test_a_process_that_dies_is_an_answer(monkeypatch, tmp_path):
@@ -365,7 +367,7 @@ class Asked(list):
         return {"prefill_ms": 2.0 * decode, "decode_ms_per_token": decode * slower, "memory_bytes": 7}
 
 
-def write_text(engine, spec, plan, checkpoint, **loading):
+def write_text(engine, spec, plan, checkpoint, stored=None, **loading):
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text("x" * (100 - len(plan)))
 
@@ -491,6 +493,17 @@ def test_another_revision_is_what_is_written_too(asked, monkeypatch, tmp_path):
     dense = Subject("dense", "m", Plan(), OWN, revision="v2", trust_remote_code=True)
     measure_pareto(Fake(1), [dense], ("plain",), Workload(4, 2, rounds=1), tmp_path, Provenance(what={}))
     assert written == [{"revision": "v2", "trust_remote_code": True}]
+
+
+def test_what_is_quantised_already_is_measured_as_it_is_stored(asked, monkeypatch, tmp_path):
+    stored = []
+    monkeypatch.setattr(pareto, "write_plain", lambda *given, **how: stored.append(given[4]) or write_text(*given))
+    monkeypatch.setitem(ANSWERS, "four-gptq-4-bit", (1.3, 6.0))
+    found = measured(tmp_path, Subject("four", "n", Plan(), OWN, stored="gptq 4-bit"))
+    assert [kind for model, kind in found if model == "four"] == ["gptq 4-bit"]
+    assert found["four", "gptq 4-bit"].delta_nll == pytest.approx(0.3)
+    assert stored == [None, None, "gptq 4-bit"]
+    assert ("quantise", "four-small") not in asked
 
 
 def test_other_tokens_are_compared_by_bits_per_byte(asked, tmp_path):

@@ -38,6 +38,7 @@ from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, UsageError, heal, locate, repair, skip
 from quantised import KINDS, SIZES
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_tokenizer import byte_tokenizer
 
 IDS = torch.arange(2 * 11).view(2, 11) * 7 % 90 + 3
 PORTABLE = Plan(attention=[1], mlp=[0])  # layers 0 to 2 are then A0 M1, A2 M2, A3 M3
@@ -238,6 +239,15 @@ def test_what_cannot_run_here_is_refused_with_the_package_to_install(checkpoint,
     monkeypatch.setattr(AutoHfQuantizer, "from_config", raising(ImportError("no such package")))
     with pytest.raises(UsageError, match="gptq 4-bit weights with a package that is not installed: pip install gptqm"):
         loading.load(checkpoint(kind_named("gptq")), device="cpu")
+
+
+def test_what_cannot_run_here_says_how_it_is_stored_with_its_tokenizer(checkpoint, monkeypatch):
+    monkeypatch.setattr(AutoHfQuantizer, "from_config", raising(ImportError("no such package")))
+    folder = checkpoint(kind_named("gptq"))
+    byte_tokenizer().save_pretrained(folder)
+    tokenizer, stored = loading.load_tokenizer(str(folder), trust_remote_code=False)
+    assert stored == "gptq 4-bit"
+    assert tokenizer("w")["input_ids"] == byte_tokenizer()("w")["input_ids"]
 
 
 @engines.needs("gptqmodel")

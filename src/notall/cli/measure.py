@@ -274,13 +274,12 @@ def pareto(
 
 def _other(model: options.ModelOptions, ours: "PreTrainedTokenizerBase", windows: fronts.Windows) -> fronts.Subject:
     """Another model, with the same text in its own tokens."""
-    from ..models.loading import identify
+    from ..models.loading import identify, load_tokenizer
 
-    _, theirs = model.load()
-    known = identify(model.model)
-    name = known["model"].removesuffix(".gguf")
-    own, trusted = fronts.by_another(theirs, ours, windows), model.trust_remote_code
-    return fronts.Subject(name, model.model, Plan(), own, about=known["revision"], trust_remote_code=trusted)
+    known, trusted = identify(model.model), model.trust_remote_code
+    theirs, stored = load_tokenizer(model.model, trust_remote_code=trusted)
+    name, own = known["model"].removesuffix(".gguf"), fronts.by_another(theirs, ours, windows)
+    return fronts.Subject(name, model.model, Plan(), own, known["revision"], stored, trust_remote_code=trusted)
 
 
 @command(example="notall tasks arc")

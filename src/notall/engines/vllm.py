@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
+from ..integrity import MANIFEST
 from . import Engine, Timing, Tokens, regrouped_base, resident_bytes
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class VLLM(Engine):
         for file in plain.iterdir():
             if file.suffix == ".safetensors":
                 save_file(_packed(load_file(file)), out / file.name, {"format": "pt"})
-            elif not file.name.endswith(".index.json"):
+            elif not file.name.endswith((".index.json", MANIFEST)):  # other weights and settings are listed there
                 shutil.copy(file, out / file.name)
         (out / "config.json").write_text(json.dumps(config | {"quantization_config": EIGHT_BITS}, indent=2))
 

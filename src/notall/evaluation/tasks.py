@@ -140,10 +140,8 @@ class TaskShelf:
         return tasks if isinstance(tasks, TaskShelf) else cls(tasks)
 
     def names(self, wanted: Sequence[str]) -> list[str]:
-        """`wanted` with `openllm` spelled out, each name once, and its local_ one where a folder has that.
-
-        Raises `UsageError` for a name that the harness does not know.
-        """
+        """`wanted` with `openllm` spelled out, each name once, and its local_ one where a folder has that. Raises
+        `UsageError` for a name that the harness does not know."""
         found: list[str] = []
         known = self.manager.task_index
         groups = {"openllm": tuple(one.task for one in OPENLLM), **GROUPS}

@@ -249,6 +249,7 @@ class Subject:
     plan: Plan
     windows: Windows
     about: str = ""  # what else fixes it, as another model's revision
+    stored: str | None = None  # how its own weights are quantised
     revision: str | None = None  # that was asked for
     trust_remote_code: bool = False
 
@@ -274,7 +275,7 @@ class Variant:
         return dict(zip(NAMED, self.key))
 
     def __str__(self) -> str:
-        return f"{file_name(self.subject.name)}{'-repaired' if self.key[1] else ''}-{self.type}"
+        return f"{file_name(self.subject.name)}{'-repaired' if self.key[1] else ''}-{file_name(self.type)}"
 
 
 def check_workload(workload: Workload) -> None:
@@ -304,7 +305,7 @@ def measure_pareto(
     names = [(subject.name, subject.plan.state) for subject in subjects]
     if twice := next((name for name, state in names if names.count((name, state)) > 1), None):
         raise UsageError(f"two of the models are called {twice}: rename the file or folder of one")
-    variants = [Variant(subject, kind) for subject in subjects for kind in types]
+    variants = [Variant(one, kind) for one in subjects for kind in ((one.stored,) if one.stored else types)]
     with working_in(out, "pareto"):
         return _Run(engine, variants, workload, out, provenance, progress).records()
 
@@ -389,12 +390,12 @@ class _Run:
         if checkpoint.is_dir():
             shutil.rmtree(checkpoint)
         checkpoint.unlink(missing_ok=True)
-        if variant.type == self.engine.plain:
-            of = variant.subject
+        of = variant.subject
+        if variant.type in (self.engine.plain, of.stored):
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
-            write_plain(self.engine, of.spec, of.plan, checkpoint, **loading)
+            write_plain(self.engine, of.spec, of.plan, checkpoint, of.stored, **loading)
             return checkpoint
-        plain = self._written(Variant(variant.subject, self.engine.plain))
+        plain = self._written(Variant(of, self.engine.plain))
         with beside(checkpoint) as partial_one:
             worker.call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
             partial_one.rename(checkpoint)
@@ -461,14 +462,18 @@ class _Run:
         return [self.times[key] for key in keys]
 
 
-def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
-    """Write the model without what the plan skips, with its weights, plain, as the engine reads it; whole or not."""
+def write_plain(
+    engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, stored: str | None = None, **loading: Any
+) -> None:
+    """Write the model without what the plan skips, plain or as it is `stored`, as the engine reads it; whole or not."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with beside(checkpoint) as scratch:
         scratch.mkdir()
         source = engine.source(spec, scratch)
-        if plan or source == spec:
-            dtype = engine.dtype if engine.plain == engine.dtype else None
+        if stored and Path(source).is_dir():
+            source = shutil.copytree(source, scratch / "copy")
+        elif plan or source == spec:
+            dtype = engine.dtype if engine.plain == engine.dtype and not stored else None
             folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, verify=False, **loading)
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
         Path(source).rename(checkpoint)
@@ -520,10 +525,8 @@ class ParetoPlans(SpaceOptions):
     repair: str = option(REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")
 
     def given(self) -> dict[str, Plan]:
-        """The plans of the files, by the names of these.
-
-        Raises `UsageError` where two have the same, and for a repair that there is none of, or that no plan can keep.
-        """
+        """The plans of the files, by the names of these. Raises `UsageError` where two have the same, and for a repair
+        that there is none of, or that no plan can keep."""
         if self.repair != NONE:
             check_method(self.repair)
         given = {path.stem: read_plan(path) for path in self.plan}

@@ -70,6 +70,16 @@ def load(
         return _load_export(spec, own_export(spec, settings), revision, how)
 
 
+def load_tokenizer(spec: str, *, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """A model's tokenizer, and how its weights are quantised, which transformers need not be able to run."""
+    with explained(spec), quiet():
+        settings, source = _settings_of_export(spec, None), model_source(spec, None)
+        own = own_export(spec, settings).config if settings else None
+        told = quantisation_of(config := own or load_config(spec, trust_remote_code=trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **_options(source, None, trust_remote_code))
+        return tokenizer, quantisation_name(told) if told else None
+
+
 def load_empty(
     spec: str | Path, dtype: torch.dtype | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
