@@ -38,7 +38,7 @@ SCHEMES = {
 def quantise(folder: Path, scheme: str, asked: argparse.Namespace, out: Path) -> None:
     trusted = asked.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=trusted)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     (texts, _), each = texts_of(asked.data), asked.windows // 2
     batches = (token_batches(tokenizer, text, sequences=each, length=LENGTH, batch_size=each) for text in texts)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for both in batches for row in both[0]]
