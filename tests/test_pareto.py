@@ -503,7 +503,7 @@ def test_what_is_quantised_already_is_measured_as_it_is_stored(asked, monkeypatc
     assert [kind for model, kind in found if model == "four"] == ["gptq 4-bit"]
     assert found["four", "gptq 4-bit"].delta_nll == pytest.approx(0.3)
     assert stored == [None, None, "gptq 4-bit"]
-    assert ("quantise", "four-small") not in asked
+    assert [question for question, _ in asked].count("quantise") == 2  # of the others
 
 
 def test_other_tokens_are_compared_by_bits_per_byte(asked, tmp_path):
