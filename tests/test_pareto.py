@@ -367,7 +367,7 @@ class Asked(list):
         return {"prefill_ms": 2.0 * decode, "decode_ms_per_token": decode * slower, "memory_bytes": 7}
 
 
-def write_text(engine, spec, plan, checkpoint, stored=None, **loading):
+def write_text(engine, spec, plan, checkpoint, stored=False, **loading):
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text("x" * (100 - len(plan)))
 
@@ -502,7 +502,7 @@ def test_what_is_quantised_already_is_measured_as_it_is_stored(asked, monkeypatc
     found = measured(tmp_path, Subject("four", "n", Plan(), OWN, stored="gptq 4-bit"))
     assert [kind for model, kind in found if model == "four"] == ["gptq 4-bit"]
     assert found["four", "gptq 4-bit"].delta_nll == pytest.approx(0.3)
-    assert stored == [None, None, "gptq 4-bit"]
+    assert stored == [False, False, True]
     assert [question for question, _ in asked].count("quantise") == 2  # of the others
 
 

@@ -70,7 +70,9 @@ def by_count(space: Space, count: float) -> Budget:
 
 def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amount: float) -> Budget:
     """A budget: save this many parameters, bytes of weights or bytes of KV cache a token; below 1, that share of them.
-    Raises `UsageError` for another resource, and for more than there is to save."""
+
+    Raises `UsageError` for another resource, and for more than there is to save.
+    """
     if resource not in (known := get_args(Resource)):
         near = nearest(resource, known)
         raise UsageError(f"cannot save {shortened(repr(resource))}{near}: give one of {', '.join(known)}")

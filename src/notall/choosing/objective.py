@@ -177,8 +177,10 @@ def answers(
     weight: float = 1.0,
     new_tokens: int = 48,
 ) -> Objective:
-    """KL(dense || skipped), the mean over the tokens of the original model's own greedy answers, by prompt. Raises
-    `UsageError` for a prompt without tokens, and for more tokens than the model has positions."""
+    """KL(dense || skipped), the mean over the tokens of the original model's own greedy answers, by prompt.
+
+    Raises `UsageError` for a prompt without tokens, and for more tokens than the model has positions.
+    """
     said = []
     for prompt in prompts:
         ids = prompt_tokens(tokenizer, prompt)

@@ -140,8 +140,7 @@ class TaskShelf:
         return tasks if isinstance(tasks, TaskShelf) else cls(tasks)
 
     def names(self, wanted: Sequence[str]) -> list[str]:
-        """`wanted` with `openllm` spelled out, each name once, and its local_ one where a folder has that. Raises
-        `UsageError` for a name that the harness does not know."""
+        """Each of `wanted` once, `openllm` spelled out, a local_ one first. Raises `UsageError` for an unknown name."""
         found: list[str] = []
         known = self.manager.task_index
         groups = {"openllm": tuple(one.task for one in OPENLLM), **GROUPS}

@@ -532,8 +532,7 @@ def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
 
 
 def joined(folders: Sequence[Folder]) -> Folder:
-    """The comparisons of several folders as one, without what each pairs with the best of its own. Raises `UsageError`
-    where a folder holds none, or of another model, text or number of windows."""
+    """Several folders as one comparison, unpaired. Raises `UsageError` for none, or another model, text or windows."""
     records: list[ComparisonRecord] = []
     for folder in folders:
         if not (held := folder.of(ComparisonRecord)) or folder.provenance.command[:2] != COMMAND:

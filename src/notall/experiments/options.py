@@ -324,8 +324,10 @@ class TaskOptions:
     task_batch_size: str = option("auto", "requests to run at a time: a number, or auto")
 
     def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
-        """The tasks that there are; limits may be of what is run `also`, and the data of `objectives` is read. Raises
-        `UsageError` for names and numbers that are none, and where the harness is wanted and not installed."""
+        """The tasks that there are; limits may be of what is run `also`, and the data of `objectives` is read.
+
+        Raises `UsageError` for names and numbers that are none, and where the harness is wanted and not installed.
+        """
         word, wanted = self.task_batch_size, words_of(self.tasks)
         if word != "auto" and not re.fullmatch("[0-9]{1,9}", word):
             raise UsageError(f"--task-batch-size {shortened(word)} is neither a number nor auto; give one of them")

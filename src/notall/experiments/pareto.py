@@ -393,7 +393,7 @@ class _Run:
         of = variant.subject
         if variant.type in (self.engine.plain, of.stored):
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
-            write_plain(self.engine, of.spec, of.plan, checkpoint, of.stored, **loading)
+            write_plain(self.engine, of.spec, of.plan, checkpoint, bool(of.stored), **loading)
             return checkpoint
         plain = self._written(Variant(of, self.engine.plain))
         with beside(checkpoint) as partial_one:
@@ -462,12 +462,10 @@ class _Run:
         return [self.times[key] for key in keys]
 
 
-def write_plain(
-    engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, stored: str | None = None, **loading: Any
-) -> None:
+def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored: bool = False, **loading: Any) -> None:
     """Write the model without what the plan skips, plain or as it is `stored`, as the engine reads it; whole or not."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with beside(checkpoint) as scratch:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with beside(out) as scratch:
         scratch.mkdir()
         source = engine.source(spec, scratch)
         if stored and Path(source).is_dir():
@@ -476,7 +474,7 @@ def write_plain(
             dtype = engine.dtype if engine.plain == engine.dtype and not stored else None
             folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, verify=False, **loading)
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
-        Path(source).rename(checkpoint)
+        Path(source).rename(out)
 
 
 @dataclass(frozen=True)
@@ -525,8 +523,7 @@ class ParetoPlans(SpaceOptions):
     repair: str = option(REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")
 
     def given(self) -> dict[str, Plan]:
-        """The plans of the files, by the names of these. Raises `UsageError` where two have the same, and for a repair
-        that there is none of, or that no plan can keep."""
+        """Plans by the names of their files. Raises `UsageError` for two of one name, and for a repair that is none."""
         if self.repair != NONE:
             check_method(self.repair)
         given = {path.stem: read_plan(path) for path in self.plan}

@@ -58,8 +58,7 @@ COLUMNS: tuple[Column[Remade], ...] = tuple(
 def reproduce(
     folder: Path, rows: Sequence[str], swaps: Sequence[str], out: Path, run: Callable[[list[str]], object]
 ) -> list[Remade]:
-    """Let `run` make the records of `folder`, or of these rows, again in `out`, and compare them. Raises `UsageError`
-    where that cannot be tried, or a text, a model, a plan or a function is not as it was."""
+    """Make `folder`, or these rows, again in `out` by `run`, and compare. Raises `UsageError` if its inputs changed."""
     if out.resolve() == folder.resolve():
         raise UsageError(f"{out} is what is to be made again: choose another folder (--out)")
     if wrong := [swap for swap in swaps if "=" not in swap]:
