@@ -104,7 +104,7 @@ NAMES = {
     "choosing.space": ["Space", "names_in", "plan_of as space_plan_of"],
     "cli": ["DROPPED", "drop_chatter"],
     "cli.app": ["COMMANDS", "MISSED", "app", "conclude"],
-    "engines": ["ENGINES", "Engine", "Timing as engine_Timing", "engine_named", "weight_bytes"],
+    "engines": ["ENGINES", "Engine", "Timing as engine_Timing", "engine_named", "medians", "weight_bytes"],
     "engines.llamacpp": ["LlamaCpp"],
     "engines.transformers": ["Transformers"],
     "engines.vllm": ["EIGHT_BITS", "VLLM"],

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 import engines
-from api import ENGINES, TARGETS, EngineFailed, LlamaCpp, Transformers, call, engine_named, engines_worker, target_named
+from api import (
+    ENGINES,
+    TARGETS,
+    EngineFailed,
+    LlamaCpp,
+    Transformers,
+    call,
+    engine_named,
+    engines_worker,
+    medians,
+    target_named,
+)
 from families import family
 from notall import Plan, UsageError, export
 from tiny_gguf import WORDS, write_gguf
@@ -114,6 +125,14 @@ def test_an_engine_of_others_is_named_in_place(tmp_path, monkeypatch):
     assert (tmp_path / "packed").read_text() == "int8"
     with pytest.raises(UsageError, match=r"my_engine:Path is no engine: give a subclass of notall\.engines\.Engine"):
         engine_named("my_engine:Path")
+
+
+def test_times_are_medians_after_one_to_warm_up():
+    taken = iter([(900.0, 90.0), (3.0, 7.0), (1.0, 8.0), (2.0, 900.0)])
+    timing = medians(lambda: next(taken), 0)
+    assert (timing.prefill_ms, timing.decode_ms_per_token) == (2.0, 8.0)
+    assert next(taken, None) is None
+    assert timing.memory_bytes > 2**20  # all of this process
 
 
 def test_what_an_engine_of_others_lacks_is_named(tmp_path, monkeypatch):

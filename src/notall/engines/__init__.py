@@ -1,11 +1,12 @@
 """Engines that run models: each scores, times and quantises its checkpoints, in a process of its own (see `worker`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import ClassVar
 
 import psutil
@@ -83,7 +84,7 @@ class Engine(ABC):
 
     @abstractmethod
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
-        """Prefill the prompt and decode `new` tokens, once to warm up and then for the clock."""
+        """Prefill the prompt and decode `new` tokens, once to warm up and then for the clock: see `medians`."""
 
     def runs_code(self, checkpoint: Path) -> bool:
         """Whether it runs the modeling file of that checkpoint."""
@@ -123,6 +124,13 @@ def weight_bytes(checkpoint: Path) -> int:
     if checkpoint.is_file():
         return checkpoint.stat().st_size
     return sum(file.stat().st_size for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".bin", ".pt"))
+
+
+def medians(once: Callable[[], tuple[float, float]], before: int) -> Timing:
+    """Of three calls after one to warm up: (prefill ms, decode ms a token) each; `before` is the process in bytes."""
+    once()
+    prefill, decode = zip(*(once() for _ in range(3)), strict=True)
+    return Timing(median(prefill), median(decode), resident_bytes() - before)
 
 
 def resident_bytes() -> int:

@@ -20,7 +20,7 @@ from ..errors import UnknownArchitecture, UsageError, shortened
 from ..files import expanded
 from ..models.gguf_file import Field, GGUFTensor, read_gguf, write_gguf
 from ..models.names import hub_id, named_gguf
-from . import Engine, Timing, Tokens, resident_bytes
+from . import Engine, Timing, Tokens, medians, resident_bytes
 from .worker import EngineFailed, call
 
 Values = np.ndarray[Any, Any]
@@ -94,9 +94,12 @@ class LlamaCpp(Engine):
         before = resident_bytes()
         server = self._server(checkpoint, len(prompt) + new + 1, 1)
         request = {"prompt": list(prompt), "max_tokens": 1 + new, "temperature": 0, "ignore_eos": True}
-        for _ in range(2):  # the first one to warm up
-            timings = _complete(server, request | {"cache_prompt": False})["timings"]
-        return Timing(timings["prompt_ms"], timings["predicted_per_token_ms"], resident_bytes() - before)
+
+        def once() -> tuple[float, float]:
+            took = _complete(server, request | {"cache_prompt": False})["timings"]
+            return took["prompt_ms"], took["predicted_per_token_ms"]
+
+        return medians(once, before)
 
     def likeliest(self, checkpoint: Path, prompts: Sequence[Tokens]) -> list[list[tuple[int, float]]]:
         """The most likely tokens after each prompt, with their log-probabilities in nats."""

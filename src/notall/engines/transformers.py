@@ -1,12 +1,13 @@
 """transformers, plain or with torchao's weight-only types."""
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
-from . import Engine, Timing, Tokens, regrouped_base, resident_bytes
+from . import Engine, Timing, Tokens, medians, regrouped_base, resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,10 +60,7 @@ class Transformers(Engine):
 
         before = resident_bytes()
         model = self._load(checkpoint)
-        ids = torch.tensor([list(prompt)])
-        for _ in range(2):  # the first one to warm up
-            prefill_ms, decode_ms = time_once(model, ids, new)
-        return Timing(prefill_ms, decode_ms, resident_bytes() - before)
+        return medians(partial(time_once, model, torch.tensor([list(prompt)]), new), before)
 
     def _load(self, checkpoint: Path, **more: Any) -> "PreTrainedModel":
         """By classes of transformers and of notall: no modeling file of the folder is run."""

@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
 from ..integrity import MANIFEST
-from . import Engine, Timing, Tokens, regrouped_base, resident_bytes
+from . import Engine, Timing, Tokens, medians, regrouped_base, resident_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,13 +71,12 @@ class VLLM(Engine):
 
         before = resident_bytes()
         llm = self._load(checkpoint, len(prompt) + 1 + new)
-        for _ in range(2):  # the first one to warm up
-            start = time.perf_counter()
-            self._generate(llm, prompt, 1)
-            between = time.perf_counter()
-            self._generate(llm, prompt, 1 + new)
-            first, whole = 1e3 * (between - start), 1e3 * (time.perf_counter() - between)
-        return Timing(first, (whole - first) / new, resident_bytes() - before)
+
+        def once() -> tuple[float, float]:
+            first, whole = (1e3 * timeit(partial(self._generate, llm, prompt, some), number=1) for some in (1, 1 + new))
+            return first, (whole - first) / new
+
+        return medians(once, before)
 
     def _generate(self, llm: Any, prompt: Tokens, new: int, **more: Any) -> Any:
         from vllm import SamplingParams

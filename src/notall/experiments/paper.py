@@ -224,8 +224,7 @@ ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
 
 def heading_of(task: str) -> str:
     """What the leaderboard calls a task, or else the harness; local_ is of one that stands in for the harness's."""
-    name = task.removeprefix("local_")
-    return HEADINGS.get(name, name)
+    return HEADINGS.get(name := task.removeprefix("local_"), name)
 
 
 class Scoreboard:

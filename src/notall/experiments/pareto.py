@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from operator import sub
 from pathlib import Path
 from statistics import fmean, median
@@ -411,8 +411,7 @@ class _Run:
             self._trying(variant, partial(self._time, variant, number))
 
     def _time(self, variant: Variant, number: int) -> None:
-        windows = variant.subject.windows.tokens
-        prompt = list(islice(cycle([token for row in windows for token in row]), self.workload.prompt_tokens))
+        prompt = list(islice(cycle(chain.from_iterable(variant.subject.windows.tokens)), self.workload.prompt_tokens))
         new = self.workload.generation_tokens
         taken = worker.call(self.engine, "time", checkpoint=self._written(variant), prompt=prompt, new=new)
         taken["memory_bytes"] = max(taken["memory_bytes"], 0)
@@ -458,8 +457,7 @@ class _Run:
         return timing(alike).beside(timing([self.dense] * len(alike)))
 
     def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
-        keys = ((*variant.key, number) for number in range(self.workload.rounds))
-        return [self.times[key] for key in keys]
+        return [self.times[(*variant.key, number)] for number in range(self.workload.rounds)]
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored: bool = False, **loading: Any) -> None:

@@ -62,8 +62,7 @@ def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, 
         for _ in range(new):
             output = model(input_ids=token, use_cache=True, **{name: output[name]}, **last_only)
             token = output.logits[:, -1:].argmax(-1)
-        decoded = _now(devices)
-    return 1e3 * (prefilled - start), 1e3 * (decoded - prefilled) / new
+        return 1e3 * (prefilled - start), 1e3 * (_now(devices) - prefilled) / new
 
 
 def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
