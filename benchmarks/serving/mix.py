@@ -30,12 +30,12 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notall import Plan, RepairedPlan, Space, choose_plan, evaluate, heal, load, locate, repair
+from notall import Plan, RepairedPlan, choose_plan, evaluate, heal, load, repair
 from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.tasks import Limits, TaskShelf
-from notall.experiments.options import TextOptions, read_plan
+from notall.experiments.options import TextOptions, read_plan, space_of
 from notall.experiments.search import WITH_RETRIEVAL
 from notall.measuring.speed import machine, time_plans
 from notall.models.names import USE
@@ -138,7 +138,7 @@ def chosen(
     if path.is_file():
         return Plan.load(path)
     kind, _, count = wanted.partition(":")
-    space = Space(locate(model), kind)
+    space = space_of(model, kind)
     goal = build_objective(WITH_RETRIEVAL if USE in text.split("+") else "kl", model, tokenizer, windows)
     found = choose_plan(model, "search", space, by_count(space, int(count)), windows, goal)
     tokens = sum(batch.inputs["input_ids"].numel() for batch in goal.batches)

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import typer
@@ -60,7 +60,11 @@ def main() -> None:
 @cache
 def drop_chatter() -> None:
     for name, words in DROPPED.items():
-        logging.getLogger(name).addFilter(lambda line, words=words: not any(one in line.getMessage() for one in words))
+        logging.getLogger(name).addFilter(partial(_is_news, words))
+
+
+def _is_news(words: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in words)
 
 
 def _told(error: Any) -> str:

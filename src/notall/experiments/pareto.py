@@ -457,7 +457,8 @@ class _Run:
         return timing(alike).beside(timing([self.dense] * len(alike)))
 
     def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
-        return [self.times[(*variant.key, number)] for number in range(self.workload.rounds)]
+        keys = ((*variant.key, number) for number in range(self.workload.rounds))
+        return [self.times[key] for key in keys]
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored: bool = False, **loading: Any) -> None:

@@ -138,8 +138,7 @@ class GGUFExport(Export):
         except UnknownArchitecture as reason:
             return NotVerified(str(reason))
         unit = f"nats on average, where the original file is off by {dense:.2g}"
-        by = f"llama.cpp (xllamacpp {llama.version})"
-        return Verified(by, off, max(TIMES_DENSE * dense, NATS), unit).checked()
+        return Verified(f"llama.cpp (xllamacpp {llama.version})", off, max(TIMES_DENSE * dense, NATS), unit).checked()
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
@@ -150,8 +149,7 @@ def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
         block = source.block(attention)
         parallel = source.architecture in ("arctic", "gptneox") and source.setting("use_parallel_residual", True)
         has_norm = any(name.startswith(("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")) for name in block)
-        alike = source.mlp(attention).keys() == source.mlp(mlp).keys()
-        return has_norm and alike and not parallel
+        return has_norm and source.mlp(attention).keys() == source.mlp(mlp).keys() and not parallel
 
     _check(source, plan)
     layers = regroup([_kinds(source, index) for index in range(source.depth)], plan, fits)

@@ -194,8 +194,7 @@ class TokenScorer:
         about = wanted if alike is None else alike
         assert about is not None, "give targets, the original model's distributions, or both"
         sums = self._sums(states, about, likeliest)
-        kl = None if alike is None else sums.log_sums + (sums.about - alike)
-        return _scores(sums, wanted, kl, likeliest)
+        return _scores(sums, wanted, None if alike is None else sums.log_sums + (sums.about - alike), likeliest)
 
     @torch.no_grad()
     def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:

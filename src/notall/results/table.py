@@ -266,8 +266,7 @@ def as_latex(table: Table, *, caption: str, label: str) -> str:
 
 def escaped(text: str) -> str:
     """Text with LaTeX's own signs escaped, and those of numbers set as mathematics."""
-    signs = "".join(SIGNS.get(sign, sign) for sign in text)
-    return MINUS.sub("$-$", POWER.sub(r"$\1\\times10^{\2}$", signs))
+    return MINUS.sub("$-$", POWER.sub(r"$\1\\times10^{\2}$", "".join(SIGNS.get(sign, sign) for sign in text)))
 
 
 def _line(cells: Sequence[str]) -> str:
