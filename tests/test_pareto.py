@@ -637,6 +637,13 @@ def test_what_the_command_refuses(dense, words, said, run, monkeypatch, tmp_path
     assert len(err.strip().splitlines()) == 1
 
 
+def test_plans_are_called_as_their_files_and_published_ones_by_their_whole_names(tmp_path):
+    LESS.save(tmp_path / "less 1.5x.json")
+    names = [f"qwen2.5-coder-1.5b-block-{count}-by-mix" for count in (1, 2)]
+    files = [*(Path(f"published:{name}") for name in names), tmp_path / "less 1.5x.json"]
+    assert [*pareto.ParetoPlans(plan=tuple(files)).given()] == [*names, "less 1.5x"]
+
+
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/less-plain"])
 def test_a_link_among_the_checkpoints_is_not_followed(asked, linked, tmp_path):
     measured(tmp_path / "out", rounds=1)

@@ -525,7 +525,7 @@ class ParetoPlans(SpaceOptions):
         """Plans by the names of their files. Raises `UsageError` for two of one name, and for a repair that is none."""
         if self.repair != NONE:
             check_method(self.repair)
-        given = {path.stem: read_plan(path) for path in self.plan}
+        given = {path.name.removeprefix("published:").removesuffix(".json"): read_plan(path) for path in self.plan}
         if len(given) < len(self.plan):
             raise UsageError("two of the plans have the same name: rename one")
         return given
