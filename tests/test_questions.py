@@ -48,16 +48,21 @@ def test_questions_of_a_file_are_asked_without_examples(tmp_path):
 
 
 def answers(plan, right, tokens):
-    return [questions.Answer(plan=plan, task="gsm8k", number=n, right=r, tokens=t, text="")
+    return [questions.Answer(plan=plan, task="gsm8k", number=n, right=r, tokens=t, text=f"It is {n}.")
             for n, (r, t) in enumerate(zip(right, tokens))]  # fmt: skip
 
 
 def test_what_is_kept_is_paired_by_question():
     theirs = answers("nothing", [True, True, False, True], [10, 20, 30, 40])
-    found = questions.kept("less", Plan([1]), answers("less", [True, False, False, True], [12, 22, 33, 44]), theirs)
+    asked = [questions.Question("", 1, bool, number) for number in "0193"]
+    ours = answers("less", [True, False, False, True], [12, 22, 33, 44])
+    found = questions.kept("less", Plan([1]), asked, ours, theirs)
     assert (found.right, found.of, found.recovery.share) == (2, 4, pytest.approx(2 / 3))
     assert (found.tokens, found.tokens_more) == (27.75, 2.75)
-    assert questions.kept("nothing", Plan(), theirs, theirs).tokens_more_se == 0
+    assert found.by_last_number == 3  # 0, 1 and 3 are what was asked for, whatever `right` says
+    words = [questions.Question("", 1, bool, None), *asked[1:]]
+    assert questions.kept("less", Plan([1]), words, ours, theirs).by_last_number is None
+    assert questions.kept("nothing", Plan(), asked, theirs, theirs).tokens_more_se == 0
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class Question:
     prompt: str
     most: int  # tokens of an answer
     is_right: Callable[[str], bool]
+    number: str | None  # that answers it, if one does
 
 
 class Answer(Fact):
@@ -76,6 +77,7 @@ class Kept(Fact):
     skipped: str
     task: str
     right: Count
+    by_last_number: Count | None = None  # whatever the form of an answer, where a number is asked for
     of: Count
     recovery: Recovery | None
     tokens: Amount
@@ -88,6 +90,7 @@ COLUMNS: tuple[Column[Kept], ...] = (
     words("without", lambda one: one.skipped),
     words("task", lambda one: one.task),
     number("right", lambda one: one.right, "d"),
+    number("by their last number", lambda one: one.by_last_number, "d"),
     number("of", lambda one: one.of, "d"),
     with_interval("recovery", lambda one: one.recovery.interval if one.recovery else None),
     words("0.95", lambda one: one.recovery.is_kept() if one.recovery else ""),
@@ -110,11 +113,17 @@ def questions(task: str, data: Path, count: int, tokenizer: PreTrainedTokenizerB
         file = data / "gsm8k/test.jsonl"
         content = read_file(file, "GSM8K's test questions")
         both = zip(fields(file, content, "question"), fields(file, content, "answer"))
-        found = [Question(ask, MOST, partial(ends_with, said.rpartition("####")[2].strip())) for ask, said in both]
+        pairs = [(ask, said.rpartition("####")[2].strip()) for ask, said in both]
+        found = [Question(ask, MOST, partial(ends_with, number), number) for ask, number in pairs]
     else:
         check = made(task, count)
-        found = [Question(doc["prompt"], doc["tokens"], partial(verified, check, doc)) for doc in check.docs]
-    return [Question(as_asked(tokenizer, one.prompt), one.most, one.is_right) for one in found[:count]]
+        answers = [str(doc["answer"]) for doc in check.docs]
+        numbers = [one if NUMBER.fullmatch(one) else None for one in answers]
+        found = [
+            Question(doc["prompt"], doc["tokens"], partial(verified, check, doc), one)
+            for doc, one in zip(check.docs, numbers)
+        ]
+    return [replace(one, prompt=as_asked(tokenizer, one.prompt)) for one in found[:count]]
 
 
 def verified(check: MadeTask, doc: Doc, text: str) -> bool:
@@ -145,14 +154,17 @@ def answers_of(
             yield Answer(plan=name, task=task, number=number, right=right, tokens=tokens, text=text)
 
 
-def kept(name: str, plan: Plan, ours: Sequence[Answer], theirs: Sequence[Answer]) -> Kept:
+def kept(name: str, plan: Plan, asked: Sequence[Question], ours: Sequence[Answer], theirs: Sequence[Answer]) -> Kept:
     right, base = ([float(one.right) for one in answers] for answers in (ours, theirs))
+    numbers = [one.number for one in asked]
+    last = [ends_with(number, one.text) for number, one in zip(numbers, ours) if number is not None]
     more, more_se = mean_and_error([one.tokens - other.tokens for one, other in zip(ours, theirs)])
     return Kept(
         plan=name,
         skipped=str(plan),
         task=ours[0].task,
         right=int(sum(right)),
+        by_last_number=sum(last) if None not in numbers else None,
         of=len(ours),
         recovery=Recovery.of(recovery_interval(right, base), len(ours)),
         tokens=fmean(one.tokens for one in ours),
@@ -194,7 +206,8 @@ def main() -> None:
     for wanted in asked.tasks:
         keys = [key for key in every if key[0] == wanted]
         of = {name: [found[name][key] for key in keys] for name in plans}
-        rows += [kept(name, plan, of[name], of[ORIGINAL]) for name, plan in plans.items()]
+        those = [every[key] for key in keys]
+        rows += [kept(name, plan, those, of[name], of[ORIGINAL]) for name, plan in plans.items()]
     spelled = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     about: Settings = {"command": shlex.join(["python", "benchmarks/serving/questions.py", *spelled])}
     about |= {"date": f"{date.today()}", "machine": machine("cpu"), "model": asked.model.name, "together": TOGETHER,
