@@ -59,8 +59,7 @@ class Transformers(Engine):
         from ..measuring.speed import time_once
 
         before = resident_bytes()
-        model = self._load(checkpoint)
-        return medians(partial(time_once, model, torch.tensor([list(prompt)]), new), before)
+        return medians(partial(time_once, self._load(checkpoint), torch.tensor([list(prompt)]), new), before)
 
     def _load(self, checkpoint: Path, **more: Any) -> "PreTrainedModel":
         """By classes of transformers and of notall: no modeling file of the folder is run."""

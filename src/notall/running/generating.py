@@ -74,8 +74,9 @@ def continue_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, prompts: Sequence[str], new_tokens: int
 ) -> list[str]:
     """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
+    encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     with skip(model, plan), _settings_explained():
-        said = greedy_each(model, [prompt_tokens(tokenizer, prompt) for prompt in prompts], new_tokens)
+        said = greedy_each(model, encoded, new_tokens)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
 
 
