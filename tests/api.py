@@ -235,7 +235,7 @@ NAMES = {
     "models.loading": ["build_empty", "dtype_name", "load_config"],
     "models.mix": ["text_of"],
     "models.prompts": ["prompts"],
-    "models.retrieval": ["FITTED", "UNSEEN", "episode"],
+    "models.retrieval": ["CONTEXTS", "FITTED", "UNSEEN", "episode"],
     "models.texts": ["Text", "read_prompts", "read_text", "token_batches"],
     "options": ["Workload", "Workload as options_Workload"],
     "plan": ["PUBLISHED", "Plan", "in_ranges"],

@@ -12,6 +12,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
 from api import (
+    CONTEXTS,
     FITTED,
     UNSEEN,
     PlanScore,
@@ -62,7 +63,7 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
     assert len(judging) > 300
     assert not set(FITTED) & set(UNSEEN)
     assert {doc["prompt"] for name in ("answers", "written") for doc in checks.made(name, 64).docs} <= judging
-    judged = [doc["answer"] for tokens in checks.CONTEXTS for doc in checks.made(f"passkey_{tokens}", 32).docs]
+    judged = [doc["answer"] for tokens in CONTEXTS for doc in checks.made(f"passkey_{tokens}", 32).docs]
     fitted_keys = re.findall(r'The pass key is "(\d+)', mix.episodes("It rains. It snows."))
     assert len(fitted_keys) >= 40
     assert len(set(judged)) > 90

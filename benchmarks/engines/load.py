@@ -1,4 +1,4 @@
-"""The original and an export on vLLM's OpenAI server, with many requests at once: does it hold, and how fast is it?
+"""The original and an export on vLLM's OpenAI server, with many requests at once: does it hold? `served.py` times it.
 
 Each server in turn gets `--requests` requests, `--at-once` of them at a time: completions, chats and streams, all of
 `--new` tokens. Among them come requests that are malformed, which must be refused and harm nobody, and clients that
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,18 +44,13 @@ class Answer:
     status: int
     form: str
     tokens: int
-    ms: float
 
 
 @dataclass
 class Held:
-    """What a server did under load. Times are of whole requests, in milliseconds; shares of blocks from 0 to 1."""
+    """What a server did under load. Shares of blocks are from 0 to 1."""
 
     requests: int
-    median_ms: float
-    p95_ms: float
-    requests_per_s: float
-    tokens_per_s: float
     most_used: float
     used_after: float
     refused: int
@@ -69,7 +63,6 @@ def bear(address: str, requests: int, at_once: int, new: int) -> Held:
     """Put a server under load, and tell what it did and what of that is wrong."""
     bad = malformed(new)
     with ThreadPoolExecutor(at_once) as clients:
-        start = time.perf_counter()
         good: list[Future[Answer]] = []
         refused: list[Future[int]] = []
         hung_up: list[Future[None]] = []
@@ -83,19 +76,12 @@ def bear(address: str, requests: int, at_once: int, new: int) -> Held:
         while not all(one.done() for some in (good, refused, hung_up) for one in some):
             most_used = max(most_used, metric(address, USED))
             time.sleep(0.02)
-        seconds = time.perf_counter() - start
     answers, statuses = [one.result() for one in good], [one.result() for one in refused]
     for one in hung_up:
         one.result()
     used_after = given_back(address)
-    times = [answer.ms for answer in answers]
-    tokens = sum(answer.tokens for answer in answers)
     held = Held(
         requests=requests,
-        median_ms=statistics.median(times),
-        p95_ms=statistics.quantiles(times, n=20, method="inclusive")[-1],
-        requests_per_s=requests / seconds,
-        tokens_per_s=tokens / seconds,
         most_used=most_used,
         used_after=used_after,
         refused=len(statuses),
@@ -125,7 +111,6 @@ def faults_of(held: Held, answers: list[Answer], statuses: list[int], tokens: in
 def ask(address: str, kind: str, number: int, new: int) -> Answer:
     """One request of a kind, with a prompt of its own."""
     path, asked = request_of(kind, number, new)
-    start = time.perf_counter()
     try:
         with post(address, path, asked) as reply:
             if kind == "stream":
@@ -138,7 +123,7 @@ def ask(address: str, kind: str, number: int, new: int) -> Answer:
             status = reply.status
     except urllib.error.HTTPError as error:
         form, tokens, status = "", 0, error.code
-    return Answer(kind, status, form, tokens, 1e3 * (time.perf_counter() - start))
+    return Answer(kind, status, form, tokens)
 
 
 def request_of(kind: str, number: int, new: int) -> tuple[str, dict[str, Any]]:
@@ -266,17 +251,11 @@ def compared(found: dict[str, Held]) -> list[str]:
 
 
 def show(found: dict[str, Held]) -> None:
-    print("| model | median ms | p95 ms | requests/s | tokens/s | most blocks used | used after | refused | hung up |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| model | requests | most blocks used | used after | refused | hung up |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, held in found.items():
-        times = (
-            f"{held.median_ms:,.0f}",
-            f"{held.p95_ms:,.0f}",
-            f"{held.requests_per_s:.2f}",
-            f"{held.tokens_per_s:.0f}",
-        )
-        blocks = (f"{held.most_used:.1%}", f"{held.used_after:.1%}", str(held.refused), str(held.hung_up))
-        print(f"| {' | '.join((name, *times, *blocks))} |")
+        blocks = f"{held.most_used:.1%} | {held.used_after:.1%}"
+        print(f"| {name} | {held.requests} | {blocks} | {held.refused} | {held.hung_up} |")
 
 
 def main() -> None:

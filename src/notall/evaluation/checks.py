@@ -20,13 +20,12 @@ from ..digests import digest_of
 from ..errors import UsageError, nearest, need, shortened
 from ..files import read_json
 from ..models.prompts import prompts
-from ..models.retrieval import UNSEEN, Form, episode
+from ..models.retrieval import CONTEXTS, UNSEEN, Form, episode
 from ..models.texts import ANSWERS_TO, read_prompts
 from .scoring import common
 
 ITEMS = 64  # of a check, unless a limit says otherwise
 SEED, CHOOSING = 2_000_003, 1_000_003  # of what judges, and of what chooses; what is fitted to counts from 0
-CONTEXTS = (256, 512, 1024)  # tokens, about, of a passkey's texts
 LENGTH = 512  # of other retrieval
 ANSWERED = 128  # tokens of an own answer
 GYM = "gym_"  # before the name of a generator of reasoning-gym

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
 from ..measuring.token_scores import TokenScorer
+from ..models.retrieval import CONTEXTS, Episode, episode
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import Check, Recovery
@@ -21,8 +22,7 @@ from ..structure.model_structure import ModelStructure
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
+KEYS = 5  # of passkeys, a length
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
 NGRAM = 4
@@ -45,12 +45,12 @@ def run_diagnostics(
     """Of each of `plans` its checks, beside the original model: all, or some `parts` of them.
 
     `windows` are token ids, (1, tokens) each, the longer the better: they give NLL by position and calibration, their
-    beginnings the prompts to continue, their text the haystack of the passkey at `contexts` tokens. Raises
-    `UsageError` when a plan does not fit, and when windows or contexts are too short.
+    beginnings the prompts to continue. Passkeys are asked for at `contexts` tokens. Raises `UsageError` when a plan
+    does not fit, and where there is no window.
     """
     checks: dict[str, Callable[[], list[list[Check]]]] = {
         "long texts": lambda: check_texts(model, plans, windows),
-        "passkey": lambda: check_passkey(model, tokenizer, plans, windows, contexts, seed=seed),
+        "passkey": lambda: check_passkey(model, tokenizer, plans, contexts, seed=seed),
         "writing": lambda: check_writing(model, plans, windows, new_tokens),
     }
     found: list[list[Check]] = []
@@ -131,20 +131,15 @@ def check_passkey(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plans: Sequence[Plan],
-    windows: Sequence[Tensor],
     contexts: Sequence[int],
     *,
     seed: int = 0,
 ) -> list[list[Check]]:
-    """Whether greedy decoding repeats a number told far back in a text of about so many tokens.
-
-    Five keys a context length, at five depths. Source: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
-    """
-    draw = random.Random(seed)
-    hay = [token for window in windows for token in window[0].tolist()]
+    """Whether greedy decoding repeats a number told far back in texts of about so many tokens: five a length."""
     found: list[list[Check]] = []
     for context in contexts:
-        requests = [_passkey(tokenizer, hay, context, depth, draw) for depth in DEPTHS]
+        draw = random.Random(f"{seed} {context}")
+        requests = [_asked(tokenizer, episode("passkey", context, draw)) for _ in range(KEYS)]
         greedy: dict[int, Tensor] = {}
         for scores in Scorer(model).score([Plan(), *plans], requests):
             greedy |= dict(zip(scores.requests, scores.greedy.T))
@@ -153,23 +148,9 @@ def check_passkey(
     return found
 
 
-def _passkey(
-    tokenizer: PreTrainedTokenizerBase, hay: Sequence[int], context: int, depth: float, draw: random.Random
-) -> Request:
-    key = " " + "".join(str(draw.randrange(10)) for _ in range(5))
-    told = f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n"
-    needle, question, answer = (
-        list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in (told, "\n\nWhat is the pass key? The pass key is", key)
-    )
-    room = context - len(needle) - len(question) - len(answer)
-    if room < 1:
-        raise UsageError(f"a passkey does not fit into {context} tokens; give longer contexts")
-    start = draw.randrange(len(hay))
-    text = [hay[(start + place) % len(hay)] for place in range(room)]
-    cut = int(depth * room)
-    sequence = [*text[:cut], *needle, *text[cut:], *question, *answer]
-    return Request(tuple(sequence[:-1]), tuple(answer))
+def _asked(tokenizer: PreTrainedTokenizerBase, told: Episode) -> Request:
+    before, both = (list(tokenizer(text)["input_ids"]) for text in (told.text, told.text + told.answer))
+    return Request(tuple(both[:-1]), tuple(both[len(before) :]))
 
 
 def check_writing(

@@ -281,10 +281,10 @@ def diagnose(
     subject: Subject, rows: Sequence[Configured], windows: Sequence[Tensor], progress: Progress
 ) -> list[DiagnosticsRecord]:
     """One record a configuration and check; a part of the diagnostics is kept as soon as it is done."""
-    from ..evaluation.diagnostics import CONTEXTS, PARTS, run_diagnostics
+    from ..evaluation.diagnostics import KEYS, PARTS, run_diagnostics
 
     assert subject.tokenizer
-    size = {"windows": [len(windows), windows[0].numel()], "contexts": [*CONTEXTS]}
+    size = {"windows": [len(windows), windows[0].numel()], "passkeys": KEYS}
     about, plans = Provenance.of(subject.provenance, seed=subject.seed, **size), [row.plan for row in rows]
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, DiagnosticsRecord, about)

@@ -27,6 +27,7 @@ TARGETS = {
     "nemotron-nas": "notall.exporters.nemotron_nas:NemotronExport",
     "gguf": "notall.exporters.gguf:GGUFExport",
     "executorch": "notall.exporters.executorch:ExecuTorchExport",
+    "executorch-8da4w": "notall.exporters.executorch:Export8da4w",
 }
 SHARD_BYTES = 5_000_000_000
 UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in

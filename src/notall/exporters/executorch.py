@@ -50,6 +50,8 @@ EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 AROUND = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": "norm.weight", "lm_head.weight": HEAD}
 
 Rows = Sequence[tuple[int | None, int | None]]
+Run = Callable[[Tensor, int], Tensor]  # the logits behind tokens, (tokens,), that stand in the text from a place on
+SCALES = "hqq_scale_only"  # how torchao finds them: as ExecuTorch's own exporter asks for
 
 
 class ExecuTorchExport(CheckpointExport):
@@ -108,7 +110,34 @@ class ExecuTorchExport(CheckpointExport):
         return Verified(f"ExecuTorch {version('executorch')}", error, most, "of the largest logit").checked()
 
 
-def runner(program: Path) -> Callable[[Tensor, int], Tensor]:
+class Export8da4w(ExecuTorchExport):
+    """Matrices in 4 bits, in groups of inputs, which are rounded to 8 bits as they come. The embedding stays."""
+
+    group: ClassVar[int] = 32  # as large as the default model's widths divide by
+
+    def _transformer(self) -> nn.Module:
+        from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+
+        model, four_bits = super()._transformer(), torch.int4  # type: ignore[attr-defined]
+        config = Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=four_bits, weight_granularity=PerGroup(self.group), intx_choose_qparams_algorithm=SCALES
+        )
+        quantize_(model, config, lambda one, _: isinstance(one, nn.Linear) and not one.in_features % self.group)
+        return model
+
+    def verify(self, folder: Path) -> Verdict:
+        """By the error of the logits beside that of torchao's own rounding: no program has that to the last bit."""
+        tokens, expected = self.skipped_logits()
+        model = self._transformer()
+        rounded = _logits_of(lambda ids, at: model(ids[None], {"input_pos": torch.tensor([at])})[0].flatten(), tokens)
+        found = logits_of_program(folder / PROGRAM, tokens)
+        program, torchs = ((one - expected[:, -2:]).norm().item() for one in (found, rounded))
+        unit = "times the error of torchao's 8da4w"
+        return Verified(f"ExecuTorch {version('executorch')}", program / torchs, 1.25, unit).checked()
+
+
+def runner(program: Path) -> Run:
     """The logits behind tokens, (tokens,), that stand in the text from a place on: (vocabulary,)."""
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  attention with a cache
     from executorch.runtime import Runtime
@@ -119,7 +148,12 @@ def runner(program: Path) -> Callable[[Tensor, int], Tensor]:
 
 def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
     """The last two logits of token ids, (batch, tokens): (batch, 2, vocabulary). Each text begins its cache anew."""
-    run, last = runner(program), tokens.shape[1] - 1
+    return _logits_of(runner(program), tokens)
+
+
+@torch.no_grad()
+def _logits_of(run: Run, tokens: Tensor) -> Tensor:
+    last = tokens.shape[1] - 1
     return torch.stack([torch.stack([run(text[:last], 0), run(text[last:], last)]) for text in tokens])
 
 

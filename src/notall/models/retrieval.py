@@ -10,6 +10,7 @@ from .prompts import CITIES, GOODS, PEOPLE, WORDS
 Form = Literal["passkey", "keys", "quotes", "several", "facts", "stock", "copying"]
 FITTED: tuple[Form, ...] = ("passkey", "keys", "quotes", "several")  # that episodes to fit to have
 UNSEEN: tuple[Form, ...] = ("facts", "stock", "copying")  # that only judge
+CONTEXTS = (256, 512, 1024)  # tokens, about, of a passkey's texts
 WORDS_A_TOKEN = 0.75  # of English, about
 WORKS, NOUNS, ADJECTIVES, VERBS = (WORDS[name] for name in ("works", "nouns", "adjectives", "verbs"))
 
