@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
-  test-llmcompressor engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
+  test-llmcompressor test-llamacpp engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -13,6 +13,8 @@ VENV_MLX := .venv-mlx
 VENV_EXECUTORCH := .venv-executorch
 VENV_GPTQ := .venv-gptq
 VENV_LLMCOMPRESSOR := .venv-llmcompressor
+VENV_GUIDELLM := .venv-guidellm
+LLAMACPP := build/llama.cpp
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
 PYTEST := -m pytest -n 2 --dist worksteal -q
 # Of `make fuzz`, some forty minutes.
@@ -75,6 +77,11 @@ $(VENV_LLMCOMPRESSOR)/.done: pyproject.toml
 	$(VENV_LLMCOMPRESSOR)/bin/python -m pip install --quiet --no-compile llmcompressor --editable . pytest pytest-timeout
 	touch $@
 
+$(VENV_GUIDELLM)/.done:
+	$(PYTHON) -m venv $(VENV_GUIDELLM)
+	$(VENV_GUIDELLM)/bin/python -m pip install --quiet --no-compile guidellm
+	touch $@
+
 # Little of everything, for minutes on two cores, and one attention: without two, own answers change. The text is Python's
 # documentation: the mix would have to be written first.
 demo: setup ## run the paper's experiment on the default model, choose a plan and repair it: one page, in results/demo
@@ -117,6 +124,20 @@ test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
 test-llmcompressor: $(VENV_LLMCOMPRESSOR)/.done ## run the modifier of docs/upstream in a recipe of llm-compressor
 	NOTALL_ENGINE=llmcompressor $(TEST_ENV) $(VENV_LLMCOMPRESSOR)/bin/python -m pytest -q tests/test_llmcompressor.py
 
+# llama.cpp of the release that is installed, patched: xllamacpp's source holds its own. Building takes a compiler, cmake and minutes.
+$(LLAMACPP)/build/bin/llama-debug: docs/upstream/llamacpp-deci.patch $(VENV)/.done
+	rm -rf $(LLAMACPP)
+	$(VENV)/bin/python -m pip download --quiet --no-deps --no-binary xllamacpp --dest $(LLAMACPP) \
+	  "xllamacpp==$$($(VENV)/bin/python -c 'from importlib.metadata import version; print(version("xllamacpp"))')"
+	cd $(LLAMACPP) && tar xzf *.tar.gz --strip-components 3 --wildcards '*/thirdparty/llama.cpp/*'
+	patch -d $(LLAMACPP) -p1 < docs/upstream/llamacpp-deci.patch
+	cmake -S $(LLAMACPP) -B $(LLAMACPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
+	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build $(LLAMACPP)/build --target llama-debug -j 2
+
+test-llamacpp: $(LLAMACPP)/build/bin/llama-debug ## build llama.cpp with the patch of docs/upstream, and run a file that needs it
+	NOTALL_LLAMA_DEBUG=$(abspath $<) $(TEST_ENV) $(VENV)/bin/python -m pytest -q -m slow tests/test_upstream.py
+
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_quantised.py
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_quantised.py
@@ -134,7 +155,7 @@ data: setup ## fetch the data that benchmarks read, into DATA; it needs a networ
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
 
-bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure exports of the default model in transformers, vLLM, llama.cpp and ExecuTorch, and under load
+bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done $(VENV_GUIDELLM)/.done ## measure exports of the default model in transformers, vLLM, llama.cpp and ExecuTorch, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
 	for engine in transformers vllm llama.cpp; do \
@@ -142,6 +163,7 @@ bench-engines: setup $(VENV_VLLM)/.done $(VENV_EXECUTORCH)/.done ## measure expo
 	done
 	$(VENV_EXECUTORCH)/bin/python benchmarks/engines/executorch_programs.py --out results/executorch
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
+	$(VENV)/bin/python benchmarks/engines/served.py --vllm-python $(VENV_VLLM)/bin/python --guidellm $(VENV_GUIDELLM)/bin/guidellm --out results/served
 
 fuzz: setup ## damage files and kill commands from seeds: make fuzz SEED=1 FILES=10000 KILLS=500
 	$(VENV)/bin/python tests/fuzzing.py --seed $(SEED) --count $(FILES)
@@ -179,5 +201,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) $(VENV_LLMCOMPRESSOR) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) $(VENV_LLMCOMPRESSOR) $(VENV_GUIDELLM) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

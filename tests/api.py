@@ -115,7 +115,6 @@ NAMES = {
         "check_passkey",
         "check_texts",
         "check_writing",
-        "may_lose_retrieval",
         "repetition",
         "run_diagnostics",
     ],
@@ -195,7 +194,7 @@ NAMES = {
     ],
     "experiments.recovery": ["JudgedRecord", "RecoveryOptions", "kept_in_words", "short_of"],
     "experiments.reproduce": ["KINDS as REMADE_KINDS"],
-    "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord"],
+    "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord", "may_lose_retrieval"],
     "experiments.sweep": [
         "COLUMNS as SWEEP_COLUMNS",
         "SaidRecord",

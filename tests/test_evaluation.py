@@ -7,28 +7,8 @@ import pytest
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
-from api import Evaluation, Limits, TaskChoice
 from notall import Plan
 from tiny_tasks import saved, tiny_llama, write_tasks
-
-
-class Shelf:
-    """Of tasks that are never run; what is built is kept."""
-
-    def __init__(self):
-        self.asked = []
-
-    def build(self, name, num_fewshot, limit):
-        self.asked.append((name, limit))
-
-
-@pytest.mark.parametrize(("limits", "documents"), [([], 20), (["200"], 20), (["5"], 5), (["200", "gsm8k=30"], 30)])
-def test_the_diagnostics_ask_little_of_what_takes_long(limits, documents, monkeypatch):
-    shelf = Shelf()
-    monkeypatch.setattr(Evaluation, "_scores", lambda *_: [])
-    choice = TaskChoice(shelf, (), limits=Limits.parse(limits))
-    assert Evaluation(None, None, Plan([1]), choice)._gsm8k() == []
-    assert shelf.asked == [("gsm8k", documents)]
 
 
 @pytest.mark.slow
@@ -38,8 +18,7 @@ def test_eval_adds_tasks_and_what_accuracy_hides(tmp_path, monkeypatch, answered
     Plan(attention=[1], mlp=[2]).save(tmp_path / "plan.json")
     words = ["eval", model, "--plan", tmp_path / "plan.json", "--dtype", "float32", "--sequences", 2, "--length", 16]
     task = ["--tasks", "tiny_choice", "--limit", 7, "--task-path", task_path, "--out", tmp_path / "out"]
-    with pytest.warns(UserWarning, match="go without gsm8k"):  # its data is not there
-        found = answered(*words, *task, "--limit", "gsm8k=2", "--diagnostics")
+    found = answered(*words, *task, "--diagnostics")
     assert [row["model"] for row in found["quality"]] == ["dense", "skipped"]
     (accuracy, norm) = found["tasks"]
     assert (accuracy["metric"], norm["metric"], accuracy["documents"]) == ("acc,none", "acc_norm,none", 7)
@@ -48,8 +27,7 @@ def test_eval_adds_tasks_and_what_accuracy_hides(tmp_path, monkeypatch, answered
     small = ["--sequences", 8, "--length", 16, "--dtype", "float32"]
     answered("repair", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "repaired", *small)
     words[3] = tmp_path / "repaired"
-    with pytest.warns(UserWarning, match="go without gsm8k"):
-        both = answered(*words, *task[:-2], "--diagnostics")
+    both = answered(*words, *task[:-2], "--diagnostics")
     for kind, name in (("tasks", "metric"), ("diagnostics", "check")):
         rows = {of: [row for row in both[kind] if row["model"] == of] for of in ("skipped", "repaired")}
         assert [row[name] for row in rows["repaired"]] == [row[name] for row in found[kind]]

@@ -67,6 +67,26 @@ def test_a_repaired_plan_keeps_its_weights(tmp_path):
 
 
 @needs_executorch
+def test_a_program_in_four_bits_is_as_near_as_torchao_s_own_rounding(tmp_path, monkeypatch):
+    model = family("llama").build(hidden_size=64, intermediate_size=128, head_dim=32)
+    out = export(model, MIXED, "executorch-8da4w", tmp_path / "out")
+    verified = json.loads((out / "notall.json").read_text())["verified"]
+    assert (verified["unit"], verified["most"]) == ("times the error of torchao's 8da4w", 1.25)
+    written = json.loads((out / "notall.json").read_text())["weight_bytes"]["written"]
+    assert written < (out / "model.pte").stat().st_size < 0.6 * footprint(model, MIXED).weight_bytes
+    with skip(model, MIXED), torch.no_grad():
+        expected = model(TOKENS).logits[:, -2:]
+    assert 0.01 < float((answers(out) - expected).norm() / expected.norm()) < 0.5
+    engines.works("ExecuTorch", "executorch", "executorch-8da4w", "llama", "any")
+    said = executorch.logits_of_program
+    monkeypatch.setattr(executorch.ExecuTorchExport, "write", lambda *_: None)
+    monkeypatch.setattr(executorch, "logits_of_program", lambda _, tokens: 1.5 * said(out / "model.pte", tokens))
+    with pytest.raises(UsageError, match="answers differently"):
+        export(model, MIXED, "executorch-8da4w", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+@needs_executorch
 def test_bytes_are_the_counted_ones(tmp_path):
     """Of the file those of the weights, but for what describes the graph; of memory those of the cache."""
     model, plan = family("llama").build(hidden_size=128, intermediate_size=512, head_dim=32), Plan([1], [2])

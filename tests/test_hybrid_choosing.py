@@ -217,7 +217,7 @@ def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> No
     plan = tmp_path / "plan.json"
     search = ["search", folder / "model", *text, "-o", plan, "--json"]
     found = json.loads(run(capsys, *search, "--skip", "full_attention:1"))
-    assert [row["check"] for row in found["passkeys"]] == ["passkey at 256", "passkey at 512", "passkey at 1024"]
+    assert [row["task"] for row in found["tasks"]] == ["passkey_256", "passkey_512", "passkey_1024"]
     assert set(Plan.load(plan).attention) < {1, 3}
     found = json.loads(run(capsys, *search, "--skip", "portable:2"))
     assert isinstance(found, list) == (not {1, 3}.intersection(Plan.load(plan).attention))

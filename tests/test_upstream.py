@@ -1,11 +1,13 @@
 """The patches of `docs/upstream` do what they say, on copies of what is installed."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import notall
+from api import Field, read_gguf, write_gguf
 
 PATCH = Path(__file__).parents[1] / "docs/upstream/transformers-skip.patch"
 SKIPPED = {0: ["attention"], 1: ["mlp"], 3: ["attention", "mlp"]}
@@ -63,3 +66,49 @@ def test_transformers_skips_what_a_config_names(patched, tmp_path):
     said = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
     assert torch.equal(said, text)
     assert not torch.allclose(dense(tokens, attention_mask=mask).logits, expected, atol=1e-3)
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+LLAMA_DEBUG = os.environ.get("NOTALL_LLAMA_DEBUG")  # built of its patched source
+
+
+def bare(padded: Path, out: Path) -> Path:
+    """The file of an export without what it has in the place of sublayers that are missing."""
+    source = read_gguf(padded)
+    heads, kv_heads, widths = names = [
+        f"deci.{name}" for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    ]
+    lists = {name: list(source.fields[name].value) for name in names}
+    drop = []
+    for number, (count, width) in enumerate(zip(lists[heads], lists[widths])):
+        if count == 1:
+            lists[heads][number] = lists[kv_heads][number] = 0
+            drop.append(f"blk.{number}.attn_")
+        if width == 32:
+            lists[widths][number] = 0
+            drop.append(f"blk.{number}.ffn_")
+    assert len(drop) == 3
+    fields = source.fields | {name: Field.of(of) for name, of in lists.items()}
+    tensors = {name: one for name, one in source.tensors.items() if not name.startswith(tuple(drop))}
+    write_gguf(out, source, fields, tensors)
+    return out
+
+
+def logits_of(file: Path, out: Path) -> np.ndarray:
+    asked = [LLAMA_DEBUG, "-m", file, "-p", "The capital of France is", "-t", "2", "-fa", "on"]
+    subprocess.run([*asked, "--save-logits", "--logits-output-dir", out], check=True, capture_output=True)
+    (found,) = (one for one in out.glob("*.bin") if "tokens" not in one.name)
+    return np.fromfile(found, dtype=np.float32)
+
+
+@pytest.mark.skipif(not LLAMA_DEBUG, reason="llama.cpp is not built of its patched source: `make test-llamacpp`")
+@pytest.mark.slow
+def test_llama_cpp_runs_layers_that_lack_a_sublayer(tmp_path):
+    """No first attention, an MLP missing in the middle, and the last one."""
+    plan = notall.Plan(attention=[0, 10], mlp=[5, 29])
+    (padded,) = notall.export("smollm2", plan, "gguf", tmp_path / "padded").glob("*.gguf")
+    expected = logits_of(padded, tmp_path / "expected")
+    found = logits_of(bare(padded, tmp_path / "bare.gguf"), tmp_path / "found")
+    assert abs(expected).max() > 5
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())

@@ -1,7 +1,8 @@
 """Exports on vLLM's OpenAI server, asked by guidellm: time to a first token, between tokens, and tokens a second.
 
-    python -m venv GUIDE && GUIDE/bin/pip install guidellm
-    python benchmarks/engines/served.py --out DIR --vllm-python .venv-vllm/bin/python --guidellm GUIDE/bin/guidellm
+    make .venv-vllm/.done .venv-guidellm/.done
+    python benchmarks/engines/served.py --out DIR --vllm-python .venv-vllm/bin/python \
+        --guidellm .venv-guidellm/bin/guidellm
 
 The original, and what is left without a quarter of its attentions, and of its blocks: the deepest but the last (which
 ones they are makes no difference to a time). All servers stand at once; in every round each is asked in turn, forwards

@@ -140,7 +140,8 @@ def chosen(
     kind, _, count = wanted.partition(":")
     space = space_of(model, kind)
     goal = build_objective(WITH_RETRIEVAL if USE in text.split("+") else "kl", model, tokenizer, windows)
-    found = choose_plan(model, "search", space, by_count(space, int(count)), windows, goal)
+    kept = {"out": path.with_suffix(".search"), "provenance": {"text": text, "objective": goal.name}}
+    found = choose_plan(model, "search", space, by_count(space, int(count)), windows, goal, **kept)
     tokens = sum(batch.inputs["input_ids"].numel() for batch in goal.batches)
     told = {"chosen": wanted, "by": text, "objective": goal.name, "tokens": tokens, **found.spent.model_dump()}
     print(told)

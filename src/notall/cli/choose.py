@@ -15,7 +15,7 @@ from ..files import Settings
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan
-from ..results.facts import FOOTPRINT, PLAN_CHECKS, Footprint
+from ..results.facts import FOOTPRINT, Footprint
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
@@ -106,9 +106,6 @@ def search(
         tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
     if done.scores:
         tables["tasks"] = scores_table(done.scores)
-    if done.passkeys:
-        note = "numbers found again far back, which perplexity does not see; worse: p < 0.05, and five a row are few"
-        tables["passkeys"] = table(note, PLAN_CHECKS, done.passkeys)
     conclude(done.verdict, tables, done.measured, as_json=run.as_json)
 
 

@@ -43,7 +43,7 @@ COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), si
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
     plan: Annotated[Path, Option("plan file, folder of a repair, or published:NAME")],
-    to: Annotated[str, Option("hf, nemotron-nas, gguf or executorch, or your own module:Class", metavar="FORM")],
+    to: Annotated[str, Option("hf, nemotron-nas, gguf, executorch (or -8da4w), or a module:Class", metavar="FORM")],
     out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
     repair: RepairOptions,
     tasks: RecoveryOptions,

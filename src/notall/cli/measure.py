@@ -19,7 +19,7 @@ from ..experiments import (
     sweep as sweeps,
 )
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
+from ..experiments.evaluate import QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
@@ -65,7 +65,7 @@ def evaluate(
     plan.check(needed=True, model=model.model)
     text.check()
     repair.check(kept)
-    asked = tasks.check(also=(GSM8K,) if diagnostics else ())
+    asked = tasks.check()
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))

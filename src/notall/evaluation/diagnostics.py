@@ -18,7 +18,6 @@ from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
 from ..running.replay import Replay, record
 from ..running.skipping import skip
-from ..structure.model_structure import ModelStructure
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
@@ -58,12 +57,6 @@ def run_diagnostics(
         progress(done, len(parts), f"{part}, {len(plans)} plans")
         found += checks[part]()
     return [list(of_plan) for of_plan in zip(*found)]
-
-
-def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
-    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone."""
-    has_states = any(part.state_bytes and not part.kv_bytes_per_token for part in structure.sublayers)
-    return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
 
 
 @dataclass(frozen=True)

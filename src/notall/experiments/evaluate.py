@@ -1,13 +1,11 @@
 """What one plan costs, before a repair and after it: on a text, on benchmarks, and in what accuracy hides."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
@@ -25,11 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.tasks import Job
 
-GSM8K = "gsm8k"  # what the diagnostics end with
 STATES: tuple[State, ...] = get_args(State)
-GSM8K_DOCUMENTS = 20  # at most, unless --limit names it: it writes long texts
 
 
 class ModelQuality(Fact):
@@ -59,8 +54,7 @@ class Evaluated:
 class Evaluation:
     """A plan to evaluate; a repaired one beside what it skips without its weights.
 
-    `diagnostics` are windows, None to leave them out; they end with GSM8K, where its data can be had. Answers to tasks
-    are kept in the folder `out`.
+    `diagnostics` are windows, None to leave them out. Answers to tasks are kept in the folder `out`.
     """
 
     model: "PreTrainedModel"
@@ -89,13 +83,12 @@ class Evaluation:
         read = tracked(batches, "quality on the text", stages.stage(words))
         qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]
-        scores = self._scores(jobs, stages.stage(asked))
+        stage = stages.stage(asked)
+        scores = judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, stage)
         if self.diagnostics is None:
             return Evaluated(quality, scores, [])
         found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, progress=self.progress)
         checks = [PlanCheck(model=name, **dict(one)) for some in zip(*found) for name, one in zip(self.states, some)]
-        if not any(score.task.endswith(GSM8K) for score in scores):
-            scores += self._gsm8k()
         return Evaluated(quality, scores, checks)
 
     def records(self, found: Evaluated, batches: "Sequence[Tensor]", settings: Provenance) -> list[MeasuredRecord]:
@@ -112,22 +105,6 @@ class Evaluation:
                 kept.add(*(record for record in records if record.key not in kept))
             keep_scores(self.out, self.states, found.scores, settings)
         return records
-
-    def _scores(self, jobs: "Sequence[Job]", progress: Progress) -> list[PlanScore]:
-        return judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, progress)
-
-    def _gsm8k(self) -> list[PlanScore]:
-        """On a few documents, unless --limit names it; nothing where its data can't be had."""
-        limits, shelf = self.tasks.limits, self.tasks.shelf
-        if shelf is None:
-            return []
-        most = min((limits.most if limits else None) or GSM8K_DOCUMENTS, GSM8K_DOCUMENTS)
-        count = limits.by_task.get(GSM8K, most) if limits else most
-        try:
-            return self._scores([shelf.build(GSM8K, None, count)], self.progress)
-        except UsageError as error:
-            warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
-            return []
 
 
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:

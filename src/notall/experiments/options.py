@@ -323,8 +323,8 @@ class TaskOptions:
     truncate: bool = option(False, "cut the beginning of what is longer than the context")
     task_batch_size: str = option("auto", "requests to run at a time: a number, or auto")
 
-    def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
-        """The tasks that there are; limits may be of what is run `also`, and the data of `objectives` is read.
+    def check(self, *, objectives: Sequence[str] = ()) -> TaskChoice:
+        """The tasks that there are; the data of `objectives` is read.
 
         Raises `UsageError` for names and numbers that are none, and where the harness is wanted and not installed.
         """
@@ -332,7 +332,7 @@ class TaskOptions:
         if word != "auto" and not re.fullmatch("[0-9]{1,9}", word):
             raise UsageError(f"--task-batch-size {shortened(word)} is neither a number nor auto; give one of them")
         size: int | Literal["auto"] = "auto" if word == "auto" else int(word)
-        if not (wanted or objectives or also):
+        if not (wanted or objectives):
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
         with progress_bar("reading the harness's tasks"):
@@ -342,7 +342,7 @@ class TaskOptions:
             shelf = TaskShelf(self.task_path)
         names = shelf.names(wanted) if wanted else []
         others = shelf.names(objectives) if objectives else []
-        limits.check([*names, *others, *also])
+        limits.check([*names, *others])
         for name in others:
             shelf.build(name, 0, 1)
         return TaskChoice(shelf, tuple(names), self.num_fewshot, size, self.truncate, limits)
@@ -385,7 +385,7 @@ class TaskChoice:
         return [self.build(name, choosing) for name in self.names]
 
 
-HIDDEN = "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"
+HIDDEN = "also measure what accuracy hides: NLL by position, passkey, calibration, writing"
 Diagnostics = Annotated[bool, Option(HIDDEN, panel="Benchmarks")]
 
 

@@ -38,14 +38,14 @@ class RecoveryOptions(TaskOptions):
         metavar="SHARE",
     )
 
-    def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
+    def check(self, *, objectives: Sequence[str] = ()) -> TaskChoice:
         """As `TaskOptions.check`; raises `UsageError` for what is no share of a score, too."""
         if self.recovery is None:
-            return super().check(also=also, objectives=objectives)
+            return super().check(objectives=objectives)
         if not 0 < self.recovery <= 1:
             raise UsageError(f"--recovery {self.recovery:g} is no share of a score: give one such as 0.95")
         named = replace(self, tasks=self.tasks or TASKS, recovery=None)
-        return replace(named.check(also=also, objectives=objectives), recovery=self.recovery)
+        return replace(named.check(objectives=objectives), recovery=self.recovery)
 
 
 class JudgedRecord(Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")):

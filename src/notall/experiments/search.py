@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -18,7 +19,7 @@ from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanCheck, PlanScore, Quality, SearchCost, SpeedCheck
+from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanScore, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
@@ -34,12 +35,12 @@ from .repair import RepairOptions
 from .verdict import LITTLE, Verdict, next_command, what_next
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.budget import Budget, Resource
     from ..choosing.choice import ChosenPlan, Recovering
     from ..choosing.space import Space
+    from ..structure.model_structure import ModelStructure
 
 FARTHEST = 0.3  # nats up to which a plan is looked for that keeps a recovery
 WITH_RETRIEVAL = "kl + 0.3*retrieval"  # an episode has few tokens to judge, each of which is lost at once
@@ -239,7 +240,6 @@ class Searched(NamedTuple):
     record: SearchRecord
     budget: str
     measured: Sequence[MeasuredRecord]
-    passkeys: Sequence[PlanCheck]
     scores: Sequence[PlanScore]
     verdict: Verdict
 
@@ -330,14 +330,14 @@ class Search:
             windows = {text: others} if self.text.held_out else own
             measured = measure(net, plans, windows, self.folder, settings, progress)
             verdict = Verdict.on(net, plans["repaired"], measured[-1].quality, measured[-1].text)
-        passkeys = [] if tasks else self._passkeys(net, tokenizer, plans, batches)
-        scores = judged(net, tokenizer, plans, tasks, self.folder, settings, progress)
+        asked = tasks or self._retrieval(net, found.plan)
+        scores = judged(net, tokenizer, plans, asked, self.folder, settings, progress)
         missed = found.missed and f"{budget.description}: {found.missed}"
         speedup = found.times.measured_speedup if found.times else None
         verdict = replace(verdict, speedup=speedup, verb="runs", missed=missed, late=not found.in_time)
         verdict = verdict.judged(scores, tasks.recovery)
         verdict = replace(verdict, next=self._next(net, verdict))
-        return Searched(record, budget.description, measured, passkeys, scores, verdict)
+        return Searched(record, budget.description, measured, scores, verdict)
 
     def _recovering(
         self,
@@ -374,18 +374,12 @@ class Search:
                 print(f"note: {self.out} skipped {before} before, and is replaced", file=sys.stderr)
         plan.save(self.out)
 
-    def _passkeys(
-        self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans: Mapping[State, Plan], text: list[Tensor]
-    ) -> list[PlanCheck]:
-        """Whether the plans find a number again far back, where what they skip may be what does that."""
-        from ..evaluation.diagnostics import may_lose_retrieval, run_diagnostics
+    def _retrieval(self, net: PreTrainedModel, plan: Plan) -> TaskChoice:
+        """Passkeys, where what the plan skips may be what finds things again: perplexity does not see it."""
         from ..structure.locating import locate
 
-        if not may_lose_retrieval(locate(net), plans["skipped"]):
-            return []
-        distinct = {plan.state: plan for plan in plans.values()}  # of a plan that skips nothing there is one
-        checks = run_diagnostics(net, tokenizer, [*distinct.values()], text, parts=["passkey"], seed=self.seed)
-        return [PlanCheck(model=name, **dict(one)) for name, some in zip(distinct, checks) for one in some]
+        asked = ("passkey",) if may_lose_retrieval(locate(net), plan) and find_spec("lm_eval") else ()
+        return replace(self.tasks, tasks=asked, limit=("16",), truncate=True).check()
 
     def _next(self, net: PreTrainedModel, verdict: Verdict) -> str:
         from ..structure.locating import locate
@@ -396,6 +390,12 @@ class Search:
         if locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
             return next_command("bench", spec, plan=made)
         return what_next(verdict, spec, made, None if self.text.text == USE else self.text.text)[1]
+
+
+def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
+    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone."""
+    has_states = any(part.state_bytes and not part.kv_bytes_per_token for part in structure.sublayers)
+    return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
 
 
 def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:

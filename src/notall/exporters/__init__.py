@@ -94,9 +94,9 @@ def export(
 ) -> Path:
     """Write `model` without the sublayers of `plan` as files for the engines of `target`; returns the folder `out`.
 
-    `model` is what `notall.load` takes, or a live model with its `tokenizer`. `target` is "hf", "nemotron-nas",
-    "gguf" or "executorch". Weights are copied from file to file, one shard at a time; `verify` needs memory for the
-    dense and for the written model, which it runs, one at a time, and compares.
+    `model` is what `notall.load` takes, or a live model with its `tokenizer`; `target` is one of `TARGETS`. Weights are
+    copied from file to file, one shard at a time; `verify` needs memory for the dense and for the written model, which
+    it runs, one at a time, and compares.
     `dtype` (float32, bfloat16, float16) is that of the written weights; without one they keep theirs, and those of a
     GGUF file, which have no such dtype, become bfloat16. A program of ExecuTorch is in float32 without one.
     `measured` goes into the model card as a table. `out` appears whole or not at all.

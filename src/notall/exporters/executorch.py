@@ -3,6 +3,7 @@
 Layers may lack either sublayer. A program holds its whole graph, so that no code of ours runs it.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -114,6 +115,13 @@ class Export8da4w(ExecuTorchExport):
     """Matrices in 4 bits, in groups of inputs, which are rounded to 8 bits as they come. The embedding stays."""
 
     group: ClassVar[int] = 32  # as large as the default model's widths divide by
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        matrices = (one for name, one in self.tensors.items() if name != EMBEDDING and len(one.shape) == 2)
+        for one in matrices:
+            if not one.shape[1] % self.group:  # a scale of 16 bits a group
+                self.written_bytes -= one.size - math.prod(one.shape) * (self.group + 4) // (2 * self.group)
 
     def _transformer(self) -> nn.Module:
         from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
