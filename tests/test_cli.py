@@ -123,7 +123,7 @@ def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, c
         ("vl_convert", ["report", "-o", "OUT"]),
         ("lm_eval", ["paper", "--out", "OUT"]),
         ("lm_eval", ["eval", "--skip", "mlp", "--tasks", "arc_easy", "--out", "OUT"]),
-        ("lm_eval", ["eval", "--skip", "mlp", "--diagnostics", "--out", "OUT"]),
+        ("scipy", ["eval", "--skip", "mlp", "--diagnostics", "--out", "OUT"]),
         ("lm_eval", ["search", "--skip", "mlp:1", "--objective", "kl + task:arc_easy", "-o", "OUT"]),
         ("lm_eval", ["compare", "--tasks", "arc_easy", "-o", "OUT"]),
         ("scipy", ["search", "--skip", "mlp:1", "--criterion", "quadratic", "-o", "OUT"]),

@@ -65,6 +65,8 @@ def evaluate(
     plan.check(needed=True, model=model.model)
     text.check()
     repair.check(kept)
+    if diagnostics:
+        need("scipy")
     asked = tasks.check()
     net, tokenizer = model.load()
     wanted = plan.of(net)
