@@ -5,7 +5,7 @@
         --guidellm .venv-guidellm/bin/guidellm
 
 The original, and what is left without a quarter of its attentions, and of its blocks: the deepest but the last (which
-ones they are makes no difference to a time). All servers stand at once; in every round each is asked in turn, forwards
+ones they are makes no difference to a time). All servers run at once; in every round each is asked in turn, forwards
 and then backwards, with prompts of its own, so that no prefix is cached. Prompts are drawn by guidellm. A cell of a
 round is the median over requests, for tokens a second the mean; speedups are over the original by round: median
 [quartiles] over rounds.
@@ -21,7 +21,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from datetime import date
 from functools import partial
 from itertools import count
@@ -46,7 +45,7 @@ TAKEN = {
 
 
 class Served(Fact):
-    """One model with so many requests at once."""
+    """One model at one load."""
 
     model: str
     at_once: Count
@@ -102,9 +101,10 @@ def asked_by_guidellm(asked: argparse.Namespace, tokenizer: Path, seeds: count[i
 def rows_of(taken: dict[str, list[Sample]], loads: list[int]) -> list[Served]:
     rows = []
     for load in loads:
-        by_model: dict[str, dict[str, list[float]]] = defaultdict(dict)
-        for model, samples in taken.items():
-            by_model[model] = {what: [sample[load][what] for sample in samples] for what in TAKEN}
+        by_model = {
+            model: {what: [sample[load][what] for sample in samples] for what in TAKEN}
+            for model, samples in taken.items()
+        }
         dense = by_model[DENSE]
         rows += [
             Served(

@@ -118,9 +118,8 @@ class Export8da4w(ExecuTorchExport):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        matrices = (one for name, one in self.tensors.items() if name != EMBEDDING and len(one.shape) == 2)
-        for one in matrices:
-            if not one.shape[1] % self.group:  # a scale of 16 bits a group
+        for name, one in self.tensors.items():
+            if name != EMBEDDING and len(one.shape) == 2 and not one.shape[1] % self.group:  # 16 bits of scale a group
                 self.written_bytes -= one.size - math.prod(one.shape) * (self.group + 4) // (2 * self.group)
 
     def _transformer(self) -> nn.Module:
