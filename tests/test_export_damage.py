@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import engines
-from api import Field, GGUFTensor, LlamaCpp, Source, nemotron_nas, silent, target_named
+from api import Field, GGUFTensor, LlamaCpp, Source, executorch, nemotron_nas, silent, target_named
 from families import ROPE_FIELD, family
 from notall import Plan, UsageError
 from tiny_gguf import WORDS, write_gguf
@@ -127,16 +127,31 @@ def test_files_that_are_not_what_was_to_be_written_are_refused(target, tmp_path,
                 export.verify(folder)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "target", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("executorch", marks=needs_executorch)]
-)
-def test_wrong_tensors_and_settings_are_seen_in_what_the_engine_answers(target, tmp_path):
-    with prepared(target, tmp_path) as export:
+@pytest.mark.slow
+def test_wrong_tensors_and_settings_are_seen_in_what_transformers_answers(tmp_path):
+    with prepared("hf", tmp_path) as export:
         sound = export.verify(write(export, tmp_path / "sound"))
         assert sound.difference < sound.most / 3
         for kind in KINDS:
-            wrong = damaged(export, target, kind)
-            folder = write(wrong, tmp_path / kind)
+            wrong = damaged(export, "hf", kind)
             with pytest.raises(UsageError, match="answers differently"):
-                (export if target == "executorch" else wrong).verify(folder)
+                wrong.verify(write(wrong, tmp_path / kind))
+
+
+@needs_executorch
+@pytest.mark.timeout(600)
+def test_wrong_tensors_and_settings_are_seen_in_what_executorch_answers(tmp_path, monkeypatch):
+    """A program of a fault that all of it has, and of each fault the model that a program is built of."""
+    with prepared("executorch", tmp_path) as export:
+        sound = export.verify(write(export, tmp_path / "sound"))
+        assert sound.difference < sound.most / 3
+        folder = write(damaged(export, "executorch", ROPE), tmp_path / "wrong")
+        with pytest.raises(UsageError, match="answers differently"):
+            export.verify(folder)
+        answered: list[Any] = [export]
+        monkeypatch.setattr(executorch, "logits_of_program", lambda _, tokens: answered[-1].logits(tokens))
+        assert export.verify(folder).difference < sound.most / 3
+        for kind in KINDS:
+            answered.append(damaged(export, "executorch", kind))
+            with pytest.raises(UsageError, match="answers differently"):
+                export.verify(folder)

@@ -15,14 +15,16 @@ needs_executorch = engines.needs("executorch", "make test-executorch")
 pytestmark = pytest.mark.timeout(1800)
 
 MIXED = Plan(attention=[0, 3], mlp=[1, 3])  # an attention, an MLP and a block
+BOTH = Plan(attention=[0], mlp=[1])
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+TWO = {"num_hidden_layers": 2}  # building a program takes seconds a layer
 FITTING = [
-    ("llama", {"tie_word_embeddings": True, ROPE_FIELD: LLAMA3}),
-    ("mistral", {"sliding_window": None}),
-    ("qwen2", {}),
-    ("qwen3", {}),
+    ("llama", {"tie_word_embeddings": True, ROPE_FIELD: LLAMA3}, MIXED),
+    ("mistral", TWO | {"sliding_window": None}, BOTH),
+    ("qwen2", TWO, BOTH),
+    ("qwen3", TWO, BOTH),
 ]
 TOKENS = torch.randint(99, (2, 13), generator=torch.Generator().manual_seed(3))
 
@@ -41,13 +43,13 @@ def memory_plan(out):
 
 
 @needs_executorch
-@pytest.mark.parametrize(("name", "changes"), FITTING, ids=lambda one: one if isinstance(one, str) else "")
-def test_a_program_answers_as_the_skipped_model(name, changes, tmp_path):
+@pytest.mark.parametrize(("name", "changes", "plan"), FITTING, ids=[name for name, *_ in FITTING])
+def test_a_program_answers_as_the_skipped_model(name, changes, plan, tmp_path):
     """`export` itself compares a prompt and a token; so does this, with other tokens."""
     model = family(name).build(**changes)
-    out = export(model, MIXED, "executorch", tmp_path / "out")
+    out = export(model, plan, "executorch", tmp_path / "out")
     assert json.loads((out / "notall.json").read_text())["verified"]["most"] == 1e-4
-    with skip(model, MIXED), torch.no_grad():
+    with skip(model, plan), torch.no_grad():
         expected = model(TOKENS).logits[:, -2:]
     torch.testing.assert_close(answers(out), expected, rtol=1e-4, atol=1e-4)
     engines.works("ExecuTorch", "executorch", "executorch", name, "any")
@@ -55,7 +57,7 @@ def test_a_program_answers_as_the_skipped_model(name, changes, tmp_path):
 
 @needs_executorch
 def test_a_repaired_plan_keeps_its_weights(tmp_path):
-    model = family("llama").build()
+    model = family("llama").build(num_hidden_layers=3)
     batches = [torch.randint(99, (4, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     repaired = repair(model, Plan([1], [1, 2]), batches)
     out = export(model, repaired, "executorch", tmp_path / "out")
@@ -89,7 +91,8 @@ def test_a_program_in_four_bits_is_as_near_as_torchao_s_own_rounding(tmp_path, m
 @needs_executorch
 def test_bytes_are_the_counted_ones(tmp_path):
     """Of the file those of the weights, but for what describes the graph; of memory those of the cache."""
-    model, plan = family("llama").build(hidden_size=128, intermediate_size=512, head_dim=32), Plan([1], [2])
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32}
+    model, plan = family("llama").build(**TWO, **sizes), Plan([0], [1])
     dense, skipped = (export(model, one, "executorch", tmp_path / str(one)) for one in (Plan(), plan))
     before, after = (footprint(model, one) for one in (Plan(), plan))
     files = [(out / "model.pte").stat().st_size for out in (dense, skipped)]

@@ -103,6 +103,11 @@ class ExecuTorchExport(CheckpointExport):
         model.to(FLOATS[self.tensors[EMBEDDING].dtype])
         return custom_kv_cache.replace_kv_cache_with_custom_kv_cache(sdpa.replace_sdpa_with_custom_op(model)).eval()
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As `logits_of_program`, of the model that the program is built of, in torch."""
+        model = self._transformer()
+        return _logits_of(lambda ids, at: model(ids[None], {"input_pos": torch.tensor([at])})[0].flatten(), tokens)
+
     def verify(self, folder: Path) -> Verdict:
         """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens one by one."""
         tokens, expected = self.skipped_logits()
@@ -136,9 +141,7 @@ class Export8da4w(ExecuTorchExport):
     def verify(self, folder: Path) -> Verdict:
         """By the error of the logits beside that of torchao's own rounding: no program has that to the last bit."""
         tokens, expected = self.skipped_logits()
-        model = self._transformer()
-        rounded = _logits_of(lambda ids, at: model(ids[None], {"input_pos": torch.tensor([at])})[0].flatten(), tokens)
-        found = logits_of_program(folder / PROGRAM, tokens)
+        rounded, found = self.logits(tokens), logits_of_program(folder / PROGRAM, tokens)
         program, torchs = ((one - expected[:, -2:]).norm().item() for one in (found, rounded))
         unit = "times the error of torchao's 8da4w"
         return Verified(f"ExecuTorch {version('executorch')}", program / torchs, 1.25, unit).checked()
