@@ -101,8 +101,8 @@ tests: setup
 test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not any_transformers'
 
-# `make -j2 test-engines` runs vLLM's tests, which are one process, beside others.
-test-engines: test-vllm test-transformers4 test-slow test-mlx test-executorch ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
+# `make -j2 test-engines` begins with those that are one process each, so that no core is idle at the end.
+test-engines: test-vllm test-executorch test-mlx test-transformers4 test-slow ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error; llama.cpp is among the development tools.
 test-slow: setup

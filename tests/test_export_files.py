@@ -169,6 +169,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # it is about files
 def test_one_shard_is_in_memory_at_a_time(dense, tmp_path):
     big = family("llama").build(hidden_size=512, intermediate_size=4096, vocab_size=20_000, head_dim=64)
     big.save_pretrained(tmp_path / "big")

@@ -109,6 +109,7 @@ def test_a_wrong_answer_of_llamacpp_is_refused(llama, said, monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # llama.cpp runs it
 @needs_llamacpp
 def test_what_answers_as_another_plan_would_is_refused(default_model, monkeypatch, tmp_path):
     """Of the default model's 4-bit file, whose own answers are a tenth of a nat from exact ones."""

@@ -97,6 +97,7 @@ def test_the_mix_holds_as_much_of_each_and_is_written_once(model, tokenizer, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # it is about what is kept
 def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_needed(
     model, tokenizer, tmp_path, monkeypatch
 ):

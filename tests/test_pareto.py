@@ -111,6 +111,7 @@ def test_llamacpp_scores_as_the_model_token_by_token(dense, windows, plan, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # llama.cpp runs it
 @needs_llamacpp
 def test_llamacpp_scores_the_default_model_as_the_model_does(default_model, tmp_path):
     model, tokenizer = default_model
@@ -167,6 +168,7 @@ def test_what_an_engine_says_is_told(dense, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # it is about processes
 def test_a_file_that_is_called_like_a_library_is_none(monkeypatch, tmp_path):
     (tmp_path / "uuid.py").write_text("raise SystemExit('this is no library')")
     monkeypatch.chdir(tmp_path)

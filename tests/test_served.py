@@ -57,6 +57,7 @@ def test_transformers_loses_the_same(healed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # llama.cpp runs it
 @engines.needs("xllamacpp", "pip install xllamacpp")
 def test_llamacpp_loses_the_same(healed, tmp_path):
     dense, model, plan = healed
