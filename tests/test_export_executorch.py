@@ -149,11 +149,7 @@ def test_the_default_model_says_the_same(default_model, tmp_path):
         ("mistral", {}, "a window of 5 tokens"),
         ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
         ("llama", {"attention_bias": True}, "no place for self_attn.o_proj.bias"),
-        (
-            "llama",
-            {ROPE_FIELD: {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "by how long a text is",
-        ),
+        ("llama", {ROPE_FIELD: DYNAMIC}, "by how long a text is"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, changes, reason, tmp_path):
