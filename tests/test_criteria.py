@@ -33,8 +33,6 @@ from families import family, silenced
 from notall import UsageError, deepest, locate, skip
 from test_searching import unshared
 
-pytestmark = pytest.mark.any_transformers  # it is about sets, and what they are chosen by
-
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))
 LAYERS = 6
 

@@ -1,5 +1,7 @@
 """A mistake in Python is one line that says what to give, as one at the terminal is."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,39 @@ class TestARepairThatIsSaved:
         assert str(RepairedPlan.of(Plan([1]))) == "attention 1"
         weights = {"model.layers.0.mlp.down_proj.weight": torch.ones(2)}
         assert str(RepairedPlan.of(Plan([1]), weights=weights)) == "attention 1 (repaired)"
+
+
+CONSUMER = """
+import torch
+import notall
+from notall import Plan
+
+model, tokenizer = notall.load("smollm2")
+plan: Plan = notall.deepest(notall.locate(model), "mlp", 0.1)
+with notall.skip(model, plan) as skipped:
+    tokens = skipped.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=4)
+    same = model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=4)
+nats: float = notall.evaluate(model, [plan], [torch.zeros(1, 2, dtype=torch.long)])[0].nll
+"""
+
+
+MISSPELT = {
+    "attribute.py": ("import notall\nnotall.choose_pln()", 'Module has no attribute "choose_pln"'),
+    "imported.py": ("from notall import skipp", 'has no attribute "skipp"'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.any_transformers  # it reads types
+def test_a_program_that_uses_it_passes_a_strict_type_checker_without_misspelt_names(tmp_path):
+    """In one run, which reads all of torch."""
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    for name, (content, _) in MISSPELT.items():
+        (tmp_path / name).write_text(content)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--config-file", "", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    *lines, told = done.stdout.splitlines()
+    assert told.startswith("Found 2 errors in 2 files (checked 3"), done.stdout
+    for line, (name, (_, said)) in zip(sorted(lines), MISSPELT.items(), strict=True):
+        assert line.startswith(f"{name}:")
+        assert said in line

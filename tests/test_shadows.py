@@ -161,5 +161,10 @@ def test_no_worker_of_a_cluster_runs_a_shadow(place, tmp_path):
     """Ray puts the working folder first on the path of its workers."""
     pytest.importorskip("ray")
     saved_models(place)
+    train = "--tokens 32 --length 8 --batch-size 2 --device cpu --text text.txt"
+    lines = [
+        f"sweep model {TIMED} --out sweep --ray local",
+        f"heal model --plan plan.json {train} --out heal --ray local",
+    ]
     (tmp_path / "many.py").write_text(MANY)
-    run(place, tmp_path / "many.py", json.dumps([f"sweep model {TIMED} --out sweep --ray local".split()]))
+    run(place, tmp_path / "many.py", json.dumps([line.split() for line in lines]))
