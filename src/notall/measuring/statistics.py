@@ -24,6 +24,9 @@ NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 JACKKNIFED = 100  # parts, at most, of which one is left out at a time
 MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
 FEWEST = math.ceil(math.log2(2 / SIGNIFICANT))  # terms of one sign that an exact test tells from chance: 2 / 2^6 < 0.05
+LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
+LEAST_ROUNDS = 5  # of times
+LEAST_WINDOWS = 8  # of text
 TERMS = 200  # of a continued fraction: enough for some 40,000 degrees of freedom
 FEW_SCORES = 12  # scores from which a skew can be estimated
 
@@ -213,6 +216,19 @@ def of_rounds(found: Quartiles) -> Estimate:
     A simulation in the tests has the rates: at 5 rounds and more an interval's end misses in 2 to 3.5 % of cases.
     """
     return Estimate(found.median, found.error, (found.n - 1) / 2)
+
+
+def of_ranks(correlation: float, count: int) -> Estimate:
+    """A rank correlation of so many pairs: its interval has 0 where a shuffle is as far from 0 in 5 % of cases.
+
+    By Student's t, which holds from six pairs on. Source: Kendall and Gibbons 1990, Rank Correlation Methods, 4.
+    """
+    degrees = count - 2
+    if degrees < 1:
+        return Estimate(correlation, math.nan, 0)
+    reach = student_quantile(degrees)
+    farthest = reach / math.sqrt(degrees + reach**2)
+    return Estimate(correlation, farthest / reach, degrees)
 
 
 # --- recovery ---------------------------------------------------------------------------------------------------------
