@@ -216,7 +216,9 @@ def test_tasks_are_told_as_one_count_by_what_they_read(run, folder):
     """A task is a share of the whole, by the letters of its requests, and the count never goes back."""
     seen = []
     run(PLANS, ["tiny_choice", "tiny_words"], limit=5, progress=lambda *step: seen.append(step))
-    choice, words = (TaskShelf(folder).build(name, limit=5).tokens for name in ("tiny_choice", "tiny_words"))
+    choice, words = (
+        TaskShelf(folder).build(name, limit=5).steps(len(PLANS) + 1) for name in ("tiny_choice", "tiny_words")
+    )
     assert {of for _, of, _ in seen} == {choice + words}
     steps = [done for done, _, _ in seen]
     assert steps == sorted(steps)
@@ -499,17 +501,28 @@ def test_a_folder_without_tasks_is_named(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "tokens"),
+    ("how", "generated"),
     [
-        ({"until": [], "max_gen_toks": 4}, 21),
-        ({"max_gen_toks": "4"}, 21),
-        ({"max_new_tokens": 3}, 16),
-        ({"max_gen_toks": None}, 1281),
+        ({"until": [], "max_gen_toks": 4}, 4),
+        ({"max_gen_toks": "4"}, 4),
+        ({"max_new_tokens": 3}, 3),
+        ({"max_gen_toks": None}, 256),
     ],
 )
-def test_what_is_generated_counts_as_the_harness_reads_it(how, tokens):
-    request = SimpleNamespace(args=("abcd", how))
-    assert Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None).tokens == tokens
+def test_what_is_generated_counts_as_the_harness_reads_it(how, generated):
+    def steps(plans, kind):
+        request = SimpleNamespace(args=("abcd" * 10, how), request_type=kind)
+        return Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None).steps(plans)
+
+    assert steps(1, "generate_until") == 10 + 20 * generated
+    assert steps(7, "generate_until") == 7 * steps(1, "generate_until")  # each plan on its own
+    assert steps(10, "first_choices") == 20 * generated + 2 * (10 + generated)  # the original's answer, read by all
+
+
+def test_what_is_only_read_is_read_together():
+    request = SimpleNamespace(args=("abcd" * 9, "abcd"), request_type="loglikelihood")
+    job = Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None)
+    assert (job.steps(1), job.steps(20)) == (10, 40)
 
 
 @pytest.mark.usefixtures("own_tasks_only")

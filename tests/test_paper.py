@@ -14,6 +14,7 @@ import torch
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
+from lm_eval.models.huggingface import HFLM
 
 import forked
 from api import (
@@ -26,11 +27,15 @@ from api import (
     DiagnosticsRecord,
     Folder,
     Footprint,
+    Limits,
     Provenance,
     Quartiles,
     Scoreboard,
+    Scorer,
     SimilarityRecord,
+    TaskChoice,
     TaskScore,
+    TaskShelf,
     TimesRecord,
     TimingGrid,
     as_latex,
@@ -51,6 +56,7 @@ from api import (
     read,
     records_lines as lines,
     render,
+    run_paper,
     shown_paper,
     silent,
     speed,
@@ -61,7 +67,7 @@ from api import (
 )
 from notall import Plan, UsageError, locate
 from small_disk import fills_up
-from tiny_tasks import saved, tiny_llama, write_tasks
+from tiny_tasks import byte_tokenizer, saved, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
 
@@ -571,6 +577,50 @@ def test_each_check_is_of_its_own_row(model, tmp_path, monkeypatch):
     assert len({record.value for record in records}) > 2
     for record in records:
         assert record.value == sum(record.plan.attention)
+
+
+class Machine:
+    """A clock that only work moves: a token that is read takes 1, of one sequence 2, one that is generated 20."""
+
+    def __init__(self):
+        self.time, self.told = 0.0, []
+
+    def tell(self, done, total, doing):
+        self.told.append((done / total, self.time))
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_the_bar_tells_the_share_of_the_time_that_has_passed(model, tmp_path, monkeypatch):
+    """What generates does so plan by plan, and on seven of them; all plans read the rest in the time of four."""
+    machine, score, answer = Machine(), Scorer.score, HFLM.generate_until
+
+    def scoring(self, plans, requests):
+        for scores in score(self, plans, requests):
+            machine.time += sum(len(requests[number].sequence) for number in scores.requests) * len(plans) / 5
+            yield scores
+
+    def generating(self, requests, **how):
+        for request in requests:
+            machine.time += len(request.args[0]) / 4 + 20 * int(request.args[1]["max_gen_toks"])
+        return answer(self, requests, **how)
+
+    def timing(model, plans, workload, *, seed, progress):
+        for number in range(len(plans) + 1):
+            progress(number, len(plans) + 1, "timing")
+            machine.time += 2 * (workload.rounds + 1) * (workload.prompt_tokens + 20 * workload.generation_tokens)
+        return {name: timed(KEYS[0], 1, 1).times for name in ("dense", *plans)}
+
+    monkeypatch.setattr(Scorer, "score", scoring)
+    monkeypatch.setattr(HFLM, "generate_until", generating)
+    monkeypatch.setattr(speed, "time_plans", timing)
+    choice = TaskChoice(TaskShelf(write_tasks(tmp_path / "tasks")), ("tiny_letters", "tiny_words"), limits=Limits(40))
+    about = Provenance(what={"model": "tiny", "dtype": "float32", "revision": "none"})
+    subject = Subject(model, byte_tokenizer(), [torch.arange(32).view(2, 16)], tmp_path / "out", about)
+    run_paper(subject, choice, TimingGrid((8, 64), 4, rounds=2), progress=machine.tell)
+    assert machine.told[-1][0] == pytest.approx(1)
+    off = [abs(share - time / machine.time) for share, time in machine.told if time]
+    assert len(off) > 50
+    assert max(off) < 0.08, max(off)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

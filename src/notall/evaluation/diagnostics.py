@@ -20,7 +20,7 @@ from ..measuring.statistics import (
 from ..measuring.token_scores import TokenScorer
 from ..models.retrieval import CONTEXTS, Episode, episode
 from ..plan import Plan
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
 from ..running.replay import Replay, record
@@ -31,6 +31,7 @@ BINS = 15  # of confidence, as in Guo et al.
 KEYS = 8  # of passkeys, a length: six that are lost can be told from chance
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 8, 1024  # of text, that commands read: a test of signs takes six at least
+BEGINNING, NEW_TOKENS = 64, 64  # tokens of a window that are continued, and that continue it
 NGRAM = 4
 
 Known = tuple[float, float]  # a figure and its standard error
@@ -44,7 +45,7 @@ def run_diagnostics(
     *,
     parts: Sequence[str] = PARTS,
     contexts: Sequence[int] = CONTEXTS,
-    new_tokens: int = 64,
+    new_tokens: int = NEW_TOKENS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[list[Check]]:
@@ -60,10 +61,29 @@ def run_diagnostics(
         "writing": lambda: check_writing(model, plans, windows, new_tokens),
     }
     found: list[list[Check]] = []
-    for done, part in enumerate(parts):
-        progress(done, len(parts), f"{part}, {len(plans)} plans")
+    steps = steps_of(windows, len(plans) + 1, contexts=contexts, new_tokens=new_tokens)
+    stages = Stages(progress, sum(steps[part] for part in parts))
+    for part in parts:
+        stages.stage(steps[part])(0, 1, f"{part}, {len(plans)} plans")
         found += checks[part]()
     return [list(of_plan) for of_plan in zip(*found)]
+
+
+def steps_of(
+    windows: Sequence[Tensor],
+    plans: int,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    new_tokens: int = NEW_TOKENS,
+) -> dict[str, float]:
+    """What each part takes so many plans, the original one among them, in tokens that are read."""
+    texts = sum(window.numel() for window in windows)
+    prompts = plans * reading(BEGINNING * len(windows))
+    return {
+        "long texts": reading(texts, plans),
+        "passkey": reading(KEYS * sum(contexts), plans),
+        "writing": prompts + writing(new_tokens, plans),  # all prompts at once
+    }
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,7 @@ def check_writing(
     Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
     a continuation that never leaves the original model's counts as leaving it behind its last token.
     """
-    prompts, ends = torch.cat([window[:, :64] for window in windows]), ends_of(model)
+    prompts, ends = torch.cat([window[:, :BEGINNING] for window in windows]), ends_of(model)
     texts = []
     for plan in (Plan(), *plans):
         with skip(model, plan):  # without the token that ends a text

@@ -109,8 +109,9 @@ def run_tasks(
         lm = PlansLM(model, tokenizer, plans, folder, batch_size=batch_size, truncate=truncate, progress=progress)
         for job in jobs:
             lm.check(job)
-        stages = Stages(progress, sum(job.tokens for job in jobs))
-        told = [stages.stage(job.tokens) for job in jobs]
+        steps = [job.steps(len(lm.answers.distinct)) for job in jobs]
+        stages = Stages(progress, sum(steps))
+        told = [*map(stages.stage, steps)]
         return [result for job, lm.progress in zip(jobs, told) for result in evaluate_job(lm, job)]
 
 
@@ -153,6 +154,10 @@ class Answers:
             told = f"{where} has {shortened(repr(answer))} where an answer should be"
             raise UsageError(f"{told}; delete the file, and ask again")
         return answer
+
+    def place(self, number: int) -> int:
+        """Of a plan among those that differ, from 1; of equal ones that of the first."""
+        return 1 + self.distinct.index(self.names.index(self.names[number]))
 
     def has(self, key: str, number: int) -> bool:
         return (key, self.names[number]) in self._known
@@ -267,9 +272,10 @@ class PlansLM(HFLM):
             keys.append(key if asked[key] == 1 else f"{key}-{asked[key]}")
         waiting = [(key, request) for key, request in zip(keys, requests) if not self.answers.has(key, self.number)]
         width, generate = self._room_to_generate([request for _, request in waiting]), super().generate_until
+        place = self.answers.place(self.number)
         with skip(self.model, self.plans[self.number]):
             while waiting:
-                self._report(self.number * len(keys) + len(keys) - len(waiting), len(keys) * len(self.plans))
+                self._report(place * len(keys) - len(waiting), len(keys) * len(self.answers.distinct))
                 chunk = waiting[: self.scorer.fitting(width, len(waiting))]
                 texts = unless_out_of_memory(partial(generate, [request for _, request in chunk], disable_tqdm=True))
                 if texts is None:
@@ -277,7 +283,7 @@ class PlansLM(HFLM):
                     continue
                 self.answers.add([self.number], {key: [text] for (key, _), text in zip(chunk, texts)})
                 waiting = waiting[len(chunk) :]
-        self._report((self.number + 1) * len(keys), len(keys) * len(self.plans))
+        self._report(place * len(keys), len(keys) * len(self.answers.distinct))
         return [self.answers.get(key, self.number, str) for key in keys]
 
     def _loglikelihood_tokens(

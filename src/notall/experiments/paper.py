@@ -35,7 +35,16 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
-from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
+from .driver import (
+    BenchmarkRecord,
+    DiagnosticsRecord,
+    SimilarityRecord,
+    Subject,
+    benchmark,
+    checking_steps,
+    diagnose,
+    similarities,
+)
 from .folder import Folder, Message, Section, Shown, Step
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section
@@ -150,8 +159,8 @@ def run_paper(
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
     generating = None if generate_all else [row for row in rows if row.fraction in (0.0, most)]
-    timed = 2 * sum(workload.steps for workload in timing.workloads) * len(rows)
-    checking = sum(some.numel() for some in windows) * len(rows)
+    timed = sum(workload.steps for workload in timing.workloads) * len(rows)
+    checking = checking_steps(windows, len(rows)) if windows else 0
     stages = Stages(progress, subject.tokens + checking + timed)
     benchmarks = benchmark(subject, rows, tasks, generating, stages) if tasks else []
     with working_in(subject.out, "paper"):
@@ -195,9 +204,9 @@ def time_grid(
 
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, TimesRecord, about)
-        stages = Stages(progress, len(timing.workloads))
+        stages = Stages(progress, sum(workload.steps for workload in timing.workloads))
         for workload in timing.workloads:
-            telling = stages.stage(1)
+            telling = stages.stage(workload.steps)
             at = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
             telling(0, 1, f"timing {len(rows)} configurations at {at}")
             if known(workload):
