@@ -459,8 +459,8 @@ def test_a_pace_is_told_where_rounds_and_texts_tell_it():
     assert pace(sure("greedy", 1, 1.2, texts=1, error=math.nan)) == "inconclusive"  # one text has no error
     assert pace(sure("greedy", 1, 1.2, error=0.2)) == "inconclusive"  # what a round gives is from few texts
     assert pace(sure("greedy", 1, 1.02, n=3, error=0)) == "inconclusive"  # three rounds
-    assert pace(sure("greedy", 1, 1.05, error=0)) == "faster"
-    many = [sure("greedy", drafted, 1.05 - drafted / 1e4, error=0) for drafted in range(1, 33)]
+    assert pace(sure("greedy", 1, 1.03, error=0)) == "faster"
+    many = [sure("greedy", drafted, 1.03 - drafted / 1e4, error=0) for drafted in range(1, 33)]
     assert pace(*many) == "inconclusive"  # the best of many may be so by chance
 
 
