@@ -17,13 +17,18 @@ import torch
 
 from api import (
     LEAST_DOCUMENTS,
+    Drafted,
+    DraftRecord,
+    MeasuredRecord,
     ParetoRecord,
+    Quality,
     Quartiles,
     Recovery,
     Times,
     checks,
     combined,
     diagnostics,
+    drafts_verdict,
     is_faster,
     mean_and_error,
     of_ranks,
@@ -35,7 +40,9 @@ from api import (
     student_p_value,
     student_quantile,
     too_few,
+    warn_if_worse,
 )
+from notall import Plan
 
 pytestmark = pytest.mark.any_transformers  # numbers alone
 MOST = 0.035
@@ -362,6 +369,58 @@ def test_models_of_one_speed(rounds):
     assert rate(found) == CLOSE
     machine = np.exp(rng.normal(0, 0.1, 5))
     assert rate(is_faster(timed(rng, 9, machine), timed(rng, 10, machine)) for _ in range(200)) > 0.99
+
+
+# --- drafts, and repairs ----------------------------------------------------------------------------------------------
+
+
+def drafted(rng, speed, most=8, rounds=5, texts=8):
+    """Records of 1 to `most` tokens, of which none is faster than another; rounds and texts have noise."""
+    dense = np.exp(rng.normal(0, 0.01, rounds))
+    records = []
+    for count in range(1, most + 1):
+        error = 0.02 / math.sqrt(texts)
+        tokens = 2 * (1 + rng.normal(0, error))
+        ratios = speed * tokens / 2 * dense / np.exp(rng.normal(0, 0.01, rounds))
+        seen = 2 * error * math.sqrt(rng.chisquare(texts - 1) / (texts - 1))
+        records.append(
+            DraftRecord(
+                plan=Plan([1]), model="skipped", decoding="sampled", drafted=count, acceptance=0.5, acceptance_se=0.1,
+                tokens_per_round=tokens, tokens_per_round_se=seen, dense_ms=1, draft_ms=1, check_ms=1, texts=texts,
+                predicted=Quartiles.of(ratios.tolist()), rounds=rounds,
+            )
+        )  # fmt: skip
+    return drafts_verdict(Drafted(records, ""))["said"].removeprefix("Drafting with it would be ").split()[0]
+
+
+def test_the_best_of_drafts_that_are_no_faster():
+    rng = np.random.default_rng(0)
+    found = [drafted(rng, 1.0) for _ in range(400)]
+    assert rate(one == "faster" for one in found) <= MOST
+    assert rate(one == "slower" for one in found) <= MOST
+    assert rate(drafted(rng, 1.5) == "faster" for _ in range(50)) > 0.9
+
+
+@pytest.mark.parametrize("windows", [8, 16])
+def test_a_repair_that_changes_nothing(windows, capsys):
+    """Windows that are hard for the plan are hard for the repaired one: the warning comes more rarely still."""
+    rng = np.random.default_rng(0)
+
+    def warned(effect):
+        hard = rng.normal(0.5, 0.05, windows)
+        both = {"skipped": hard + rng.normal(0, 0.05, windows)}
+        both["repaired"] = hard + rng.normal(0, 0.05, windows) + effect
+        records = []
+        for state, lost in both.items():
+            mean, error = mean_and_error(lost.tolist())
+            figures = dict.fromkeys(Quality.model_fields, 0.0) | {"delta_nll": mean, "delta_nll_se": error}
+            quality = Quality(**figures | {"sequences": windows})
+            records.append(MeasuredRecord(text="a.txt", model=state, plan=Plan([1]), quality=quality))
+        warn_if_worse(records)
+        return "makes it worse" in capsys.readouterr().err
+
+    assert rate(warned(0.0) for _ in range(1500)) <= MOST
+    assert rate(warned(0.2) for _ in range(200)) > 0.95
 
 
 # --- exact, and never possible ----------------------------------------------------------------------------------------
