@@ -153,7 +153,7 @@ def test_too_short_a_text_says_what_would_fit():
     with pytest.raises(UsageError) as error:
         token_batches(TOKENIZER, counting(100), sequences=8, length=16)
     assert str(error.value) == (
-        "the text counting has 100 tokens, and 8 sequences of 16 need 128: "
+        "the text counting has 100 tokens, too few for 8 sequences of 16 (128): "
         "lower sequences to 6 or lower length to 12 or give a longer text"
     )
     token_batches(TOKENIZER, counting(100), sequences=6, length=16)

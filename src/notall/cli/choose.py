@@ -14,7 +14,7 @@ from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Searc
 from ..files import Settings
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
-from ..plan import Plan
+from ..plan import Plan, several
 from ..results.facts import FOOTPRINT, Footprint
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
@@ -59,7 +59,9 @@ def compare(
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
     comparing.write_comparison(records, out, title, _made(about, described, timed))
-    tables = {"comparison": table(f"{len(records)} choices in {out}", comparing.columns_of(records), records)}
+    tables = {
+        "comparison": table(f"{several(len(records), 'choice')} in {out}", comparing.columns_of(records), records)
+    }
     where = f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}."
     once = [comparing.TIMED_ONCE] if comparing.timed_once(records) else []
     show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
@@ -72,8 +74,8 @@ def _made(about: Provenance, described: Settings, timed: Workload | None) -> str
     if timed is None:
         return made
     place = place_of(about.where["machine"], versions=False)
-    asked = f"{timed.prompt_tokens} prompt tokens and {timed.generation_tokens} new ones, {timed.rounds} rounds"
-    return f"{made} Times of {asked}, on {place}."
+    asked = f"{several(timed.prompt_tokens, 'prompt token')} and {timed.generation_tokens} generated"
+    return f"{made} Times of {asked}, {several(timed.rounds, 'round')}, on {place}."
 
 
 PlanFile = Annotated[Path, Option("where to write the plan", ("--out", "-o"))]

@@ -145,7 +145,7 @@ def draft(
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=run.seed, progress=progress)
-    title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
+    title = f"{about.in_words}, skip {wanted}: {several(text.sequences, 'prompt')}; median of {how.rounds} [quartiles]"
     told = drafts.verdict(found)
     tables = {"drafts": table(title, drafts.COLUMNS, found.records)}
     show(tables, as_json=run.as_json, also={"verdict": told}, then=[told["said"]])

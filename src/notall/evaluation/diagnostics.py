@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
 from ..measuring.token_scores import TokenScorer
 from ..models.retrieval import CONTEXTS, Episode, episode
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, silent
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
@@ -54,7 +54,7 @@ def run_diagnostics(
     }
     found: list[list[Check]] = []
     for done, part in enumerate(parts):
-        progress(done, len(parts), f"{part}, {len(plans)} plans")
+        progress(done, len(parts), f"{part}, {several(len(plans), 'plan')}")
         found += checks[part]()
     return [list(of_plan) for of_plan in zip(*found)]
 

@@ -24,7 +24,7 @@ from ..files import Settings
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
 from ..models.load_errors import quiet
 from ..models.mix import origin
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
@@ -289,7 +289,7 @@ class PlansLM(HFLM):
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
         """What the model reads, cut on the left as HFLM cuts it."""
         if not 0 < len(continuation) <= self.max_length:
-            told = f"an answer of {self.task} has {len(continuation)} tokens"
+            told = f"an answer of {self.task} has {several(len(continuation), 'token')}"
             raise UsageError(f"{told}, and the model takes 1 to {self.max_length}; leave the task out, or mend it")
         return Request(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation))
 
@@ -324,7 +324,8 @@ class PlansLM(HFLM):
     def _check_fit(self, lengths: Sequence[int], most: int) -> None:
         too_long = sum(length > most for length in lengths)
         if too_long and not self.truncate:
-            told = f"{too_long} requests of {self.task} are longer than the model's context of {self.max_length} tokens"
+            requests = several(too_long, "request")
+            told = f"the model's context of {self.max_length} tokens is too short for {requests} of {self.task}"
             fix = "show fewer examples, or have them cut on the left with truncate"
             raise UsageError(f"{told} (up to {max(lengths)}); {fix}")
 

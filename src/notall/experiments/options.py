@@ -17,7 +17,7 @@ from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
-from ..plan import Plan
+from ..plan import Plan, several
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
@@ -265,7 +265,9 @@ class PlanOptions:
         share, count = (amount, None) if amount < 1 else (None, int(amount))
         found = deepest(structure, skip.kind, share, count=count, keep_last=self.keep_last)  # type: ignore[arg-type]
         if amount and not found:
-            raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
+            raise UsageError(
+                f"{amount:g} of {several(len(structure.blocks), 'layer')} is none of them: give a larger number"
+            )
         return found
 
 

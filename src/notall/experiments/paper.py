@@ -181,7 +181,7 @@ def time_grid(
         stages = Stages(progress, len(timing.workloads))
         for workload in timing.workloads:
             telling = stages.stage(1)
-            at = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
+            at = f"{several(workload.prompt_tokens, 'prompt token')}, {workload.concurrency} at once"
             telling(0, 1, f"timing {len(rows)} configurations at {at}")
             if known(workload):
                 continue
@@ -370,12 +370,12 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     from scipy.stats import spearmanr
 
     windows = min(int(row.what.get("sequences", 0)) for row in blocks)
-    few = f", on {windows} windows" if windows < LEAST_WINDOWS else ""
+    few = f", on {several(windows, 'window')}" if windows < LEAST_WINDOWS else ""
     *inner, last = blocks
     known, error = [row.cosine for row in inner if is_number(row.cosine)], 1 / math.sqrt(len(inner) - 1)
     rho = float(spearmanr(range(len(known)), known).statistic) if len(set(known)) > 1 else math.nan
     claim = "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)"
-    here = f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers"
+    here = f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {several(len(inner), 'layer')}"
     yield _claim(claim, here, few, _around(rho, error), "rank correlation", figure=rho, error=error)
     before, change = inner[-1], last.cosine - inner[-1].cosine
     if is_number(change):
@@ -389,7 +389,7 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
     most = fractions[-1]
-    few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
+    few = f", with as few as {several(board.fewest, 'document')} a task" if board.fewest < LEAST_DOCUMENTS else ""
     attention = ("attention", most, False)
     claim = f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)"
     # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
@@ -403,9 +403,10 @@ def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
         asked.append((claim, "last layer skipped less last layer kept", (kind, most, False), (kind, most, True), 0.0))
     claim = f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped"
     asked.append((claim, "last layer kept less last layer skipped", ("attention", most, True), attention, 0.0))
+    tasks = several(len(board.shared), "task")
     for claim, what, ours, theirs, least in asked:
         difference, error, _ = board.difference(ours, theirs)
-        here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
+        here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {tasks}"
         figures = {"figure": 100 * difference, "error": 100 * error}
         yield _claim(claim, here, few, _around(difference - least, error), "points", **figures)
 
@@ -415,7 +416,7 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     most = max(fraction for _, fraction, _ in cells)
     rows = [cells[variant, most, False] for variant in ("attention", "mlp", "block")]
     rounds = min(int(record.what.get("rounds", 0)) for record in cells.values())
-    few = f", in {rounds} rounds" if rounds < LEAST_ROUNDS else ""
+    few = f", in {several(rounds, 'round')}" if rounds < LEAST_ROUNDS else ""
     for name in ("prefill", "decode"):
         at = f"{name}, prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
         attention, mlp, block = (_of_quantity(one.times, name)[1] for one in rows)
@@ -455,13 +456,13 @@ CAPTIONS = {
         "the difference to the original model ± its standard error; * worse, p < 0.05, not corrected for the number of "
         "comparisons.",
     ),
-    "prefill": ("Prefill time (ms)", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),
+    "prefill": ("Prefill time (ms)", f"Median of {{rounds}}, each of all rows in turn; {RATIOS}"),
     "decode": (
         "Decode time per new token (ms)",
-        f"{{generation_tokens}} new tokens. Median of {{rounds}} rounds, each of all rows in turn, with a real KV "
-        f"cache; {RATIOS}",
+        f"{{generation_tokens}}. Median of {{rounds}}, each of all rows in turn, with a real KV cache; {RATIOS}",
     ),
 }
+CAPTION_COUNTS = {"rounds": "round", "generation_tokens": "new token"}
 
 
 def write_paper(
@@ -521,7 +522,7 @@ def tables_of(
 def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
     """What the cells of a table say, and how it was made; of half of the grid it begins with what is shown."""
     title, note = CAPTIONS[kind]
-    asked = {name: records[0].what.get(name, "?") for name in ("rounds", "generation_tokens")}
+    asked = {name: _several(records[0].what.get(name), one) for name, one in CAPTION_COUNTS.items()}
     told = f"{note.format_map(asked)} {_made(records)}"
     if keep_last is None:
         return told
@@ -530,12 +531,17 @@ def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = No
     return f"{of} with the deepest of its attentions, MLPs or blocks skipped, the last layer {last}. {told}"
 
 
+def _several(count: object, name: str) -> str:
+    """Of a count that a record may lack, or have damaged."""
+    return several(count, name) if isinstance(count, int) else f"? {name}s"
+
+
 def _made(records: Sequence[Record]) -> str:
     about = records[0].provenance or Provenance(what={})
     where = f"{about.what.get('dtype')} on {place_of(about.where.get('machine'), versions=False)}."
     asked = {(one.task, one.metric): one for one in records if isinstance(one, BenchmarkRecord)}
     told = "; ".join(
-        f"{heading_of(one.task)}, {one.num_fewshot}-shot, {one.usual_metric} of {one.documents} documents"
+        f"{heading_of(one.task)}, {one.num_fewshot}-shot, {one.usual_metric} of {several(one.documents, 'document')}"
         for one in asked.values()
     )
     return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where

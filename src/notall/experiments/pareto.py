@@ -23,7 +23,7 @@ from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
-from ..plan import Plan, several
+from ..plan import Plan, several, several_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
 from ..results.ledger import Ledger, working_in
@@ -199,7 +199,7 @@ class Finding:
         self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
     ) -> dict[str, Plan]:
         """By name what is skipped to skip so many, or to run the workload so many times as fast."""
-        budgets = {f"less {count:g} {self.space}": BudgetChoice(("count", count)) for count in counts}
+        budgets = {f"less {several_of(str(self.space), count)}": BudgetChoice(("count", count)) for count in counts}
         budgets |= {f"{faster:g}x in torch": BudgetChoice(("speedup", faster)) for faster in speedups}
         stages = Stages(progress, len(budgets))
         return {name: self._searched(name, one, workload, stages.stage(1)) for name, one in budgets.items()}

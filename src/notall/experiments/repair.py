@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ..errors import UsageError, shortened
 from ..models.names import USE
 from ..options import option
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress
 from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
@@ -182,7 +182,7 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
-    told = f"{out}: {refit} of {total} kept sublayers refit; refitting others did not help on held-out text"
+    told = f"{out}: {refit} of {several(total, 'kept sublayer')} refit; refitting others did not help on held-out text"
     title = f"{told}; shown are those that mend over {LITTLE:.0%}"
     return replace(table(title, REFITS, shown), facts=repaired.refits)
 

@@ -29,7 +29,7 @@ from ..digests import digest_of_file
 from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
-from ..plan import Fingerprint, Plan
+from ..plan import Fingerprint, Plan, several
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
@@ -163,7 +163,9 @@ def _check(source: GGUF, plan: Plan) -> None:
     ours = (source.depth, source.count("embedding_length"))
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
-        raise UsageError(f"{source.path.name} has {len(numbers)} blocks, and says {source.depth}; download it again")
+        raise UsageError(
+            f"{source.path.name} has {several(len(numbers), 'block')}, and says {source.depth}; download it again"
+        )
     if shape and (shape.layers, shape.hidden_size) != ours:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
     plan.check_depth(source.depth)

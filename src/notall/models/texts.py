@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
 from ..files import contents, expanded, read_json
+from ..plan import several
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
@@ -69,9 +70,9 @@ def token_batches(
         fitting = len(ids) // sequences + len(start)
         fits = [f"lower sequences to {windows} or "] if windows else []
         fits += [f"lower length to {fitting} or "] if fitting >= 2 else []
-        told = f"the text {shortened(text.name)} has {len(ids)} tokens"
-        need = f"{sequences} sequences of {length} need {sequences * width}"
-        raise UsageError(f"{told}, and {need}: {''.join(fits)}give a longer text")
+        told = f"the text {shortened(text.name)} has {several(len(ids), 'token')}"
+        asked = f"{several(sequences, 'sequence')} of {length} ({sequences * width:,})"
+        raise UsageError(f"{told}, too few for {asked}: {''.join(fits)}give a longer text")
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
     rows = ids[: windows * width].view(windows, width)[order].long()  # (sequences, width)
     rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)

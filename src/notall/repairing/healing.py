@@ -26,7 +26,7 @@ from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, silent
 from ..results.facts import State
 from ..results.ledger import Ledger, working_in
@@ -370,7 +370,7 @@ class Spread:
             raise UsageError("a training is started from a machine of the cluster: give --ray auto or HOST:PORT there")
         count = count or self.count or 1
         if count < 1 or rows % count:
-            told = f"{count} workers cannot share a batch of {rows} evenly"
+            told = f"{several(count, 'worker')} cannot share a batch of {rows} evenly"
             raise UsageError(f"{told}: give another --batch-size or --ray-workers")
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
@@ -382,10 +382,10 @@ class Spread:
             most, has_gpus = cluster.room()
             count, on_gpus = self.count or most, has_gpus and self.load_options.get("device") != "cpu"
             self.check(len(training.batches[0]), count)
-            progress(0, 1, f"healing on {count} workers")
+            progress(0, 1, f"healing on {several(count, 'worker')}")
             given = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
             cluster.train(_work, given, folder / CHECKPOINTS / "ray", count=count, on_gpus=on_gpus)
-            progress(1, 1, f"healed on {count} workers")
+            progress(1, 1, f"healed on {several(count, 'worker')}")
         return repaired.read_tensors(folder / CHECKPOINTS / TRAINED)[0]
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from ..errors import shortened
 from ..files import Settings
+from ..plan import several
 
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 
@@ -60,14 +61,16 @@ def this_run() -> dict[str, str]:
 
 
 def windows_in_words(described: Settings) -> str:
-    return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
+    return (
+        f"{several(described['sequences'], 'window')} of {described['length']} tokens of {shortened(described['text'])}"
+    )
 
 
 def place_of(machine: Any, *, versions: bool = True) -> str:
     """Where it was measured, in words, as far as that was written down."""
     try:
-        place = f"{machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}"
+        place = f"{machine['device_name']}, {several(machine['cores'], 'core')}, threads: {machine['threads']}"
         told = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
         return f"{place}; {told}" if versions else place
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError):
         return "a machine that is not told"

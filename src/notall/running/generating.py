@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from ..errors import UsageError, expect, raised_by, shortened
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress
 from ..structure.locating import has_missing
 from ..structure.model_structure import base_model, positions_of
@@ -134,7 +134,7 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     if new < 1:
         raise UsageError(f"{shortened(new)} new tokens make no text: give 1 or more")
     if prompt + new > (limit := positions_of(model)):
-        asked = f"{prompt} prompt tokens and {shortened(new)} new ones"
+        asked = f"{several(prompt, 'prompt token')} and {shortened(new)} to generate"
         raise UsageError(f"{asked} exceed the model's {limit} positions; lower them to {limit} together")
 
 
