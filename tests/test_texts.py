@@ -158,7 +158,7 @@ def test_too_short_a_text_says_what_would_fit():
     )
     token_batches(TOKENIZER, counting(100), sequences=6, length=16)
     token_batches(TOKENIZER, counting(100), sequences=8, length=12)
-    with pytest.raises(UsageError, match="need 128: give a longer text"):
+    with pytest.raises(UsageError, match=r"of 16 \(128\): give a longer text"):
         token_batches(TOKENIZER, counting(1), sequences=8, length=16)
 
 

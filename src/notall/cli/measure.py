@@ -296,9 +296,8 @@ def tasks(
         from ..evaluation.tasks import TaskShelf
 
         found = TaskShelf(task_path).listed(word)
-    named = "1 name" if len(found) == 1 else f"{len(found):,} names"
     shots = "; shots as the leaderboard shows them" if any(one.num_fewshot for one in found) else ""
-    show({"tasks": table(f"{named} for --tasks{shots}", NAMED_TASKS, found)}, as_json=as_json)
+    show({"tasks": table(f"{several(len(found), 'name')} for --tasks{shots}", NAMED_TASKS, found)}, as_json=as_json)
 
 
 @command(example="notall report results -o report.html")
