@@ -227,7 +227,10 @@ NAMES = {
     "measuring.acceptance": ["Accepted", "acceptance", "judge", "rounds", "tokens_per_round", "write_texts"],
     "measuring.quality": ["Passage", "evaluate", "measure_similarity", "score", "summarize", "walk"],
     "measuring.speed": ["Timing as speed_Timing"],
-    "measuring.statistics": ["mean_and_error", "recovery_interval"],
+    "measuring.statistics": [
+        *("Estimate", "are_right_or_wrong", "combined", "mean_and_error", "of_rounds", "paired_difference"),
+        *("recovery_interval", "sign_flip_p_value", "student_p_value", "student_quantile", "summed", "too_few"),
+    ],
     "measuring.token_scores": ["Head", "TokenScorer"],
     "models.gguf_file": ["Field", "GGUF", "GGUFTensor", "read_gguf", "write_gguf"],
     "models.load_errors": ["check_weights"],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from .errors import UsageError
+from .progress import ALONE, reading, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,6 @@ def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:
 
 option = _as_field(Option)  # of a dataclass a field with this default, whose `Option` is made of what follows
 
-DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
 Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
 OutFolder = Annotated[Path, Option("folder for the results", ("--out", "-o"))]
@@ -65,8 +65,9 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """How long all rounds of one model take, the first one included: about as many tokens that are prefilled."""
-        return (self.rounds + 1) * self.concurrency * (self.prompt_tokens + DECODED_TOKEN * self.generation_tokens)
+        """How long all rounds of one model take, the first one included, in tokens that are read."""
+        each = reading(self.prompt_tokens) + writing(self.generation_tokens)
+        return round(ALONE * (self.rounds + 1) * self.concurrency * each)
 
     def check(self, model: "PreTrainedModel") -> None:
         """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ..plan import Plan
-from ..progress import Progress, Stages, silent, tracked
+from ..progress import Progress, Stages, reading, silent, tracked
 from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
@@ -78,8 +78,10 @@ class Evaluation:
 
         self.progress(0, 1, "reading the tasks")
         jobs = self.tasks.jobs()
-        words, asked = sum(batch.numel() for batch in batches), sum(job.tokens for job in jobs)
-        stages, plans = Stages(self.progress, words + asked), [*self.states.values()]
+        plans = [*self.states.values()]
+        words = reading(sum(batch.numel() for batch in batches), len(plans) + 1)
+        asked = sum(job.steps(len(plans) + 1) for job in jobs)
+        stages = Stages(self.progress, words + asked)
         read = tracked(batches, "quality on the text", stages.stage(words))
         qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]

@@ -317,7 +317,7 @@ class TaskOptions:
     )
     limit: Words = option(
         (),
-        "documents of each task (default: all; 64 of a check, 100 of an objective), such as 40; mmlu=2 limits one "
+        "documents of each task (default: all; 80 of a check, 100 of an objective), such as 40; mmlu=2 limits one "
         "task, or a group's",
     )
     num_fewshot: int | None = option(None, "examples to show (default: the task's own number)", least=0)

@@ -21,7 +21,7 @@ from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
 from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
-from ..measuring.statistics import mean_and_error
+from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, mean_and_error
 from ..options import Workload, option
 from ..plan import Plan, several, several_of
 from ..progress import Progress, Stages, silent
@@ -32,7 +32,6 @@ from ..results.record import Count, Fact, Key, Loss, Number, Positive, Record, S
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Figure, Folder, Message, Section, Shown
 from .options import Words, read_plan, words_of
-from .paper import LEAST_ROUNDS, LEAST_WINDOWS
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 

@@ -10,9 +10,9 @@ from pydantic import Field
 from ..digests import digest_of
 from ..errors import FIGURES, installed
 from ..files import Settings, write_whole
-from ..options import DECODED_TOKEN, WORKLOAD, Workload
+from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan, several
-from ..progress import Progress, Stages, silent
+from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
@@ -68,9 +68,9 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
     rows = paper_grid(subject.structure)
     asked = {"workload": asdict(workload), "seed": subject.seed, "batches": digest_of(subject.batches)[:16]}
     about = Provenance.of(subject.provenance, **asked)
-    scoring, timing = subject.tokens * len(rows) / 5, 2 * workload.steps  # plans share most of what scores them
+    scoring, timing = reading(subject.tokens, len(rows)), workload.steps
     leaving_out = subject.batches[0].shape[-1] * len(subject.structure.sublayers)
-    sampling = 4 * DECODED_TOKEN * SAMPLE_TOKENS if subject.tokenizer else 0
+    sampling = writing(SAMPLE_TOKENS, 4) if subject.tokenizer else 0
     stages = Stages(progress, scoring + len(rows) * timing + subject.tokens + leaving_out + sampling)
     with working_in(subject.out, "sweep"):
         done = Ledger(subject.out, SweepRecord, about)
