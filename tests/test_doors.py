@@ -1,0 +1,167 @@
+"""Nothing runs unasked, nothing of the user's is lost, and what is not listed is refused.
+
+Each test plants what somebody else could have put there (in a results folder, a cache, a working folder, a model) and
+looks at what notall does with it. Code that must not run leaves a mark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import py_compile
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import result_folders
+from api import Provenance
+from command_line import QUICK
+
+pytestmark = pytest.mark.any_transformers  # it is about files and processes
+
+Ended = tuple[int, str, str]  # exit code, stdout, stderr
+Run = Callable[..., Ended]
+MARK = "mark"  # what planted code writes, in the working folder
+
+
+@pytest.fixture
+def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder; modules that were imported from it are forgotten afterwards."""
+    folder = tmp_path / "working"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def marking(folder: Path, more: str = "") -> str:
+    """Python that leaves a mark when it runs."""
+    return f"open({str(folder / MARK)!r}, 'a').write('ran')\n{more}"
+
+
+def ran(folder: Path) -> bool:
+    return (folder / MARK).exists()
+
+
+def refused(ended: Ended, *said: str) -> str:
+    """Exit code 2 and one line, which holds these words; returns it."""
+    code, out, err = ended
+    *_, line = err.splitlines() or [""]
+    assert (code, out) == (2, ""), ended
+    assert line.startswith("error: "), err
+    assert "Traceback" not in err
+    for words in said:
+        assert words in line, line
+    return line
+
+
+# --- reproduce: what a record may ask for ----------------------------------------------------------------------------
+
+
+def recorded(folder: Path, command: str, **where: Any) -> Path:
+    """A results folder whose record says that this command made it."""
+    about = Provenance(what=result_folders.ABOUT.what, where={"command": command, **where})
+    return result_folders.write(folder, result_folders.measured("t", "skipped", 0.1, provenance=about))
+
+
+HIDDEN = (  # ways to write an option that a record may not have
+    "--task-path r/evil",
+    "--task-path=r/evil",
+    "--json=--task-path=r/evil",  # at the first = it is a flag that takes no value
+    "--json --task-path=r/evil",
+    "--text=--task-path --task-path r/evil",
+    "-- --task-path",
+    "--trust-remote-code",
+    "--json=--trust-remote-code",
+    "--attn-implementation=someone/kernel",
+    "--json=--attn-implementation=someone/kernel",
+    "--offload=r/evil",
+    "--help",
+    "--version",
+    "--ray",
+    "--ray=local",
+    "--unknown=1",
+    "more words",
+)
+
+
+@pytest.mark.parametrize("words", HIDDEN)
+def test_a_record_asks_for_nothing_but_what_is_listed(working, folder, run, own_tasks_only, words):
+    task = Path("r/evil/evil.yaml")
+    task.parent.mkdir(parents=True)
+    task.write_text("task: evil\ndataset_path: json\noutput_type: multiple_choice\ndoc_to_text: !function utils.f\n")
+    (task.parent / "utils.py").write_text(marking(working, "def f(document): return 'a'\n"))
+    Path("t").write_text("a bird sings under the winter light of an old stone; " * 9)
+    recorded(Path("r"), f"notall eval {folder} --text t --skip attention:1 {' '.join(QUICK)} --tasks evil {words}")
+    refused(run("reproduce", "r", "--out", "again"), "no record may ask for")
+    assert not ran(working)
+    assert not Path("again").exists()
+
+
+FUNCTIONS = ("--criterion r.mine:f", "--criterion=r.mine:f", "--repair r.mine:f", "--criterion shutil:rmtree")
+
+
+@pytest.mark.parametrize("words", FUNCTIONS)
+def test_a_record_runs_no_function(working, run, words):
+    Path("r").mkdir()
+    Path("r/mine.py").write_text(marking(working, "def f(*given): return {}\n"))
+    recorded(Path("r"), f"notall compare tiny --skip attention:1 {words}")
+    refused(run("reproduce", "r", "--out", "again"), "a record does not run functions", "--functions DIR")
+    assert not ran(working)
+    assert "r.mine" not in sys.modules
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_record_runs_only_the_file_that_it_was_recorded_with(working, folder, run):
+    """And only from the folder that the user names: not the one of that name in the working folder."""
+    for place in ("mine", "trusted"):
+        Path(place).mkdir()
+    Path("trusted/mine.py").write_text(marking(working, "def f(setting): return {}\n"))
+    Path("mine.py").write_text(marking(working))
+    name = "mine:f"
+    command = f"notall search {folder} --skip mlp:1 --criterion {name}"
+    recorded(Path("r"), command)
+    recorded(Path("other"), command, functions={name: "0" * 64})
+    recorded(Path("same"), command, functions={name: sha256(Path("trusted/mine.py"))})
+    for results in ("r", "other"):
+        said = refused(run("reproduce", results, "--functions", "trusted", "--out", "again"), "is not the file")
+        assert "trusted/mine.py" in said
+    refused(run("reproduce", "same", "--functions", ".", "--out", "again"), "mine.py is not the file")
+    assert not ran(working)
+    refused(run("reproduce", "same", "--functions", "trusted", "--out", "again"), "lower --length")
+    assert ran(working)
+    assert str(working) not in sys.path
+    assert str(working / "trusted") not in sys.path
+
+
+def test_bytecode_beside_a_module_is_not_run(working, run):
+    """Python takes it for the file's, whatever that holds, where its header says that nobody needs to compare."""
+    source = Path("mine.py")
+    source.write_text(marking(working))
+    py_compile.compile("mine.py", invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    source.write_text("def f(setting):\n    return {}\n")
+    refused(run("search", "absent", "--skip", "mlp:1", "--criterion", "mine:f"), "absent")
+    assert "mine" in sys.modules
+    assert not ran(working)
+
+
+def test_the_working_folder_is_on_the_path_for_a_function_alone(working, run):
+    """What libraries look for later, such as flash_attn, is not taken from there."""
+    Path("mine.py").write_text("import helper\ndef f(setting):\n    return {}\n")
+    Path("helper.py").write_text("")
+    refused(run("search", "absent", "--skip", "mlp:1", "--criterion", "mine:f"), "absent")
+    assert "helper" in sys.modules
+    assert not {"", ".", str(working)} & set(sys.path)
+    Path("flash_attn_9.py").write_text(marking(working))
+    with pytest.raises(ModuleNotFoundError):
+        import_module("flash_attn_9")
