@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import notall
 import result_folders
-from api import Provenance
+from api import Provenance, healing, methods
 from command_line import QUICK
+from families import family
+from notall import Plan, TrainConfig, UsageError
 
 pytestmark = pytest.mark.any_transformers  # it is about files and processes
 
@@ -165,3 +170,68 @@ def test_the_working_folder_is_on_the_path_for_a_function_alone(working, run):
     Path("flash_attn_9.py").write_text(marking(working))
     with pytest.raises(ModuleNotFoundError):
         import_module("flash_attn_9")
+
+
+# --- what the user has in a folder -----------------------------------------------------------------------------------
+
+
+TEXTS = [torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(number)) for number in range(2)]
+
+
+def healed(out: Path) -> None:
+    notall.heal(family("llama").build(), Plan([1]), TEXTS, TEXTS, TrainConfig(evaluations=1), out=out)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["step-100.pt", "last.safetensors", "best.safetensors/weights", "ray/state", ".mine"])
+def test_checkpoints_of_the_user_stay_and_are_named(working, name):
+    theirs = Path("out/checkpoints") / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("of the user")
+    with pytest.raises(UsageError, match=r"is there, and no healing wrote it: move it away, or choose another --out"):
+        healed(Path("out"))
+    assert theirs.read_text() == "of the user"
+
+
+def test_a_link_in_place_of_checkpoints_is_not_followed(working):
+    Path("elsewhere").mkdir()
+    save_file({"w": torch.ones(2)}, "elsewhere/best.safetensors")
+    Path("out").mkdir()
+    Path("out/checkpoints").symlink_to(working / "elsewhere")
+    before = contents_of(Path("elsewhere"))
+    with pytest.raises(UsageError, match="checkpoints is there, and no healing wrote it"):
+        healed(Path("out"))
+    assert contents_of(Path("elsewhere")) == before
+
+
+def test_what_is_put_beside_checkpoints_stays_when_the_healing_ends(working):
+    healed(Path("out"))
+    Path("out/checkpoints").mkdir()
+    Path("out/checkpoints/notes.txt").write_text("of the user")
+    healed(Path("out"))  # it is finished, and cleans up
+    assert Path("out/checkpoints/notes.txt").read_text() == "of the user"
+
+
+def test_a_repair_with_minutes_refuses_others_checkpoints_before_it_repairs(working, monkeypatch):
+    monkeypatch.setattr(methods, "repair_into", lambda *_: pytest.fail("it was repaired"))
+    Path("out/checkpoints").mkdir(parents=True)
+    Path("out/checkpoints/step-100.pt").write_text("of the user")
+    training = healing.Training(Plan([1]), TEXTS, TEXTS, TrainConfig(minutes=1.0))
+    with pytest.raises(UsageError, match=r"step-100\.pt is there, and no healing wrote it"):
+        methods.recover(Path("out"), "refit", family("llama").build(), training, TEXTS, result_folders.ABOUT)
+    assert Path("out/checkpoints/step-100.pt").read_text() == "of the user"
+
+
+PARETO = ("--engine", "transformers", "--skip", "attention:1")
+
+
+def test_pareto_refuses_others_checkpoints_before_it_reads_a_model(working, run):
+    Path("out/checkpoints").mkdir(parents=True)
+    Path("out/checkpoints/dense-float32").mkdir()
+    Path("out/checkpoints/dense-float32/mine").write_text("of the user")
+    said = refused(run("pareto", "absent", *PARETO, "--out", "out"), "is there, and notall did not write it")
+    assert "dense-float32" in said
+    assert Path("out/checkpoints/dense-float32/mine").read_text() == "of the user"

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -134,21 +134,30 @@ def writing(what: object, fix: str = "make room or give access, or choose anothe
         raise UsageError(f"cannot write {what}: {error.strerror}; {fix}") from None
 
 
+# Of what is being written: its name, where processes have their numbers, the process, and a random word.
+PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<process>[0-9]{1,9})\.[0-9a-f]{6}", re.DOTALL)
+
+
+def is_partial(path: Path, names: Container[str]) -> bool:
+    """Whether a path is what `beside` called a file or folder of one of these names while it was written."""
+    match = PARTIAL.fullmatch(path.name)
+    return match is not None and match["name"] in names
+
+
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name for what is to become `path`, a file or a folder; what is left of it goes, as does that of killed runs."""
     from psutil import pid_exists  # not for a help
 
-    ours = f".{path.name}.{_numbering()}."
-    for left in path.parent.glob(f"{glob.escape(ours)}*"):
-        process = left.name.removeprefix(ours).partition(".")[0]
-        if process.isdecimal() and not pid_exists(int(process)):
-            _remove(left)
-    partial = path.with_name(f"{ours}{os.getpid()}.{secrets.token_hex(3)}")
+    for left in path.parent.glob(f"{glob.escape(f'.{path.name}.{_numbering()}.')}*"):
+        process = PARTIAL.fullmatch(left.name)
+        if process and not pid_exists(int(process["process"])):
+            remove(left)
+    partial = path.with_name(f".{path.name}.{_numbering()}.{os.getpid()}.{secrets.token_hex(3)}")
     try:
         yield partial
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @cache
@@ -160,7 +169,8 @@ def _numbering() -> str:
     return f"{crc32((platform.node() + space).encode()):08x}"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as the system lets us."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

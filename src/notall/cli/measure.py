@@ -231,6 +231,7 @@ def pareto(
     in turn, and bytes. It repairs, then quantises. If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "pareto")
+    fronts.Written.of(out).check()
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
     if text.sequences < FEWEST:

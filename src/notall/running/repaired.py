@@ -365,6 +365,15 @@ def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None
     return tensors, notes
 
 
+def is_tensors(path: Path) -> bool:
+    """Whether `write_tensors` wrote a file, as far as its header tells."""
+    try:
+        with safe_open(path, "pt") as file:
+            return DIGEST in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def kept_tensors(folder: Path, name: str, key: object, make: Callable[[], Kept]) -> Kept:
     """What `make` returns, from `folder` where it is kept under this name and key, which JSON can write."""
     of = digest_of_json(key)
