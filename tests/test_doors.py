@@ -7,7 +7,9 @@ looks at what notall does with it. Code that must not run leaves a mark.
 from __future__ import annotations
 
 import hashlib
+import os
 import py_compile
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 
 import notall
 import result_folders
-from api import Provenance, healing, methods
+from api import Provenance, files, healing, methods, remote_code, write_tensors
 from command_line import QUICK
 from families import family
 from notall import Plan, TrainConfig, UsageError
@@ -235,3 +237,79 @@ def test_pareto_refuses_others_checkpoints_before_it_reads_a_model(working, run)
     said = refused(run("pareto", "absent", *PARETO, "--out", "out"), "is there, and notall did not write it")
     assert "dense-float32" in said
     assert Path("out/checkpoints/dense-float32/mine").read_text() == "of the user"
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+UNWRITABLE = """
+import notall.files
+def fail(*_):
+    raise PermissionError
+notall.files.write_whole = fail
+"""
+REGISTERED = """
+import sys
+import notall
+notall.register("llama")
+from transformers import AutoConfig
+config = AutoConfig.for_model("notall_llama")
+config.save_pretrained(sys.argv[1])
+"""
+
+
+def test_code_in_a_cache_that_cannot_be_written_is_neither_run_nor_copied(working, own_cache, monkeypatch):
+    """Root may write everywhere, so writing is made to fail."""
+    source = remote_code.source_of("llama")
+    file = own_cache / "modeling" / notall.__version__ / remote_code.modeling_file("llama")
+    file.parent.mkdir(parents=True)
+    file.write_text(marking(working, source))
+    subprocess.run([sys.executable, "-c", f"{UNWRITABLE}{REGISTERED}", "saved"], check=True)
+    assert not ran(working)
+    assert Path("saved", file.name).read_text() == source
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777], ids=oct)
+@pytest.mark.parametrize("part", ["", "answers"])
+def test_a_cache_that_others_can_write_is_refused(own_cache, part, mode, monkeypatch):
+    monkeypatch.setattr(files, "_is_private_group", lambda *_: False)
+    (own_cache / part).mkdir(parents=True)
+    (own_cache / part).chmod(mode)
+    with pytest.raises(UsageError, match=r"others can write to the cache folder .*: take that right away \(chmod go-w"):
+        files.cache_folder("answers")
+
+
+def test_a_cache_is_made_for_its_owner_alone(own_cache):
+    before = os.umask(0)
+    try:
+        made = files.cache_folder("modeling", "1") / "code.py"
+        files.keep(made, "")
+    finally:
+        os.umask(before)
+    folders = [*made.parents][:3]
+    assert folders[-1] == own_cache
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="it looks up open files")
+def test_a_file_is_on_disk_before_it_has_its_name(working, monkeypatch):
+    """And its folder after that: no power cut leaves an empty file in place of an old one."""
+    steps, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: steps.append(os.readlink(f"/proc/self/fd/{number}")) or sync(number)
+    )
+    monkeypatch.setattr(os, "replace", lambda *names: steps.append("renamed") or replace(*names))
+    files.write_whole(Path("plan.json"), "{}")
+    first, second, third = steps
+    assert Path(first).name.startswith(".plan.json.")
+    assert (second, third) == ("renamed", str(working))
+    steps.clear()
+    write_tensors(Path("w.safetensors"), {"w": torch.ones(2)})
+    assert steps[1:] == ["renamed", str(working)]
+    assert Path(steps[0]).name.startswith(".w.safetensors.")

@@ -285,7 +285,7 @@ def test_a_row_of_a_comparison_is_made_alone(place, answered):
 @pytest.mark.slow
 def test_several_rows_are_those_that_begin_with_these_words(place, answered):
     place("compared")
-    found = answered("reproduce", "compared", "--row", "cosine", "--out", "again")["reproduced"]
+    found = answered("reproduce", "compared", "--row", "cosine", *OWN, "--out", "again")["reproduced"]
     assert len(found) == 2 * 3
     assert {one["agreement"] for one in found} == {"equal"}
 

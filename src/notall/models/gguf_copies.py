@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..digests import digest_of_file
 from ..errors import UsageError
-from ..files import Settings, beside, cache_folder, saving, unwritable
+from ..files import Settings, beside, cache_folder, make_private, saving, unwritable
 from ..integrity import check_files, read_manifest, write_manifest
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
@@ -30,7 +30,7 @@ COPY_FORMAT = 2  # one more whenever the copy of the same file comes out otherwi
 def converted_folder(gguf: Path) -> Path:
     """Where the plain copy of a GGUF file is, or would be."""
     # The two lines of transformers write configs that the other misreads in silence (the RoPE base, for one).
-    return cache_folder() / "gguf" / f"{digest_of_file(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
+    return cache_folder("gguf") / f"{digest_of_file(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
 
 
 def convert_gguf(gguf: Path) -> Path:
@@ -39,7 +39,7 @@ def convert_gguf(gguf: Path) -> Path:
     if _is_whole(folder):
         return folder
     try:
-        folder.parent.mkdir(exist_ok=True)
+        make_private(folder.parent)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 logger.info("copying %s, once, to %s", gguf.name, folder)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import beside, contents, open_to_others, own_file, saving, write_whole, writing
+from ..files import beside, contents, open_to_others, own_file, saving, take_name, write_whole, writing
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -346,7 +346,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
             with saving():
                 save_file(held, part, {**(notes or {}), DIGEST: digest})
             open_to_others(part)  # safetensors makes files that only their owner can read
-            part.replace(path)
+            take_name(part, path)
     return digest
 
 
