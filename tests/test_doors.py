@@ -7,13 +7,16 @@ looks at what notall does with it. Code that must not run leaves a mark.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import py_compile
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -22,10 +25,26 @@ from safetensors.torch import save_file
 
 import notall
 import result_folders
-from api import Provenance, files, healing, methods, remote_code, write_tensors
+from api import (
+    Field,
+    Provenance,
+    files,
+    gguf_copies,
+    healing,
+    loading,
+    methods,
+    read_gguf,
+    records_lines,
+    remote_code,
+    sealed,
+    write_gguf as write_fields,
+    write_tensors,
+)
 from command_line import QUICK
 from families import family
-from notall import Plan, TrainConfig, UsageError
+from notall import Plan, RepairedPlan, TrainConfig, UsageError
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_gguf import WORDS, write_gguf
 
 pytestmark = pytest.mark.any_transformers  # it is about files and processes
 
@@ -313,3 +332,95 @@ def test_a_file_is_on_disk_before_it_has_its_name(working, monkeypatch):
     write_tensors(Path("w.safetensors"), {"w": torch.ones(2)})
     assert steps[1:] == ["renamed", str(working)]
     assert Path(steps[0]).name.startswith(".w.safetensors.")
+
+
+# --- files beside a manifest, and headers that count wrongly ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("dense") / "tiny", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def export_of(tiny, tmp_path_factory):
+    """An export in a form of its own, and one that is an ordinary checkpoint."""
+    place = tmp_path_factory.mktemp("exports")
+    plans = {"regrouped": Plan([1], [2]), "ordinary": Plan([1], [1])}
+    return {name: notall.export(tiny, plan, "hf", place / name, verify=False) for name, plan in plans.items()}
+
+
+PLANTED = {  # what transformers reads wherever it lies beside a model
+    "added_tokens.json": '{"The": 5}',
+    "special_tokens_map.json": '{"eos_token": "a"}',
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": "{{ messages }}",
+    "vocab.json": "{}",
+    "adapter_config.json": "{}",
+    "pytorch_model.bin": "x",
+    "model.safetensors.index.json": "{}",
+    "processor_config.json": "{}",
+    "tokenizer.model": "x",
+    "tokenizer.5.0.0.json": "{}",
+    "config.5.0.0.json": "{}",
+    "ADDED_TOKENS.json": "{}",  # another name, but not where letters' case is none
+}
+
+
+@pytest.mark.parametrize("kind", ["regrouped", "ordinary"])
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_file_that_a_manifest_does_not_list_is_refused(export_of, tmp_path, kind, name):
+    planted = copytree(export_of[kind], tmp_path / "export") / name
+    planted.parent.mkdir(exist_ok=True)
+    planted.write_text(PLANTED[name])
+    said = (
+        re.escape(f"holds {Path(name).parts[0].strip()}") + ".*, which notall.json does not list: move that file away"
+    )
+    for read in (notall.load, lambda folder: loading.load_empty(folder, None)):
+        with pytest.raises(UsageError, match=said):
+            read(tmp_path / "export")
+
+
+@pytest.mark.parametrize("name", [".gitattributes", "LICENSE", "README.md", "notes.md", ".cache/huggingface/x"])
+def test_what_nothing_reads_may_lie_beside_an_export(export_of, tmp_path, name):
+    mine = copytree(export_of["regrouped"], tmp_path / "export") / name
+    mine.parent.mkdir(exist_ok=True, parents=True)
+    mine.write_text("mine")
+    notall.load(tmp_path / "export")
+
+
+@pytest.mark.parametrize("listed", [[], ["config.json"], {"config.json": 5}, None, "x"])
+def test_a_manifest_whose_files_are_no_table_is_damaged(export_of, tmp_path, listed, run):
+    manifest = copytree(export_of["regrouped"], tmp_path / "export") / "notall.json"
+    told = json.loads(manifest.read_text())
+    del told["sealed"]
+    manifest.write_bytes(sealed(json.dumps(told | {"files": listed}).encode()))
+    refused(run("inspect", tmp_path / "export"), "notall.json of ", "is damaged: export it anew")
+
+
+def test_a_file_planted_in_the_copy_of_a_gguf_file_is_not_read(own_cache, tmp_path):
+    gguf = write_gguf(family("llama").build(vocab_size=len(WORDS), num_hidden_layers=2), tmp_path / "m.gguf")
+    folder = gguf_copies.convert_gguf(gguf)
+    (folder / "added_tokens.json").write_text('{"the": 5}')
+    assert gguf_copies.convert_gguf(gguf) == folder
+    assert not (folder / "added_tokens.json").exists()
+
+
+def test_records_planted_beside_a_repair_are_refused(working):
+    """They would tell another history of the weights, which an export hands on."""
+    RepairedPlan.of(Plan([1])).save("repair")
+    records_lines.append(Path("repair/healing.jsonl"), {"record": "header", "of": "heal"})
+    with pytest.raises(UsageError, match=r"holds healing\.jsonl, which is no part of its repair: move that file away"):
+        RepairedPlan.load("repair")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("more", [{}, {"split.count": 2}, {"other.block_count": 4}])
+def test_a_gguf_file_that_counts_fewer_layers_than_it_holds_is_refused(tmp_path, run, own_cache, count, more):
+    gguf = write_gguf(family("llama").build(vocab_size=len(WORDS), num_hidden_layers=4), tmp_path / "m.gguf")
+    whole = read_gguf(gguf)
+    fields = {**whole.fields, "llama.block_count": Field.of(count), **{n: Field.of(value) for n, value in more.items()}}
+    write_fields(tmp_path / "short.gguf", whole, fields, whole.tensors)
+    for command in (("inspect",), ("generate",)):
+        said = refused(run(*command, tmp_path / "short.gguf", *(["a"] if command == ("generate",) else [])))
+        assert f"short.gguf is no whole GGUF file: its header counts {count} layers, and it has tensors of 4" in said

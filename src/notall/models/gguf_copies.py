@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ..digests import digest_of_file
 from ..errors import UsageError
 from ..files import Settings, beside, cache_folder, make_private, saving, unwritable
-from ..integrity import check_files, read_manifest, write_manifest
+from ..integrity import check_files, read_manifest, refuse_unlisted, write_manifest
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
@@ -57,8 +57,10 @@ def convert_gguf(gguf: Path) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        check_files(folder, read_manifest(folder, "made anew")["files"], "made anew")
-    except (UsageError, KeyError) as error:
+        files = read_manifest(folder, "made anew")["files"]
+        check_files(folder, files, "made anew")
+        refuse_unlisted(folder, files)
+    except UsageError as error:
         if folder.is_dir():
             logger.warning("%s", error)
         return False

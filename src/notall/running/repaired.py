@@ -310,9 +310,11 @@ def _seal_of(folder: Path) -> Seal | None:
 
 def _sealed_weights(folder: Path, seal: Seal) -> tuple[Tensors, Tensors]:
     """As `read_weights`, of all files of a folder. Raises `UsageError` for others beside them, too."""
-    for path in sorted(folder.glob("*.safetensors")):
-        # nothing reads them; but who put them there thinks otherwise
-        if path.name.startswith((WHOLE, HEALED, "attn.", "mlp.")) and path.name not in seal.files:
+    records = {kind.file for kind in MADE_BY.values()}  # which tell the history of the weights
+    for path in sorted(folder.iterdir()):
+        # nothing reads such weights; but who put them there thinks otherwise
+        is_weight = path.suffix == ".safetensors" and path.name.startswith((WHOLE, HEALED, "attn.", "mlp."))
+        if (is_weight or path.name in records) and path.name not in seal.files:
             told = f"{shortened(folder)} holds {shortened(path.name)}"
             raise UsageError(f"{told}, which is no part of its repair: move that file away")
     weights, replaced = Tensors(), Tensors()
