@@ -425,9 +425,10 @@ def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(tm
 
 
 def test_checkpoints_of_a_run_that_was_killed_as_it_ended_go(tmp_path):
+    left = stopped(tmp_path).read_bytes()
     healed = run_heal(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.safetensors").write_text("x")
+    (tmp_path / "checkpoints" / "last.safetensors").write_bytes(left)
     assert same(run_heal(tmp_path), healed)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -66,7 +66,7 @@ def measure_times(
     structure = locate(model)
     about: dict[str, object] = {"fingerprint": structure.fingerprint, "dtype": str(model.dtype), **asdict(workload)}
     about |= {"machine": machine(model.device), "attention": text_config(model)._attn_implementation}
-    path = cache_folder() / "times" / f"{digest_of_json(about)[:24]}.json"
+    path = cache_folder("times") / f"{digest_of_json(about)[:24]}.json"
     known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
     if known:
         (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]

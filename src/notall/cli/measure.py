@@ -35,7 +35,7 @@ from ..results.ledger import read
 from ..results.provenance import windows_in_words
 from ..results.table import table
 from ..results.terminal import next_report, progress_bar, show
-from .app import MISSED, app, command, conclude
+from .app import MISSED, app, command, conclude, options_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,6 +231,7 @@ def pareto(
     in turn, and bytes. It repairs, then quantises. If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "pareto")
+    fronts.Written.of(out).check()
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
     if text.sequences < FEWEST:
@@ -321,6 +322,10 @@ def reproduce(
         options.Words,
         Option("another word for one of the recorded command; repeat it for more", ("--replace",), "WORD=OTHER"),
     ] = (),
+    functions: Annotated[
+        Path | None,
+        Option("run the functions that the command names, of modules in this folder (default: none is run)", (), "DIR"),
+    ] = None,
     out: OutFolder = Path("reproduced"),
     as_json: Json = False,
 ) -> None:
@@ -329,7 +334,7 @@ def reproduce(
     The recorded command runs again. A model, text, plan or function that has changed is refused by its digest.
     Exit code 3 follows where a figure differs beyond the tolerance.
     """
-    found = again.reproduce(folder, row, swap, out, _run)
+    found = again.reproduce(folder, row, swap, out, again.CommandLine(options_in, _run), functions)
     told = again.conclusion(found, folder)
     shown = [one for one in found if one.agreement != "equal" or not one.row.startswith("similarity")]  # which are many
     tables = {"reproduced": replace(table(f"{folder}, made again in {out}", again.COLUMNS, shown), facts=tuple(found))}

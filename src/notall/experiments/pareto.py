@@ -34,6 +34,7 @@ from .folder import Figure, Folder, Message, Section, Shown
 from .options import Words, read_plan, words_of
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
+from .written import Written
 
 if TYPE_CHECKING:
     import altair as alt
@@ -321,11 +322,14 @@ class _Run:
     def __post_init__(self) -> None:
         self.dense = self.variants[0]
         self.failed: dict[Key, str] = {}
+        self.written = Written.of(self.out)
         self.scores = Ledger(self.out, EngineScoresRecord, self._source)
         self.times = Ledger(self.out, EngineTimesRecord, self._source)
 
     def records(self) -> list[ParetoRecord]:
         known = Ledger(self.out, ParetoRecord)
+        for variant in self.variants:
+            self.written.check_own(self._place_of(variant))
         for number, variant in enumerate(self.variants):
             self._trying(variant, partial(self._score, variant, SCORING * number))
         for number in range(self.workload.rounds):
@@ -372,13 +376,13 @@ class _Run:
             )
         )
 
+    def _place_of(self, variant: Variant) -> Path:
+        return self.written.folder / f"{variant}{self.engine.suffix}"
+
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        folder = self.out / "checkpoints"
-        checkpoint = folder / f"{variant}{self.engine.suffix}"
-        if folder.is_symlink() or checkpoint.is_symlink():
-            raise UsageError(f"{folder} is a link, or holds one: what it leads to may be others'; choose a new --out")
-        if checkpoint.exists() and variant.key in self.scores:
+        checkpoint = self._place_of(variant)
+        if self.written.check_own(checkpoint) and variant.key in self.scores:
             if self.engine.runs_code(checkpoint):
                 from ..exporters.remote_code import check_code  # here, as it imports transformers
 
@@ -386,9 +390,7 @@ class _Run:
             if checkpoint.is_dir():
                 check_manifest(checkpoint, "delete it, and run again")
             return checkpoint
-        if checkpoint.is_dir():
-            shutil.rmtree(checkpoint)
-        checkpoint.unlink(missing_ok=True)
+        self.written.make_way(checkpoint)
         of = variant.subject
         if variant.type in (self.engine.plain, of.stored):
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}

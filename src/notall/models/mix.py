@@ -107,7 +107,7 @@ class _Author:
     def _written(self, kind: str, given: list[str] | list[list[int]], new: int, write: Callable[..., str]) -> list[str]:
         """What is written behind some of what is `given` at a time, from the cache, or else now."""
         some = [given[start : start + AT_ONCE] for start in range(0, len(given), AT_ONCE)][: self.parts]
-        by, folder = origin(self.model, self.tokenizer), cache_folder() / "answers"
+        by, folder = origin(self.model, self.tokenizer), cache_folder("answers")
         paths = [folder / f"{digest_of([by, kind, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
         kept = [unsealed(contents(path)) if path.is_file() else None for path in paths]  # None, too, of damage
         known = {number: str(json.loads(table)["text"]) for number, table in enumerate(kept) if table}

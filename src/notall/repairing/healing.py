@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +35,9 @@ from ..running import repaired
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
+from .checkpoints import Checkpoints
 from .refitting import about_weights
 from .students import Student, TrainConfig, rows_of, states_of
-
-CHECKPOINTS, LAST, BEST, TRAINED = "checkpoints", "last.safetensors", "best.safetensors", "trained.safetensors"
 
 
 def heal(
@@ -82,12 +80,15 @@ def heal(
     with TemporaryDirectory() as scratch, working_in(Path(out or scratch), "heal") if is_first else nullcontext():
         folder = Path(out or scratch)
         ledger, is_finished = Ledger(folder, HealRecord, about), repaired.refuse_other_work(folder, HealRecord, plan)
+        checkpoints = Checkpoints.of(folder)
+        if not is_finished:
+            checkpoints.refuse_others()
         processes.wait_for_everyone()  # all have looked before the first of them writes
         if is_finished:
             healed = RepairedPlan.load(folder)
             healed.check_replaced(inner)
             if is_first:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that was killed as it ended
+                checkpoints.remove()  # of a run that was killed as it ended
             return healed
         if workers:
             trained = workers.train(training, folder, about, progress)
@@ -97,7 +98,7 @@ def heal(
         healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
         if out and is_first:
             repaired.keep_whole(folder, healed, repaired.HEALED)
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            checkpoints.remove()
         processes.wait_for_everyone()
     return healed
 
@@ -147,7 +148,7 @@ class Training:
         self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
     ) -> dict[str, Tensor]:
         """The best weights, by their paths in `model`, the dense one. All processes run this; the first one writes."""
-        return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
+        return _Loop(self, model, Checkpoints.of(folder), ledger, progress).run()
 
 
 @dataclass
@@ -168,7 +169,7 @@ class _State:
 class _Loop:
     training: Training
     teacher: PreTrainedModel
-    folder: Path
+    checkpoints: Checkpoints
     ledger: Ledger[HealRecord]
     progress: Progress
 
@@ -240,7 +241,7 @@ class _Loop:
         if state.step and state.best >= state.first and self.accelerator.is_main_process:
             warnings.warn("KL on held-out text did not fall: no weight is changed; try a lower --rate", stacklevel=2)
         self.accelerator.wait_for_everyone()
-        for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
+        for path, weight in repaired.read_tensors(self.checkpoints.best, of=self.of)[0].items():
             self.student.trained[path].data.copy_(weight)
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
@@ -324,18 +325,18 @@ class _Loop:
     def _save(self, is_best: bool) -> None:
         trained, moments = self.student.trained, self.optimizer.state
         if is_best:
-            repaired.write_tensors(self.folder / BEST, trained, {repaired.OF: self.of})
+            repaired.write_tensors(self.checkpoints.best, trained, {repaired.OF: self.of})
         if self.state.step:
             held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
             held |= {f"weight {path}": one for path, one in trained.items()}
             notes = {"state": json.dumps(asdict(self.state)), repaired.OF: self.of}
-            repaired.write_tensors(self.folder / LAST, held, notes)
+            repaired.write_tensors(self.checkpoints.last, held, notes)
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint, and say whether there is one whose evaluations are written down."""
-        if not (self.folder / LAST).is_file() or not self.ledger:
+        if not self.checkpoints.last.is_file() or not self.ledger:
             return False
-        held, notes = repaired.read_tensors(self.folder / LAST, of=self.of)
+        held, notes = repaired.read_tensors(self.checkpoints.last, of=self.of)
         self.state = _State(**json.loads(notes["state"]))
         for name, tensor in held.items():
             kind, _, path = name.partition(" ")
@@ -384,9 +385,10 @@ class Spread:
             self.check(len(training.batches[0]), count)
             progress(0, 1, f"healing on {several(count, 'worker')}")
             given = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
-            cluster.train(_work, given, folder / CHECKPOINTS / "ray", count=count, on_gpus=on_gpus)
+            with Checkpoints.of(folder).for_ray() as scratch:
+                cluster.train(_work, given, scratch, count=count, on_gpus=on_gpus)
             progress(1, 1, f"healed on {several(count, 'worker')}")
-        return repaired.read_tensors(folder / CHECKPOINTS / TRAINED)[0]
+        return repaired.read_tensors(Checkpoints.of(folder).trained)[0]
 
 
 def _work(
@@ -396,4 +398,4 @@ def _work(
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
     trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
     if is_first:
-        repaired.write_tensors(folder / CHECKPOINTS / TRAINED, trained)
+        repaired.write_tensors(Checkpoints.of(folder).trained, trained)

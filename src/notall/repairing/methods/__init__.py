@@ -23,6 +23,7 @@ from ...running import repaired
 from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
+from ..checkpoints import Checkpoints
 from ..healing import Training, heal
 from ..refitting import about_weights, repair
 from .published import Batches, ghosted, nbl, prune_and_comp, replaceme
@@ -178,6 +179,7 @@ def recover(
     `UsageError` and `UnsupportedModel` as `repair` and `heal` do.
     """
     training.check(base_model(model))
+    Checkpoints.of(folder).refuse_others()
     clock, closed = training.clock, folder / CLOSED_FORM
     start = clock()
     earlier = sum(refit.seconds for refit in read(closed / RefitRecord.file, RefitRecord))
