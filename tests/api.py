@@ -240,7 +240,7 @@ NAMES = {
     "plan": ["PUBLISHED", "Plan", "in_ranges"],
     "progress": ["Stages", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
-    "repairing.methods": ["METHODS", "kept_repair", "recover"],
+    "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
     "repairing.methods.published": ["gaps_of", "ghosted", "nbl", "prune_and_comp", "replaceme"],
     "repairing.projections": ["Projections"],
     "repairing.refitting": [

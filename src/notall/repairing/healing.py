@@ -132,6 +132,9 @@ class Training:
             why = f"healing trains plain weights, and these are quantised ({quantisation_name(told)})"
             fix = "heal the plan on the model that was quantised, export that, and quantise the export"
             raise UsageError(f"{why}: {fix}")
+        if any(one.is_meta for one in model.parameters()):
+            why = "healing trains weights in memory, and accelerate offloaded a part of this model"
+            raise UsageError(f"{why}: load it on devices that hold all of it")
         structure = locate(model)
         self.plan.check(structure)
         structure.refuse_stubs("healing")
@@ -321,7 +324,7 @@ class _Loop:
         for ids, targets, likeliest, dense in self.held_out:
             scores = self.scorer.score(rows_of(student, ids), targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.kl)
-            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
+            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]).to(student.device))
         return torch.cat(found, 1).sum(1)
 
     def _save(self, is_best: bool) -> None:
