@@ -77,7 +77,7 @@ NAMES = {
     "charts.losses": ["Point"],
     "choosing.budget": ["Budget", "by_count", "by_footprint", "by_limit", "within_limit"],
     "choosing.choice": ["CHOICES", "choose_as_fast", "choose_within"],
-    "choosing.criteria": ["CRITERIA", "Choice", "Criterion", "choose"],
+    "choosing.criteria": ["CRITERIA", "Choice", "Criterion", "choose", "every_criterion"],
     "choosing.criteria.data_free": ["deepest", "paper_grid", "score_gate_norm", "score_random"],
     "choosing.criteria.losses": ["GENERATIONS", "choose_greedily", "score_leave_one_out"],
     "choosing.criteria.one_pass": [
@@ -226,7 +226,7 @@ NAMES = {
     "integrity": ["check_manifest", "read_manifest", "sealed", "unsealed", "write_manifest"],
     "measuring.acceptance": ["Accepted", "acceptance", "judge", "rounds", "tokens_per_round", "write_texts"],
     "measuring.quality": ["Passage", "evaluate", "measure_similarity", "score", "summarize", "walk"],
-    "measuring.speed": ["Timing as speed_Timing"],
+    "measuring.speed": ["Timing as speed_Timing", "time_plans"],
     "measuring.statistics": ["mean_and_error", "recovery_interval"],
     "measuring.token_scores": ["Head", "TokenScorer"],
     "models.gguf_file": ["Field", "GGUF", "GGUFTensor", "read_gguf", "write_gguf"],

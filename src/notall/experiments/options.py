@@ -94,10 +94,10 @@ class ModelOptions:
 
     def provenance(self, model: PreTrainedModel, **more: object) -> Provenance:
         """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
-        from ..measuring.speed import machine
+        from ..measuring.speed import devices_of, machine
         from ..models.loading import dtype_name, identify
 
-        about = machine(model.device)
+        about = machine(*devices_of(model))
         where = {name: about[name] for name in ("device", "threads", "versions")} | {"machine": about} | this_run()
         what = {**identify(self.model, revision=self.revision), "dtype": dtype_name(model), **more}
         return as_recorded(Provenance(what=what, where=where))
@@ -134,14 +134,16 @@ class TextOptions(PromptOptions):
     ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
         from ..models.texts import token_batches
-        from ..structure.model_structure import positions_of
+        from ..structure.model_structure import inputs_device, positions_of
 
         text = _read(model, tokenizer, self.text, self.sequences * self.length)
         size = {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
         batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
-        return [batch.to(model.device) for batch in batches], {"text": text.name, "text_sha256": text.sha256, **size}
+        here = inputs_device(model)
+        about = {"text": text.name, "text_sha256": text.sha256, **size}
+        return [batch.to(here) for batch in batches], about
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ class _Author:
 
         def write(number: int, begun: list[list[int]], progress: Progress) -> str:
             with skip(self.model, Plan()):
-                given = torch.tensor(begun, device=self.model.device)
-                drawn = sample(self.model, given, new, seed=number, **reporting(progress, "writing text", new))
+                telling = reporting(progress, "writing text", new)
+                drawn = sample(self.model, torch.tensor(begun), new, seed=number, **telling)
             return "\n\n".join(str(self.tokenizer.decode(row)) for row in drawn.tolist())
 
         begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together

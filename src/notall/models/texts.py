@@ -6,12 +6,13 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
 from ..files import contents, expanded, read_json
+from ..structure.model_structure import inputs_device
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
@@ -138,10 +139,14 @@ def fields(path: Path, content: str, name: str) -> list[str]:
 IDS = "token ids as tensors of (batch, tokens), such as tokenizer(text, return_tensors='pt')['input_ids']"
 
 
-def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterator[Tensor]:
-    """`batches` one by one. Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s."""
+def checked(batches: Iterable[Tensor], model: PreTrainedModel | None = None) -> Iterator[Tensor]:
+    """`batches` one by one, on the device where `model` takes its inputs.
+
+    Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s.
+    """
     expect(batches, Iterable, f"a list of {IDS}")
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None  # type: ignore[operator]
+    device = None if model is None else inputs_device(model)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None
     for batch in batches:
         expect(batch, Tensor, IDS)
         if batch.ndim != 2 or batch.is_floating_point() or not len(batch):
@@ -151,11 +156,11 @@ def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterat
         for token in map(int, batch.aminmax()):
             if vocabulary is not None and not 0 <= token < vocabulary:
                 raise UsageError(f"the model has no token {token:,}, but {vocabulary:,} from 0: use its own tokenizer")
-        yield batch
+        yield batch.to(device=device)
 
 
-def all_checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> list[Tensor]:
-    """`batches`, each checked. Raises `UsageError` as `checked` does, and where there are none."""
+def all_checked(batches: Iterable[Tensor], model: PreTrainedModel | None = None) -> list[Tensor]:
+    """`batches`, each `checked`. Raises `UsageError` as `checked` does, and where there are none."""
     if not (found := list(checked(batches, model))):
         raise UsageError(f"there is no text: give a list of {IDS}")
     return found

@@ -57,10 +57,14 @@ class LinearMap:
     def tensors(self) -> list[Tensor]:
         return [self.matrix] if self.bias is None else [self.matrix, self.bias]
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The stream behind it, (batch, tokens, hidden)."""
+    def like(self, hidden: Tensor) -> "LinearMap":
+        """The same on the device and in the dtype of `hidden`: itself, where it is there."""
         bias = None if self.bias is None else self.bias.to(hidden)
-        return hidden + nn.functional.linear(hidden, self.matrix.to(hidden), bias)
+        return LinearMap(self.matrix.to(hidden), bias)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The stream behind it, (batch, tokens, hidden); see `like`."""
+        return hidden + nn.functional.linear(hidden, self.matrix, self.bias)
 
 
 class RepairedPlan(Plan, arbitrary_types_allowed=True):
