@@ -205,6 +205,15 @@ def test_merged_it_answers_as_with_the_matrices_beside(name, students):
     assert healed.weights.keys() == begun.weights.keys() | {f"{path}.weight" for path in students[0].adapters}
 
 
+def test_beside_experts_a_dense_mlp_has_matrices_too(students):
+    """Of its names peft makes those of experts, as checkpoints of transformers 4 have them."""
+    model = family("qwen3_moe").build(mlp_only_layers=[3])
+    healed = run_heal(model=model, train="lora")
+    dense = {f"model.layers.3.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert {path for path in healed.weights if ".mlp." in path and ".gate.weight" not in path} == dense
+    assert {path.partition(".lora_")[0] for path in students[0].trained} == {*students[0].adapters}
+
+
 def test_without_peft_there_is_no_lora(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"needs peft: pip install 'notall\[lora\]'"):

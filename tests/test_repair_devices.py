@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
-from api import METHODS, by_count, heal, held_out, method
+from api import METHODS, by_count, heal, method
 from devices import ONE, TWO, devices_of, on_one, on_two
 from families import FAMILIES, family
 from hybrid_families import HYBRIDS
@@ -46,6 +47,7 @@ NAMES = {
     "qwen3_moe": {},
     "qwen3_next": {},
     "gemma4_text": {},
+    "gemma4_text (nothing shared)": {},
 }
 PLAN = Plan(attention=[1, 2], mlp=[1])
 
@@ -250,3 +252,65 @@ def test_it_comes_to_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
     assert len(devices_of(model)) == (1 if place == "one" else 2)
     assert_equal(outcome(case, model), expected(name, case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["repair", "repair in files", "repair saved", "by replaceme", "heal outputs", "heal all"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_in_half_precision_too(name, dtype, place, case):
+    found = outcome(case, placed(name, place, HALF[dtype]))
+    assert_equal(found, expected(name, case, HALF[dtype]), rounding=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *OTHERS], ids=str)
+def test_every_family_is_repaired_where_it_is_split(family):
+    if not family.exists:
+        pytest.skip(f"this transformers has no {family.model_type}")
+    model = family.build()
+    by_hand = outcome("repair", model)
+    assert_equal(outcome("repair", on_two(model)), by_hand)
+
+
+def test_random_numbers_of_each_device_go_on_as_if_none_were_drawn():
+    def states():
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in (ONE, TWO))]
+
+    model = placed("llama", "two")
+    before = states()
+    heal(model, PLAN, TRAINED[:2], HELD_OUT, TrainConfig("lora"))
+    assert all(map(torch.equal, states(), before))
+
+
+# --- offloaded by accelerate
+
+
+def offloaded():
+    """A model whose last layer waits on the CPU."""
+    model = copy.deepcopy(on_cpu("llama"))
+    layers = {f"model.layers.{layer}": ONE for layer in range(3)} | {"model.layers.3": "cpu"}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), ONE)
+    return dispatch_model(model, layers | rest, main_device=ONE)
+
+
+def test_an_offloaded_model_is_not_healed_in_a_line(tmp_path):
+    with pytest.raises(UsageError, match="offloaded a part of this model: load it on devices that hold") as refusal:
+        heal(offloaded(), PLAN, TRAINED, HELD_OUT, out=tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_an_offloaded_model_what_is_there_is_repaired():
+    model = offloaded()
+    found, whole = repair(model, PLAN, TEXT), repair(on_cpu("llama"), PLAN, TEXT)
+    here = {path: weight for path, weight in whole.weights.items() if "layers.3." not in path}
+    assert_equal(weights_of(found), [(path, weight) for path, weight in sorted(here.items())])
+    assert {refit.sublayers for refit in found.refits if refit.why} == {("attn.3",), ("mlp.3",)}
+    ids = HELD_OUT[0].to(ONE)
+    with torch.no_grad(), skip(model, found):
+        logits = model(ids).logits.cpu()
+    twin = RepairedPlan.of(PLAN, weights=here)
+    with torch.no_grad(), skip(on_cpu("llama"), twin):
+        assert_equal(logits, on_cpu("llama")(HELD_OUT[0]).logits)

@@ -33,6 +33,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
 from ..running import repaired
+from ..running.generating import seeded
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
@@ -225,7 +226,7 @@ class _Loop:
         return max(1.0, min(self.config.evaluations, fitting))
 
     def run(self) -> dict[str, Tensor]:
-        with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
+        with seeded(self.config.seed):
             if not self._restore():
                 self._begin()
             state, done = self.state, self.done

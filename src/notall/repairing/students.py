@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
+from ..running.generating import seeded
 from ..running.repaired import RepairedPlan, placed_at
 from ..running.replay import Recording, live_steps, states_before_output
 from ..running.skipping import remove
@@ -78,13 +80,13 @@ class Student(nn.Module):
         for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
             parameters, name, parameter = placed_at(self.model, path, weight)
             parameters[name] = parameter
-        self.adapters = _adapted(self.model, wanted, config.rank) if config.train == "lora" else {}
+        layers = self.model.get_submodule(structure.layers)
+        self.adapters = _adapted(layers, f"{structure.layers}.", wanted, config.rank) if config.train == "lora" else {}
         self.running = {
             path: one
             for path, one in self.model.named_parameters()
             if (f".{ADAPTER}." in path if self.adapters else path in wanted)
         }
-        layers = self.model.get_submodule(structure.layers)
         self.layerwise = Layerwise(model, structure, plan, layers) if config.warm_up > 0 else None
         remove(self.model, Plan(plan.attention, plan.mlp))
         for parameter in self.running.values():
@@ -167,23 +169,28 @@ def _chosen(model: PreTrainedModel, plan: Plan, train: Trained, tokens: Tensor) 
                     yield f"{path}.{name}"
 
 
-def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, Any]:
-    """Put LoRA matrices, which answer nothing at first, beside those at `paths`; peft's layers by these paths."""
+def _adapted(layers: nn.Module, where: str, paths: set[str], rank: int) -> dict[str, Any]:
+    """Put LoRA matrices, which answer nothing at first, beside those at `paths`; peft's layers by these paths.
+
+    `where` is the beginning of each path, up to the layers. Given the whole model, peft would take the name of a
+    dense MLP for that of experts, as checkpoints of transformers 4 have it.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UsageError("training LoRA matrices needs peft: pip install 'notall[lora]'") from None
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(paths))
+    below = {path: path.removeprefix(where) for path in sorted(paths)}
+    names = "|".join(map(re.escape, below.values()))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with warnings.catch_warnings(), seeded(0):
             warnings.simplefilter("ignore")  # it sets by itself what it warns of
-            torch.manual_seed(0)
-            inject_adapter_in_model(config, model, ADAPTER)
+            inject_adapter_in_model(config, layers, ADAPTER)
     except ValueError as error:
         said = f"peft refuses this model ({shortened(error)}); train something else than lora"
         raise UnsupportedModel(said) from None
-    return {path: model.get_submodule(path) for path in sorted(paths)}
+    return {path: layers.get_submodule(name) for path, name in below.items()}
 
 
 class Layerwise:
