@@ -8,7 +8,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 from transformers import PreTrainedModel
 
-from notall import locate
+from api import locating
 
 ONE, TWO = torch.device("cuda:0"), torch.device("cuda:1")
 
@@ -32,8 +32,8 @@ def split(model: PreTrainedModel) -> dict[str, int]:
 
     Skips the test where accelerate makes none.
     """
-    where = locate(model).layers
-    layers = dict(model.get_submodule(where).named_children())
+    where, found = locating.decoder_layers(model)  # `locate` is for after the split
+    layers = dict(found.named_children())
     whole = {type(layer).__name__ for layer in layers.values()}
     size = sum(weight.nbytes for weight in model.parameters())
     for share in (0.5, 0.6, 0.4, 0.7, 0.3, 0.8, 0.9):

@@ -75,8 +75,11 @@ def plans_for(structure):
 
 
 def located(model, tokenizer):
-    parts = notall.locate(model).sublayers
-    return [(part.name, part.mixer, part.parameters, part.kv_bytes_per_token) for part in parts]
+    structure = notall.locate(model)
+    return [
+        *(structure.in_place, structure.apart),
+        *((part.name, part.mixer, part.parameters, part.read_by) for part in structure.sublayers),
+    ]
 
 
 def skipped(model, tokenizer):
