@@ -243,7 +243,7 @@ NAMES = {
     "plan": ["PUBLISHED", "Plan", "in_ranges"],
     "progress": ["Stages", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
-    "repairing.methods": ["METHODS", "kept_repair", "recover"],
+    "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
     "repairing.methods.published": ["gaps_of", "ghosted", "nbl", "prune_and_comp", "replaceme"],
     "repairing.projections": ["Projections"],
     "repairing.refitting": [
@@ -253,7 +253,7 @@ NAMES = {
     ],
     "repairing.solving": ["DEAD", "Moments", "Rows", "sums_for"],
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],
-    "repairing.students": ["Layerwise", "Student"],
+    "repairing.students": ["Layerwise", "Student", "states_of"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
     "report.page": [*("flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")],
     "results.facts": [

@@ -342,7 +342,7 @@ static Tensor product_as(const Tensor& self, const Tensor& other, ScalarType dty
   return mm(self.to(dtype), other.to(dtype));
 }
 
-static Tensor depthwise(  // forward alone
+static Tensor depthwise(
     const Tensor& self, const Tensor& weight, IntArrayRef, const std::optional<Tensor>& bias,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
   Twins twins;
@@ -370,6 +370,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", copy_);
   m.impl("histc", histogram);
   m.impl("_conv_depthwise2d", depthwise);
+  m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("mm.dtype", product_as);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole);

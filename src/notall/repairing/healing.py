@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..digests import digest_of, digest_of_json
@@ -32,6 +32,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
 from ..running import repaired
+from ..running.generating import seeded
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
@@ -133,6 +134,9 @@ class Training:
             why = f"healing trains plain weights, and these are quantised ({quantisation_name(told)})"
             fix = "heal the plan on the model that was quantised, export that, and quantise the export"
             raise UsageError(f"{why}: {fix}")
+        if any(one.is_meta for one in model.parameters()):
+            why = "healing trains weights in memory, and accelerate offloaded a part of this model"
+            raise UsageError(f"{why}: load it on devices that hold all of it")
         structure = locate(model)
         self.plan.check(structure)
         structure.refuse_stubs("healing")
@@ -186,12 +190,14 @@ class _Loop:
         processes_of(teacher)  # before accelerate settles who they are without the model
         # what a batch does not need, such as an expert, waits for nobody
         spread = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[spread])
-        plain = torch.optim.AdamW(self.student.trained.values(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(self.student, plain)
-        # what is trained is in float32, also where the rest has fewer bits
-        half = teacher.dtype in (torch.bfloat16, torch.float16)
-        self.autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=half)
+        # the student is in the precision of the original model, whatever a launcher would choose
+        self.accelerator = Accelerator(mixed_precision="no", device_placement=False, kwargs_handlers=[spread])
+        self.model = self.accelerator.prepare(self.student)
+        self.trained = [*self.student.trained.values()]
+        self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        # float16 has no room for small gradients: the loss is scaled, by as much as it has room for
+        needed = teacher.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(teacher.device.type, enabled=needed)
         self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the original says of them
         for ids in training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
             targets = ids[:, 1:].flatten()
@@ -221,7 +227,7 @@ class _Loop:
         return max(1.0, min(self.config.evaluations, fitting))
 
     def run(self) -> dict[str, Tensor]:
-        with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
+        with seeded(self.config.seed):
             if not self._restore():
                 self._begin()
             state, done = self.state, self.done
@@ -265,24 +271,27 @@ class _Loop:
         torch.manual_seed(self.config.seed + self.state.step * count + index)  # of dropout
         self.student.train()
         self.is_warming = done < self.config.warm_up
-        self.accelerator.backward(weight * self._loss(share if len(share) else batch[:1]))
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        loss = weight * self._loss(share if len(share) else batch[:1])
+        self.scaler.scale(loss).backward()
+        self.student.take_gradients()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
         fall = 0.5 * (1.0 + math.cos(math.pi * (done - self.rise) / (1 - self.rise)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate * (done / self.rise if done < self.rise else fall)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # unless a gradient is not finite: the next one is scaled by less
+        self.scaler.update()
         self.optimizer.zero_grad()
+        self.student.follow()
 
     def _loss(self, ids: Tensor) -> Tensor:
         """What has the gradient of the mean KL over tokens; in the warm-up a share of the stream's square."""
         if self.student.layerwise and self.is_warming:
             targets = self.student.layerwise.targets(ids)
-            with self.autocast:
-                return self.model(ids, targets).mean()
+            return self.model(ids, targets).mean()
         with torch.no_grad():
             dense = states_of(self.teacher, ids)
-        with self.autocast:
-            states: Tensor = self.model(ids)
+        states: Tensor = self.model(ids)
         _, derivative = self.scorer.distance(states.detach(), dense)
         return (states * derivative).sum(-1).mean()
 
@@ -315,11 +324,9 @@ class _Loop:
         student = self.student.model
         found = [torch.zeros(4, 0, device=student.device)]
         for ids, targets, likeliest, dense in self.held_out:
-            with self.autocast:
-                rows = rows_of(student, ids).to(student.dtype)
-            scores = self.scorer.score(rows, targets, dense, likeliest=True)
+            scores = self.scorer.score(rows_of(student, ids), targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.kl)
-            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
+            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]).to(student.device))
         return torch.cat(found, 1).sum(1)
 
     def _save(self, is_best: bool) -> None:
@@ -330,6 +337,7 @@ class _Loop:
             held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
             held |= {f"weight {path}": one for path, one in trained.items()}
             notes = {"state": json.dumps(asdict(self.state)), repaired.OF: self.of}
+            notes["scaler"] = json.dumps(self.scaler.state_dict())
             repaired.write_tensors(self.checkpoints.last, held, notes)
 
     def _restore(self) -> bool:
@@ -338,6 +346,8 @@ class _Loop:
             return False
         held, notes = repaired.read_tensors(self.checkpoints.last, of=self.of)
         self.state = _State(**json.loads(notes["state"]))
+        if scaler := json.loads(notes.get("scaler", "{}")):
+            self.scaler.load_state_dict(scaler)
         for name, tensor in held.items():
             kind, _, path = name.partition(" ")
             parameter = self.student.trained[path]
@@ -345,6 +355,7 @@ class _Loop:
                 parameter.data.copy_(tensor)
             else:
                 self.optimizer.state[parameter][kind] = tensor.to(parameter.device)
+        self.student.follow()
         return True
 
 

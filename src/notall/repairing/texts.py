@@ -24,7 +24,7 @@ from ..results.repairs import MeasuredRecord, State
 from ..running.generating import sample
 from ..running.repaired import Kept, kept_tensors
 from ..structure.locating import locate
-from ..structure.model_structure import positions_of
+from ..structure.model_structure import inputs_device, positions_of
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
@@ -73,7 +73,7 @@ class RepairTexts:
             text, beside = read[source], 0 if count and held_out else MEASURED
             windows, size = count + beside, 1 if count else 2
             drawn = token_batches(tokenizer, text, sequences=windows, length=length, batch_size=size, seed=seed)
-            rows = [row.to(model.device) for row in drawn]
+            rows = [row.to(inputs_device(model)) for row in drawn]
             if count:
                 own.append(rows[:count])
                 told.append({"text": text.name, "text_sha256": text.sha256})

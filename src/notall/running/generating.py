@@ -65,7 +65,7 @@ def generate_text(
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
         else:  # as the checkpoint's own settings say, but for the temperature and beams
             how = {"do_sample": True, "temperature": temperature, "num_beams": 1, "max_new_tokens": max_new_tokens}
-            with _seeded(seed):
+            with seeded(seed):
                 new = _generate(model, ids, None, streamer=streamer, **how)[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
@@ -125,7 +125,7 @@ def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: in
     """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
-    with _seeded(seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
+    with seeded(seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
         return _generate(model, prompts, **options)
 
 
@@ -160,11 +160,11 @@ def _generating_by(settings: GenerationConfig, model: PreTrainedModel, undo: Und
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Random numbers from `seed` on, for the time of the `with`; then those that would have come."""
     # a seed is every device's; where CUDA was not used yet, there is nothing to go on with
-    seeded = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(seeded):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 
