@@ -208,7 +208,8 @@ NAMES = {
     "experiments.verdict": ["Verdict", "mending", "next_command", "what_next"],
     "exporters": ["Export", "Source", "TARGETS", "appearing", "export", "target_named"],
     "exporters.dense": ["opened"],
-    "exporters.gguf": ["cut", "with_weights as gguf_with_weights"],
+    "exporters.gguf": ["cut"],
+    "exporters.gguf_weights": ["with_weights as gguf_with_weights"],
     "exporters.layout": ["_is_divided_by_weights", "moved_modules"],
     "exporters.manifest": [
         "NotVerified",
