@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..evaluation.ray_workers import Workers
     from ..evaluation.tasks import Job, Limits, TaskShelf
     from ..models.texts import Text
+    from ..models.windows import Drawn
 
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
@@ -113,13 +114,15 @@ class PromptOptions:
     def check(self) -> None:
         check_texts(self.text)
 
-    def for_diagnostics(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Tensor]:
-        """The windows of the text that the diagnostics read."""
+    def for_diagnostics(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, apart: Sequence[Drawn] = ()
+    ) -> list[Tensor]:
+        """The windows of the text that the diagnostics read, drawn apart from others."""
         from ..evaluation.diagnostics import WINDOW_TOKENS, WINDOWS
         from ..structure.model_structure import positions_of
 
         length = int(min(WINDOW_TOKENS, positions_of(model)))
-        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed)[0]
+        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed, apart=apart)[0]
 
 
 @dataclass(frozen=True)
@@ -130,18 +133,23 @@ class TextOptions(PromptOptions):
     batch_size: int = option(4, "windows to run at a time")
 
     def windows(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, apart: Sequence[Drawn] = ()
     ) -> tuple[list[Tensor], Settings]:
-        """Token batches on the model's device, and what they are, for the record."""
-        from ..models.texts import token_batches
+        """Token batches on the model's device, drawn apart from others, and what they are, for the record."""
+        from ..models.windows import draw
+
+        self.check_size(model)
+        text = _read(model, tokenizer, self.text, self.sequences * self.length)
+        size: Settings = {"sequences": self.sequences, "length": self.length}
+        found = draw(tokenizer, text, **size, seed=seed, apart=apart).on(model)
+        return found.batches(self.batch_size), {"text": text.name, "text_sha256": text.sha256, **size}
+
+    def check_size(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` for windows that the model cannot read."""
         from ..structure.model_structure import positions_of
 
-        text = _read(model, tokenizer, self.text, self.sequences * self.length)
-        size = {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
-        batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
-        return [batch.to(model.device) for batch in batches], {"text": text.name, "text_sha256": text.sha256, **size}
 
 
 @dataclass(frozen=True)
@@ -155,28 +163,74 @@ class HeldOutOptions(TextOptions):
     def check(self) -> None:
         check_texts(self.text, self.held_out)
 
-    def both(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
-    ) -> tuple[list[Tensor], list[Tensor], Settings]:
-        """Batches to calibrate on, others to measure on, and what they are; with `fewer`, a short text has fewer."""
-        from torch import cat
+    def split(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        apart: Sequence[Drawn] = (),
+        fewer: bool = False,
+    ) -> Split:
+        """Windows to calibrate on, and others to measure on, drawn `apart` from more; a short text may have `fewer`.
 
-        from ..models.texts import windows_in
+        A held-out text of the same content as the other is that text: others of its windows are measured on.
+        """
+        from ..models.windows import draw
 
-        count = self.held_out_sequences or self.sequences
-        if self.held_out:
-            batches, described = self.windows(model, tokenizer, seed=seed)
-            other = replace(self, text=self.held_out, sequences=count)
-            others, about = other.windows(model, tokenizer, seed=seed)
-            return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
-        if fewer:
-            text = _read(model, tokenizer, self.text, (self.sequences + count) * self.length)
-            count = max(0, min(count, windows_in(tokenizer, text, self.length) - self.sequences))
-        both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
-        own, rest = cat(both).split([self.sequences, count])
-        held_out = {"held_out": "other windows"} if count else {}
-        others = list(rest.split(self.batch_size)) if count else []
-        return list(own.split(self.batch_size)), others, described | held_out | {"sequences": self.sequences}
+        self.check_size(model)
+        count, is_same = self.held_out_sequences or self.sequences, self.held_out in (None, self.text)
+        text = _read(model, tokenizer, self.text, (self.sequences + count * is_same) * self.length)
+        judged = text if is_same else _read(model, tokenizer, str(self.held_out), count * self.length)
+        is_same |= judged.sha256 == text.sha256
+        window = partial(draw, tokenizer, length=self.length, seed=seed)
+        own = window(text, sequences=self.sequences)
+        others = partial(window, judged, sequences=count, fewer=fewer and not self.held_out)
+        apart = [own, *apart]
+        return Split(own.on(model), others(apart=apart).on(model), is_same, self.batch_size, others, apart)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows to choose by and to fit to, `own`, and `held_out` ones to measure on, maybe of the same text."""
+
+    own: Drawn
+    held_out: Drawn
+    is_same: bool
+    batch_size: int
+    others: Callable[..., Drawn]  # draws what is held out
+    apart: Sequence[Drawn]  # what that overlaps nothing of
+
+    @property
+    def calibration(self) -> list[Tensor]:
+        """Token ids, (batch, tokens) each."""
+        return self.own.batches(self.batch_size)
+
+    @property
+    def evaluation(self) -> list[Tensor]:
+        """Token ids, (batch, tokens) each."""
+        return self.held_out.batches(self.batch_size)
+
+    @property
+    def described(self) -> Settings:
+        """What both are, for the record."""
+        text, judged = self.own.text, self.held_out.text
+        size = {"sequences": len(self.own), "length": self.own.rows.shape[1]}
+        held_out = {"held_out": judged.name, "held_out_sha256": judged.sha256}
+        if self.is_same:
+            held_out = {"held_out": "other windows"} if len(self.held_out) else {}
+        return {"text": text.name, "text_sha256": text.sha256, **size, **held_out}
+
+    @property
+    def measured_on(self) -> str:
+        """The text that is measured on, in words."""
+        name = self.held_out.text.name
+        return f"other windows of {name}" if self.is_same else name
+
+    def apart_from(self, windows: Sequence[Drawn]) -> Split:
+        """The same, with windows to measure on that overlap none of these either."""
+        others = self.others(apart=[*self.apart, *windows])
+        return replace(self, held_out=replace(others, rows=others.rows.to(self.held_out.rows.device)))
 
 
 def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, tokens: float) -> Text:
