@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from api import RUN, Text, UsageError, draw, overlapping
+from api import RUN, Text, by_count, draw, kl, overlapping
+from families import family
+from notall import Plan, Space, UsageError, choose_plan, heal, locate
 from test_texts import TOKENIZER, numbers_tokenizer
 
 pytestmark = pytest.mark.any_transformers  # it cuts texts into tokens, for no model
@@ -115,3 +117,46 @@ def test_without_others_the_order_is_that_of_the_seed_alone():
     assert torch.equal(own.starts, order[:20] * 10)
     assert torch.equal(rest.starts, order[20:] * 10)
     assert torch.equal(own.rows, own.starts[:, None] + torch.arange(10))
+
+
+# --- windows that a program of one's own gives ------------------------------------------------------------------------
+
+
+def stream(first: int, tokens: int = 64) -> torch.Tensor:
+    """A run of a text in which no token comes twice, (1, tokens)."""
+    return torch.arange(first, first + tokens)[None]
+
+
+OVERLAPS = {
+    "the same batch": [stream(100)],
+    "the same window in another batch": [torch.cat([stream(400), stream(100)])],
+    "windows half a window on": [stream(132)],
+    "a shorter window": [stream(110, 40)],
+    "a longer window": [stream(0, 256)],
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return family("llama").build(vocab_size=700, max_position_embeddings=256)
+
+
+@pytest.mark.parametrize("held_out", [*OVERLAPS.values()], ids=[*OVERLAPS])
+def test_heal_and_choose_plan_refuse_to_hold_out_what_they_use(model, held_out):
+    batches, plan = [stream(100), stream(200)], Plan([1])
+    with pytest.raises(UsageError, match=r"window [01] of held_out overlaps one that is trained on, by half .*: hold"):
+        heal(model, plan, batches, held_out)
+    space = Space(locate(model), "attention")
+    given = (model, "deepest", space, by_count(space, 1))
+    with pytest.raises(UsageError, match=r"window [01] of held_out overlaps one that the plan is chosen by, by half"):
+        choose_plan(*given, batches, held_out=held_out)
+    with pytest.raises(UsageError, match="chosen by"):  # by another text than that of the criterion
+        choose_plan(*given, [stream(500)], kl(batches), held_out=held_out)
+
+
+def test_heal_and_choose_plan_take_windows_of_other_places(model):
+    batches, held_out = [stream(100), stream(164)], [stream(228), stream(33), stream(150, 10) + 300]
+    heal(model, Plan([1]), batches, held_out)
+    space = Space(locate(model), "attention")
+    chosen = choose_plan(model, "deepest", space, by_count(space, 1), batches, held_out=held_out)
+    assert chosen.held_out

@@ -157,6 +157,20 @@ def overlapping(rows: Tensor, others: Iterable[Tensor]) -> Tensor:
     return found
 
 
+def refuse_overlap(held_out: Sequence[Tensor], others: Sequence[Tensor], use: str) -> None:
+    """Raise `UsageError` where a window that is held out overlaps one of `others`, of which `use` says what they do.
+
+    Both are batches of token ids, (batch, tokens) each.
+    """
+    before = 0
+    for batch in held_out:
+        found = overlapping(batch, others).nonzero()
+        if len(found):
+            told = f"window {before + int(found[0])} of held_out overlaps one that {use}"
+            raise UsageError(f"{told}, by half of its tokens or more: hold out windows of other text")
+        before += len(batch)
+
+
 def _sharing(rows: Tensor, others: Tensor, size: int, *, once: bool = False) -> Tensor:
     """Which of `rows` share a run of `size` tokens with any of `others`; `once`: a run that these have only once."""
     size = min(size, rows.shape[1], others.shape[1])
