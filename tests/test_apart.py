@@ -20,6 +20,7 @@ from api import (
     overlapping,
     pareto,
     quality,
+    read_prompts,
     repair_texts,
 )
 from notall import Plan
@@ -205,3 +206,35 @@ def test_what_a_plan_was_fitted_to_is_not_measured_on_later(run, folder, roles, 
     code, _, err = run(*every)
     assert (code, err.count("\n")) == (2, 1)
     assert "only 36 of them overlap none that is used already, where 50 are needed" in err
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.parametrize(
+    ("command", "judged"),
+    [
+        (f"{DEEPEST} --objective answers --prompts PROMPTS", "PROMPTS"),
+        (f"{DEEPEST} --text answers:PROMPTS", "MOVED"),
+        ("compare --skip attention:1 --objective answers --prompts PROMPTS", "PROMPTS"),
+        ("repair --plan PLAN --text answers:PROMPTS", "MOVED"),
+        ("heal --plan PLAN --text answers:PROMPTS", "MOVED"),
+        ("eval --plan PLAN --repair refit --repair-text answers:PROMPTS", "MOVED"),
+    ],
+)
+def test_a_prompt_that_chooses_judges_no_task(run, folder, files, tmp_path, monkeypatch, command, judged):
+    asked = {"PROMPTS": ["Say one.", "Say two.", "Say three."], "MOVED": ["Say zero.", "Say one."]}
+    for name, prompts in asked.items():
+        (tmp_path / name).write_text("\n".join(prompts))
+    monkeypatch.chdir(tmp_path)
+    words = typed(command, folder, {"plan": files["plan"]}, "out.json")
+    code, _, err = run(*words, "--tasks", f"answers:{judged}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "asks for what is chosen by or fitted to, such as 'Say " in err
+    assert "leaves every second prompt to --tasks, or other prompts" in err
+
+
+def test_a_prompt_that_comes_twice_is_on_one_side(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\none\ntwo\nthree\nfour\n\nthree")
+    assert read_prompts(tmp_path / "prompts.txt") == ["one", "two", "three", "four"]

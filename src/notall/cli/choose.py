@@ -7,7 +7,15 @@ from ..errors import shortened
 from ..experiments import compare as comparing
 from ..experiments.driver import Subject
 from ..experiments.folder import check_folder
-from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, Split, TaskOptions
+from ..experiments.options import (
+    HeldOutOptions,
+    KeepLast,
+    ModelOptions,
+    PlanOptions,
+    Split,
+    TaskOptions,
+    refuse_judging,
+)
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
@@ -41,6 +49,7 @@ def compare(
     check_folder(out, "compare")
     text.check()
     choice = tasks.check(objectives=how.check())
+    refuse_judging(choice, [text.text], how.prompts if any("answers" in one for one in how.objective) else None)
     net, tokenizer = model.load()
     split = text.split(net, tokenizer, seed=run.seed)
     batches, about = split.calibration, model.provenance(net, **split.described)

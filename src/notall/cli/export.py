@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..experiments.evaluate import warn_if_worse
-from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan
+from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan, refuse_judging
 from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import uses_of
@@ -65,6 +65,7 @@ def export(
         TextOptions(text=measure).check()
     how: Settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.own_dtype}
     choice = tasks.check()
+    refuse_judging(choice, repair.sources if repair else ())
     if repair or measure or choice:
         check_export(Source(model.model, **how), wanted, to, out)
     with progress_bar() as progress:

@@ -69,6 +69,7 @@ def evaluate(
     if diagnostics:
         need("scipy")
     asked = tasks.check()
+    options.refuse_judging(asked, repair.sources if repair else ())
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import UsageError
 from ..experiments import repair as repairs
 from ..experiments.folder import check_folder
-from ..experiments.options import ModelOptions, TaskChoice, read_plan
+from ..experiments.options import ModelOptions, TaskChoice, read_plan, refuse_judging
 from ..experiments.recovery import RecoveryOptions, judged, scores_table
 from ..experiments.repair import METHODS, REFIT, FitOptions
 from ..experiments.search import uses_of
@@ -150,6 +150,7 @@ def _begun(
     plan = read_plan(path)
     text.check()
     choice = tasks.check()
+    refuse_judging(choice, text.text)
     net, tokenizer = model.load()
     plan.check(locate(net))
     texts = text.draw(net, tokenizer, seed, uses_of(plan, path), training=training)

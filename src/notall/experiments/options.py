@@ -251,6 +251,23 @@ def check_texts(*sources: str | None) -> None:
             read_text(source)
 
 
+def refuse_judging(tasks: TaskChoice, sources: Sequence[str], prompts: Path | None = None) -> None:
+    """Raise `UsageError` where tasks ask for prompts whose answers are in a text, or are `prompts` to choose by."""
+    from ..models.texts import ANSWERS_TO, read_prompts
+
+    files = [Path(source.removeprefix(ANSWERS_TO)) for source in sources if source.startswith(ANSWERS_TO)]
+    used = {prompt for file in files for prompt in read_prompts(file)[::2]}
+    used |= {*read_prompts(prompts)} if prompts else set()
+    for name in tasks.names if used else ():
+        kind, _, file = name.partition(":")
+        if kind in ("answers", "written") and file and (both := used.intersection(read_prompts(Path(file))[1::2])):
+            told = (
+                f"--tasks {shortened(name)} asks for what is chosen by or fitted to, such as {shortened(min(both))!r}"
+            )
+            fix = f"give --text {ANSWERS_TO}{shortened(file)}, which leaves every second prompt to --tasks"
+            raise UsageError(f"{told}: {fix}, or other prompts")
+
+
 def read_plan(path: Path) -> Plan:
     """The plan of a file, an export, or the folder of a repair, with its weights."""
     if (path / MANIFEST).is_file():

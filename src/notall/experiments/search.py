@@ -28,7 +28,7 @@ from ..results.repairs import MeasuredRecord, RepairStep, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
-from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
+from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, refuse_judging, space_of
 from .pages import read_costs
 from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
 from .repair import RepairOptions
@@ -294,6 +294,8 @@ class Search:
         wanted = self.check()
         judged_by = self.by.objective or wanted.objective(self.text.text)
         tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
+        own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
+        refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
         net, tokenizer = self.model.load()
         among = self.space.of(net)
         twice = 2 if self.repair else 1  # half of them to fit to

@@ -134,11 +134,14 @@ def all_checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> li
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where one is none, or all are."""
+    """The prompts of a file, a line or a `prompt` field of a .jsonl file each; one that comes twice is read once.
+
+    Raises `UsageError` where one is none, or all are.
+    """
     content = read_file(path, "a file of prompts")
     prompts = fields(path, content, "prompt") if path.suffix == ".jsonl" else [*filter(str.strip, content.split("\n"))]
     if not prompts:
         raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
     if not all(map(str.strip, prompts)):
         raise UsageError(f"{shortened(path)} holds an empty prompt: write one that says something, or leave it out")
-    return prompts
+    return [*dict.fromkeys(prompts)]  # every second one judges what the others choose
