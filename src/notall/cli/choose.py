@@ -51,13 +51,15 @@ def compare(
     choice = tasks.check(objectives=how.check())
     refuse_judging(choice, [text.text], how.prompts if any("answers" in one for one in how.objective) else None)
     net, tokenizer = model.load()
+    timed = workload if workload.rounds else None
+    runs = how.runs(net)
+    comparing.check_runs(net, runs, timed)
     split = text.split(net, tokenizer, seed=run.seed)
     batches, about = split.calibration, model.provenance(net, **split.described)
-    timed = workload if workload.rounds else None
     with progress_bar() as progress:
         records = comparing.compare_criteria(
             Subject(net, tokenizer, split.evaluation, out, about, run.seed),
-            how.runs(net),
+            runs,
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
             workload=timed,

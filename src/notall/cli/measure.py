@@ -68,6 +68,7 @@ def evaluate(
     repair.check(kept)
     if diagnostics:
         need("scipy")
+    model.check_plan(plan.named)
     asked = tasks.check()
     options.refuse_judging(asked, repair.sources if repair else ())
     net, tokenizer = model.load()
@@ -142,6 +143,7 @@ def draft(
     check_folder(out, "draft")
     text.check()
     plan.check(needed=True, model=model.model)
+    model.check_plan(plan.named)
     net, tokenizer = model.load()
     wanted = plan.of(net)
     read = options.TextOptions(text.text, text.sequences, how.prompt_tokens + how.generation_tokens, 1)
@@ -242,6 +244,9 @@ def pareto(
         raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
         engine.of().check(spec)
+    text.check()
+    for one in given.values():
+        model.check_plan(one)
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(options.words_of(engine.types))

@@ -149,6 +149,7 @@ def _begun(
         raise UsageError("give the plan with --plan: `notall search` or `notall plan` writes one")
     plan = read_plan(path)
     text.check()
+    model.check_plan(plan)
     choice = tasks.check()
     refuse_judging(choice, text.text)
     net, tokenizer = model.load()

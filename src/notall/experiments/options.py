@@ -16,7 +16,7 @@ from ..exporters.manifest import dense_of, plan_of, weights_beside
 from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
-from ..options import Option, option
+from ..options import Option, check_sizes, option
 from ..plan import Plan
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
@@ -61,6 +61,25 @@ class ModelOptions:
 
         with progress_bar(f"loading {self.model}"):
             return load(**self.arguments)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise `UsageError` for a plan of another model before any weights are read, as far as its config tells."""
+        from ..structure.locating import locate
+
+        if plan and not self._may_have(plan):
+            plan.check(locate(self.empty()))
+
+    def _may_have(self, plan: Plan) -> bool:
+        """Whether the model's config has the layers and the shape of a plan, or there is no config that is readable."""
+        from ..models.loading import load_config
+        from ..structure.model_structure import fingerprint
+
+        try:
+            config = load_config(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        except UsageError:  # which loading the model tells, too
+            return True
+        text, last = config.get_text_config(decoder=True), max([*plan.attention, *plan.mlp])
+        return last < text.num_hidden_layers and plan.fingerprint in (None, str(fingerprint(text)))
 
     def empty(self) -> PreTrainedModel:
         """The model of a config, without weights, in the dtype that is named, or else as its checkpoint is stored."""
@@ -112,6 +131,8 @@ class PromptOptions:
     sequences: int = option(8, "number of windows")
 
     def check(self) -> None:
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        check_sizes(self.sequences)
         check_texts(self.text)
 
     def for_diagnostics(
@@ -131,6 +152,11 @@ class TextOptions(PromptOptions):
 
     length: int = option(256, "tokens in each window")
     batch_size: int = option(4, "windows to run at a time")
+
+    def check(self) -> None:
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        check_sizes(self.sequences, self.length, self.batch_size)
+        check_texts(self.text)
 
     def windows(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, apart: Sequence[Drawn] = ()
@@ -161,6 +187,9 @@ class HeldOutOptions(TextOptions):
     held_out_sequences: int | None = option(None, "windows to measure on (default: as --sequences)")
 
     def check(self) -> None:
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        for count in (self.sequences, self.held_out_sequences or self.sequences):
+            check_sizes(count, self.length, self.batch_size)
         check_texts(self.text, self.held_out)
 
     def split(
@@ -297,7 +326,8 @@ class PlanOptions:
         return SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
 
     @cached_property
-    def _read(self) -> Plan:
+    def named(self) -> Plan:
+        """The plan of a file; one of nothing where there is none."""
         return read_plan(self.plan) if self.plan else Plan()
 
     @property
@@ -316,7 +346,7 @@ class PlanOptions:
                 wrong = f"{shortened(model)} is what is left of another model"
                 raise UsageError(f"{wrong}: name that one, such as {dense}, and give --plan {beside}")
             raise UsageError("say what to leave out: --plan plan.json (of notall search), or --skip attention:0.25")
-        _ = self.amount, self._read
+        _ = self.amount, self.named
 
     def of(self, model: PreTrainedModel) -> Plan:
         """The plan that was read, or by the paper's rule the deepest of a kind. Raises as `deepest` does."""
@@ -325,7 +355,7 @@ class PlanOptions:
 
         skip = self.amount
         if skip is None:
-            return self._read
+            return self.named
         structure, (amount, *more) = locate(model), skip.amounts
         if skip.kind in {"portable", "sublayer", "period", *structure.mixers}.difference(SKIPPABLE):
             raise UsageError(f"--skip {skip} has no deepest: choose a set with `notall search --skip {skip}`")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ..errors import UsageError, shortened
 from ..files import Settings
 from ..models.names import USE
-from ..options import option
+from ..options import check_sizes, option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.provenance import Provenance
@@ -51,6 +51,7 @@ class RepairOptions:
 
     def check(self, out: Path | None) -> None:
         """Raise `UsageError` for a method that no plan can keep, texts that cannot be read, and a folder of others."""
+        check_sizes(1 if self.repair_sequences is None else self.repair_sequences)
         if self:
             check_folder(out, "repair")
             check_method(str(self.repair))
@@ -107,9 +108,9 @@ class FitOptions:
     batch_size: int = option(8, "windows to run at a time")
 
     def check(self) -> None:
-        """Raise `UsageError` for a text that cannot be read, and for too few windows."""
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        check_sizes(1 if self.windows is None else self.windows, self.length, self.batch_size)
         check_texts(*self.text, *self.held_out)
-        _ = self.windows
 
     @property
     def windows(self) -> int | None:

@@ -298,13 +298,13 @@ class Search:
         refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
         net, tokenizer = self.model.load()
         among = self.space.of(net)
+        wanted.check(net, among, self.workload)
         twice = 2 if self.repair else 1  # half of them to fit to
         wide = replace(self.text, sequences=twice * self.text.sequences)
         split = wide.split(net, tokenizer, seed=self.seed, fewer=True)
         batches, about = split.calibration, split.described
         other: Settings = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         other |= {"seed": self.seed} if self.seed else {}  # a record without one is of seed 0
-        wanted.check(net, among, self.workload)
         texts = self.repair.texts(net, tokenizer, progress, seed=self.seed, used=[split.own]) if self.repair else None
         split = split.apart_from(texts.fitted) if texts and self.text.held_out else split
         of: Settings = {"prompts": self.by.prompts, "task_path": tasks.shelf, "task_limit": tasks.questions}

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
+from ..options import check_sizes
 from ..structure.model_structure import inputs_device
 from .texts import Text, start_tokens, token_ids
 
@@ -62,13 +63,6 @@ def token_batches(
     return draw(tokenizer, text, sequences=sequences, length=length, seed=seed).batches(batch_size)
 
 
-def check_sizes(sequences: int, length: int, batch_size: int) -> None:
-    """Raise `UsageError` for numbers that make no batch."""
-    if sequences < 1 or length < 2 or batch_size < 1:
-        told = f"sequences is {sequences}, length {length}, batch {batch_size}"
-        raise UsageError(f"{told}: give at least 1, 2 and 1")
-
-
 def draw(
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
@@ -83,7 +77,7 @@ def draw(
 
     Raises `UsageError` for numbers that make no windows, and where there are fewer than `sequences`, unless `fewer` do.
     """
-    check_sizes(sequences, length, 1)
+    check_sizes(sequences, length)
     start, ids = torch.tensor(start_tokens(tokenizer), dtype=torch.int64), token_ids(tokenizer, text)
     width = length - len(start)
     cut = ids[: len(ids) // width * width].view(-1, width)  # (windows, width)
