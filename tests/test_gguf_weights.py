@@ -1,18 +1,14 @@
-"""Weights of a repaired plan in GGUF files: each kind of tensor of each family, as llama.cpp and transformers read it."""
+"""Weights of a repaired plan in GGUF files: each tensor of each family, as llama.cpp and transformers read it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Kind
 
 import engines
-from api import RepairedPlan, export, gguf_with_weights, llamacpp, read_gguf
+from api import RepairedPlan, export, llamacpp
 from gguf_families import BUILT, built, parameters, write_skeleton
-from notall import Plan, UsageError, skip
+from notall import Plan
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 QUICK = {"llama", "gpt2", "gemma3", "qwen3_moe", "qwen3_5_text"}

@@ -74,6 +74,12 @@ class Objective:
     def batches(self) -> tuple[Batch, ...]:
         return tuple(batch for term in self.terms for batch in term.batches)
 
+    @property
+    def windows(self) -> list[Tensor]:
+        """Token ids, (batch, tokens) each, of the text that it is a loss on."""
+        terms = (term for term in self.terms if term.name in ("nll", "kl"))
+        return [batch.inputs["input_ids"] for term in terms for batch in term.batches]
+
     def _numbered(self) -> Iterator[tuple[Term, range]]:
         start = 0
         for term in self.terms:

@@ -257,6 +257,16 @@ def runs_of(criteria: Sequence[str], goals: Sequence[str], spaces: Sequence[tupl
     ]
 
 
+def check_runs(model: PreTrainedModel, runs: Sequence[Run], workload: Workload | None) -> None:
+    """Raise `UsageError` for what cannot be skipped or timed, before any text is read."""
+    from ..choosing.budget import by_count
+
+    if workload:
+        workload.check(model)
+    for run in runs:
+        by_count(run.space, run.count)
+
+
 def compare_criteria(
     subject: Subject,
     runs: Sequence[Run],
@@ -273,15 +283,11 @@ def compare_criteria(
     With `repairs`, one more for each of them, behind the run's own: its plan, repaired with batches of `repair_text`.
     Goes on where it stopped. Raises `UsageError` when the folder holds work of other settings, and as `choose` does.
     """
-    from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
     from ..running.skipping import footprint
 
     ways = [name for name in dict.fromkeys(repairs) if name != UNREPAIRED]
-    if workload:
-        workload.check(subject.model)
-    for run in runs:
-        by_count(run.space, run.count)
+    check_runs(subject.model, runs, workload)
     jobs, about = tasks.jobs(), Provenance.of(subject.provenance, seed=subject.seed)
     source = Provenance.of(about, fingerprint=subject.structure.fingerprint)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}

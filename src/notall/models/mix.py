@@ -55,7 +55,12 @@ def text_of(
     content = _Author(model, tokenizer, progress, 1).text(source) if tokens <= FEW else ""
     if len(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]) < tokens:
         content = _Author(model, tokenizer, progress).text(source)
-    return Text(re.sub(r":.*[/\\]", ":", source), digest_of([content]), content)
+    return Text(name_of(source), digest_of([content]), content)
+
+
+def name_of(source: str) -> str:
+    """What a text that a model made is called: as it is asked for, but for the folders of a file."""
+    return re.sub(r":.*[/\\]", ":", source)
 
 
 @dataclass(frozen=True)

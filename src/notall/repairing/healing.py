@@ -25,6 +25,7 @@ from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
+from ..models.windows import refuse_overlap
 from ..plan import Plan, several
 from ..progress import Progress, silent
 from ..results.facts import State
@@ -64,7 +65,8 @@ def heal(
     model.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
-    or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
+    or skips nothing, held-out windows that overlap those of `batches`, a quantised model, a folder that holds other
+    work or is in use, a full disk, `lora` without peft,
     workers that fail or are given `minutes`, and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
@@ -145,6 +147,7 @@ class Training:
             raise UnsupportedModel(f"{why}; use notall.repair instead")
         if not self.plan or not self.batches or not self.held_out:
             raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
+        refuse_overlap(self.held_out, self.batches, "is trained on")
         if len({batch.shape[1] for batch in self.batches}) > 1:
             raise UsageError("the windows to train on are of several lengths: give windows of one")
 
