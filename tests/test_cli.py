@@ -203,9 +203,10 @@ def test_a_warning_is_one_line_without_code(run, monkeypatch):
 def test_what_python_says_of_the_syntax_of_others_code_is_dropped(monkeypatch):
     """Of a package whose files are compiled where it is first imported."""
     monkeypatch.setattr(cli, "app", lambda **_: compile("1 is 1", "<task>", "eval"))
-    with warnings.catch_warnings(record=True) as seen, pytest.raises(SystemExit):
+    with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
-        cli.main()
+        with pytest.raises(SystemExit):
+            cli.main()
     assert not seen
 
 
