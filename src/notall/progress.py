@@ -1,10 +1,30 @@
 """How long-running work reports progress: `progress(done, total, doing)`, in steps of its own."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 Progress = Callable[[float, float, str], None]
 Item = TypeVar("Item")
+
+
+class Clock:
+    """The time since a command began, for all parts of its work, and when a line last told of it."""
+
+    def __init__(self) -> None:
+        self.doing: list[object] = []  # the parts under way: the last one tells
+        self.begin()
+
+    def begin(self) -> None:
+        self.begun = self.told = time.monotonic()
+
+    def __str__(self) -> str:
+        return str(timedelta(seconds=int(time.monotonic() - self.begun)))
+
+
+CLOCK = Clock()
 
 
 def silent(done: float, total: float, doing: str) -> None:
@@ -26,6 +46,19 @@ class Stages:
             self.progress(min(start + steps * (done / total if total else 1.0), self.steps), self.steps, doing)
 
         return tell
+
+
+def by_the_clock(progress: Progress, deadline: float) -> Progress:
+    """What tells of work that ends at `deadline`, on the clock of `time.monotonic`: so far as the time is, at least."""
+    begun = time.monotonic()
+    if not begun < deadline < math.inf:
+        return progress
+
+    def tell(done: float, total: float, doing: str) -> None:
+        passed = min(1.0, (time.monotonic() - begun) / (deadline - begun))
+        progress(max(done, passed * total), total, doing)
+
+    return tell
 
 
 def tracked(items: Sequence[Item], doing: str, progress: Progress) -> Iterator[Item]:

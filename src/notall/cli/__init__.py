@@ -17,6 +17,7 @@ import typer
 
 from ..errors import EXTRAS, UsageError, nearest, print_in_any_encoding, printable, shortened
 from ..files import FULL
+from ..progress import CLOCK
 from .app import Interrupted, app
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.
@@ -35,6 +36,7 @@ def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
     print_in_any_encoding()
     drop_chatter()
+    CLOCK.begin()
     try:
         with _own_manners():
             sys.exit(app(prog_name="notall", standalone_mode=False))
