@@ -125,18 +125,22 @@ def _laid_out(strips: Sequence[Strip], width: int, *, whole: bool = False) -> li
             if fitting := _fitted([Strip(some, one.right) for some, one in zip(cells, strips)], width):
                 return fitting
     rows = zip(*(strip.cells for strip in strips))  # each a column
-    return _fitted([Strip(cells, place > 0) for place, cells in enumerate(rows)], width) if turns else None
+    turned = [Strip(cells, place > 0) for place, cells in enumerate(rows)]
+    return _fitted(turned, width, by_words=True) if turns else None
 
 
-def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
-    """The strips in `width` cells, the widest narrowed first; None where they don't fit."""
+def _fitted(strips: Sequence[Strip], width: int, *, by_words: bool = False) -> list[Strip] | None:
+    """The strips in `width` cells, the widest narrowed first; None where they don't fit.
+
+    Columns of numbers have two widths, with errors beside and below; `by_words` they hold text, too.
+    """
     least, widths = [strip.least for strip in strips], [strip.most for strip in strips]
     room = width - FRAME * len(strips) - 1
     if sum(least) > room:
         return None
     while sum(widths) > room:
         widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
-        widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
+        widths[widest] = least[widest] if strips[widest].right and not by_words else widths[widest] - 1
     return [Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right) for one, wide in zip(strips, widths)]
 
 
