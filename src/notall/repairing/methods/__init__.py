@@ -92,10 +92,9 @@ def _guarded(name: str, function: Repairing) -> Repairing:
         raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
     def guarded(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
-        given = model, plan, [*checked(batches, model)]
-        more = {"progress": progress} if by_name else {}
+        ids, more = [*checked(batches, model)], {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            found = function(*given, *(() if by_name or takes(function, 3) else (progress,)), **more)
+            found = function(model, plan, ids, *(() if by_name or takes(function, 3) else (progress,)), **more)
         expect(found, RepairedPlan, f"back a RepairedPlan (docs/add-repair.md) from the repair {shortened(name)}")
         return found
 

@@ -50,7 +50,7 @@ def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> li
 
 
 def _stream(model: PreTrainedModel, plan: Plan, batches: Batches) -> DenseStream:
-    """The original model on the calibration text. Raises `UsageError` for a plan, a text or a model that does not fit."""
+    """The original model on the calibration text. Raises `UsageError` for a plan, text or model that does not fit."""
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
