@@ -212,7 +212,8 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
-    told = f"{out}: {refit} of {several(total, 'kept sublayer')} refit; refitting others did not help on held-out text"
+    helped = "refitting others did not help on held-out text (more text may)"
+    told = f"{out}: {refit} of {several(total, 'kept sublayer')} refit; {helped}"
     title = f"{told}; shown are those that mend over {LITTLE:.0%}"
     return replace(table(title, REFITS, shown), facts=repaired.refits)
 

@@ -133,7 +133,7 @@ class Repair:
     keep_all: bool = False  # keeps the stream behind each step, for others
 
     def __post_init__(self) -> None:
-        self.ridges, text = sorted(self.ridges), self.text
+        text = self.text
         self.steps = steps_of(text.structure, self.plan)
         gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
