@@ -103,11 +103,12 @@ def choose_plan(
     `batches` are token ids, (batch, tokens) each, for criteria such as cosine. Without an `objective`, sets are judged
     by the KL to the original on `batches`; with `after_repair` by the KL that a cheap repair leaves on half of them,
     to which it was not fitted. A folder `out` keeps evaluations, and the same call with the same `provenance` resumes.
-    The search ends after `max_minutes` by the clock, or `patience` evaluations that brought nothing. A plan for a speedup
-    is timed, and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves most within the
-    limit (`missed`). With `recovering` it is the one that keeps enough. The windows `held_out` measure it in the end.
-    Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does not suit the
-    space, a budget that cannot be met, and held-out windows that overlap those that the plan is chosen by.
+    The search ends after `max_minutes` by the clock, or `patience` evaluations that brought nothing. A plan for a
+    speedup is timed, and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves
+    most within the limit (`missed`). With `recovering` it is the one that keeps enough. The windows `held_out`
+    measure it in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that
+    fails or does not suit the space, a budget that cannot be met, and held-out windows that overlap those that the
+    plan is chosen by.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")

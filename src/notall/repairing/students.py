@@ -37,9 +37,9 @@ class TrainConfig:
     the next token. The held-out text is looked at `evaluations` times, evenly; `patience` of them in a row without a
     gain end it: while the rate is high there may be none, and as it falls there are.
 
-    With `minutes` (of CPU time, of all threads of this process together) it trains for all of them, evaluations included,
-    over the text as often as there is time: shares are of the time, and the rate is none when it is up. Raises
-    `UsageError` for a time that is not positive and finite, and a warm-up that is no share.
+    With `minutes` (of CPU time, of all threads of this process together) it trains for all of them, evaluations
+    included, over the text as often as there is time: shares are of the time, and the rate is none when it is up.
+    Raises `UsageError` for a time that is not positive and finite, and a warm-up that is no share.
     """
 
     train: Trained = "outputs"
