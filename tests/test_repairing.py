@@ -170,7 +170,7 @@ def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(sha
 @pytest.mark.parametrize(
     ("plan", "shapes", "said"),
     [
-        (Plan([1]), [(1, 8)], "1 is too few"),
+        (Plan([1]), [(1, 8)], "1 is too few: give 2 or more"),
         (Plan([1]), [], "there is no text"),
         (Plan(), [(4, 8)], "skips nothing"),
         (Plan([9]), [(4, 8)], "layers are 0 to 3"),
