@@ -113,10 +113,6 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
         found.append(_checks(f"NLL at {low} to {end - 1}", columns, higher_is_better=False))
         low, high = high, 2 * high
 
-    def gained(pairs: Sequence[tuple[_Read, _Read]]) -> float:
-        ours, theirs = zip(*pairs)
-        return calibration_error(ours) - calibration_error(theirs)
-
     calibration = []
     for some in others:
         pairs = list(zip(some, dense))
@@ -125,6 +121,12 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
         tested = student_p_value(*delta, len(pairs) - 1), too_few(len(pairs), len(pairs))
         calibration.append(_check("calibration error", value, delta, False, tested))
     return [*found, calibration]
+
+
+def gained(pairs: Sequence[tuple[_Read, _Read]]) -> float:
+    """The calibration error of the first of each pair less that of the second."""
+    ours, theirs = zip(*pairs)
+    return calibration_error(ours) - calibration_error(theirs)
 
 
 def calibration_error(reads: Sequence[_Read]) -> float:
