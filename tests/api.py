@@ -38,6 +38,7 @@ MODULES = {
     "exporters_dense": "exporters.dense",
     "executorch": "exporters.executorch",
     "exporters_gguf": "exporters.gguf",
+    "gguf_layout": "exporters.gguf_layout",
     "hf": "exporters.hf",
     "exporters_tensors": "exporters.tensors",
     "nemotron_nas": "exporters.nemotron_nas",
