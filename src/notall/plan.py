@@ -25,6 +25,7 @@ KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block":
 SET_NAMES = KIND_NAMES | {"portable": "portable sublayer"}  # of what a set is made of; a kind of mixer by its own
 
 IN_BOTH = "a block is named in both"
+FOR_THIS_MODEL = "make a plan for this model, or copy this one without its fingerprint if you are sure"
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_BYTES = 1 << 20  # of a plan file
 PUBLISHED = Path(__file__).parent / "published"  # the plans of docs/results.md, taken by `published:NAME`
@@ -176,8 +177,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
             told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
-            fix = "make a plan for this model, or copy this one without its fingerprint if you are sure"
-            raise UsageError(f"{told}; {fix}")
+            raise UsageError(f"{told}; {FOR_THIS_MODEL}")
         self.check_depth(len(structure.blocks))
         for kind in ("attention", "mlp"):
             for layer in getattr(self, kind):
