@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ completion to your shell.
 | 130 | interrupted; the same command continues where it stopped |
 
 A table fits your terminal. If that is too narrow for all columns, a line below names the others. A file or a pipe
-gets every column, and `--json` every digit.
+gets every column, within `COLUMNS` if that is set, and `--json` every digit.
 
 Commands show their progress and the time left on stderr; where that is no terminal, a line per minute.
 `NO_COLOR=1` turns colours off.
@@ -51,7 +52,8 @@ def _command(name: str, command: Any) -> str:
     example = command.epilog.partition("Example:")[2].strip()
     rows = [_row(param) for param in command.params if param.param_type_name == "option"]
     table = "\n".join(["| option | default | |", "| --- | --- | --- |", *rows])
-    return f"### {usage}\n\n{_plain(command.help)}\n\n```text\n{example}\n```\n\n{table}\n"
+    told = "\n\n".join(textwrap.fill(one, 120) for one in _plain(command.help).split("\n\n"))
+    return f"### {usage}\n\n{told}\n\n```text\n{example}\n```\n\n{table}\n"
 
 
 def _row(param: Any) -> str:

@@ -48,7 +48,7 @@ def bad_inputs(folder, tmp_path):
         "an unknown kind": (["plan", folder, "--skip", "heads"], "heads"),
         "a number that is none": (["plan", folder, "--skip", "mlp:-1"], "--skip mlp:-1 is no kind and number"),
         "two numbers": (["eval", folder, "--skip", "mlp:1,2", *QUICK], "asks for several plans: give one number"),
-        "more than all": (["plan", folder, "--skip", "mlp:7"], "cannot skip 7 of 6 mlp: give"),
+        "more than all": (["plan", folder, "--skip", "mlp:7"], "cannot skip 7 of 6 MLPs: give"),
         "a kind that has no deepest": (["plan", folder, "--skip", "portable:4"], "`notall search --skip portable:4`"),
         "half a layer": (["plan", folder, "--skip", "mlp:1.5"], "give a whole one, or a share below 1"),
         "a plan that names no layer of the model": (["eval", folder, "--plan", plan, *QUICK], "0 to 5"),
@@ -198,6 +198,16 @@ def test_a_warning_is_one_line_without_code(run, monkeypatch):
     )
     assert run()[1] == "warning: the kept times no longer hold \\x1b[31m\n"
     assert warnings.formatwarning is before
+
+
+def test_what_python_says_of_the_syntax_of_others_code_is_dropped(monkeypatch):
+    """Of a package whose files are compiled where it is first imported."""
+    monkeypatch.setattr(cli, "app", lambda **_: compile("1 is 1", "<task>", "eval"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert not seen
 
 
 @pytest.mark.parametrize(

@@ -485,6 +485,7 @@ def test_tasks_of_a_folder_ask_no_host(folder, monkeypatch):
 
 def test_an_unknown_task_is_named_with_its_like(run):
     refused("the harness has no task 'tiny_choise'; did you mean tiny_choice", run, [], ["tiny_choise"])
+    refused("did you mean passkey, passkey_", run, [], ["passky"])
     refused("no task is named", run, [], [])
 
 
@@ -584,7 +585,7 @@ def test_more_examples_than_there_are_is_one_line(run):
 @pytest.mark.parametrize("name", ["tiny_choice", "tiny_words"])
 def test_a_context_longer_than_the_model_is_one_line(tokenizer, folder, name, scored):
     small = partial(run_tasks, tiny_llama(max_position_embeddings=96), tokenizer, task_path=folder)
-    message = rf"requests of {name} are longer than the model's context of 96 tokens \(up to \d+\); show fewer examples"
+    message = rf"context of 96 tokens is too short for \d+ requests? of {name} \(up to \d+\); show fewer examples"
     refused(message, small, [], [name], num_fewshot=9)
     assert not scored
 

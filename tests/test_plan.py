@@ -43,7 +43,10 @@ def test_a_plan_is_frozen():
         ("", "not valid JSON"),
         ("[1, 2]", "expected"),
         ('{"heads": [1]}', "expected"),
-        ('{"attention": [1], "speed": 3}', "speed"),
+        ('{"block": [9]}', "; a block is named in both$"),
+        ('{"attention": [1], "blocks": [9]}', "no blocks; a block is named in both$"),
+        ('{"attention": [1], "mpl": [9]}', r"no mpl \(did you mean mlp\?\)$"),
+        ('{"attention": [1], "speed": 3}', "no speed$"),
         ('{"attention": [1, 1]}', "layer 1 is named twice"),
         ('{"attention": [-1]}', "start at 0"),
         ('{"attention": ["a"]}', "attention"),
@@ -104,6 +107,8 @@ def test_a_huge_file_is_not_read_to_its_end(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 23
+    with pytest.raises(UsageError, match=r"huge\.json is no plan: "):
+        Plan.load(path)
 
 
 def test_many_layers_are_read_in_no_time():
@@ -158,6 +163,23 @@ def test_plans_that_do_not_fit_the_model(structure, plan, says):
         plan.check(structure)
 
 
+def test_a_plan_for_another_model_names_a_fix_for_any_plan(structure):
+    """A published plan is no file of the user's, and one made in Python no file at all."""
+    published = Plan.load("published:smollm2-attention-8-by-mix")
+    with pytest.raises(UsageError, match="make a plan for this model, or copy this one without its fingerprint"):
+        published.check(structure)
+
+
+def test_in_words_a_block_is_one_and_a_plural_has_its_s():
+    among = {"attention": 24, "mlp": 24, "block": 24}
+    assert Plan([3], [3]).in_words() == "1 block"
+    assert Plan([3, 9], [3, 9]).in_words(among) == "2 of 24 blocks"
+    assert Plan([3], [3]).in_words({"attention": 1, "mlp": 1, "block": 1}) == "1 of 1 block"
+    assert Plan([3, 9], [9]).in_words(among) == "2 of 24 attentions and 1 of 24 MLPs"
+    assert Plan(mlp=[0]).in_words() == "1 MLP"
+    assert Plan().in_words(among) == "nothing"
+
+
 def test_the_papers_rule(structure):
     assert deepest(structure, "attention", 0.5).attention == (2, 3)
     assert deepest(structure, "attention", 0.5, keep_last=True).attention == (1, 2)
@@ -173,7 +195,7 @@ def test_the_papers_rule_takes_a_count_too(structure):
     assert deepest(structure, "attention", count=2).attention == (2, 3)
     assert deepest(structure, "mlp", count=3, keep_last=True).mlp == (0, 1, 2)
     for more in ({"count": 4, "keep_last": True}, {"count": -1}, {"count": 1, "fraction": 0.5}):
-        with pytest.raises(UsageError, match="give a fraction, or a count from 0 to"):
+        with pytest.raises(UsageError, match=r"of [34] MLPs: give a fraction, or a count from 0 to"):
             deepest(structure, "mlp", **more)
     with pytest.raises(UsageError, match="a number from 0 to 1, not NoneType"):
         deepest(structure, "mlp")

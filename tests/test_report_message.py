@@ -61,7 +61,7 @@ def test_of_a_sweep_with_a_search_in_its_folder_it_is_what_the_search_chose(tmp_
     ("records", "mildest"),
     [
         (result_folders.all_records(), "attention 10%, last layer kept, perplexity has more than doubled: +0.90 "),
-        (result_folders.all_compared(), "search by kl: 2 attention, perplexity has more than doubled: +1.00 "),
+        (result_folders.all_compared(), "search by kl: 2 attentions, perplexity has more than doubled: +1.00 "),
     ],
 )
 def test_where_nothing_is_usable_it_says_so_and_asks_for_less(tmp_path, records, mildest):

@@ -72,7 +72,7 @@ def test_compare_writes_results_a_table_and_a_figure(run, folder, tmp_path):
     assert TIMED_ONCE in shown
     code, _, err = run("report", out, "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
-    assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "search by nll: 2 portable sublayers" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_compare_refuses_in_one_line(run, folder, tmp_path):
@@ -84,6 +84,7 @@ def test_compare_refuses_in_one_line(run, folder, tmp_path):
         "--skip attention:4,,8 is no kind and number": ["--skip", "attention:4,,8"],
         "--skip attention:999": ["--skip", "attention:" + "9" * 5000],
         "is no kind and counts: write attention:4,8": ["--skip", "attention:0.5"],
+        "--skip attention is no kind and counts": ["--skip", "attention"],
         "no criterion": ["--criterion", "luck"],
         "no repair": ["--repair", "luck"],
         "at most": ["--skip", "attention:6"],

@@ -190,6 +190,7 @@ def on_screen(table, width, monkeypatch):
 
 
 def piped(table, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     return printed(io.StringIO(), lambda: print_table(table), monkeypatch)
 
 
@@ -263,7 +264,7 @@ def test_a_pipe_gets_everything_a_row_a_line(name, monkeypatch):
     if name == "paper":  # of however long a cell
         first, *rest = table.rows[0]
         table = replace(table, rows=(*table.rows, (replace(first, text="x" * 3000), *rest)))
-    for setting, value in {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
+    for setting, value in {"FORCE_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(setting, value)
     text = piped(table, monkeypatch)
     assert seen(text, table)[1] == []
@@ -271,6 +272,26 @@ def test_a_pipe_gets_everything_a_row_a_line(name, monkeypatch):
     widest = max(map(len, text.splitlines()))
     assert text == on_screen(table, widest, monkeypatch)
     assert text != on_screen(table, widest - 1, monkeypatch)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("width", [40, *WIDTHS])
+def test_a_pipe_keeps_to_columns_if_set_and_still_gets_everything(name, width, monkeypatch):
+    table = replace(TABLES[name][0], title="t")
+    text = printed(io.StringIO(), lambda: print_table(table), monkeypatch, width)
+    assert seen(text, table)[1] == []
+    if "┃" in text:
+        assert all(len(line) <= width for line in text.splitlines())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_long_name_above_a_column_takes_the_room_that_there_is(count, monkeypatch):
+    long = "search by kl: at most 0.3 more of the objective; the first 1 of 6, as far as recovery is kept"
+    table_ = table("t", SEARCH_COLUMNS, [CHOSEN.model_copy(update={"chosen": long})] * count)
+    text = on_screen(table_, 100, monkeypatch)
+    seen(text, table_)
+    assert sum(line.startswith("┃") for line in text.splitlines()) <= 3 * count
+    assert "├" not in text  # numbers stand with their errors
 
 
 class Named(Fact):

@@ -19,7 +19,7 @@ from ..measuring.statistics import (
 )
 from ..measuring.token_scores import TokenScorer
 from ..models.retrieval import CONTEXTS, Episode, episode
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
@@ -64,7 +64,7 @@ def run_diagnostics(
     steps = steps_of(windows, len(plans) + 1, contexts=contexts, new_tokens=new_tokens)
     stages = Stages(progress, sum(steps[part] for part in parts))
     for part in parts:
-        stages.stage(steps[part])(0, 1, f"{part}, {len(plans)} plans")
+        stages.stage(steps[part])(0, 1, f"{part}, {several(len(plans), 'plan')}")
         found += checks[part]()
     return [list(of_plan) for of_plan in zip(*found)]
 

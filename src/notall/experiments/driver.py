@@ -15,7 +15,7 @@ from pydantic import Field
 from ..errors import FIGURES, UsageError, installed
 from ..files import write_whole
 from ..options import Workload
-from ..plan import KIND_NAMES, Plan
+from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import COSINE, GRID, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
 from ..results.ledger import Ledger, working_in
@@ -151,7 +151,7 @@ class HeldScores:
         held = [self._held[place] for place in places]
         for one, tokens in zip(held, self.subject.batches):
             if len(one.nll) != len(tokens):
-                told = f"{self.kept.path} has scores of {len(one.nll)} sequences, not {len(tokens)}"
+                told = f"{self.kept.path} has scores of {several(len(one.nll), 'sequence')}, not {len(tokens)}"
                 raise UsageError(f"{told}; delete that file, to score anew")
         whole = {name: tuple(one if is_number(one) else math.inf for one in some) for name, some in reduce(add, held)}
         return Scores(**whole)

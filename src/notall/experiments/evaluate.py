@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from ..files import Settings
 from ..measuring.statistics import Estimate
 from ..plan import Plan
 from ..progress import Progress, Stages, reading, silent, tracked
@@ -65,6 +66,7 @@ class Evaluation:
     tasks: TaskChoice
     diagnostics: "Sequence[Tensor] | None" = None
     out: Path | None = None
+    seed: int = 0  # of what the diagnostics draw
     progress: Progress = silent
 
     @property
@@ -91,7 +93,8 @@ class Evaluation:
         scores = judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, stage)
         if self.diagnostics is None:
             return Evaluated(quality, scores, [])
-        found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, progress=self.progress)
+        how: Settings = {"seed": self.seed, "progress": self.progress}
+        found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, **how)
         checks = [PlanCheck(model=name, **dict(one)) for some in zip(*found) for name, one in zip(self.states, some)]
         return Evaluated(quality, scores, checks)
 

@@ -207,7 +207,7 @@ def time_grid(
         stages = Stages(progress, sum(workload.steps for workload in timing.workloads))
         for workload in timing.workloads:
             telling = stages.stage(workload.steps)
-            at = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
+            at = f"{several(workload.prompt_tokens, 'prompt token')}, {workload.concurrency} at once"
             telling(0, 1, f"timing {len(rows)} configurations at {at}")
             if known(workload):
                 continue
@@ -433,7 +433,7 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     known = [row.cosine for row in inner if is_number(row.cosine)]
     rho = float(spearmanr(range(len(known)), known).statistic) if len(set(known)) > 1 else math.nan
     claim = "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)"
-    here = f"rank correlation of cosine and depth {rho:+.2f}, over {len(known)} layers"
+    here = f"rank correlation of cosine and depth {rho:+.2f}, over {several(len(known), 'layer')}"
     few_layers = ", too few to tell a trend" if len(known) < LEAST_LAYERS else ""
     yield _claim(claim, here, few + few_layers, of_ranks(rho, len(known)), "rank correlation")
     ends = [Estimate(row.cosine, row.cosine_se, windows - 1) for row in (inner[-1], last)]
@@ -520,13 +520,13 @@ CAPTIONS = {
         "the difference to the original model ± its standard error; * worse, p < 0.05, not corrected for the number of "
         "comparisons.",
     ),
-    "prefill": ("Prefill time (ms)", f"Median of {{in_rounds}}, each of all rows in turn; {RATIOS}"),
+    "prefill": ("Prefill time (ms)", f"Median of {{rounds}}, each of all rows in turn; {RATIOS}"),
     "decode": (
         "Decode time per new token (ms)",
-        f"{{generation_tokens}} new tokens. Median of {{in_rounds}}, each of all rows in turn, with a real KV "
-        f"cache; {RATIOS}",
+        f"{{generation_tokens}}. Median of {{rounds}}, each of all rows in turn, with a real KV cache; {RATIOS}",
     ),
 }
+CAPTION_COUNTS = {"rounds": "round", "generation_tokens": "new token"}
 
 
 def write_paper(
@@ -586,14 +586,18 @@ def tables_of(
 def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
     """What the cells of a table say, and how it was made; of half of the grid it begins with what is shown."""
     title, note = CAPTIONS[kind]
-    rounds, tokens = (records[0].what.get(name, "?") for name in ("rounds", "generation_tokens"))
-    asked = {"in_rounds": "1 round" if rounds == 1 else f"{rounds} rounds", "generation_tokens": tokens}
+    asked = {name: _several(records[0].what.get(name), one) for name, one in CAPTION_COUNTS.items()}
     told = f"{note.format_map(asked)} {_made(records)}"
     if keep_last is None:
         return told
     of = f"{title} of {model_in_words(str(records[0].what.get('model')))}"
     last = "kept" if keep_last else "skipped too"
     return f"{of} with the deepest of its attentions, MLPs or blocks skipped, the last layer {last}. {told}"
+
+
+def _several(count: object, name: str) -> str:
+    """Of a count that a record may lack, or have damaged."""
+    return several(count, name) if isinstance(count, int) else f"? {name}s"
 
 
 def _made(records: Sequence[Record]) -> str:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from ..engines import Engine, engine_named, weight_bytes, worker
+from ..engines import Engine, Memory, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
 from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
 from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, Estimate, mean_and_error, of_rounds
 from ..options import Workload, option
-from ..plan import Plan, several
+from ..plan import Plan, several, several_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
 from ..results.ledger import Ledger, working_in
@@ -34,6 +34,7 @@ from .folder import Figure, Folder, Message, Section, Shown
 from .options import Words, read_plan, words_of
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
+from .written import Written
 
 if TYPE_CHECKING:
     import altair as alt
@@ -83,7 +84,8 @@ class EngineTimesRecord(Record, Represented, kind="engine_times", key=(*NAMED, "
     round: Count = Field(description="its number, from 0")
     prefill_ms: Positive = Field(description="milliseconds from the prompt to the first new token")
     decode_ms_per_token: Positive = Field(description="milliseconds")
-    memory_bytes: Count = Field(description="by which the engine's process grew")
+    memory_bytes: Count = Field(description="by which the engine's process grew, or most on devices")
+    memory_of: Memory = Field("process", description="whose memory that is: the process's, or that of CUDA devices")
 
 
 class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
@@ -101,7 +103,8 @@ class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     windows: Count | None = Field(None, description="of held-out text")
     tokens: Count | None = Field(None, description="predicted, of all windows")
     file_bytes: Count | None = Field(None, description="of weights on disk")
-    memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
+    memory_bytes: Count | None = Field(None, description="see `memory_of`; median of the rounds")
+    memory_of: Memory | None = Field(None, description="the process: by how much it grew; devices: most allocated")
     times: Times | None = Field(None, description="speedups over the plain original, alike for models of one shape")
     rounds: Count | None = Field(None, description="in which it was timed")
     round_ms: tuple[Positive, ...] = Field((), description="of a decode step in each round, as all of its shape")
@@ -129,6 +132,7 @@ COLUMNS: tuple[Column[ParetoRecord], ...] = (
     words("on the Pareto front", lambda one: "yes" if one.best else ""),
     size("file", lambda one: one.file_bytes),
     size("memory", lambda one: one.memory_bytes),
+    words("memory of", lambda one: one.memory_of if one.memory_of != "process" else ""),
     with_error("bits per byte", lambda one: (one.bits_per_byte, one.bits_per_byte_se)),
     DELTA_BITS,
     with_error("NLL", lambda one: (one.nll, one.nll_se), unit="nats per token"),
@@ -215,7 +219,7 @@ class Finding:
         self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
     ) -> dict[str, Plan]:
         """By name what is skipped to skip so many, or to run the workload so many times as fast."""
-        budgets = {f"less {count:g} {self.space}": BudgetChoice(("count", count)) for count in counts}
+        budgets = {f"less {several_of(str(self.space), count)}": BudgetChoice(("count", count)) for count in counts}
         budgets |= {f"{faster:g}x in torch": BudgetChoice(("speedup", faster)) for faster in speedups}
         stages = Stages(progress, len(budgets))
         return {name: self._searched(name, one, workload, stages.stage(1)) for name, one in budgets.items()}
@@ -338,11 +342,14 @@ class _Run:
     def __post_init__(self) -> None:
         self.dense = self.variants[0]
         self.failed: dict[Key, str] = {}
+        self.written = Written.of(self.out)
         self.scores = Ledger(self.out, EngineScoresRecord, self._source)
         self.times = Ledger(self.out, EngineTimesRecord, self._source)
 
     def records(self) -> list[ParetoRecord]:
         known = Ledger(self.out, ParetoRecord)
+        for variant in self.variants:
+            self.written.check_own(self._place_of(variant))
         for number, variant in enumerate(self.variants):
             self._trying(variant, partial(self._score, variant, SCORING * number))
         for number in range(self.workload.rounds):
@@ -389,13 +396,13 @@ class _Run:
             )
         )
 
+    def _place_of(self, variant: Variant) -> Path:
+        return self.written.folder / f"{variant}{self.engine.suffix}"
+
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        folder = self.out / "checkpoints"
-        checkpoint = folder / f"{variant}{self.engine.suffix}"
-        if folder.is_symlink() or checkpoint.is_symlink():
-            raise UsageError(f"{folder} is a link, or holds one: what it leads to may be others'; choose a new --out")
-        if checkpoint.exists() and variant.key in self.scores:
+        checkpoint = self._place_of(variant)
+        if self.written.check_own(checkpoint) and variant.key in self.scores:
             if self.engine.runs_code(checkpoint):
                 from ..exporters.remote_code import check_code  # here, as it imports transformers
 
@@ -403,9 +410,7 @@ class _Run:
             if checkpoint.is_dir():
                 check_manifest(checkpoint, "delete it, and run again")
             return checkpoint
-        if checkpoint.is_dir():
-            shutil.rmtree(checkpoint)
-        checkpoint.unlink(missing_ok=True)
+        self.written.make_way(checkpoint)
         of = variant.subject
         if variant.type in (self.engine.plain, of.stored):
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
@@ -454,6 +459,7 @@ class _Run:
             tokens=sum(scores.tokens),
             file_bytes=scores.file_bytes,
             memory_bytes=round(median(one.memory_bytes for one in rounds)),
+            memory_of=rounds[0].memory_of,
             times=self._times(variant),
             rounds=len(rounds),
             round_ms=self._round_ms(variant),
@@ -563,11 +569,14 @@ class ParetoPlans(SpaceOptions):
         amounts, asked = self.amount.amounts, words_of(self.speedups)
         if not (self.plan or amounts or asked):
             asked = FIRST.split(",")
+        return amounts, [self._speedup(word) for word in asked]
+
+    def _speedup(self, word: str) -> float:
         try:
-            return amounts, [float(word) for word in asked]
+            return float(word)
         except ValueError:
-            told = shortened(" ".join(asked))
-            raise UsageError(f"--speedups {told} are no numbers: give some such as 1.1,1.2") from None
+            given, what = shortened(",".join(self.speedups)), repr(shortened(word))
+            raise UsageError(f"--speedups {given}: {what} is no number; give some such as 1.1,1.2") from None
 
 
 def write_pareto(records: Sequence[ParetoRecord], out: Path, title: str) -> None:

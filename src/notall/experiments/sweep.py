@@ -11,7 +11,7 @@ from ..digests import digest_of
 from ..errors import FIGURES, installed
 from ..files import Settings, write_whole
 from ..options import WORKLOAD, Workload
-from ..plan import KIND_NAMES, Plan
+from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
@@ -145,8 +145,9 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     """Its table as table.md, .tex and .csv, which has every digit; and with the extra `report` the trade-off drawn."""
     lines, about = table("sweep", COLUMNS, records), records[0].provenance
     assert about
-    asked = "{prompt_tokens} prompt tokens, {generation_tokens} new ones, {rounds} rounds"
-    timed = asked.format_map(about.what["workload"])
+    work = about.what["workload"]
+    counts = {"prompt_tokens": "prompt token", "generation_tokens": "new token", "rounds": "round"}
+    timed = ", ".join(several(work[name], one) for name, one in counts.items())
     place = place_of(about.where.get("machine"), versions=False)
     caption = (
         f"{model} without its deepest attentions, MLPs or blocks, beside the original model: quality on "

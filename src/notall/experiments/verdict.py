@@ -3,14 +3,14 @@
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import shortened
 from ..files import Settings
 from ..models.names import DEFAULT_TEXT, USE
-from ..plan import Plan
+from ..plan import Plan, several
 from ..results.facts import RECOVERY, Footprint, PlanScore, Quality
 from ..results.lines import finite
 from ..results.provenance import Provenance
@@ -37,6 +37,10 @@ def faults_of(quality: Quality) -> list[str]:
     return [fault for fault, found in faults.items() if found]
 
 
+def perplexity_factor(nats: float) -> float:
+    return math.inf if nats >= 700 else math.exp(nats)
+
+
 def is_usable(quality: Quality) -> bool:
     return not faults_of(quality)
 
@@ -54,6 +58,7 @@ class Verdict:
     plan: Plan
     quality: Quality | None = None  # on `text`
     text: str = ""
+    also: Mapping[str, Quality] = field(default_factory=dict)  # on other texts, by their names
     speedup: Quartiles | None = None  # of what `verb` says
     verb: str = "decodes"
     footprint: Footprint | None = None  # with the plan
@@ -76,8 +81,10 @@ class Verdict:
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
-        kinds: list[str] = [part.kind for part in locate(model).sublayers]
+        structure = locate(model)
+        kinds: list[str] = [part.kind for part in structure.sublayers]
         among = {kind: kinds.count(kind) for kind in ("attention", "mlp")}
+        among["block"] = len(structure.blocks)
         left, dense = footprint(model, plan), footprint(model, Plan())
         return cls(plan, quality, text, footprint=left, dense=dense, among=among, state=state or plan.state)
 
@@ -103,7 +110,12 @@ class Verdict:
     def faults(self) -> list[str]:
         lost = [*dict.fromkeys(one.task for one in last_state(self.scores) if verdict_on(one, self.least) == "lost")]
         told = [f"less than {self.least:.2g} of the original model's score is kept on {joined(lost)}"] if lost else []
-        return (faults_of(self.quality) if self.quality else []) + told
+        return [*dict.fromkeys(fault for quality in self.qualities.values() for fault in faults_of(quality)), *told]
+
+    @property
+    def qualities(self) -> dict[str, Quality]:
+        """That on each text, by its name."""
+        return ({self.text: self.quality} if self.quality else {}) | {**self.also}
 
     def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> "Verdict":
         """With what tasks say of it; where less is kept than is `asked` for, or that is not seen, it is missed."""
@@ -118,7 +130,7 @@ class Verdict:
     @property
     def perplexity_factor(self) -> float:
         """What the nats that are lost multiply perplexity by."""
-        return math.inf if self.lost >= 700 else math.exp(self.lost)
+        return perplexity_factor(self.lost)
 
     @property
     def said(self) -> str:
@@ -154,7 +166,7 @@ class Verdict:
         if not self.plan:
             yield "Nothing is left out: this is the original model."
         else:
-            among = f" of its {self.layers} layers" if self.layers else ""
+            among = f" of its {several(self.layers, 'layer')}" if self.layers else ""
             among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
             state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
             model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
@@ -169,12 +181,12 @@ class Verdict:
             yield "The time was up before the search was done: with more --max-minutes it may find better."
 
     def _parts(self) -> Iterator[str]:
-        if self.quality:
-            on = f" on {self.text}" if self.text else ""
-            yield f"{in_nats(self.quality)} (perplexity × {self.perplexity_factor:.3g}){on}"
-            if is_number(self.quality.top1_agreement):
-                yield f"{self.quality.top1_agreement:.0%} of the first choices are the same"
-        else:
+        for text, quality in self.qualities.items():
+            on = f" on {text}" if text else ""
+            yield f"{in_nats(quality)} (perplexity × {perplexity_factor(quality.nats_lost):.3g}){on}"
+            if is_number(quality.top1_agreement):
+                yield f"{quality.top1_agreement:.0%} of the first choices are the same"
+        if not self.quality:
             yield "what that costs was not measured"
         if self.speedup:
             spread = f"quartiles {self.speedup.low:.2f} to {self.speedup.high:.2f}"

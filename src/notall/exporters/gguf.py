@@ -1,44 +1,42 @@
-"""llama.cpp: rewrite the GGUF of the original model, whatever its quantisation. No weight is changed but repaired ones.
+"""llama.cpp: rewrite the GGUF of the original model, whatever its quantisation.
+
+Weights stay as they are, but for those of a repaired plan, and the norms behind a scale per layer (Gemma 4's).
 
 A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each.
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import (
-    GGML_QUANT_SIZES,
-    MODEL_ARCH_NAMES,
     GGMLQuantizationType as Kind,
     GGUFValueType,
-    get_tensor_name_map,
     quant_shape_to_byte_shape,
 )
-from gguf.quants import quantize
 
 from ..digests import digest_of_file
 from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
+from ..files import beside
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
-from ..plan import Fingerprint, Plan
+from ..plan import FOR_THIS_MODEL, Fingerprint, Plan, several
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
+from .gguf_layout import EMBEDDING, halves_paired
+from .gguf_weights import with_weights
 from .manifest import NotVerified, Origin, Verdict, Verified
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 # Their blocks hold one attention and one MLP each.
 ORDINARY = {
@@ -77,6 +75,7 @@ USE = (
 # llama.cpp rounds what it multiplies with quantised matrices, in the dense file too. Differences up to these pass.
 TIMES_DENSE, NATS = 3, 0.05
 PROMPTS, LENGTH = 8, 12  # prompts that are compared, and the tokens of each
+MOST_OFF = 2**-7  # of the largest number of a weight, by which 8 bits may round another
 
 
 class GGUFExport(Export):
@@ -87,7 +86,8 @@ class GGUFExport(Export):
         self.dense, self.plan, self.use, self.name = dense, plan, USE, f"{dense.stem}-notall.gguf"
         self.source = read_gguf(dense)
         weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
-        self.fields, self.tensors = cut(with_weights(self.source, weights) if weights else self.source, plan)
+        self.whole = with_weights(self.source, weights) if weights else self.source
+        self.fields, self.tensors = cut(self.whole, plan)
         self.form = str(self.fields[ARCHITECTURE].value)
         depth, width = self.source.depth, self.source.count("embedding_length")
         fingerprint = str(Fingerprint(self.source.architecture, depth, width))
@@ -108,7 +108,10 @@ class GGUFExport(Export):
         write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
     def verify(self, folder: Path) -> Verdict:
-        """By llama.cpp's likeliest tokens: the mean difference of log-probabilities, beside the original file's own."""
+        """By llama.cpp's likeliest tokens: the mean difference of log-probabilities, compared with the original file's.
+
+        Without llama.cpp the weights of a repaired plan are read back by transformers.
+        """
         written = folder / self.name
         found = read_gguf(written)
         same = (found.fields, found.tensors.keys()) == (self.fields, self.tensors.keys())
@@ -117,14 +120,29 @@ class GGUFExport(Export):
             raise UsageError(f"{written.name} does not hold what was written to it; check the disk, and export again")
         llama = LlamaCpp(1)
         if not llama.is_installed():
-            return NotVerified(f"llama.cpp is not installed ({llama.install})")
+            return NotVerified(f"llama.cpp is not installed ({llama.install}){self._read_back(folder)}")
+        try:
+            dense, off = self._gaps(written)
+        except UnknownArchitecture as reason:
+            return NotVerified(str(reason))
+        unit = f"nats on average, where the original file is off by {dense:.2g}"
+        most = max(TIMES_DENSE * dense, NATS)
+        return Verified(f"llama.cpp (xllamacpp {llama.version})", off, most, unit).checked()
+
+    def _gaps(self, written: Path) -> tuple[float, float]:
+        """How far llama.cpp is from transformers, in nats: with the original file, and with the written one."""
         import torch
 
+        from ..models.gguf_copies import has_copy, read_model
         from ..models.loading import load
         from ..running.skipping import skip
 
-        vocabulary = len(self.source.tensors["token_embd.weight"].data)
+        vocabulary = len(self.source.tensors[EMBEDDING].data)
         prompts = torch.randint(vocabulary, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0))
+        if has_copy(self.dense):
+            model, _ = load(self.dense, dtype="float32", device="cpu")
+        else:  # to make one would take room for good
+            model = read_model(self.dense)
 
         def gap(file: Path, plan: Plan) -> float:
             likeliest = next_token_logprobs(file, *prompts.tolist())
@@ -132,13 +150,37 @@ class GGUFExport(Export):
                 expected = model(prompts).logits[:, -1].log_softmax(-1)
             return mean(abs(float(row[i]) - said) for row, few in zip(expected, likeliest) for i, said in few.items())
 
-        try:
-            model, _ = load(self.dense, dtype="float32", device="cpu")
-            dense, off = gap(self.dense, Plan()), gap(written, self.plan)
-        except UnknownArchitecture as reason:
-            return NotVerified(str(reason))
-        unit = f"nats on average, where the original file is off by {dense:.2g}"
-        return Verified(f"llama.cpp (xllamacpp {llama.version})", off, max(TIMES_DENSE * dense, NATS), unit).checked()
+        return gap(self.dense, Plan()), gap(written, self.plan)
+
+    def _read_back(self, folder: Path) -> str:
+        """What transformers reads of the plan's weights, before anything is cut out, in words.
+
+        Raises `NotAsSkipped` where it reads others.
+        """
+        weights: Mapping[str, Tensor] = getattr(self.plan, "weights", {})
+        if not weights:
+            return ""
+        from ..models.gguf_copies import read_model
+
+        with beside(folder / f"{self.dense.stem}.gguf") as file:
+            write_gguf(file, self.source, self.whole.fields, self.whole.tensors)
+            try:
+                read = dict(read_model(file).named_parameters())
+            except UnknownArchitecture as reason:
+                return f"; its weights were not read back: {reason}"
+        if unknown := weights.keys() - read.keys():
+            return f"; its weights were not read back: transformers reads no {min(unknown)} from it"
+        by = f"transformers {version('transformers')}, which reads the weights back,"
+        off = max(_off(read[path].detach().float(), weight.float()) for path, weight in weights.items())
+        Verified(by, off, MOST_OFF, "of the largest number of each").checked()
+        return f"; its weights, read back by transformers, are the plan's within {off:.2g}"
+
+
+def _off(found: "Tensor", expected: "Tensor") -> float:
+    """The largest difference, over the largest number."""
+    if found.shape != expected.shape:
+        return math.inf
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
@@ -163,9 +205,12 @@ def _check(source: GGUF, plan: Plan) -> None:
     ours = (source.depth, source.count("embedding_length"))
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
-        raise UsageError(f"{source.path.name} has {len(numbers)} blocks, and says {source.depth}; download it again")
+        raise UsageError(
+            f"{source.path.name} has {several(len(numbers), 'block')}, and says {source.depth}; download it again"
+        )
     if shape and (shape.layers, shape.hidden_size) != ours:
-        raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
+        told = f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}"
+        raise UsageError(f"{told}; {FOR_THIS_MODEL}")
     plan.check_depth(source.depth)
     name = source.architecture
     if name not in ORDINARY | HYBRIDS:
@@ -336,9 +381,7 @@ def _rotated(parts: Tensors, architecture: str, heads: int, kv_heads: int) -> Te
     rotated = dict(parts)
     for name, tensor in parts.items():
         if count := {"attn_q": heads, "attn_k": kv_heads}.get(name.split(".")[0]):
-            halves = tensor.data.reshape(count, 2, -1, *tensor.data.shape[1:])
-            rows = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.data.shape)
-            rotated[name] = GGUFTensor(rows, tensor.quantization)
+            rotated[name] = GGUFTensor(halves_paired(tensor.data, count), tensor.quantization)
     return rotated
 
 
@@ -353,31 +396,3 @@ def _zeros(*shape: int) -> GGUFTensor:
     if len(shape) > 1 and shape[-1] % 32 == 0:
         return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, Kind.Q8_0), np.uint8), Kind.Q8_0)
     return GGUFTensor(np.zeros(shape, np.float32), Kind.F32)
-
-
-def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
-    """With these values of parameters, by their paths in transformers, in types of at least 8 bits."""
-    architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(architectures[source.architecture], source.depth)
-    tensors, widened = dict(source.tensors), set[str]()
-    for path, weight in weights.items():
-        module, _, kind = path.rpartition(".")
-        name = f"{names.get_name(module)}.{kind}"
-        if name not in tensors:
-            raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
-        values, stored = weight.float().cpu().numpy(), tensors[name]
-        if values.ndim == 1 and source.architecture in ("gemma", "gemma2", "gemma3", "nemotron"):
-            values = values + 1  # transformers keeps gain - 1, llama.cpp the gain
-        elif source.architecture in ("gpt2", "jais"):  # matrices are (inputs, outputs) in transformers
-            values = np.ascontiguousarray(values.T)
-        if values.shape != stored.shape:
-            raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
-        block, size = GGML_QUANT_SIZES[stored.quantization]
-        new = Kind.Q8_0 if size < block else stored.quantization  # numbers that were fitted lose more in fewer bits
-        tensors[name] = GGUFTensor(quantize(values, new), new)
-        if new != stored.quantization:
-            widened.add(stored.quantization.name)
-    if widened:
-        told, fix = ", ".join(sorted(widened)), "to have that type, repair and export an F16 file, and quantise that"
-        logger.warning("repaired weights that were %s are written in 8 bits, in which they lose less; %s", told, fix)
-    return replace(source, tensors=tensors)

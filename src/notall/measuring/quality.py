@@ -36,7 +36,8 @@ def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Te
     expect(plans, Sequence, "a list of plans, such as [plan]")
     for plan in plans:
         expect(plan, Plan, "plans, such as notall.Plan(attention=[3])")
-    scores = [score(model, plans, tokens) for tokens in checked(batches, model)]
+    together = Replay(model, [Plan(), *plans]), TokenScorer(model)
+    scores = [_scores(*together, tokens) for tokens in checked(batches, model)]
     if not scores:
         raise UsageError(f"there is no text to measure on: give a list of {IDS}")
     return gather(scores)
@@ -44,7 +45,11 @@ def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Te
 
 def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
     """Scores of the original model, then of each plan, on one batch of token ids, (batch, tokens)."""
-    replay, scorer = Replay(model, [Plan(), *plans]), TokenScorer(model)
+    return _scores(Replay(model, [Plan(), *plans]), TokenScorer(model), tokens)
+
+
+def _scores(replay: Replay, scorer: TokenScorer, tokens: Tensor) -> list[Scores]:
+    """Those of the replay's plans, of which the original model is the first."""
     targets = tokens[:, 1:].flatten()
     found: dict[int, Scores] = {}
     dense, likeliest = None, targets
@@ -60,7 +65,7 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
             values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
             nll, kl, agreement = map(tuple, values.view(3, len(tokens), -1).mean(-1).tolist())  # of each sequence
             found |= dict.fromkeys(numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement))
-    return [found[number] for number in range(len(plans) + 1)]
+    return [found[number] for number in range(replay.plans)]
 
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:

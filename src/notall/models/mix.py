@@ -22,7 +22,7 @@ from ..files import cache_folder, contents, keep
 from ..integrity import sealed, unsealed
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
-from ..running.generating import as_asked, greedy_each, prompt_tokens, reporting, sample
+from ..running.generating import as_asked, greedy_each, prompt_tokens, reporting, sample, settings_of
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
 from .names import USE
@@ -55,7 +55,12 @@ def text_of(
     content = _Author(model, tokenizer, progress, 1).text(source) if tokens <= FEW else ""
     if len(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]) < tokens:
         content = _Author(model, tokenizer, progress).text(source)
-    return Text(re.sub(r":.*[/\\]", ":", source), digest_of([content]), content)
+    return Text(name_of(source), digest_of([content]), content)
+
+
+def name_of(source: str) -> str:
+    """What a text that a model made is called: as it is asked for, but for the folders of a file."""
+    return re.sub(r":.*[/\\]", ":", source)
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ class _Author:
 
         def write(number: int, begun: list[list[int]], progress: Progress) -> str:
             with skip(self.model, Plan()):
-                given = torch.tensor(begun, device=self.model.device)
-                drawn = sample(self.model, given, new, seed=number, **reporting(progress, "writing text", new))
+                telling = reporting(progress, "writing text", new)
+                drawn = sample(self.model, torch.tensor(begun), new, seed=number, **telling)
             return "\n\n".join(str(self.tokenizer.decode(row)) for row in drawn.tolist())
 
         begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
@@ -107,7 +112,7 @@ class _Author:
     def _written(self, kind: str, given: list[str] | list[list[int]], new: int, write: Callable[..., str]) -> list[str]:
         """What is written behind some of what is `given` at a time, from the cache, or else now."""
         some = [given[start : start + AT_ONCE] for start in range(0, len(given), AT_ONCE)][: self.parts]
-        by, folder = origin(self.model, self.tokenizer), cache_folder() / "answers"
+        by, folder = origin(self.model, self.tokenizer), cache_folder("answers")
         paths = [folder / f"{digest_of([by, kind, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
         kept = [unsealed(contents(path)) if path.is_file() else None for path in paths]  # None, too, of damage
         known = {number: str(json.loads(table)["text"]) for number, table in enumerate(kept) if table}
@@ -130,10 +135,14 @@ def episodes(hay: str) -> str:
 
 
 def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of what an answer depends on beside request and plan: config, weights (a sample of each), tokenizer."""
+    """A digest of what an answer depends on, but for request and plan.
+
+    Config, settings of generation, weights (a sample of each), and tokenizer.
+    """
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for settings in (config, settings_of(model)):
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         if type(weight.data) is Tensor and weight.device.type != "meta":
             flat = weight.detach().flatten()

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from ..errors import UsageError, expect, raised_by, shortened
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress
 from ..structure.locating import has_missing
-from ..structure.model_structure import base_model, positions_of
+from ..structure.model_structure import base_model, inputs_device, positions_of
 from ..structure.undoing import Undo
 from .skipping import skip
 
@@ -57,7 +57,7 @@ def generate_text(
         raise UsageError(f"temperature is {temperature}: give 0, or from 0.001")
     if chat:
         prompt = in_chat_template(tokenizer, prompt)
-    ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)], device=model.device)
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)])
     check_positions(model, ids.shape[1], max_new_tokens)
     skipping = skip(model, plan) if plan or has_missing(model) else nullcontext()  # without a plan any model runs
     with skipping, _settings_explained():
@@ -65,7 +65,7 @@ def generate_text(
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
         else:  # as the checkpoint's own settings say, but for the temperature and beams
             how = {"do_sample": True, "temperature": temperature, "num_beams": 1, "max_new_tokens": max_new_tokens}
-            with _seeded(model, seed):
+            with seeded(seed):
                 new = _generate(model, ids, None, streamer=streamer, **how)[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
@@ -104,15 +104,32 @@ def greedy(
 ) -> list[list[int]]:
     """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), up to the one that ends it.
 
-    Of the checkpoint's own settings, which may penalise repetition or search with beams, it takes that token alone.
     `mask` is 0 where rows are padded, on the left; `options` are more of `generate`, such as a streamer.
     """
+    with greedily(model):
+        rows = _generate(model, ids, mask, max_new_tokens=new_tokens, **options)[:, ids.shape[1] :]
+    return [up_to_end(model, row) for row in rows.tolist()]
+
+
+@contextmanager
+def greedily(model: PreTrainedModel) -> Iterator[None]:
+    """For the time of the `with`, `model` generates the likeliest token each time.
+
+    Of the checkpoint's own settings, which may penalise repetition, sample or search with beams, the tokens
+    that end a text stay. All that notall generates goes this way, but for texts that are drawn (`sample`,
+    `generate_text` at a temperature) and tasks of lm-evaluation-harness, which take the checkpoint's.
+    """
     ends = ends_of(model)
-    until = {"max_new_tokens": new_tokens, "eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
-    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **until)
+    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0)
+    settings.eos_token_id, settings.pad_token_id = ends or None, next(iter(ends), 0)
     with Undo() as undo, _generating_by(settings, model, undo):
-        rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
-    return [up_to_end(model, row) for row in rows]
+        yield
+
+
+def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The checkpoint's own settings of generation, as JSON has them: what else decides an answer than weights."""
+    known = model.generation_config.to_diff_dict() if model.can_generate() else {}
+    return {name: value for name, value in sorted(known.items()) if name != "transformers_version"}
 
 
 def up_to_end(model: PreTrainedModel, row: list[int]) -> list[int]:
@@ -125,7 +142,7 @@ def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: in
     """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
-    with _seeded(model, seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
+    with seeded(seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
         return _generate(model, prompts, **options)
 
 
@@ -134,7 +151,7 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     if new < 1:
         raise UsageError(f"{shortened(new)} new tokens make no text: give 1 or more")
     if prompt + new > (limit := positions_of(model)):
-        asked = f"{prompt} prompt tokens and {shortened(new)} new ones"
+        asked = f"{several(prompt, 'prompt token')} and {shortened(new)} to generate"
         raise UsageError(f"{asked} exceed the model's {limit} positions; lower them to {limit} together")
 
 
@@ -147,7 +164,8 @@ def ends_of(model: PreTrainedModel) -> list[int]:
 def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     """(rows, tokens and new ones), padded where rows end."""
     mask = torch.ones_like(ids) if mask is None else mask
-    said: Tensor = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
+    here = inputs_device(model)
+    said: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
     return said
 
 
@@ -159,9 +177,11 @@ def _generating_by(settings: GenerationConfig, model: PreTrainedModel, undo: Und
 
 
 @contextmanager
-def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Random numbers from `seed` on, for the time of the `with`; then those that would have come."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if model.device.type == "cuda" else ()):
+    # a seed is every device's; where CUDA was not used yet, there is nothing to go on with
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..plan import Plan
 from ..structure.locating import locate
-from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model
+from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, inputs_device
 from ..structure.observation import Arguments, LayerCall, called_with, first, forward_of, run_branches, scaled
 from ..structure.undoing import Undo
 from .repaired import LinearMap, RepairedPlan, with_weights
@@ -30,6 +30,7 @@ class Recording:
     inputs: dict[str, Tensor]
     embedded: Tensor  # (batch, tokens, hidden)
     arguments: tuple[Arguments, ...]  # a layer each
+    devices: tuple[torch.device, ...]  # where each layer runs
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +138,7 @@ class Replay:
                 hidden = kept.states.get(place)  # None where all that follows is kept
             else:
                 assert hidden is not None
-                hidden = self._run(step, hidden, recording.arguments[step.block.index])
+                hidden = self._run(step, hidden, recording)
                 if kept and place % kept.every == 0:
                     kept.states[place] = hidden
             if step.plans:
@@ -156,12 +157,13 @@ class Replay:
                 weights = plan.weights_of(self.structure, parts) if isinstance(plan, RepairedPlan) else {}
                 yield Step(f"{name} {plan.digest}" if weights else name, block, parts, weights)
 
-    def _run(self, step: Step, hidden: Tensor, arguments: Arguments) -> Tensor:
+    def _run(self, step: Step, hidden: Tensor, recording: Recording) -> Tensor:
         self.ran += len(step.parts)
-        hidden = scaled(hidden, step.scale)
+        hidden = scaled(hidden.to(recording.devices[step.block.index]), step.scale)
         if step.map:
+            step.map = step.map.like(hidden)
             return step.map.run(hidden)
-        layer = self.layers[step.block.index]
+        layer, arguments = self.layers[step.block.index], recording.arguments[step.block.index]
         with with_weights(layer, step.weights):
             # its own forward adds up in an order and a dtype of its own
             if step.parts == step.block.sublayers and not step.block.scaled_by:
@@ -194,6 +196,7 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
     """Run the embedding of `model` on `inputs` (as for its forward), and note what each layer is called with."""
     inner = base_model(model)
     structure = locate(inner)
+    inputs = {name: value.to(inputs_device(inner)) for name, value in inputs.items()}
     calls: list[tuple[Arguments, Tensor]] = []
 
     def note(arguments: Arguments, hidden: Tensor) -> Tensor:
@@ -204,7 +207,8 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
 
     with suppress(Enough), standing_in(inner, structure, partial(answering, answer=note)):
         inner(**inputs, use_cache=False)
-    return Recording(inputs, calls[0][1], tuple(arguments for arguments, _ in calls))
+    arguments, streams = zip(*calls)
+    return Recording(inputs, streams[0], arguments, tuple(hidden.device for hidden in streams))
 
 
 def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import get_args
 from torch import nn
 
 from ...errors import UsageError, expect
-from ...plan import Plan, Skippable
+from ...plan import Plan, Skippable, several_of
 from ...results.facts import Configured
 from ...structure.model_structure import ModelStructure, base_model
 from .setting import Setting, UnitScores
@@ -43,13 +43,14 @@ def deepest(
             raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
         count = min(round(share * len(layers)), last)
     elif fraction is not None or not 0 <= count <= last:
-        raise UsageError(f"cannot skip {count} of {last} {skip}: give a fraction, or a count from 0 to {last}")
+        had = several_of(skip, last)
+        raise UsageError(f"cannot skip {count} of {had}: give a fraction, or a count from 0 to {last}")
     chosen = layers[last - count : last]
     plan = Plan(
         attention=[block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
         mlp=[block.index for block in chosen if skip != "attention" and "mlp" in block.kinds],
         fingerprint=structure.fingerprint,
-        note=f"deepest {count} of {len(layers)} {skip}{', last kept' if keep_last else ''}",
+        note=f"deepest {count} of {several_of(skip, len(layers))}{', last kept' if keep_last else ''}",
     )
     plan.check(structure)
     return plan

@@ -1,0 +1,387 @@
+"""What notall does on devices is what it does on the CPU: on one, and split over two by accelerate.
+
+Models and ids are made on the CPU; what moves is for notall to see to. Where there are no devices
+they are simulated, and compute what the CPU does (see `simulated_devices`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch.overrides import TorchFunctionMode
+
+import notall
+from api import (
+    LinearMap,
+    Request,
+    Scorer,
+    by_count,
+    by_footprint,
+    by_limit,
+    by_speedup,
+    check_texts,
+    check_writing,
+    every_criterion,
+    footprint,
+    measure_times,
+    medians,
+    objective_module as objective,
+    speed,
+    time_plans,
+)
+from devices import ONE, TWO, devices_of, on_one, on_two
+from families import FAMILIES as PLAIN, family
+from hybrid_families import HYBRIDS
+from notall import Plan, RepairedPlan, Space, UnsupportedModel, UsageError
+from notall.options import Workload
+from tiny_tasks import byte_tokenizer
+
+pytestmark = pytest.mark.devices(count=2)
+
+PLACES = {"one": on_one, "two": on_two}
+VOCABULARY = 280  # of the tokenizer of bytes
+SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
+SHORT = Workload(prompt_tokens=8, generation_tokens=2, rounds=1)
+
+# A plain model, tied embeddings, windows and norms behind, experts, a hybrid, and shared KV.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "gemma3": {"tie_word_embeddings": True},
+    "qwen3_moe": {},
+    "qwen3_next": {},
+    "gemma3n_text": {"vocab_size_per_layer_input": VOCABULARY},
+}
+
+
+def windows(count, rows=2, tokens=24, seed=3):
+    """Batches of token ids, on the CPU."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 260, (rows, tokens), generator=draw) for _ in range(count)]
+
+
+TEXT = windows(3)
+
+
+def text(model):
+    """The same of any vocabulary."""
+    return [ids % model.config.get_text_config().vocab_size for ids in TEXT]
+
+
+def inputs(model):
+    return text(model)[0].to(model.get_input_embeddings().weight.device)
+
+
+def plans_for(structure):
+    """One of each kind; two blocks; the last ones; MLPs that go with attentions of other layers."""
+    plans = [Plan([1], [2]), Plan([1, 2], [1, 2]), Plan([2, 3], [2, 3]), Plan([0, 2], [1])]
+    has_mlps = any(part.kind == "mlp" for part in structure.sublayers)
+    return plans if has_mlps else [Plan(plan.attention) for plan in plans]
+
+
+# --- what is done, to something that can be compared
+
+
+def located(model, tokenizer):
+    structure = notall.locate(model)
+    return [
+        *(structure.in_place, structure.apart),
+        *((part.name, part.mixer, part.parameters, part.read_by) for part in structure.sublayers),
+    ]
+
+
+def skipped(model, tokenizer):
+    found, ids = [], inputs(model)
+    with torch.no_grad():
+        for plan in plans_for(notall.locate(model)):
+            with notall.skip(model, plan):
+                found.append(model(ids).logits.cpu())
+        return [*found, model(ids).logits.cpu()]
+
+
+def generated(model, tokenizer):
+    found = []
+    for plan in (Plan(), plans_for(notall.locate(model))[0]):
+        found.append(notall.generate_text(model, tokenizer, plan, "Hello", max_new_tokens=5))
+        notall.generate_text(model, tokenizer, plan, "Hello", max_new_tokens=5, temperature=0.7)
+    return found
+
+
+def evaluated(model, tokenizer):
+    return values(notall.evaluate(model, plans_for(notall.locate(model)), text(model)))
+
+
+def similar(model, tokenizer):
+    return values(notall.measure_similarity(model, text(model)))
+
+
+def chosen(model, tokenizer, criterion):
+    structure = notall.locate(model)
+    unit = {"angular": "block", "gate-norm": "attention"}.get(criterion, "sublayer")
+    space = Space(structure, unit, keep_last=1)
+    found = notall.choose_plan(model, criterion, space, by_count(space, 2), TEXT)
+    return found.plan, found.cost, found.dense_cost
+
+
+def searched(model, tokenizer, how):
+    """By other objectives and budgets than the usual ones."""
+    space = Space(notall.locate(model), "sublayer", keep_last=1)
+    budget, goal, more = by_count(space, 2), None, {}
+    if how == "nll":
+        goal = objective.nll(TEXT)
+    elif how == "answers":
+        goal = objective.answers(model, tokenizer, ["hello there", "and so on"], new_tokens=6)
+    elif how == "retrieval":
+        goal = objective.retrieval(model, tokenizer)
+    elif how == "limit":
+        budget = by_limit(space, 0.5)
+    elif how == "footprint":
+        budget, more = by_footprint(model, space, "params", 0.1), {"held_out": windows(1, seed=4)}
+    elif how == "speedup":
+        times = measure_times(model, SHORT)
+        with suppress(UsageError):  # they differ from run to run
+            budget = by_speedup(space, times, 1.0001)
+            notall.choose_plan(model, "cosine", space, budget, TEXT)
+        return []
+    found = notall.choose_plan(model, "search", space, budget, TEXT, goal, **more)
+    return found.plan, found.cost, [values(found.held_out or ())]
+
+
+def scored(model, tokenizer):
+    """Requests of a benchmark, packed."""
+    asked = [Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4)) for n in range(12)]
+    parts = list(Scorer(model).score([Plan(), plans_for(notall.locate(model))[0]], asked))
+    by_request = {n: part.log_likelihoods.T[at] for part in parts for at, n in enumerate(part.requests)}
+    return [by_request[n] for n in range(12)]
+
+
+def diagnosed(model, tokenizer):
+    plans = plans_for(notall.locate(model))[:1]
+    texts = windows(2, rows=1, tokens=80)
+    return [values(found) for found in [*check_texts(model, plans, texts), *check_writing(model, plans, texts, 4)]]
+
+
+def timed(model, tokenizer):
+    times = time_plans(model, {"less": plans_for(notall.locate(model))[0]}, SHORT)
+    on_devices = any(weight.is_cuda for weight in model.parameters())
+    assert bool(times["less"].peak_bytes) == on_devices
+    return []
+
+
+def removed(model, tokenizer):
+    found = []
+    for plan in plans_for(notall.locate(model)):
+        cut = copy.deepcopy(model)
+        notall.remove(cut, plan)
+        with torch.no_grad():
+            found.append(cut(inputs(cut)).logits.cpu())
+    return found
+
+
+def weighed(model, tokenizer):
+    return [footprint(model, plan) for plan in plans_for(notall.locate(model))]
+
+
+COMMON = {"locate": located, "skip": skipped, "evaluate": evaluated, "similarity": similar}
+CASES = {
+    **COMMON,
+    "generate": generated,
+    "score": scored,
+    "diagnostics": diagnosed,
+    "times": timed,
+    "footprint": weighed,
+    "remove": removed,
+    **{f"by {name}": functools.partial(chosen, criterion=name) for name in every_criterion()},
+    **{
+        f"search by {how}": functools.partial(searched, how=how)
+        for how in ("nll", "answers", "retrieval", "limit", "footprint", "speedup")
+    },
+}
+
+
+# --- the comparison
+
+
+def values(facts):
+    """Numbers of records, in order."""
+    return [[number for number in fact.model_dump().values() if isinstance(number, float)] for fact in facts]
+
+
+def flat(found):
+    if isinstance(found, list | tuple):
+        return [value for one in found for value in flat(one)]
+    return [found]
+
+
+def assert_equal(found, expected):
+    """Numbers but for rounding, anything else the same."""
+    ours, theirs = flat(found), flat(expected)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        if isinstance(one, torch.Tensor):
+            assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+        elif isinstance(one, float):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-5) or (math.isnan(one) and math.isnan(other))
+        else:
+            assert one == other
+
+
+@functools.cache
+def on_cpu(name):
+    if not family(name).exists:
+        pytest.skip(f"transformers has no {name}")
+    return family(name).build("sdpa", **SIZES, **FAMILIES[name])
+
+
+@functools.cache
+def placed(name, place):
+    return PLACES[place](copy.deepcopy(on_cpu(name)))
+
+
+def outcome(model, case):
+    try:
+        return CASES[case](model, byte_tokenizer())
+    except UsageError as refusal:  # which is the same everywhere too
+        return str(refusal)
+
+
+@functools.cache
+def expected(name, case):
+    return outcome(on_cpu(name), case)
+
+
+def every_case():
+    """All of one family in each run, and of the others what is quick."""
+    for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
+        is_quick = name == "llama" or case in COMMON
+        yield pytest.param(name, place, case, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "place", "case"), every_case())
+def test_is_what_the_cpu_finds(name, place, case):
+    model = placed(name, place)
+    assert len(devices_of(model)) == (1 if place == "one" else 2)
+    assert_equal(outcome(model, case), expected(name, case))
+
+
+# --- what else matters there
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_transformers_drafts(place):
+    assert torch.equal(drafted(placed("llama", place)), drafted(on_cpu("llama")))
+
+
+def drafted(model):
+    """What it generates with a draft model, and without."""
+    draft = notall.draft_model(model, Plan([1]))
+    ids = inputs(model)[:1]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=draft, **options), plain)
+    return plain.cpu()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_matrices_that_stay_run_where_the_stream_is_and_are_copied_once(place):
+    def mapped(model):
+        return notall.evaluate(model, [RepairedPlan.of(Plan([1, 2]), maps=maps)], TEXT)
+
+    matrix = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 10
+    maps = {f"attn.{index}": LinearMap(matrix, matrix[0]) for index in (1, 2)}
+    model = placed("llama", place)
+    with Copies(matrix) as copies:
+        found = mapped(model)
+    assert copies.count == 2  # one a map, whatever the number of batches
+    assert_equal(values(found), values(mapped(on_cpu("llama"))))
+
+
+class Copies(TorchFunctionMode):
+    """Counts copies of a tensor to other devices."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of, self.count = of, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func is torch.Tensor.to and args[0] is self.of and result is not self.of
+        return result
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_random_numbers_go_on_as_if_nothing_was_drawn(place):
+    model = placed("llama", place)
+    states = [torch.cuda.get_rng_state(device) for device in (ONE, TWO)]
+    notall.generate_text(model, byte_tokenizer(), Plan(), "Hello", temperature=0.7, max_new_tokens=3)
+    for device, state in zip((ONE, TWO), states):
+        assert torch.equal(torch.cuda.get_rng_state(device), state)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_plans_with_weights_run_where_their_layers_do(place):
+    def repaired(model):
+        path = "model.layers.{}.self_attn.o_proj.weight"
+        weights = {path.format(index): torch.eye(32) for index in (0, 3)}
+        plan = RepairedPlan.of(Plan([1]), weights=weights)
+        with notall.skip(model, plan), torch.no_grad():
+            logits = model(inputs(model)).logits.cpu()
+        return [values(notall.evaluate(model, [plan], TEXT)), logits]
+
+    assert_equal(repaired(placed("llama", place)), repaired(on_cpu("llama")))
+
+
+def test_an_embedding_that_accelerate_fetches_takes_ids_of_the_cpu():
+    """Where memory is short, accelerate keeps some weights on the CPU, and shows them on `meta`."""
+    places = {"model.embed_tokens": "cpu", "model": 0, "lm_head": 0}
+    model = dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
+    assert model.device.type == "meta"
+    for case in ("evaluate", "similarity", "generate", "score", "times", "by search", "diagnostics"):
+        assert_equal(outcome(model, case), expected("llama", case))
+    assert speed.machine(*speed.devices_of(model))["device"] == "cpu, cuda:0"
+
+
+def test_a_layer_that_accelerate_fetches_counts_as_any_other():
+    places = {"model.layers.3": "cpu", "model": 0, "lm_head": 0}
+    model = dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
+    for case in ("locate", "skip", "evaluate", "similarity", "generate", "times", "by search"):
+        assert_equal(outcome(model, case), expected("llama", case))
+
+
+def test_an_engine_tells_the_memory_of_devices():
+    def once():
+        held = torch.zeros(1 << 20, device=ONE)  # 4 MiB
+        return float(held[0] + 1), 1.0
+
+    timing = medians(once, before=0)
+    assert timing.memory_of == "devices"
+    assert 4 << 20 <= timing.memory_bytes < 1 << 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("tested", [one for one in [*PLAIN, *HYBRIDS] if one.exists], ids=str)
+def test_each_family(tested, place):
+    """All of them are found, skipped, evaluated and compared by layer on devices as on the CPU."""
+    try:
+        model = tested.build("sdpa")
+    except ValueError:  # it has no such attention
+        model = tested.build()
+    try:
+        notall.locate(model)
+    except UnsupportedModel as refusal:
+        pytest.skip(str(refusal))
+    moved = PLACES[place](tested.build(model.config._attn_implementation))
+    try:
+        moved(input_ids=inputs(moved))
+    except RuntimeError as error:
+        pytest.skip(f"transformers itself does not run it there: {error}")
+    for case in COMMON.values():
+        assert_equal(case(moved, None), case(model, None))
