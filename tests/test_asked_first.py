@@ -93,10 +93,10 @@ def given(command, *words):
     return loaded.make_context(command, ["model", *words], resilient_parsing=True).params
 
 
-@pytest.mark.parametrize("word", ["--train-batch-size", "--batch-size"])
+@pytest.mark.parametrize("word", ["--per-step", "--batch-size"])
 def test_the_batch_of_a_training_has_a_name_of_its_own_and_keeps_the_old_one(word):
     assert given("heal", word, "6")["batch_size"] == 6
-    assert "--train-batch-size" not in " ".join(help_of("repair"))
+    assert "--per-step" not in " ".join(help_of("repair"))
 
 
 def help_of(command):

@@ -277,7 +277,7 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
         ("exits", r"the criterion mine:exits failed: SystemExit: 0 \(mine.py, line \d+\)"),  # not as if it had worked
         ("deep_inside", r"the criterion mine:deep_inside failed: .* \(mine.py, line \d+\)"),
         ("lists", "give back a score for each unit, a dict, from the criterion mine:lists, not list"),
-        ("chooses_too_few", r"mine:chooses_too_few saves 1 of 2, and the budget is 2 mlp: go on until budget.met"),
+        ("chooses_too_few", r"mine:chooses_too_few saves 1 of 2, and the budget is 2 MLPs: go on until budget.met"),
         ("chooses_what_is_not_there", "skips mlp.99, which may not be: choose of setting.space.names"),
         ("spells", r"gives no number to \('mlp.0',\)"),
         ("of_three", "mine:of_three is no criterion: let it take a Setting, and a Budget if it chooses itself"),

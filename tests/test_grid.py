@@ -196,7 +196,7 @@ def test_scores_of_other_sequences_are_not_taken(model, swept, tmp_path):
         for name, one in first["scores"].items()
     }
     lines.append(tmp_path / ScoresRecord.file, first | {"scores": cut}, *others)
-    with pytest.raises(UsageError, match=r"of 1 sequences, not 2; delete"):
+    with pytest.raises(UsageError, match=r"of 1 sequence, not 2; delete that file"):
         run(model, tmp_path)
 
 

@@ -156,7 +156,7 @@ def test_what_fails_again_is_one_line(two, tmp_path, monkeypatch):
     [
         (
             Spread({}, count=3),
-            "3 workers cannot share a batch of 4 evenly: give another --train-batch-size or --ray-workers",
+            "3 workers cannot share a batch of 4 evenly: give another --per-step or --ray-workers",
         ),
         (Spread({}, count=-1), "-1 workers cannot share"),
         (Spread({}, "ray://there:1"), "give --ray auto or HOST:PORT there"),

@@ -145,7 +145,7 @@ class HealTexts(FitOptions):
 
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
-    batch_size: int = option(STEP, "windows of each training step", ("--train-batch-size", "--batch-size"))
+    batch_size: int = option(STEP, "windows of each training step", ("--per-step", "--batch-size"))
     sample: bool = option(False, "train on text by the original model, from the first words of each window")
     tokens: int | None = option(None, "instead of --sequences: tokens to train on, of all texts together")
 
