@@ -36,16 +36,18 @@ from api import (
     speed,
     time_plans,
 )
-from devices import ONE, TWO, devices_of, on_one, on_two
+from devices import ONE, devices_of, on_one, on_two
 from families import FAMILIES as PLAIN, family
 from hybrid_families import HYBRIDS
 from notall import Plan, RepairedPlan, Space, UnsupportedModel, UsageError
 from notall.options import Workload
 from tiny_tasks import byte_tokenizer
 
-pytestmark = pytest.mark.devices(count=2)
+pytestmark = pytest.mark.devices
 
 PLACES = {"one": on_one, "two": on_two}
+TWICE = pytest.mark.devices(count=2)
+on_each = pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE)])
 VOCABULARY = 280  # of the tokenizer of bytes
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
 SHORT = Workload(prompt_tokens=8, generation_tokens=2, rounds=1)
@@ -261,7 +263,8 @@ def every_case():
     """All of one family in each run, and of the others what is quick."""
     for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
         is_quick = name == "llama" or case in COMMON
-        yield pytest.param(name, place, case, marks=() if is_quick else pytest.mark.slow)
+        marks = [] if is_quick else [pytest.mark.slow]
+        yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))
 
 
 @pytest.mark.parametrize(("name", "place", "case"), every_case())
@@ -274,7 +277,7 @@ def test_is_what_the_cpu_finds(name, place, case):
 # --- what else matters there
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_transformers_drafts(place):
     assert torch.equal(drafted(placed("llama", place)), drafted(on_cpu("llama")))
 
@@ -289,7 +292,7 @@ def drafted(model):
     return plain.cpu()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_matrices_that_stay_run_where_the_stream_is_and_are_copied_once(place):
     def mapped(model):
         return notall.evaluate(model, [RepairedPlan.of(Plan([1, 2]), maps=maps)], TEXT)
@@ -316,16 +319,17 @@ class Copies(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_random_numbers_go_on_as_if_nothing_was_drawn(place):
     model = placed("llama", place)
-    states = [torch.cuda.get_rng_state(device) for device in (ONE, TWO)]
+    devices = range(torch.cuda.device_count())
+    states = [torch.cuda.get_rng_state(device) for device in devices]
     notall.generate_text(model, byte_tokenizer(), Plan(), "Hello", temperature=0.7, max_new_tokens=3)
-    for device, state in zip((ONE, TWO), states):
+    for device, state in zip(devices, states):
         assert torch.equal(torch.cuda.get_rng_state(device), state)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_plans_with_weights_run_where_their_layers_do(place):
     def repaired(model):
         path = "model.layers.{}.self_attn.o_proj.weight"
@@ -366,7 +370,7 @@ def test_an_engine_tells_the_memory_of_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 @pytest.mark.parametrize("tested", [one for one in [*PLAIN, *HYBRIDS] if one.exists], ids=str)
 def test_each_family(tested, place):
     """All of them are found, skipped, evaluated and compared by layer on devices as on the CPU."""
