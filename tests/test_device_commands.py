@@ -25,10 +25,12 @@ pytestmark = [
 PLACES = {"one": ["--device", "cuda:0"], "two": ["--device-map", "balanced"]}
 SKIP = ["--skip", "attention:0.5"]
 READ = ["--text", "prose", *QUICK]
+MEND = ["--plan", "plan.json", "--text", "prose", "--length", "16", "--batch-size", "4", "--dtype", "float32"]
 QUICKEST = {
     "similarity": ["similarity", *READ],
     "eval": ["eval", *SKIP, *READ],
     "search": ["search", "--skip", "attention:2", *READ],
+    "repair": ["repair", *MEND, "--sequences", "8", "--offload", "streams"],
 }
 OTHERS = {
     "eval with diagnostics": ["eval", *SKIP, *READ, "--diagnostics"],
@@ -36,6 +38,8 @@ OTHERS = {
     "eval with own checks": ["eval", *SKIP, *READ, "--tasks", "passkey_256,answers", "--limit", "2"],
     "search for a task": ["search", "--skip", "attention:1", *READ, "--objective", "task:tiny_choice"],
     "compare": ["compare", "--skip", "attention:1", "--criterion", "cosine", *READ],
+    "repair by replaceme": ["repair", *MEND, "--sequences", "16", "--repair", "replaceme"],
+    "heal": ["heal", *MEND, "--tokens", "256"],
     "generate": ["generate", "Hello", *SKIP, "--max-new-tokens", "4", "--dtype", "float32"],
 }
 TIMED = {
@@ -58,6 +62,7 @@ def typed(run, folder, tmp_path, monkeypatch):
 
     def typed(words, *more):
         monkeypatch.chdir(tempfile.mkdtemp(dir=tmp_path))
+        notall.Plan([2, 4], [3]).save("plan.json")
         name, *options = words
         given = [folder, options.pop(0)] if name == "generate" else [folder]
         if any("task" in word for word in words):
