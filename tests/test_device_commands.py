@@ -27,10 +27,12 @@ TWICE = pytest.mark.devices(count=2)
 on_each = pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE)])
 SKIP = ["--skip", "attention:0.5"]
 READ = ["--text", "prose", *QUICK]
+MEND = ["--plan", "plan.json", "--text", "prose", "--length", "16", "--batch-size", "4", "--dtype", "float32"]
 QUICKEST = {
     "similarity": ["similarity", *READ],
     "eval": ["eval", *SKIP, *READ],
     "search": ["search", "--skip", "attention:2", *READ],
+    "repair": ["repair", *MEND, "--sequences", "8", "--offload", "streams"],
 }
 OTHERS = {
     "eval with diagnostics": ["eval", *SKIP, *READ, "--diagnostics"],
@@ -38,6 +40,8 @@ OTHERS = {
     "eval with own checks": ["eval", *SKIP, *READ, "--tasks", "passkey_256,answers", "--limit", "2"],
     "search for a task": ["search", "--skip", "attention:1", *READ, "--objective", "task:tiny_choice"],
     "compare": ["compare", "--skip", "attention:1", "--criterion", "cosine", *READ],
+    "repair by replaceme": ["repair", *MEND, "--sequences", "16", "--repair", "replaceme"],
+    "heal": ["heal", *MEND, "--tokens", "256"],
     "generate": ["generate", "Hello", *SKIP, "--max-new-tokens", "4", "--dtype", "float32"],
 }
 TIMED = {
@@ -60,6 +64,7 @@ def typed(run, folder, tmp_path, monkeypatch):
 
     def typed(words, *more):
         monkeypatch.chdir(tempfile.mkdtemp(dir=tmp_path))
+        notall.Plan([2, 4], [3]).save("plan.json")
         name, *options = words
         given = [folder, options.pop(0)] if name == "generate" else [folder]
         if any("task" in word for word in words):
