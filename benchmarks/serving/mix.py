@@ -185,7 +185,7 @@ def main() -> None:
             continue
         for text in asked.texts:
             sources = [str(files.get(part, part)) for part in text.split("+")]
-            drawn = RepairTexts.draw(model, tokenizer, sources, sequences=asked.windows)
+            drawn = RepairTexts.draw(model, tokenizer, sources, sequences=asked.windows, training=bool(asked.minutes))
             batches = drawn.together(8)
             if name in SETS:
                 called, skipped = name, plan_named(SETS[name])
