@@ -159,7 +159,15 @@ NAMES = {
         *("Card", "Costs", "Figure", "Message", "Sample", "Section", "Shown", "Step"),
         *("Folder", "check_folder"),
     ],
-    "experiments.options": ["HeldOutOptions", "ModelOptions", "PlanOptions", "RayOptions", "TaskChoice", "TaskOptions"],
+    "experiments.options": [
+        "HeldOutOptions",
+        "ModelOptions",
+        "PlanOptions",
+        "PromptOptions",
+        "RayOptions",
+        "TaskChoice",
+        "TaskOptions",
+    ],
     "experiments.paper": [
         "CLAIMS as CLAIM_COLUMNS",
         "ClaimRecord",

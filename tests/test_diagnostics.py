@@ -7,6 +7,7 @@ import torch
 
 from api import (
     Check,
+    PromptOptions,
     calibration_error,
     check_passkey,
     check_texts,
@@ -158,6 +159,18 @@ def test_losing_every_passkey_is_worse_and_of_five_too_few_are_asked_for():
     assert found(5) == "too few: 6 would do"
     assert found(8, right=4) == "too few: 12 would do"  # half of which it has right
     assert found(8, right=0) == ""  # nothing to lose
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(3, 3), (20, diagnostics.WINDOWS)])
+def test_a_short_text_has_fewer_windows(tmp_path, tokens, expected):
+    """No option says how many windows the diagnostics read: a text that has fewer is not refused."""
+    net, text = tiny_llama(64), tmp_path / "short.txt"
+    text.write_text("a" * (64 * tokens + 5), encoding="utf-8")
+    windows = PromptOptions(str(text)).for_diagnostics(net, byte_tokenizer(), 0)
+    assert [window.shape for window in windows] == [(1, 64)] * expected
+    text.write_text("a" * 60, encoding="utf-8")
+    with pytest.raises(UsageError, match="too few for 1 sequence"):
+        PromptOptions(str(text)).for_diagnostics(net, byte_tokenizer(), 0)
 
 
 def test_windows_are_enough_to_tell_and_four_are_too_few():

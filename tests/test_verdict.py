@@ -178,6 +178,10 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
             {"quality": quality(), "speedup": Quartiles(median=1.2, low=1.1, high=1.3, n=5), "verb": "runs"},
             "66% of the first choices are the same; runs 1.20× as fast (quartiles 1.10 to 1.30).",
         ),
+        (
+            {"quality": quality(), "speedup": Quartiles(median=1.2, low=1.2, high=1.2, n=1), "verb": "runs"},
+            "runs 1.20× as fast (of one round, which has no spread).",
+        ),
     ],
 )
 def test_on_a_page_a_verdict_names_the_model(given, says):

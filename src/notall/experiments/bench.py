@@ -134,7 +134,8 @@ def conclusion(record: BenchRecord) -> str:
         f"{dense / skipped:.2f} times as fast",
     )
     told = f"Without {record.plan.in_words()} {tokens} take {skipped:,.0f} ms"
-    return f"{told}, where the original model takes {dense:,.0f}: {faster}, by medians."
+    by = "by medians" if record.rounds > 1 else "in one round, which has no spread"
+    return f"{told}, where the original model takes {dense:,.0f}: {faster}, {by}."
 
 
 def shown(folder: Folder) -> Shown:

@@ -138,12 +138,18 @@ class PromptOptions:
     def for_diagnostics(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, apart: Sequence[Drawn] = ()
     ) -> list[Tensor]:
-        """The windows of the text that the diagnostics read, drawn apart from others."""
+        """The windows of the text that the diagnostics read, or all that it has, drawn apart from others."""
         from ..evaluation.diagnostics import WINDOW_TOKENS, WINDOWS
+        from ..models.windows import draw
         from ..structure.model_structure import positions_of
 
         length = int(min(WINDOW_TOKENS, positions_of(model)))
-        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed, apart=apart)[0]
+        text = _read(model, tokenizer, self.text, WINDOWS * length)
+        take = partial(draw, tokenizer, text, length=length, seed=seed, apart=apart)
+        found = take(sequences=WINDOWS, fewer=True)
+        if not len(found):
+            found = take(sequences=1)  # which says what is wrong
+        return found.on(model).batches(1)
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,7 @@ class Verdict:
             yield "what that costs was not measured"
         if self.speedup:
             spread = f"quartiles {self.speedup.low:.2f} to {self.speedup.high:.2f}"
+            spread = "of one round, which has no spread" if self.speedup.n == 1 else spread
             yield f"{self.verb} {self.speedup.median:.2f}× as fast ({spread})"
         if self.footprint and self.dense:
             for what, unit, dense, left in (
