@@ -88,7 +88,7 @@ def test_compare_refuses_in_one_line(run, folder, tmp_path):
         "no criterion": ["--criterion", "luck"],
         "no repair": ["--repair", "luck"],
         "at most": ["--skip", "attention:6"],
-        "tokens": ["--sequences", "9999999"],
+        "tokens": ["--skip", "attention:2", "--sequences", "9999999"],
     }.items():
         code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options, "--text", text)
         assert code == 2, says
