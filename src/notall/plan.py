@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["attention", "mlp"]
 Skippable = Literal["attention", "mlp", "block"]
+Phase = Literal["all", "prefill"]  # for which tokens something is skipped: every one, or a prompt's alone
 KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
 
 MOST_LAYERS = 100_000  # a hundred times as deep as any model

@@ -51,6 +51,7 @@ class Folder:
     def plan_options(self) -> list[str]:
         words = self.provenance.command
         pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
+        pairs += [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--phase", "--last-tokens")]
         kept = ["--keep-last"] if "--keep-last" in words else []
         return [word for pair in pairs for word in pair] + kept or ["--plan", "plan.json"]
 
