@@ -51,6 +51,7 @@ class Folder:
     def plan_options(self) -> list[str]:
         words = self.provenance.command
         pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
+        pairs += [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--phase", "--last-tokens")]
         kept = ["--keep-last"] if "--keep-last" in words else []
         return [word for pair in pairs for word in pair] + kept or ["--plan", "plan.json"]
 
@@ -105,11 +106,13 @@ class Step:
 
     @property
     def told(self) -> str:
-        skipped = len(self.plan)
-        parts = [f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"]
-        if skipped and self.quality:
+        counts = [several(len(self.plan), "sublayer")] if len(self.plan) else []
+        if self.plan.prefill:
+            counts.append(f"{several(len(self.plan.prefill), 'sublayer')} in the prompt")
+        parts = [f"{' and '.join(counts)} skipped" if counts else "nothing is skipped"]
+        if self.plan and self.quality:
             parts.append(in_nats(self.quality))
-        if skipped and self.times:
+        if self.plan and self.times:
             speedup = self.times.speedup_decode
             parts.append(f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
         elif self.times:

@@ -17,7 +17,7 @@ from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
-from ..plan import Plan
+from ..plan import Phase, Plan
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
@@ -210,6 +210,8 @@ def read_plan(path: Path) -> Plan:
 
 KeepFirst = Annotated[bool, Option("preserve the first layer")]
 KeepLast = Annotated[bool, Option("preserve the last layer")]
+PHASE = "skip for all tokens, or for a prompt's alone, whose keys and values are kept (prefill)"
+LAST_TOKENS = "with --phase prefill: how many last tokens of a prompt run whole"
 TaskPath = Annotated[Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")]
 
 
@@ -220,6 +222,8 @@ class PlanOptions:
     plan: Path | None = option(None, "plan file, folder of a repair, or published:NAME")
     skip: str | None = option(None, "instead of --plan: the deepest, such as attention:0.33", (), "KIND[:HOW MANY]")
     keep_last: bool = option(False, "with --skip: preserve the last layer")
+    phase: Phase = option("all", PHASE)
+    last_tokens: int = option(1, LAST_TOKENS, least=1)
 
     @property
     def amount(self) -> SkipAmount | None:
@@ -231,7 +235,10 @@ class PlanOptions:
 
     @property
     def words(self) -> dict[str, object]:
-        return {"skip": self.amount, "keep_last": self.keep_last or None} if self.skip else {"plan": self.plan}
+        if not self.skip:
+            return {"plan": self.plan}
+        of_prompt = {"phase": self.phase, "last_tokens": self.last_tokens} if self.phase != "all" else {}
+        return {"skip": self.amount, "keep_last": self.keep_last or None} | of_prompt
 
     def check(self, *, needed: bool = False, model: str = "") -> None:
         """Raise `UsageError` where two things are said, or too little for what is `needed` of `model`."""
@@ -239,6 +246,10 @@ class PlanOptions:
             raise UsageError("--plan and --skip both say what to leave out: give one of them")
         if self.keep_last and not self.skip:
             raise UsageError("--keep-last says which of what is left out: add --skip attention, mlp or block")
+        if self.phase != "all" and not self.skip:
+            raise UsageError(f"--phase {self.phase} says how --skip leaves out: add --skip block:8, or drop it")
+        if self.last_tokens != 1 and self.phase != "prefill":
+            raise UsageError("--last-tokens says how much of a prompt runs whole: add --phase prefill")
         if needed and not (self.plan or self.skip):
             if model and (Path(model) / MANIFEST).is_file():
                 beside, dense = shortened(weights_beside(Path(model)) or model), dense_of(Path(model))
@@ -263,7 +274,8 @@ class PlanOptions:
         if amount >= 1 and amount % 1:
             raise UsageError(f"--skip {skip} is no number of layers: give a whole one, or a share below 1")
         share, count = (amount, None) if amount < 1 else (None, int(amount))
-        found = deepest(structure, skip.kind, share, count=count, keep_last=self.keep_last)  # type: ignore[arg-type]
+        how = {"keep_last": self.keep_last, "phase": self.phase, "last_tokens": self.last_tokens}
+        found = deepest(structure, skip.kind, share, count=count, **how)  # type: ignore[arg-type]
         if amount and not found:
             raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
         return found

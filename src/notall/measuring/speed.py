@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import UsageError
 from ..files import Settings
 from ..options import WORKLOAD, Workload
-from ..plan import Plan
+from ..plan import Plan, refuse_prefill
 from ..progress import Progress, silent
 from ..results.facts import Times
 from ..results.record import Quartiles
@@ -135,6 +135,8 @@ def time_plans(
     progress: Progress = silent,
 ) -> dict[str, Times]:
     """The times of the original and of each of `plans` by name, `dense` first. Raises as `skip` and `compare` do."""
+    for plan in plans.values():
+        refuse_prefill(plan, "a timing")
     variants = {name: partial(skip, model, plan) for name, plan in {"dense": Plan(), **plans}.items()}
     timings = compare(model, variants, workload, seed=seed, progress=progress)
     return {name: timing.beside(timings["dense"]) for name, timing in timings.items()}

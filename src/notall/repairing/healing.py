@@ -26,7 +26,7 @@ from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
-from ..plan import Plan
+from ..plan import Plan, refuse_prefill
 from ..progress import Progress, silent
 from ..results.facts import State
 from ..results.ledger import Ledger, working_in
@@ -134,6 +134,7 @@ class Training:
             raise UsageError(f"{why}: {fix}")
         structure = locate(model)
         self.plan.check(structure)
+        refuse_prefill(self.plan, "healing")
         structure.refuse_stubs("healing")
         if Head(model).projection is None:
             why = f"the head of {type(model).__name__} is no matrix, and cannot be aimed at"

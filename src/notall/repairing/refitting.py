@@ -20,7 +20,7 @@ from ..errors import UsageError, expect
 from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import all_checked
-from ..plan import Plan
+from ..plan import Plan, refuse_prefill
 from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
@@ -96,6 +96,7 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
         raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
     structure = locate(model)
     plan.check(structure)
+    refuse_prefill(plan, "a repair")
     structure.refuse_stubs("a repair")
     refuse_skipping(model, "repairing a plan")
     if not plan:
@@ -202,7 +203,7 @@ class Repair:
             refit, weights = self.kept.refits[(step.names,)], {}
             self.made.append((refit, {}))
             if refit.ridge is not None:  # from the file, so that those of all steps are never in memory together
-                weights, _ = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256)
+                weights = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256).weights
         with repaired.with_weights(self.text.model, weights):
             return self._run(step)
 

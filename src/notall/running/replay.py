@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..plan import Plan
+from ..plan import Plan, refuse_prefill
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model
 from ..structure.observation import Arguments, LayerCall, called_with, first, forward_of, run_branches, scaled
@@ -95,6 +95,7 @@ class Replay:
         self.alone: dict[Plan, list[int]] = {}  # plans that share nothing, with their numbers
         for number, plan in enumerate(plans):
             plan.check(self.structure)
+            refuse_prefill(plan, "evaluating plans together")
             if isinstance(plan, RepairedPlan):
                 plan = plan.placed(self.model)
             if not self.structure.apart:

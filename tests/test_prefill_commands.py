@@ -1,0 +1,77 @@
+"""Prefill-only plans at the command line: written, taken as an option, and refused."""
+
+import json
+
+import pytest
+
+from families import family
+from notall import Plan, UsageError, deepest, locate
+
+pytestmark = pytest.mark.usefixtures("short_prose")
+
+
+def test_plan_writes_a_prefill_only_plan(run, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    code, out, err = run("plan", folder, "--skip", "block:2", "--phase", "prefill", "--last-tokens", 3, "-o", path)
+    assert (code, err) == (0, "")
+    assert "skip prefill-only block 4, 5 (last 3 tokens whole)" in " ".join(out.split())
+    plan = Plan.load(path)
+    assert plan == Plan(prefill={"attention": [4, 5], "mlp": [4, 5], "last_tokens": 3})
+    assert plan.note == "deepest 2 of 6 block, in the prompt alone"
+    assert "No answer reads" not in out
+
+
+def test_the_last_block_is_told_to_be_free(run, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    code, out, _ = run("plan", folder, "--skip", "block:1", "--phase", "prefill", "-o", path, "--json")
+    assert code == 0
+    assert json.loads(path.read_text())["prefill"] == {"attention": [5], "mlp": [5], "last_tokens": 1}
+    assert [row["footprint"] for row in json.loads(out)["plan"]][:1] * 2 == [
+        row["footprint"] for row in json.loads(out)["plan"]
+    ]
+    _, out, _ = run("plan", folder, "--skip", "block:1", "--phase", "prefill", "-o", path)
+    assert "No answer reads what this leaves out of the prompt" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--skip", "block:6", "--phase", "prefill"], "skips every attention in the prompt; keep at least one"),
+        (["--skip", "block:1", "--last-tokens", 2], "--last-tokens says how much of a prompt runs whole: add --phase"),
+        (["--skip", "block:1", "--phase", "prefil"], "did you mean prefill?"),
+        (["--skip", "block:1", "--phase", "prefill", "--last-tokens", 0], "greater than or equal to 1"),
+    ],
+)
+def test_what_plan_refuses(run, folder, tmp_path, words, says):
+    code, _, err = run("plan", folder, *words, "-o", tmp_path / "plan.json")
+    assert (code, says in err) == (2, True), err
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_phase_needs_something_to_skip(run, folder):
+    code, _, err = run("eval", folder, "--plan", "published:none", "--phase", "prefill")
+    assert (code, "add --skip block:8" in err) == (2, True), err
+
+
+def test_deepest_in_python():
+    structure = locate(family("llama").build())
+    assert deepest(structure, "mlp", count=1, phase="prefill") == Plan(prefill={"mlp": [3]})
+    assert not deepest(structure, "mlp", 0.0, phase="prefill")
+    with pytest.raises(UsageError, match="phase is 'decode': give one of all, prefill"):
+        deepest(structure, "mlp", 0.5, phase="decode")
+
+
+@pytest.mark.parametrize(
+    ("plan", "is_unread"),
+    [
+        (Plan(prefill={"attention": [3], "mlp": [3]}), True),
+        (Plan(prefill={"mlp": [3]}), True),
+        (Plan(prefill={"mlp": [2, 3]}), False),
+        (Plan([3], prefill={"attention": [2], "mlp": [2, 3]}), True),
+        (Plan([2, 3], [3], prefill={"mlp": [1, 2]}), True),
+        (Plan([2], prefill={"mlp": [2, 3]}), False),
+        (Plan([3], [3]), False),
+    ],
+)
+def test_what_nothing_reads(plan, is_unread):
+    assert locate(family("llama").build()).is_unread(plan) == is_unread
