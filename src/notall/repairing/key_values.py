@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -24,6 +25,8 @@ from ..structure.model_structure import Sublayer
 from ..structure.observation import Branch, LayerCall, child, run_branches
 from .solving import Moments
 from .streams import DenseStream, Line
+
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -89,51 +92,74 @@ class KeyValueRepair:
     def _refit(self, line: Line, part: Sublayer, original: list[Tensor], prompt: list[Tensor]) -> None:
         start = time.process_time()
         layer = self.text.layers[part.index]
-        (branch,) = [branch for branch in part.branches if branch.is_attention]
-        needed = {name: rows for name, rows in self.rows[part.name].items() if rows.any()}
-        sums: dict[str, list[Moments]] = {}
+        branch = next(branch for branch in part.branches if branch.is_attention)
+        sums: list[Moments] = []  # of sequences that are fitted, and of those held out
+        read: list[str] = []
         for number, (dense, stale) in enumerate(zip(original, prompt)):
             call = LayerCall(self.text.recordings[number].arguments[part.index])
-            wanted, found = (self._projected(layer, branch, states, call, needed) for states in (dense, stale))
-            held = self.text.held[number]
-            for name, rows in needed.items():
-                lacking = (wanted[name].outputs - found[name].outputs)[:, rows]
-                inputs = found[name].inputs
-                for which, chosen in enumerate((~held, held)):
-                    taken = chosen[:, None].expand(stale.shape[:2]).flatten()
-                    if name not in sums:
-                        like = inputs.new_empty(0, dtype=torch.promote_types(inputs.dtype, torch.float32))
-                        sums[name] = [
-                            Moments.none(inputs.shape[1], int(rows.sum()), True, like) for _ in range(2)
-                        ]
-                    z, r = inputs[taken].to(sums[name][0].gram), lacking[taken].to(sums[name][0].gram)
-                    sums[name][which].add(z, r, torch.ones_like(z[:, 0]))
-        for name, (fitted, held_sums) in sums.items():
-            self._solve(part, layer, name, fitted, held_sums, start)
+            wanted = self._projected(layer, branch, part, dense, call)
+            found = self._projected(layer, branch, part, stale, call)
+            read = read or list(found)
+            inputs = found[read[0]].inputs
+            exact = torch.promote_types(inputs.dtype, torch.float32)
+            lacking = torch.cat([self._lacking(part, name, wanted, found) for name in read], 1)  # (tokens, rows)
+            sums = sums or [_none(inputs, lacking, exact) for _ in range(2)]
+            held = self.text.held[number][:, None].expand(stale.shape[:2]).flatten()  # (tokens,)
+            for one, rows in zip(sums, (~held, held)):
+                features = inputs[rows].to(exact)
+                one.add(features, lacking[rows].to(exact), torch.ones_like(features[:, 0]))
+        ridge, left, change = self._best(*sums, self._counts(part, read, sums[0]))
+        if change is not None:
+            self._keep(part, layer, read, change)
+        seconds = time.process_time() - start
+        self.refits.append(RefitRecord(sublayers=(part.name,), ridge=ridge, left=left, seconds=seconds))
 
     def _projected(
-        self, layer: nn.Module, branch: Branch, states: Tensor, call: LayerCall, names: Mapping[str, Tensor]
+        self, layer: nn.Module, branch: Branch, part: Sublayer, states: Tensor, call: LayerCall
     ) -> dict[str, Projected]:
-        with projecting(layer, list(names)) as found:
+        """What projections that read the attention's own input, and feed keys or values, are given and make."""
+        needed = [name for name, rows in self.rows[part.name].items() if rows.any()]
+        with projecting(layer, needed) as found:
             caught(branch, layer, states, call)
-        return found
+        first = found[needed[0]].inputs
+        return {name: one for name, one in found.items() if one.inputs.shape == first.shape and one.inputs.equal(first)}
 
-    def _solve(self, part, layer, name, fitted: Moments, held: Moments, start: float) -> None:
-        metric = torch.ones_like(fitted.square)
+    def _lacking(
+        self, part: Sublayer, name: str, wanted: Mapping[str, Projected], found: Mapping[str, Projected]
+    ) -> Tensor:
+        """What a projection's rows for keys and values make too little of, (tokens, rows)."""
+        rows = self.rows[part.name][name]
+        return (wanted[name].outputs - found[name].outputs)[:, rows]
+
+    def _counts(self, part: Sublayer, read: Sequence[str], fitted: Moments) -> Tensor:
+        """How much each row counts, (rows,): those of each projection as much as those of another."""
+        sizes = [int(self.rows[part.name][name].sum()) for name in read]
+        parts = fitted.square.split(sizes)
+        return torch.cat([torch.full_like(one, 1 / float(one.sum().clamp_min(TINY))) for one in parts])
+
+    def _best(self, fitted: Moments, held: Moments, counts: Tensor) -> tuple[float | None, float, Tensor | None]:
+        """The ridge that leaves least on what is held out, that share, and the change, (rows, inputs + 1)."""
         best, least = None, 1.0
         for ridge in self.ridges:
             change = fitted.solve(ridge)
-            if change is not None and (left := held.left(change, metric)) < least:
+            if change is not None and (left := held.left(change, counts)) < least:
                 best, least = ridge, left
-        if best is not None:
-            change = (fitted + held).solve(best)
-            rows = self.rows[part.name][name]
+        return best, least, None if best is None else (fitted + held).solve(best)
+
+    def _keep(self, part: Sublayer, layer: nn.Module, read: Sequence[str], change: Tensor) -> None:
+        """The weights and biases of the projections `read`, changed in their rows for keys and values."""
+        rows = [self.rows[part.name][name].nonzero()[:, 0].to(change.device) for name in read]
+        for name, at, more in zip(read, rows, change.split([len(one) for one in rows])):
             source = child(layer, name)
-            own = matrix_of(source)[rows]
-            bias = source.bias[rows] if source.bias is not None else own.new_zeros(len(own))
+            matrix = matrix_of(source).to(change)
+            bias = matrix.new_zeros(len(matrix)) if source.bias is None else source.bias.to(change)
             path = f"{self.text.structure.layers}.{part.index}.{name}"
-            self.weights[f"{path}.weight"] = (own.to(change) + change[:, :-1]).to(own.dtype)
-            self.weights[f"{path}.bias"] = (bias.to(change) + change[:, -1]).to(own.dtype)
-        self.refits.append(
-            RefitRecord(sublayers=(f"{part.name}.{name}",), ridge=best, left=least, seconds=time.process_time() - start, why="")
-        )
+            changed = matrix.index_add(0, at, more[:, :-1])
+            self.weights[f"{path}.weight"] = changed.T.contiguous() if isinstance(source, Conv1D) else changed
+            self.weights[f"{path}.bias"] = bias.index_add(0, at, more[:, -1])
+
+
+def _none(inputs: Tensor, lacking: Tensor, exact: torch.dtype) -> Moments:
+    """Sums of no tokens yet, of inputs (tokens, inputs) and what is lacking, (tokens, rows)."""
+    like = inputs.new_empty(0, dtype=exact)
+    return Moments.none(inputs.shape[1], lacking.shape[1], True, like)

@@ -35,6 +35,8 @@ from ..structure.proving import relative_error, tolerance
 from ..structure.undoing import Undo
 from .repaired import RepairedPlan
 
+CANNOT = "cannot be skipped in the prompt alone: its keys and values cannot be written without the rest of it"
+FIX = "skip it for every token, or take it out of the plan"
 PROBE_TOKENS, PROBE_LAST = 7, 3  # of the check: no size of a model's that a test has
 
 
@@ -156,15 +158,17 @@ def in_prompts(model: PreTrainedModel, structure: ModelStructure, plan: Plan, pr
     layers = model.get_submodule(structure.layers)
     skipped = [part for part in structure.sublayers if part.index in getattr(plan.prefill, part.kind)]
     rows = checked_rows(model, structure, skipped)
-    weights = HACK
+    weights: dict[str, dict[str, Tensor]] = {}
+    if isinstance(plan, RepairedPlan):
+        plan.check_replaced(model)
+        plan = plan.placed(model)
+        weights = {part.name: plan.prompt_weights_of(structure, part) for part in skipped}
     found: dict[int, InPrompt] = {}
     for index in dict.fromkeys(part.index for part in skipped):
         layer = child(layers, str(index))
         parts = [part for part in skipped if part.index == index]
-        below = f"{structure.layers}.{index}."
-        own = {path.removeprefix(below): weight for path, weight in weights.items() if path.startswith(below)}
         writers = {
-            part.name: writer_of(layer, branch, rows[part.name], own)
+            part.name: writer_of(layer, branch, rows[part.name], weights.get(part.name, {}))
             for part in parts
             for branch in part.branches
             if branch.is_attention
@@ -173,7 +177,6 @@ def in_prompts(model: PreTrainedModel, structure: ModelStructure, plan: Plan, pr
     return found
 
 
-HACK = {}
 Rows = dict[str, dict[str, Tensor]]  # by sublayer, what `key_value_rows` returns
 _CHECKED: WeakKeyDictionary[nn.Module, tuple[ModelStructure, Rows]] = WeakKeyDictionary()
 
@@ -228,13 +231,13 @@ def _check(
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UnsupportedModel(f"{part.name} cannot be skipped in the prompt alone ({reason})") from error
+        raise UnsupportedModel(f"{part.name} {CANNOT} ({reason}); {FIX}") from error
     errors = [relative_error(total[:, -PROBE_LAST:], expected[:, -PROBE_LAST:])]
     pairs = zip(*(caches_tensors(cache) for cache in caches))
     errors += [relative_error(found, wanted) for found, wanted in pairs]
     if not max(errors) <= tolerance(hidden.dtype):
-        told = f"{part.name} differs by {max(errors):.1e} where its keys and values are written alone"
-        raise UnsupportedModel(f"{told}; skip it for every token, or leave it out of the plan")
+        found = f"with them it differs by {max(errors):.1e} of its largest value"
+        raise UnsupportedModel(f"{part.name} {CANNOT} ({found}); {FIX}")
     return rows
 
 

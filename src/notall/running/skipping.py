@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, expect
-from ..plan import Fingerprint, Plan
+from ..plan import Fingerprint, Plan, refuse_prefill
 from ..results.facts import Footprint
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import LOCATED, locate
@@ -117,6 +117,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     refuse_skipping(inner, "removing anything for good")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
+    refuse_prefill(plan, "removing for good")
     structure = locate(inner)
     plan.check(structure)
     if not plan:

@@ -169,7 +169,10 @@ def module_linear(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def matrix_of(module: nn.Module) -> Tensor:
     """The matrix of a projection, (outputs, inputs)."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    return _turned(module, module.weight)  # type: ignore[arg-type]
+
+
+def _turned(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -203,8 +206,8 @@ def writer_of(
 ) -> nn.Module:
     """Like `holder`, with an attention that computes of its projections what keys and values need alone.
 
-    `rows` are those of `key_value_rows`. `weights` are a repair's own, by their paths below the layer, of these rows:
-    NAME.weight (rows, inputs), and NAME.bias (rows,), also where the original has no bias.
+    `rows` are those of `key_value_rows`. `weights` are a repair's own, by their paths below the layer, shaped as the
+    original's; NAME.bias (outputs,) also where the original has none.
     """
     path = attention_of(branch)
     made: dict[str, nn.Module] = {}
@@ -213,9 +216,11 @@ def writer_of(
         own = matrix_of(source)
         if own.device.type == "meta":  # offloaded: it is read while it runs
             continue
-        bias = source.bias
-        matrix = weights.get(f"{name}.weight", own[needed] if not needed.all() else own)
-        bias = weights.get(f"{name}.bias", None if bias is None else bias[needed])
+        matrix = weights.get(f"{name}.weight")
+        matrix = own if matrix is None else _turned(source, matrix)
+        bias = weights.get(f"{name}.bias", source.bias)
+        if not needed.all():
+            matrix, bias = matrix[needed], None if bias is None else bias[needed]
         made[name.removeprefix(f"{path}.")] = SomeOutputs(needed, matrix, bias)
     children = dict(holder.named_children())
     top, _, below = path.partition(".")
