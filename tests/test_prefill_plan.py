@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from api import Seal, check_export, measured_time_plans, refuse_prefill
+from api import Seal, check_export, refuse_prefill
 from families import family
 from notall import Plan, RepairedPlan, UsageError, export, heal, locate, repair
 
@@ -215,7 +215,6 @@ def test_what_cannot_skip_in_the_prompt_alone_says_so(model, tmp_path):
         "an export as nemotron-nas": lambda: check_export(None, PROMPT, "nemotron-nas", tmp_path / "out"),
         "a repair": lambda: repair(model, PROMPT, texts),
         "healing": lambda: heal(model, PROMPT, texts, texts),
-        "a timing": lambda: measured_time_plans(model, {"one": PROMPT}),
         "anything": lambda: refuse_prefill(PROMPT, "anything"),
     }
     for what, use in uses.items():

@@ -192,8 +192,9 @@ class Replay:
     def _run(self, step: Step, hidden: Tensor, recording: Recording) -> Tensor:
         arguments = recording.arguments[step.block.index]
         hidden = scaled(hidden, step.scale)
-        if step.in_prompt:
-            return self._run_split(step, step.in_prompt, hidden, recording)
+        whole = recording.whole(step.in_prompt.prompt.last_tokens) if step.in_prompt else None
+        if step.in_prompt and whole is not None and whole < hidden.shape[1]:
+            return self._run_split(step, step.in_prompt, hidden, recording, whole)
         self.ran += len(step.parts)
         if step.map:
             return step.map.run(hidden)
@@ -204,9 +205,9 @@ class Replay:
                 return first(layer(hidden, **arguments))
             return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
 
-    def _run_split(self, step: Step, here: InPrompt, hidden: Tensor, recording: Recording) -> Tensor:
-        """What the step makes of the stream, (batch, tokens, hidden), some of it for the last tokens alone."""
-        here.prompt.whole = whole = recording.whole(here.prompt.last_tokens)
+    def _run_split(self, step: Step, here: InPrompt, hidden: Tensor, recording: Recording, whole: int) -> Tensor:
+        """What the step makes of the stream, (batch, tokens, hidden), some of it for the `whole` last tokens alone."""
+        here.prompt.whole = whole
         skipped = sum(part.name in here.names for part in step.parts)
         self.ran += len(step.parts) - skipped + skipped * whole / hidden.shape[1]
         call = LayerCall(recording.arguments[step.block.index])
