@@ -75,3 +75,61 @@ def test_deepest_in_python():
 )
 def test_what_nothing_reads(plan, is_unread):
     assert locate(family("llama").build()).is_unread(plan) == is_unread
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+TEXT = ["--sequences", 3, "--length", 24]
+
+
+@pytest.fixture
+def prefill_only(folder, tmp_path):
+    path = tmp_path / "prefill.json"
+    Plan(prefill={"attention": [1, 5], "mlp": [5]}).save(path)
+    return path
+
+
+def evaluated(run, folder, *words):
+    code, out, err = run("eval", folder, *TEXT, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_eval_scores_what_follows_half_of_each_window(run, folder, prefill_only, tmp_path):
+    found = evaluated(run, folder, "--plan", prefill_only, "--out", tmp_path / "kept")
+    dense, skipped = (row["quality"] for row in found["quality"])
+    assert dense["kl"] == 0
+    assert 0 < skipped["kl"] < 1
+    assert ", behind a prompt of 12 tokens" in found["verdict"]["said"]
+    same = evaluated(run, folder, "--plan", prefill_only, "--prompt-tokens", 12)
+    assert same["quality"] == found["quality"]
+    other = evaluated(run, folder, "--plan", prefill_only, "--prompt-tokens", 20)
+    assert other["quality"] != found["quality"]
+    (line,) = (tmp_path / "kept" / "measured.jsonl").read_text().splitlines()[-1:]
+    assert json.loads(line)["plan"]["prefill"]["attention"] == [1, 5]
+    assert '"prompt_tokens": 12' in (tmp_path / "kept" / "measured.jsonl").read_text()
+
+
+def test_eval_of_another_plan_behind_a_prompt(run, folder):
+    everywhere = evaluated(run, folder, "--skip", "mlp:1")
+    behind = evaluated(run, folder, "--skip", "mlp:1", "--prompt-tokens", 12)
+    assert everywhere["quality"][1]["quality"]["nll"] != behind["quality"][1]["quality"]["nll"]
+    assert "behind a prompt" not in everywhere["verdict"]["said"]
+
+
+def test_eval_of_the_last_block_says_that_nothing_is_lost(run, folder):
+    found = evaluated(run, folder, "--skip", "block:1", "--phase", "prefill")
+    assert abs(found["quality"][1]["quality"]["kl"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--prompt-tokens", 24], "leaves nothing to score in windows of 24: give 1 to 23"),
+        (["--prompt-tokens", 1], "nothing is skipped where its last 1 run whole: give more than 1"),
+        (["--prompt-tokens", 0], "greater than or equal to 1"),
+    ],
+)
+def test_prompts_that_eval_refuses(run, folder, prefill_only, words, says):
+    code, _, err = run("eval", folder, *TEXT, "--plan", prefill_only, *words)
+    assert (code, says in err) == (2, True), err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from api import Replay, Seal, check_export, measured_time_plans, refuse_prefill
+from api import Seal, check_export, refuse_prefill
 from families import family
 from notall import Plan, RepairedPlan, UsageError, export, heal, locate, repair
 
@@ -185,9 +185,13 @@ def test_prompt_weights_are_placed_with_a_bias_where_the_model_has_none(model):
     assert found.keys() == {"self_attn.k_proj.weight", "self_attn.k_proj.bias"}
     assert not placed.weights_of(locate(model), [part])
     assert placed.digest == repaired(model).digest
-    wrong = RepairedPlan.of(PROMPT, prompt_weights={BIAS: torch.ones(3)})
-    with pytest.raises(UsageError, match=r"is \(3,\), but the model's is \(16,\)"):
-        wrong.placed(model)
+    for path, weight in ((BIAS, torch.ones(17)), (WEIGHT, torch.ones(16)), (WEIGHT, torch.ones(16, 31))):
+        wrong = RepairedPlan.of(PROMPT, prompt_weights={path: weight})
+        with pytest.raises(UsageError, match="but the model's matrix is"):
+            wrong.placed(model)
+    norm = RepairedPlan.of(PROMPT, prompt_weights={"model.layers.2.input_layernorm.weight": torch.ones(32)})
+    with pytest.raises(UsageError, match=r"has no model\.layers\.2\.input_layernorm\.weight, which"):
+        norm.placed(model)
     with pytest.raises(UsageError, match=r"has no .*k_proj\.bias"):
         RepairedPlan.of(PROMPT, weights={BIAS: torch.ones(16)}).placed(model)
     with pytest.raises(UsageError, match=r"no sublayer of the model has lm_head\.weight"):
@@ -211,8 +215,6 @@ def test_what_cannot_skip_in_the_prompt_alone_says_so(model, tmp_path):
         "an export as nemotron-nas": lambda: check_export(None, PROMPT, "nemotron-nas", tmp_path / "out"),
         "a repair": lambda: repair(model, PROMPT, texts),
         "healing": lambda: heal(model, PROMPT, texts, texts),
-        "a timing": lambda: measured_time_plans(model, {"one": PROMPT}),
-        "evaluating plans together": lambda: Replay(model, [PROMPT]),
         "anything": lambda: refuse_prefill(PROMPT, "anything"),
     }
     for what, use in uses.items():

@@ -51,13 +51,16 @@ def evaluate(
     tasks: RecoveryOptions,
     repair: RepairOptions,
     run: RunOptions,
+    prompt_tokens: options.PromptTokens = None,
     diagnostics: options.Diagnostics = False,
     out: KeepIn = None,
 ) -> None:
     """Measure the loss of a plan: NLL, KL to the original model and agreement on a text, and benchmarks.
 
-    Each figure comes with its standard error, and differences are paired with the original model's.
+    Each figure comes with its standard error, and differences are paired with the original model's. Of a plan that
+    skips in the prompt alone, only what follows the prompt is scored.
     """
+    from ..measuring.quality import check_prompt
     from ..structure.locating import locate
 
     kept = out.with_name(f"{out.name}.repaired") if out else None
@@ -71,23 +74,27 @@ def evaluate(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
+    prompt = prompt_tokens or (text.length // 2 if wanted.prefill else None)
+    check_prompt([wanted], text.length, prompt)
     batches, described = text.windows(net, tokenizer, seed=run.seed)
+    described |= {"prompt_tokens": prompt} if prompt else {}
     windows = text.for_diagnostics(net, tokenizer, run.seed) if diagnostics else None
     settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         if repair:
             wanted, _ = repair.apply(net, tokenizer, wanted, kept, model.provenance(net), progress)
         warn_of_own_text(wanted, described, plan.plan)
-        evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, progress)
+        evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, progress, prompt)
         found = evaluation.run(batches)
     records = evaluation.records(found, batches, settings)
-    tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
+    behind = f", behind a prompt of {prompt:,} tokens" if prompt else ""
+    tables = {"quality": table(f"skip {wanted}{behind}", QUALITIES, found.quality)}
     if found.scores:
         tables["tasks"] = scores_table(found.scores)
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
-    verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
+    verdict = Verdict.on(net, wanted, found.quality[-1].quality, f"{described['text']}{behind}")
     verdict = verdict.judged(found.scores, asked.recovery)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)

@@ -54,7 +54,8 @@ class Evaluated:
 class Evaluation:
     """A plan to evaluate; a repaired one beside what it skips without its weights.
 
-    `diagnostics` are windows, None to leave them out. Answers to tasks are kept in the folder `out`.
+    `diagnostics` are windows, None to leave them out. Answers to tasks are kept in the folder `out`. Of each window of
+    the text the first `prompt_tokens` are its prompt, and only what follows is scored; None: all of it is.
     """
 
     model: "PreTrainedModel"
@@ -64,6 +65,7 @@ class Evaluation:
     diagnostics: "Sequence[Tensor] | None" = None
     out: Path | None = None
     progress: Progress = silent
+    prompt_tokens: int | None = None
 
     @property
     def states(self) -> dict[State, Plan]:
@@ -81,7 +83,7 @@ class Evaluation:
         words, asked = sum(batch.numel() for batch in batches), sum(job.tokens for job in jobs)
         stages, plans = Stages(self.progress, words + asked), [*self.states.values()]
         read = tracked(batches, "quality on the text", stages.stage(words))
-        qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read))
+        qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read, self.prompt_tokens))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]
         stage = stages.stage(asked)
         scores = judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, stage)

@@ -12,7 +12,7 @@ from ..results import lines
 from ..results.facts import Footprint, Quality, Similarity, Times
 from ..results.ledger import refuse_foreign
 from ..results.provenance import Provenance
-from ..results.record import Command, Record, is_number
+from ..results.record import Command, Quartiles, Record, is_number
 from ..results.table import Table
 
 R = TypeVar("R", bound=Record)
@@ -105,6 +105,13 @@ class Step:
     again: str = ""  # the command that makes its figures again
 
     @property
+    def faster(self) -> tuple[str, Quartiles]:
+        """What its times say of the plan, of one that skips in the prompt alone of reading it."""
+        assert self.times
+        reads = self.plan.prefill and not len(self.plan)
+        return ("reads a prompt", self.times.speedup_prefill) if reads else ("decodes", self.times.speedup_decode)
+
+    @property
     def told(self) -> str:
         counts = [several(len(self.plan), "sublayer")] if len(self.plan) else []
         if self.plan.prefill:
@@ -113,8 +120,8 @@ class Step:
         if self.plan and self.quality:
             parts.append(in_nats(self.quality))
         if self.plan and self.times:
-            speedup = self.times.speedup_decode
-            parts.append(f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
+            verb, speedup = self.faster
+            parts.append(f"{verb} {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
         elif self.times:
             parts.append(f"{self.times.decode_ms_per_token.median:.1f} ms a token")
         if self.order:

@@ -212,6 +212,14 @@ KeepFirst = Annotated[bool, Option("preserve the first layer")]
 KeepLast = Annotated[bool, Option("preserve the last layer")]
 PHASE = "skip for all tokens, or for a prompt's alone, whose keys and values are kept (prefill)"
 LAST_TOKENS = "with --phase prefill: how many last tokens of a prompt run whole"
+PromptTokens = Annotated[
+    int | None,
+    Option(
+        "score what follows so many first tokens of each window, its prompt (default: half, for a prefill-only plan)",
+        least=1,
+        panel="Text",
+    ),
+]
 TaskPath = Annotated[Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")]
 
 

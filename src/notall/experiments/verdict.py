@@ -83,10 +83,12 @@ class Verdict:
 
     @classmethod
     def of(cls, step: Step, folder: Folder, named: str = "") -> "Verdict":
+        verb, speedup = step.faster if step.times else ("decodes", None)
         return cls(
             step.plan,
             step.quality,
-            speedup=step.times.speedup_decode if step.times else None,
+            speedup=speedup,
+            verb=verb,
             footprint=step.footprint,
             dense=step.dense,
             model=folder.model,

@@ -28,6 +28,7 @@ from ..results.ledger import Ledger, header_of, read
 from ..results.provenance import Provenance
 from ..results.record import Record
 from ..results.repairs import HealRecord, RefitRecord, RepairStep
+from ..structure.key_values import is_projection, matrix_of
 from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.undoing import Undo
 
@@ -71,8 +72,9 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     or exported, this one runs and is exported with them; the original keeps its own. `replaced` are a few numbers of
     those that they replace, and another model's are refused.
 
-    `prompt_weights` are such values too, used for those tokens of a prompt alone for which `prefill` skips the
-    attention that they belong to: maps of its keys and values. A linear map without a bias may get one there.
+    `prompt_weights` are used for those tokens of a prompt alone for which `prefill` skips the attention that they
+    belong to. They map the path of a projection's weight, (rows, inputs), or bias, (rows,), to the rows that keys and
+    values need of it; a projection without a bias may get one there.
 
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are
     there to be measured against: `evaluate` runs them; `skip`, `remove` and `export` refuse them.
@@ -206,12 +208,10 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
 
     def placed(self, model: nn.Module) -> "RepairedPlan":
         """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and `check_replaced` do."""
-        weights, prompt_weights = (
-            {path: placed_at(model, path, one, biases=prompt)[2].data for path, one in held.items()}
-            for held, prompt in ((self.weights, False), (self.prompt_weights, True))
-        )
+        weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
+        prompt = {path: placed_in_prompt(model, path, weight) for path, weight in self.prompt_weights.items()}
         self.check_replaced(model)
-        update = {"weights": weights, "prompt_weights": prompt_weights}
+        update = {"weights": weights, "prompt_weights": prompt}
         found = self.model_copy(update=update)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
@@ -239,30 +239,20 @@ def refuse_maps(plan: Plan) -> None:
 
 
 @contextmanager
-def with_weights(module: nn.Module, weights: Mapping[str, Tensor], *, biases: bool = False) -> Iterator[None]:
-    """Have `module` run with these values of parameters, by their paths below it; then with its very own again.
-
-    With `biases` a linear map that has none runs with one that is given.
-    """
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
     with Undo() as undo, undo:
         for path, weight in weights.items():
-            undo.put(*placed_at(module, path, weight, biases=biases))
+            undo.put(*placed_at(module, path, weight))
         yield
 
 
-def placed_at(
-    module: nn.Module, path: str, weight: Tensor, *, biases: bool = False
-) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
-    """Where the parameter at `path` is held, its name there, and `weight` for it. Raises `UsageError` for a misfit.
-
-    With `biases` a linear map that has no bias has a place for one.
-    """
+def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
+    """Where the parameter at `path` is held, its name there, and `weight` for it. Raises `UsageError` for a misfit."""
     above, _, name = path.rpartition(".")
     try:
         holder = module.get_submodule(above)
-        lacks = isinstance(holder, nn.Linear) and holder._parameters.get(name, holder) is None
-        # (out,), as a bias would be
-        own = holder.get_parameter("weight")[:, 0] if biases and lacks else holder.get_parameter(name)
+        own = holder.get_parameter(name)
     except AttributeError:
         raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
     if own.shape != weight.shape:
@@ -270,8 +260,28 @@ def placed_at(
         raise UsageError(f"{told}; repair this model")
     if own.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    placed = nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
-    return holder._parameters, name, placed
+    return holder._parameters, name, nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
+
+
+def placed_in_prompt(model: nn.Module, path: str, weight: Tensor) -> Tensor:
+    """A weight of the prompt, in the dtype and on the device of the projection that it stands in for.
+
+    It has the rows that keys and values need of it, of a `bias` too where the projection has none. Raises `UsageError`
+    for a misfit.
+    """
+    above, _, name = path.rpartition(".")
+    try:
+        holder = model.get_submodule(above)
+    except AttributeError:
+        holder = model
+    if name not in ("weight", "bias") or not is_projection(holder):
+        raise UsageError(f"the model has no {path}, which the plan has weights of the prompt for; repair this model")
+    own = matrix_of(holder)  # (outputs, inputs)
+    fits = weight.dim() == (2 if name == "weight" else 1) and len(weight) <= len(own)
+    if not fits or weight.shape[1:] != (own.shape[1:] if name == "weight" else ()):
+        told = f"the prompt's {path} is {tuple(weight.shape)}, but the model's matrix is {tuple(own.shape)}"
+        raise UsageError(f"{told}; repair this model")
+    return weight if own.device.type == "meta" else weight.to(own.device, own.dtype)
 
 
 class Seal(BaseModel, frozen=True, extra="forbid"):
