@@ -117,7 +117,7 @@ def test_prompt_in_chunks_is_the_prompt_at_once(family):
 @each_family
 @torch.no_grad()
 def test_last_block_is_free(family):
-    """Nothing reads what it makes of all but the last token: to the rounding of float32, as one row is another product."""
+    """Nothing reads what it makes of all but the last token; one row is a matrix product of another rounding."""
     model = family.build()
     ids, mask = ids_and_mask()
     structure = locate(model)
