@@ -21,7 +21,8 @@ from torch import nn
 
 import notall
 from notall.measuring.speed import compare, machine, speedup
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.options import Workload
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words

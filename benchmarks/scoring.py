@@ -32,7 +32,8 @@ from notall.choosing.space import Space
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
 from notall.measuring.token_scores import Dense, TokenScorer, TokenScores
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.plan import Plan
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words

@@ -24,7 +24,8 @@ from notall.charts.style import save
 from notall.choosing.criteria.data_free import paper_grid
 from notall.measuring.speed import machine
 from notall.measuring.token_scores import TokenScorer
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.plan import Plan
 from notall.results.record import Quartiles
 from notall.results.table import Column, number, table, with_quartiles, words

@@ -26,7 +26,7 @@ completion to your shell.
 | 130 | interrupted; the same command continues where it stopped |
 
 A table fits your terminal. If that is too narrow for all columns, a line below names the others. A file or a pipe
-gets every column, and `--json` every digit.
+gets every column, within `COLUMNS` if that is set, and `--json` every digit.
 
 Commands show their progress and the time left on stderr; where that is no terminal, a line per minute.
 `NO_COLOR=1` turns colours off.

@@ -74,7 +74,7 @@ def figure(told: str) -> str:
     if form.startswith("["):
         middle = next(value[name] for name in ("share", "median", "value") if name in value)
         return "{:{form}} [{:{form}}, {:{form}}]".format(middle, value["low"], value["high"], form=form[1:])
-    return format(value, form).replace("%", " %")
+    return re.sub("(?<! )%", " %", format(value, form))
 
 
 def filled(content: str) -> str:

@@ -25,6 +25,55 @@ def pytest_collection_finish():
         speed.cores = lambda: 1  # threads of llama.cpp wait for each other in busy loops, on cores that others work on
 
 
+# --- tests marked `devices`
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where there are no devices, those with the marker run in a process that simulates some."""
+    marked = (item for item in items if item.get_closest_marker("devices"))
+    files = list(dict.fromkeys(str(item.path) for item in marked))
+    if not files:
+        return
+    import torch
+
+    from own_process import OwnProcess
+    from simulated_devices import simulate, why_not
+
+    if not torch.cuda.is_available() and not why_not():
+        config.own_process = OwnProcess(simulate, files, str(config.rootpath))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    process = getattr(item.config, "own_process", None)
+    if process is None or not item.get_closest_marker("devices"):
+        return None
+    from own_process import reports_of
+
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in reports_of(process, item, nextitem):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_runtest_setup(item):
+    if not (marker := item.get_closest_marker("devices")):
+        return
+    import torch
+
+    from simulated_devices import why_not
+
+    wanted = marker.kwargs.get("count", 1)
+    if (found := torch.cuda.device_count()) < wanted:
+        pytest.skip((not found and why_not()) or f"wants {wanted} devices, and here is {found}")
+
+
+def pytest_sessionfinish(session):
+    if process := getattr(session.config, "own_process", None):
+        process.stop()
+
+
 @pytest.fixture(scope="session")
 def default_model():
     """The real default model in float32, with its tokenizer."""

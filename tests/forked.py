@@ -12,8 +12,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"])
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"])
 NOTALL = "from api import cli; cli.main()"
 
 
@@ -23,7 +23,7 @@ def start(program: str, *arguments: Any, says: Path | None = None) -> BaseProces
     What it prints goes to the files `out` and `err` in the folder `says`, if that is given.
     """
     words = [str(argument) for argument in arguments]
-    process = _CONTEXT.Process(target=_run, args=(program, words, sys.path, dict(os.environ), says))
+    process = CONTEXT.Process(target=_run, args=(program, words, sys.path, dict(os.environ), says))
     process.start()
     return process
 

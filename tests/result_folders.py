@@ -207,7 +207,7 @@ def chosen(count: int, **changes: Any) -> SearchRecord:
     check = SpeedCheck(predicted_ms=80.0, measured_ms=78.0, predicted_speedup=1.2, measured_speedup=spread(1.25))
     fields = {
         "plan": Plan(window),
-        "chosen": f"search by kl: {count} attention",
+        "chosen": f"search by kl: {count} attentions",
         "order": tuple((f"attn.{index}",) for index in reversed(window)),
         "dense_cost": 0.0,
         "cost": 0.25,
@@ -341,7 +341,7 @@ def engines() -> list[ParetoRecord]:
     rows = (
         ("dense", "F16", 1.0, 0.0, True),
         ("dense", "Q4", 1.5, 0.05, True),
-        ("less 4 attention", "Q4", 1.6, 0.3, False),
+        ("less 4 attentions", "Q4", 1.6, 0.3, False),
     )
     return [
         ParetoRecord(

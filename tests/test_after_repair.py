@@ -64,6 +64,12 @@ def test_fewer_than_four_sequences_are_refused():
         AfterRepair(family("llama").build(), texts((3, 12)))
 
 
+@pytest.mark.skipif(not family("gemma4_text").exists, reason="this transformers has no Gemma 4")
+def test_layers_that_cannot_be_looked_into_are_refused():
+    with pytest.raises(UsageError, match="a repair runs sublayers one at a time; gemma4_text's run only in layers"):
+        AfterRepair(family("gemma4_text").build(), texts((4, 12)))
+
+
 @pytest.mark.slow
 def test_a_repair_goes_on_from_where_it_parts_from_another():
     model, batches = family("llama").build(num_hidden_layers=12), texts((8, 12))

@@ -75,9 +75,10 @@ def test_tasks_add_what_they_take_to_the_count_of_the_whole(run, model, folder, 
     run(["tiny_choice", "tiny_words"], tmp_path, ABOUT, stages=stages)
     count = len(paper_grid(locate(model)))
     jobs = [
-        TaskShelf(folder).build(name, None, limit).tokens for name, limit in (("tiny_choice", 6), ("tiny_words", 2))
+        TaskShelf(folder).build(name, None, limit).steps(plans)
+        for name, limit, plans in (("tiny_choice", 6, count), ("tiny_words", 2, 7))  # dense and six of a third
     ]
-    assert stages.steps == pytest.approx(1000 + sum(jobs) * count / 5)
+    assert stages.steps == pytest.approx(1000 + sum(jobs))
     assert {total for _, total in told} == {stages.steps}
     assert told == sorted(told)
     assert stages.given == pytest.approx(stages.steps - 1000)

@@ -85,21 +85,22 @@ def test_a_passkey_is_found_where_greedy_decoding_says_it(model, monkeypatch):
     passkey = diagnostics._asked
     monkeypatch.setattr(diagnostics, "_asked", lambda *args: asked.append(passkey(*args)) or asked[-1])
     found = by_name(check_passkey(model, tokenizer, PLANS, [60, 80]))
-    assert len(asked) == 10
+    keys = diagnostics.KEYS
+    assert len(asked) == 2 * keys
     for request in asked:
         text = tokenizer.decode(request.sequence)
         key = tokenizer.decode(request.continuation)
         assert key.isdigit()
         assert text.count(f'"{key}"') == 2
         assert text.endswith(f'The pass key is "{key[:-1]}')
-    assert len({request.continuation for request in asked}) == 10
+    assert len({request.continuation for request in asked}) == 2 * keys
     for number, plan in enumerate(PLANS):
         hits = []
-        for request in asked[:5]:
+        for request in asked[:keys]:
             with skip(model, plan), torch.no_grad():
                 choices = model(torch.tensor([request.sequence])).logits[0].argmax(-1).tolist()
             hits.append(tuple(choices[-len(request.continuation) :]) == request.continuation)
-        assert found["passkey at 60", number].value == sum(hits) / 5
+        assert found["passkey at 60", number].value == sum(hits) / keys
 
 
 def test_writing_is_compared_with_the_dense_model_s(model):
@@ -142,6 +143,30 @@ def test_worse_is_what_lost_beyond_its_error():
     assert not check(0.5, 0.2, False).worse
     assert not check(0.5, 0.01, None).worse
     assert not check(0.5, math.nan, False).worse
+
+
+def test_losing_every_passkey_is_worse_and_of_five_too_few_are_asked_for():
+    """The least p value of five keys is 2 / 2^5 = 0.0625: no outcome could be worse."""
+
+    def found(keys, right=None):
+        right = keys if right is None else right
+        dense = [1.0] * right + [0.0] * (keys - right)
+        (check,) = diagnostics._checks("passkey", [dense, [0.0] * keys], higher_is_better=True, right_or_wrong=True)
+        return check.verdict
+
+    assert found(diagnostics.KEYS) == "worse"
+    assert found(5) == "too few: 6 would do"
+    assert found(8, right=4) == "too few: 12 would do"  # half of which it has right
+    assert found(8, right=0) == ""  # nothing to lose
+
+
+def test_windows_are_enough_to_tell_and_four_are_too_few():
+    def found(windows):
+        (check,) = diagnostics._checks("NLL", [[3.0] * windows, [3.5] * windows], higher_is_better=False)
+        return check.verdict
+
+    assert found(diagnostics.WINDOWS) == "worse"
+    assert found(4) == "too few: 6 would do"
 
 
 def test_all_of_it(model):

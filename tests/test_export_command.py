@@ -58,7 +58,10 @@ def test_what_a_check_says_is_how_near_it_came_and_how_near_it_had_to():
     assert str(Verified("llama.cpp", 0.3183, 0.5, "nats")).endswith(
         "answers as the skipped model does, within 0.32 nats (at most 0.5)"
     )
+    assert str(Verified("llama.cpp", 0.0371, 0.205736, "nats")).endswith("within 0.037 nats (at most 0.21)")
     assert str(Verified("llama.cpp", 0.0, 0.5, "nats")).endswith("does, to the last bit")
+    with pytest.raises(UsageError, match=r"by 0\.231 nats \(at most 0\.206 was expected\)"):
+        Verified("llama.cpp", 0.2314159, 0.205736, "nats").checked()
 
 
 def test_a_folder_is_written_and_listed(run):

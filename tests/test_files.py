@@ -52,8 +52,9 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
     ours = ours.name.partition(f".{os.getpid()}.")[0]
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as running, subprocess.Popen(["true"]) as ended:
         ended.wait()
-        left = [f"{ours}.{ended.pid}", f"{ours}.{ended.pid}.ab"]
-        others = [f"{ours}.{running.pid}.ab", f"{ours}.{os.getpid()}.a", f"{ours}.x", f".{name}.0.{ended.pid}", ".o"]
+        left = [f"{ours}.{ended.pid}.{word}" for word in ("0a1b2c", "ffffff")]
+        others = [f"{ours}.{running.pid}.0a1b2c", f"{ours}.{os.getpid()}.0a1b2c", f"{ours}.x", ".o"]
+        others += [f".{name}.0.{ended.pid}.0a1b2c", f"{ours}.{ended.pid}", f"{ours}.{ended.pid}.txt"]  # named otherwise
         for hidden in (*left, *others):
             (tmp_path / hidden).write_text("x")
         files.write_whole(out, "new")

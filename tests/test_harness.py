@@ -216,7 +216,9 @@ def test_tasks_are_told_as_one_count_by_what_they_read(run, folder):
     """A task is a share of the whole, by the letters of its requests, and the count never goes back."""
     seen = []
     run(PLANS, ["tiny_choice", "tiny_words"], limit=5, progress=lambda *step: seen.append(step))
-    choice, words = (TaskShelf(folder).build(name, limit=5).tokens for name in ("tiny_choice", "tiny_words"))
+    choice, words = (
+        TaskShelf(folder).build(name, limit=5).steps(len(PLANS) + 1) for name in ("tiny_choice", "tiny_words")
+    )
     assert {of for _, of, _ in seen} == {choice + words}
     steps = [done for done, _, _ in seen]
     assert steps == sorted(steps)
@@ -246,6 +248,8 @@ def test_differences_are_paired_with_the_dense_model(run):
 
 
 def test_a_metric_that_is_no_mean_has_an_error_too(run):
+    from scipy.stats import t
+
     rows = run([Plan(), PLANS[1]], ["tiny_text"])
     dense, ours = (row for row in rows if row.score.metric == "word_perplexity,none")
     pairs = [(a.value, b.value) for a, b in zip(ours.samples, dense.samples)]
@@ -261,8 +265,36 @@ def test_a_metric_that_is_no_mean_has_an_error_too(run):
     expected = math.sqrt(sum((value - sum(left) / n) ** 2 for value in left) * (n - 1) / n)
     assert ours.score.delta == pytest.approx(difference(pairs))
     assert ours.score.delta_se == pytest.approx(expected)
-    assert ours.score.p_value == pytest.approx(math.erfc(abs(ours.score.delta / expected) / math.sqrt(2)))
+    assert ours.score.p_value == pytest.approx(2 * t.sf(abs(ours.score.delta / expected), n - 1))
     assert ours.score.higher_is_better is False
+
+
+def test_questions_on_one_passage_count_as_one(model, tokenizer, tmp_path):
+    """Each question five times: five times the items, and no more that is known."""
+    folder = write_tasks(tmp_path)
+    documents = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()[:24]]
+    numbered = [one | {"passage": f"passage {number}"} for number, one in enumerate(documents)]
+    for name, some in {"train": numbered[:1], "once": numbered, "often": numbered * 5}.items():
+        text = "".join(json.dumps(one | {"number": number}) + "\n" for number, one in enumerate(some))
+        (folder / f"{name}.jsonl").write_text(text)
+    for name in ("once", "often"):
+        copy_task(folder, "tiny_choice", f"tiny_{name}", f"{name}.jsonl")
+    plans = [*PLANS, Plan(attention=[0, 1, 2], mlp=[0, 1, 2]), Plan(mlp=[0, 1, 2, 3])]
+    rows = run_tasks(model, tokenizer, plans, ["tiny_once", "tiny_often"], task_path=folder)
+    once, often = ([row.score for row in rows if row.score.task == f"tiny_{name}"] for name in ("once", "often"))
+    once, often = next((one, other) for one, other in zip(once, often) if one.delta)
+    assert (once.documents, often.documents) == (24, 120)
+    assert (once.sources, often.sources) == (None, (*range(24),) * 5)
+    assert (often.delta, often.delta_se) == pytest.approx((once.delta, once.delta_se))
+    assert often.p_value == pytest.approx(once.p_value)
+    assert often.recovery.high - often.recovery.low > 0.9 * (once.recovery.high - once.recovery.low)
+
+
+def test_too_few_items_to_be_worse_say_how_many_would_do(run):
+    few, enough = (run([PLANS[1]], ["tiny_letters"], limit=limit)[0].score for limit in (5, 55))
+    assert few.too_few >= 6
+    assert few.verdict.startswith("too few")
+    assert enough.too_few is None
 
 
 # --- the leaderboard --------------------------------------------------------------------------------------------------
@@ -469,17 +501,28 @@ def test_a_folder_without_tasks_is_named(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "tokens"),
+    ("how", "generated"),
     [
-        ({"until": [], "max_gen_toks": 4}, 21),
-        ({"max_gen_toks": "4"}, 21),
-        ({"max_new_tokens": 3}, 16),
-        ({"max_gen_toks": None}, 1281),
+        ({"until": [], "max_gen_toks": 4}, 4),
+        ({"max_gen_toks": "4"}, 4),
+        ({"max_new_tokens": 3}, 3),
+        ({"max_gen_toks": None}, 256),
     ],
 )
-def test_what_is_generated_counts_as_the_harness_reads_it(how, tokens):
-    request = SimpleNamespace(args=("abcd", how))
-    assert Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None).tokens == tokens
+def test_what_is_generated_counts_as_the_harness_reads_it(how, generated):
+    def steps(plans, kind):
+        request = SimpleNamespace(args=("abcd" * 10, how), request_type=kind)
+        return Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None).steps(plans)
+
+    assert steps(1, "generate_until") == 10 + 20 * generated
+    assert steps(7, "generate_until") == 7 * steps(1, "generate_until")  # each plan on its own
+    assert steps(10, "first_choices") == 20 * generated + 2 * (10 + generated)  # the original's answer, read by all
+
+
+def test_what_is_only_read_is_read_together():
+    request = SimpleNamespace(args=("abcd" * 9, "abcd"), request_type="loglikelihood")
+    job = Job("x", {"tasks": {"x": SimpleNamespace(instances=[request])}}, None, None)
+    assert (job.steps(1), job.steps(20)) == (10, 40)
 
 
 @pytest.mark.usefixtures("own_tasks_only")
@@ -541,7 +584,7 @@ def test_more_examples_than_there_are_is_one_line(run):
 @pytest.mark.parametrize("name", ["tiny_choice", "tiny_words"])
 def test_a_context_longer_than_the_model_is_one_line(tokenizer, folder, name, scored):
     small = partial(run_tasks, tiny_llama(max_position_embeddings=96), tokenizer, task_path=folder)
-    message = rf"requests of {name} are longer than the model's context of 96 tokens \(up to \d+\); show fewer examples"
+    message = rf"context of 96 tokens is too short for \d+ requests? of {name} \(up to \d+\); show fewer examples"
     refused(message, small, [], [name], num_fewshot=9)
     assert not scored
 

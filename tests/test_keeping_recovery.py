@@ -58,7 +58,7 @@ def test_eval_leaves_with_3_where_too_little_is_kept(run, model):
     code, out, err = run(*words, "--skip", "block:3", "--recovery", "0.95")
     assert code == 3, err
     told = " ".join(out.split())
-    assert "Missed a recovery of 0.95 on 1 of 1 scores: answers (first choices) lost, 0." in told
+    assert "Missed a recovery of 0.95 on 1 of 1 score: answers (first choices) lost, 0." in told
     assert "less than 0.95 of the original model's score is kept on answers" in told
     code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
     told = json.loads(out)
@@ -187,7 +187,7 @@ def test_what_is_kept_before_and_after_is_told_and_kept(run, model, plan, tmp_pa
     told = json.loads(shown)
     last = {"repair": "repaired", "heal": "healed"}[command]
     assert [one["model"] for one in told["tasks"]] == ["skipped", last]
-    assert "a recovery of 0.9999 on 1 of 1 scores" in told["verdict"]["missed"]
+    assert "a recovery of 0.9999 on 1 of 1 score" in told["verdict"]["missed"]
     before, after = read(out / JudgedRecord.file, JudgedRecord)
     assert (before.plan, after.plan) == (Plan([4], [3]), Plan([4], [3]))
     assert before.value != after.value
@@ -203,7 +203,7 @@ def test_an_export_says_what_it_keeps(run, model, plan, tmp_path):
     words = ["export", model, "--plan", plan, "--to", "hf", "--out", tmp_path / "out", "--no-verify"]
     code, shown, err = run(*words, *ANSWERS, "--recovery", 0.9999)
     assert code == 3, err
-    assert "Recovery: 0 of 1 scores keep" in " ".join(shown.split())
+    assert "Recovery: 0 of 1 score at 0.9999 or more" in " ".join(shown.split())
     assert "Recovery, answers (first choices)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -225,9 +225,9 @@ def test_a_plan_that_loses_a_task_is_of_no_use_however_it_reads():
     assert "kept on passkey_256" in plain.judged([score(0.4, 0.8)]).said
     assert plain.judged([score(0.9, 1.0)]).usable  # inconclusive
     assert kept_in_words([score(0.4, 0.8), score(0.9, 1.0), score(0.96, 1)]) == (
-        "Recovery: 1 of 3 scores keep 0.95 of the original model's, 1 lost, 1 inconclusive."
+        "Recovery: 1 of 3 scores at 0.95 or more of the original model's, 1 lost, 1 inconclusive."
     )
-    assert plain.judged([score(0.9, 1.0)], 0.95).missed.startswith("a recovery of 0.95 on 1 of 1 scores: passkey_256")
+    assert plain.judged([score(0.9, 1.0)], 0.95).missed.startswith("a recovery of 0.95 on 1 of 1 score: passkey_256")
 
 
 @pytest.mark.parametrize("positions", [512, 64])

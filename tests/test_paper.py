@@ -1,10 +1,12 @@
 """The paper's tables and claims from records whose right answers are known, and the whole command on a tiny model."""
 
 import csv
+import html
 import importlib.util
 import math
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
+from lm_eval.models.huggingface import HFLM
 
 import forked
 from api import (
@@ -22,12 +25,17 @@ from api import (
     Check,
     ClaimRecord,
     DiagnosticsRecord,
+    Folder,
     Footprint,
+    Limits,
     Provenance,
     Quartiles,
     Scoreboard,
+    Scorer,
     SimilarityRecord,
+    TaskChoice,
     TaskScore,
+    TaskShelf,
     TimesRecord,
     TimingGrid,
     as_latex,
@@ -43,9 +51,13 @@ from api import (
     facts_Times as Times,
     half,
     paper_grid,
+    paper_module,
     place_of,
     read,
     records_lines as lines,
+    render,
+    run_paper,
+    shown_paper,
     silent,
     speed,
     table,
@@ -55,7 +67,7 @@ from api import (
 )
 from notall import Plan, UsageError, locate
 from small_disk import fills_up
-from tiny_tasks import saved, tiny_llama, write_tasks
+from tiny_tasks import byte_tokenizer, saved, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
 
@@ -289,20 +301,22 @@ def test_the_diagnostics_table_marks_what_got_worse():
 def test_claims_that_hold_and_do_not():
     good = {("attention", 0.33, False): 0.5, ("mlp", 0.33, False): 0.2, ("mlp", 0.10, False): 0.45,
             ("attention", 0.33, True): 0.6, ("mlp", 0.33, True): 0.1}  # fmt: skip
-    little = "skipping the deepest 33% of the attentions loses no more than 1.8 points of the average (13B)"
+    little = (
+        "skipping the deepest 33% of the attentions loses no more than 1.8 points of the average (13B), within 1 point"
+    )
     found = verdicts(claims_of([], board(good), []))
     assert found["skipping 33% of the attentions costs less than as many MLPs"] == "holds"
     assert found["skipping 10% of the attentions costs less than as many MLPs"] == "holds"
     assert found[little] == "holds"
     assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "holds"
     assert found["keeping the last layer lowers quality when 33% of the blocks are skipped"] == "inconclusive"
-    assert found["keeping the last layer does not lower quality when 33% of the attentions are skipped"] == "holds"
+    kept = "keeping the last layer does not lower quality when 33% of the attentions are skipped, within 1 point"
+    assert found[kept] == "holds"
     bad = {("attention", 0.33, False): 0.2, ("attention", 0.33, True): 0.1, ("mlp", 0.33, True): 0.6}
     found = verdicts(claims_of([], board(bad), []))
     assert found["skipping 33% of the attentions costs less than as many MLPs"] == "does not hold"
     assert found[little] == "does not hold"
     assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "does not hold"
-    kept = "keeping the last layer does not lower quality when 33% of the attentions are skipped"
     assert found[kept] == "does not hold"
 
 
@@ -324,16 +338,22 @@ def test_claims_about_similarity():
     found = claims_of(rows([*rising, 0.4]), Scoreboard([]), [])
     assert {claim.verdict for claim in found} == {"too few"}
     assert all(claim.here.endswith(f", on {windows} windows") for claim in found)
+    windows += 1
+    few = claims_of(rows([0.5, 0.6, 0.7, 0.8, 0.9, 0.4]), Scoreboard([]), [])[0]
+    assert (few.verdict, few.here.endswith(", too few to tell a trend")) == ("too few", True)
 
 
 def test_a_claim_says_what_is_subtracted_from_what_and_has_its_figures_as_numbers():
     found = {claim.claim: claim for claim in claims_of([], board({("mlp", 0.33, True): 0.4}), [])}
     kept = found["keeping the last layer lowers quality when 33% of the MLPs are skipped"]
-    assert kept.here == "last layer skipped less last layer kept: +10.0 ± 1.5 points of the average of 2 tasks"
-    assert (kept.figure, kept.unit) == (pytest.approx(10), "points")
+    told = "last layer skipped less last layer kept: +10.0 ± 1.5 points of the average of 2 tasks"
+    assert kept.here == f"{told}, 95 % interval +7.0 to +13.0"
+    assert (kept.figure, kept.unit, kept.threshold) == (pytest.approx(10), "points", 0)
     skipping = [timed((variant, 0.33, False), 1.3, 1.3) for variant in ("attention", "mlp", "block")]
     fast, *_ = claims_of([], Scoreboard([]), [timed(KEYS[0], 1, 1), *skipping])
-    assert (fast.figure, fast.low, fast.high, fast.unit) == (1.3, 1.28, 1.32, "times as fast")
+    reach = 4.302653 * 0.93 * 0.04 / math.sqrt(5)  # Student's t of two degrees of freedom
+    assert (fast.figure, fast.low, fast.high) == pytest.approx((1.3, 1.3 - reach, 1.3 + reach))
+    assert (fast.threshold, fast.unit) == (pytest.approx(1.15), "times as fast")
     assert "last layer skipped too" in fast.claim
 
 
@@ -360,7 +380,7 @@ def test_no_claim_is_judged_on_a_few_documents(documents):
     found = claims_of([], few(documents), [])
     is_few = {claim.verdict == "too few" for claim in found}
     assert is_few == {documents < LEAST_DOCUMENTS}
-    assert {f"with as few as {documents} documents a task" in claim.here for claim in found} == is_few
+    assert {f"with as few as {documents} documents of a task" in claim.here for claim in found} == is_few
 
 
 @pytest.mark.parametrize("rounds", [1, LEAST_ROUNDS - 1, LEAST_ROUNDS])
@@ -369,9 +389,106 @@ def test_no_claim_is_judged_in_a_few_rounds(rounds):
     grid = [timed(KEYS[0], 1, 1, rounds=rounds), *(timed(key, s, s, rounds=rounds) for key, s in cells.items())]
     found = claims_of([], Scoreboard([]), grid)
     assert {claim.verdict for claim in found} == {"too few" if rounds < LEAST_ROUNDS else "holds"}
-    assert all((f"in {rounds} rounds" in claim.here) == (rounds < LEAST_ROUNDS) for claim in found)
+    assert all((f"in {rounds} round{'s' * (rounds > 1)}" in claim.here) == (rounds < LEAST_ROUNDS) for claim in found)
     unknown = [record.model_copy(update={"provenance": None}) for record in grid]
     assert {claim.verdict for claim in claims_of([], Scoreboard([]), unknown)} == {"too few"}
+
+
+def measured(drop, error, other=0.0):
+    """A board of one task, whose errors are told and whose documents are not: dense, and attentions without a third."""
+    dense = benchmark("mmlu", KEYS[0], [0.5] * 4000, [0.5] * 4000)
+    rows = [dense.model_copy(update={**configured(key), "values": None}) for key in KEYS]
+    lost = {"value": 0.5 - drop, "delta": -drop, "delta_se": error, "values": None}
+    rows[KEYS.index(("attention", 0.33, False))] = dense.model_copy(
+        update=configured(("attention", 0.33, False)) | lost
+    )
+    return Scoreboard(rows)
+
+
+@pytest.mark.parametrize(
+    ("drop", "error", "verdict"),
+    [
+        (0.018, 0.004, "holds"),  # what the paper reports, of benchmarks whole
+        (0.0, 0.004, "holds"),
+        (0.018, 0.02, "inconclusive"),  # and of a few documents
+        (0.040, 0.004, "does not hold"),
+    ],
+)
+def test_a_loss_as_large_as_the_papers_is_what_it_says(drop, error, verdict):
+    (little, *_) = claims_of([], measured(drop, error), [])
+    assert (little.threshold, little.verdict) == (pytest.approx(-2.8), verdict)
+
+
+def test_not_lowering_quality_holds_where_it_is_the_same_within_a_point():
+    """Quality need not rise."""
+    same = [1.0, 0.0] * 2000
+    kept = ("attention", 0.33, True)
+
+    def found(values):
+        records = [benchmark("mmlu", key, values if key == kept else same, same) for key in KEYS]
+        (claim,) = (one for one in claims_of([], Scoreboard(records), []) if "does not lower" in one.claim)
+        return claim.verdict
+
+    assert found(same) == "holds"
+    assert found([0.0] * 40 + same[40:]) == "holds"  # half a point lower
+    assert found([0.0] * 400 + same[400:]) == "does not hold"
+    assert found([0.0] * 80 + same[80:]) == "inconclusive"  # just the margin
+
+
+def test_a_speed_as_the_papers_is_about_as_fast():
+    def found(speed, spread):
+        keys = [("attention", 0.33, False), ("mlp", 0.33, False), ("block", 0.33, False)]
+        quartiles = Quartiles(median=speed, low=speed - spread, high=speed + spread, n=5)
+        records = [timed(key, 1, 1) for key in (KEYS[0], *keys)]
+        times = records[1].times.model_copy(update={"speedup_decode": quartiles, "speedup_prefill": quartiles})
+        records[1] = records[1].model_copy(update={"times": times})
+        return claims_of([], Scoreboard([]), records)[0].verdict
+
+    assert found(1.18, 0.005) == "holds"
+    assert found(1.18, 0.05) == "inconclusive"
+    assert found(1.1, 0.005) == "does not hold"
+
+
+def test_margins_are_told_with_the_claims_and_in_the_documentation():
+    told = paper_module.JUDGED
+    assert "1 point of an average, 0.03 of a speedup" in told
+    for claim in claims_of([], board({}), [timed(key, 1, 1) for key in KEYS]):
+        assert ("within" in claim.claim) == (claim.threshold not in (0.0,))
+    pages = Path(__file__).parents[1] / "docs"
+    for page in ("paper.md", "claims.md"):
+        text = " ".join((pages / page).read_text(encoding="utf-8").split())
+        assert "1 point of an average, 0.03 of a speedup" in text, page
+
+
+def test_a_speed_of_one_round_is_no_headline(tmp_path):
+    def said(rounds):
+        quartiles = Quartiles(median=1.3, low=1.29, high=1.31, n=rounds)
+        record = timed(("attention", 0.33, False), 1.3, 1.3)
+        times = record.times.model_copy(update={"speedup_decode": quartiles})
+        records = (timed(KEYS[0], 1, 1), record.model_copy(update={"times": times}))
+        folder = Folder(tmp_path, {TimesRecord.kind_name: records})
+        return shown_paper(folder).message.said
+
+    assert "1.30× as fast (95 % interval 1." in said(5)
+    assert "it was timed in 1 round, too few to say how fast it is" in said(1)
+    assert "1.30" not in said(1)
+
+
+def test_one_of_anything_is_one():
+    about = Provenance(what={"rounds": 1, "generation_tokens": 2})
+    times = [timed(KEYS[0], 1, 1).model_copy(update={"provenance": about})]
+    assert "Median of 1 round, each" in caption_of("prefill", times)
+    assert "accuracy of 1 document." in caption_of("benchmarks", [benchmark("tiny", KEYS[0], [1.0], [1.0])])
+
+
+def test_a_page_has_every_claim_whole(tmp_path):
+    claims = claims_of([], few(6), [timed(key, 1, 1, rounds=1) for key in KEYS])
+    about = Provenance(what={"model": "tiny"}, where={"command": "notall paper tiny"})
+    claims = tuple(claim.model_copy(update={"provenance": about}) for claim in claims)
+    page = render(Folder(tmp_path, {ClaimRecord.kind_name: claims}))
+    for claim in claims:
+        assert html.escape(claim.claim) in page
+        assert html.escape(claim.here) in page
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
@@ -461,6 +578,50 @@ def test_each_check_is_of_its_own_row(model, tmp_path, monkeypatch):
         assert record.value == sum(record.plan.attention)
 
 
+class Machine:
+    """A clock that only work moves: a token that is read takes 1, of one sequence 2, one that is generated 20."""
+
+    def __init__(self):
+        self.time, self.told = 0.0, []
+
+    def tell(self, done, total, doing):
+        self.told.append((done / total, self.time))
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_the_bar_tells_the_share_of_the_time_that_has_passed(model, tmp_path, monkeypatch):
+    """What generates does so plan by plan, and on seven of them; all plans read the rest in the time of four."""
+    machine, score, answer = Machine(), Scorer.score, HFLM.generate_until
+
+    def scoring(self, plans, requests):
+        for scores in score(self, plans, requests):
+            machine.time += sum(len(requests[number].sequence) for number in scores.requests) * len(plans) / 5
+            yield scores
+
+    def generating(self, requests, **how):
+        for request in requests:
+            machine.time += len(request.args[0]) / 4 + 20 * int(request.args[1]["max_gen_toks"])
+        return answer(self, requests, **how)
+
+    def timing(model, plans, workload, *, seed, progress):
+        for number in range(len(plans) + 1):
+            progress(number, len(plans) + 1, "timing")
+            machine.time += 2 * (workload.rounds + 1) * (workload.prompt_tokens + 20 * workload.generation_tokens)
+        return {name: timed(KEYS[0], 1, 1).times for name in ("dense", *plans)}
+
+    monkeypatch.setattr(Scorer, "score", scoring)
+    monkeypatch.setattr(HFLM, "generate_until", generating)
+    monkeypatch.setattr(speed, "time_plans", timing)
+    choice = TaskChoice(TaskShelf(write_tasks(tmp_path / "tasks")), ("tiny_letters", "tiny_words"), limits=Limits(40))
+    about = Provenance(what={"model": "tiny", "dtype": "float32", "revision": "none"})
+    subject = Subject(model, byte_tokenizer(), [torch.arange(32).view(2, 16)], tmp_path / "out", about)
+    run_paper(subject, choice, TimingGrid((8, 64), 4, rounds=2), progress=machine.tell)
+    assert machine.told[-1][0] == pytest.approx(1)
+    off = [abs(share - time / machine.time) for share, time in machine.told if time]
+    assert len(off) > 50
+    assert max(off) < 0.08, max(off)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -508,7 +669,7 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
     assert [one.claim for one in read(tmp_path / "claims.jsonl", ClaimRecord)] == [claim["claim"] for claim in claims]
     story = (tmp_path / "paper.md").read_text()
     assert story.count("| skipped ") == 8
-    assert "fewer than 30 documents of a task, 5 timed rounds, or 8 windows of text" in story
+    assert "fewer than 30 documents of a task, 5 timed rounds, 8 windows of text, or 6 layers" in story
     assert "tiny_letters, 0-shot, accuracy of 6 documents" in story
     assert story.index("## The paper's claims") < story.index("## Benchmarks")
     for claim in claims:

@@ -43,7 +43,10 @@ def test_a_plan_is_frozen():
         ("", "not valid JSON"),
         ("[1, 2]", "expected"),
         ('{"heads": [1]}', "expected"),
-        ('{"attention": [1], "speed": 3}', "speed"),
+        ('{"block": [9]}', "; a block is named in both$"),
+        ('{"attention": [1], "blocks": [9]}', "no blocks; a block is named in both$"),
+        ('{"attention": [1], "mpl": [9]}', r"no mpl \(did you mean mlp\?\)$"),
+        ('{"attention": [1], "speed": 3}', "no speed$"),
         ('{"attention": [1, 1]}', "layer 1 is named twice"),
         ('{"attention": [-1]}', "start at 0"),
         ('{"attention": ["a"]}', "attention"),
@@ -156,6 +159,23 @@ def test_a_missing_plan_and_an_unwritable_place(tmp_path):
 def test_plans_that_do_not_fit_the_model(structure, plan, says):
     with pytest.raises(UsageError, match=says):
         plan.check(structure)
+
+
+def test_a_plan_for_another_model_names_a_fix_for_any_plan(structure):
+    """A published plan is no file of the user's, and one made in Python no file at all."""
+    published = Plan.load("published:smollm2-attention-8-by-mix")
+    with pytest.raises(UsageError, match="make a plan for this model, or copy this one without its fingerprint"):
+        published.check(structure)
+
+
+def test_in_words_a_block_is_one_and_a_plural_has_its_s():
+    among = {"attention": 24, "mlp": 24, "block": 24}
+    assert Plan([3], [3]).in_words() == "1 block"
+    assert Plan([3, 9], [3, 9]).in_words(among) == "2 of 24 blocks"
+    assert Plan([3], [3]).in_words({"attention": 1, "mlp": 1, "block": 1}) == "1 of 1 block"
+    assert Plan([3, 9], [9]).in_words(among) == "2 of 24 attentions and 1 of 24 MLPs"
+    assert Plan(mlp=[0]).in_words() == "1 MLP"
+    assert Plan().in_words(among) == "nothing"
 
 
 def test_the_papers_rule(structure):

@@ -93,3 +93,33 @@ def test_a_planted_sentence_is_seen(planted, word):
 )
 def test_code_comments_and_questions_are_let_be(fine):
     assert unwanted(fine) == []
+
+
+COUNTED = (
+    "windows|rounds|documents|prompts|sequences|plans|choices|records|steps|items|layers|blocks|examples|questions|"
+    "requests|texts|tasks|workers|cores|sublayers|sets|tensors|benchmarks|evaluations|scores|prompt tokens|"
+    "new tokens|new ones"
+)
+BY_HAND = re.compile(rf"\{{[^{{}}]*\}}+ (?:{COUNTED})\b")  # a number, and a plural whatever the number
+ALWAYS_MORE = {  # or none, or a word
+    "{num_fewshot} examples",
+    "{shortened(new)} new tokens",
+    "{limit} training questions",
+    "{plans} plans",
+    "{decoding} texts",
+    "{telling} layers",
+    "{period} blocks",
+    "{} layers",
+    "{LEAST_DOCUMENTS} documents",
+    "{LEAST_WINDOWS} windows",
+    "{self.kind} sublayers",
+    "{folder} holds records",
+}
+
+
+def test_a_plural_is_written_by_the_number():
+    """`1 rounds` comes of a plural that is written by hand: `several` knows the number."""
+    package = ROOT / "src" / "notall"
+    found = [one for path in sorted(package.rglob("*.py")) for one in BY_HAND.findall(path.read_text(encoding="utf-8"))]
+    assert sorted(set(found) - ALWAYS_MORE) == []
+    assert BY_HAND.findall('f"on {windows} windows"') == ["{windows} windows"]

@@ -89,10 +89,10 @@ def test_a_structure_tells_layers_of_different_forms_apart(name):
 
 def test_what_a_choice_comes_to_fits_a_screen():
     model = family("llama").build(num_hidden_layers=40)
-    batches = [torch.arange(16).view(1, 16)]
+    batches, held_out = ([torch.arange(first, first + 16).view(1, 16)] for first in (0, 16))
     space = notall.Space(notall.locate(model), "sublayer")
     budget, objective = by_count(space, 30), nll(batches)
-    chosen = notall.choose_plan(model, "deepest", space, budget, batches, objective, held_out=batches)
+    chosen = notall.choose_plan(model, "deepest", space, budget, batches, objective, held_out=held_out)
     for one, most in ((chosen, 20), (budget, 2), (objective, 2), (chosen.held_out[1], 4)):
         assert lines_at_80_columns(repr(one)) <= most, one
     told = f"skip {chosen.plan}: nll {chosen.dense_cost:.3f} without the plan, {chosen.cost:.3f} with it"

@@ -385,13 +385,13 @@ def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, a
     rows = [json.loads(line) for line in (tmp_path / "plain" / ComparisonRecord.file).read_text().splitlines()]
     assert not any("repair" in row or "added_bytes" in row for row in rows)
     assert "repair" not in comparison_table(plain)
-    assert plain[0].name == "deepest: 2 attention"
+    assert plain[0].name == "deepest: 2 attentions"
     repaired = compared(model, asked, tmp_path / "more", repairs=("ghosted",), repair_text=BATCHES)
     table = comparison_table(repaired)
     assert "| criterion | repair | NLL added |" in table  # and by no objective
     assert "| added |" in table
     assert "| deepest | ghosted |" in table
-    assert repaired[1].name == "deepest, ghosted: 2 attention"
+    assert repaired[1].name == "deepest, ghosted: 2 attentions"
     names = {(point.colour, point.shape) for point in comparison_points(repaired)}
     assert names == {(name, repair) for name in ("deepest", "shallowest") for repair in ("none", "ghosted")}
 

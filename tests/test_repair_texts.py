@@ -34,14 +34,16 @@ def rows_in(batches):
 @pytest.mark.parametrize("sequences", [None, 10, 200])
 def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(model, sources, sequences):
     texts = RepairTexts.draw(model, byte_tokenizer(), sources, sequences=sequences, length=LENGTH)
-    own, other = (rows_in(row for rows in each for row in rows) for each in (texts.own, texts.other.values()))
+    own = rows_in(one.rows for one in texts.fitted)
+    other = rows_in(row for rows in texts.other.values() for row in rows)
     assert len(own) == (sequences or 128) == texts.described["sequences"]
     assert len(other) == 2 * 16
     assert not own & other
     assert set(texts.other) == {"one.txt, other windows", "two.txt, other windows"}
     together = texts.together(8)
     assert [len(batch) for batch in together[:-1]] == [8] * (len(together) - 1)
-    assert torch.equal(torch.cat(together)[:2], torch.cat([texts.own[0][0], texts.own[1][0]]))  # in turn
+    first = [one.rows[0] for one in texts.fitted]
+    assert torch.equal(torch.cat(together)[:2], torch.stack(first))  # in turn
 
 
 def test_each_text_is_tokenised_once(model, sources):

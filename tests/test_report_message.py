@@ -61,7 +61,7 @@ def test_of_a_sweep_with_a_search_in_its_folder_it_is_what_the_search_chose(tmp_
     ("records", "mildest"),
     [
         (result_folders.all_records(), "attention 10%, last layer kept, perplexity has more than doubled: +0.90 "),
-        (result_folders.all_compared(), "search by kl: 2 attention, perplexity has more than doubled: +1.00 "),
+        (result_folders.all_compared(), "search by kl: 2 attentions, perplexity has more than doubled: +1.00 "),
     ],
 )
 def test_where_nothing_is_usable_it_says_so_and_asks_for_less(tmp_path, records, mildest):
@@ -255,14 +255,15 @@ def test_of_the_papers_evaluation_it_is_what_became_of_its_claims(tmp_path):
     shown = first(result_folders.write_paper(tmp_path))
     assert shown.message.said == (
         "The paper's 4 claims on tiny (holds: 1, does not hold: 1, inconclusive: 2); without the deepest 33% of its "
-        "attentions it decodes 1.17× as fast and the average of 2 benchmarks changes by -20.0 ± 3.5 points."
+        "attentions it decodes 1.17× as fast (95 % interval 0.85 to 1.48) and the average of 2 benchmarks changes by "
+        "-20.0 ± 3.5 points."
     )
     assert shown.message.command == "notall eval tiny --skip attention:0.33"
 
 
 def test_an_average_from_a_few_documents_is_not_told_as_one(tmp_path):
     few = [*result_folders.benchmarks(29), *result_folders.timed(), *result_folders.claims()]
-    assert "-20.0 ± 3.5 points, from too few documents to say (29 a task)." in message(tmp_path, *few).said
+    assert "-20.0 ± 3.5 points, from too few documents to say (29 of a task)." in message(tmp_path, *few).said
 
 
 def test_the_diagnostics_tell_which_of_the_papers_plans_is_usable(tmp_path):

@@ -330,7 +330,7 @@ def test_every_figure_of_a_comparison_is_drawn(view, comparison, colours):
 @pytest.mark.slow
 def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, comparison):
     page = view(comparison)
-    assert page.locator("#plan-name").inner_text() == "search by kl: 2 attention"
+    assert page.locator("#plan-name").inner_text() == "search by kl: 2 attentions"
     assert hatched(page) == 2
     page.get_by_role("button", name="next plan").click()
     page.wait_for_function("views.map.signal('skipped').length == 4")

@@ -237,8 +237,8 @@ def test_a_folder_may_hold_what_several_commands_wrote(tmp_path):
     result_folders.write(tmp_path, *result_folders.all_measured(), *result_folders.all_benched())
     page = write_report(tmp_path, tmp_path / "r.html").read_text()
     assert [plan["name"] for plan in data_of(page)["plans"]] == [
-        "search by kl: 2 attention",
-        "search by kl: 3 attention",
+        "search by kl: 2 attentions",
+        "search by kl: 3 attentions",
     ]
     assert {"results", "results-2", "measured"} <= data_of(page)["csv"].keys()
 
@@ -282,8 +282,8 @@ def test_comparisons_of_several_folders_are_ranked_together(tmp_path):
     assert "behind" not in "".join(shown)
     assert "<bdi>folder</bdi>" in page
     told = {plan["name"]: plan["told"] for plan in data_of(page)["plans"]}
-    assert f"notall reproduce {theirs} --row " in told["mine:good by kl: 2 attention"]
-    assert f"notall reproduce {ours} --row " in told["greedy by kl: 2 attention"]
+    assert f"notall reproduce {theirs} --row " in told["mine:good by kl: 2 attentions"]
+    assert f"notall reproduce {ours} --row " in told["greedy by kl: 2 attentions"]
 
 
 def test_a_criterion_of_two_folders_is_drawn_as_two(tmp_path):

@@ -41,6 +41,7 @@ MADE = {
     "--most 2 --rounds 1 --dtype float32 --out drafted",
 }
 ROW = "mine:by_depth, refit: 2 attention"
+OWN = ("--functions", ".")  # `compared` names functions of mine.py
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ OFTEN = ("measured", "timed")
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in OFTEN)) for one in MADE])
 def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(place, answered, name):
     place(name)
-    found = answered("reproduce", name, "--out", "again")
+    found = answered("reproduce", name, *OWN, "--out", "again")
     assert {one["agreement"] for one in found["reproduced"]} == {"equal"}
     files = [Path(name) / kind.file for kind in REMADE_KINDS]
     assert len(found["reproduced"]) == sum(len(file.read_text().splitlines()) for file in files if file.exists()) > 0
@@ -193,7 +194,7 @@ def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place,
             line["count"] = 3
 
     rewritten("compared/comparison.jsonl", change)
-    code, out, _ = run("reproduce", "compared", "--out", "again", "--json")
+    code, out, _ = run("reproduce", "compared", *OWN, "--out", "again", "--json")
     assert code == MISSED
     found = json.loads(out)["reproduced"]
     by = {one["row"]: one for one in found}
@@ -202,7 +203,7 @@ def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place,
     assert [one["agreement"] for one in found if one["row"].startswith("search") and ": 3 " in one["row"]] == [
         "not made"
     ] * 3
-    code, out, _ = run("reproduce", "compared", "--out", "again")  # which has all, and is read
+    code, out, _ = run("reproduce", "compared", *OWN, "--out", "again")  # which has all, and is read
     assert code == MISSED
     assert "3 not made" in " ".join(out.split())
 
@@ -225,7 +226,7 @@ def test_another_text_or_model_is_refused_before_any_work(place, run, no_work, n
         Path("a.txt").write_text(Path("a.txt").read_text().replace("fox", "dog"))
     else:
         save_tiny_checkpoint(Path("tiny"), num_hidden_layers=4, rms_norm_eps=0.5)
-    code, out, err = run("reproduce", name, "--out", "again")
+    code, out, err = run("reproduce", name, *OWN, "--out", "again")
     assert (code, out) == (2, "")
     assert f"{name} holds results with {'text_sha256' if changed == 'text' else 'revision'}" in err
     assert "give it as it was" in err
@@ -239,7 +240,7 @@ def test_another_plan_file_is_refused_before_any_work(place, run, no_work, name)
     if name == "timed":
         commanded("timed/bench.jsonl", f"notall bench tiny --plan plan.json --dtype float32 {TIMED} --out timed")
     Plan([2]).save("plan.json")
-    code, out, err = run("reproduce", name, "--out", "again")
+    code, out, err = run("reproduce", name, *OWN, "--out", "again")
     assert (code, out) == (2, "")
     assert f"plan.json skips attention 2, and {name} holds records of another plan" in err
 
@@ -261,21 +262,21 @@ def test_weights_that_the_run_fits_are_judged_by_their_figures(place, answered):
 def test_another_function_is_refused(place, run):
     place("compared")
     Path("mine.py").write_text(MINE.replace("- 2", "- 3"))
-    code, _, err = run("reproduce", "compared", "--row", "mine:by_depth: 1 attention", "--out", "again")
+    code, _, err = run("reproduce", "compared", "--row", "mine:by_depth: 1 attention", *OWN, "--out", "again")
     assert code == 2
-    assert "compared holds results with function_sha256" in err
+    assert "mine.py is not the file that mine:by_depth was recorded with" in err
 
 
 def test_a_row_of_a_comparison_is_made_alone(place, answered):
     place("compared")
-    (found,) = answered("reproduce", "compared", "--row", ROW, "--out", "again")["reproduced"]
+    (found,) = answered("reproduce", "compared", "--row", ROW, *OWN, "--out", "again")["reproduced"]
     assert (found["row"], found["agreement"]) == (ROW, "equal")
     lines = [json.loads(line) for line in Path("again/comparison.jsonl").read_text().splitlines()]
     assert {(line["criterion"], line["count"], line.get("repair", "none")) for line in lines} == {
         ("mine:by_depth", 2, "none"),
         ("mine:by_depth", 2, "refit"),
     }
-    (other,) = answered("reproduce", "compared", "--row", "search by kl, mine:halved: 1", "--out", "again")[
+    (other,) = answered("reproduce", "compared", "--row", "search by kl, mine:halved: 1", *OWN, "--out", "again")[
         "reproduced"
     ]
     assert other["agreement"] == "equal"
@@ -284,7 +285,7 @@ def test_a_row_of_a_comparison_is_made_alone(place, answered):
 @pytest.mark.slow
 def test_several_rows_are_those_that_begin_with_these_words(place, answered):
     place("compared")
-    found = answered("reproduce", "compared", "--row", "cosine", "--out", "again")["reproduced"]
+    found = answered("reproduce", "compared", "--row", "cosine", *OWN, "--out", "again")["reproduced"]
     assert len(found) == 2 * 3
     assert {one["agreement"] for one in found} == {"equal"}
 
@@ -329,7 +330,7 @@ def test_what_can_not_be_tried_is_one_line(place, run, no_work):
     no_work()
     unsafe = {
         "--trust-remote-code": "which no record may ask for",
-        "--ray": "which no record may ask for",
+        "--ray": "what no record may ask for (No such option: --ray",
         "--task-path=tasks": "made with --task-path, which no record may ask for",
     }
     cases = {
@@ -378,7 +379,7 @@ def test_the_page_of_a_comparison_has_the_command_of_each_row(place, run):
     commands = {step.name: shlex.split(step.told.partition("Reproduce with: notall ")[2]) for step in steps}
     assert len(commands) == 2 * 3 * 3
     for name in (ROW, "search by kl, mine:halved: 1 attention"):
-        code, out, _ = run(*commands[name])
+        code, out, _ = run(*commands[name], *OWN)
         assert code == 0
         assert name in out
         assert "1 equal" in " ".join(out.split())

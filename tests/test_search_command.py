@@ -1,7 +1,6 @@
 """notall search, plan and criteria: plans that are written, budgets that are met or missed, and going on."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,13 +171,12 @@ def test_search_refuses_in_one_line(run, folder, text, tmp_path):
 @pytest.mark.parametrize(("sequences", "batch_size"), [(1, 2), (3, 2), (4, 2), (2, 9)])
 def test_calibration_and_held_out_windows_are_as_many_and_others(text, sequences, batch_size):
     """Also where a batch would hold windows of both."""
-    config = SimpleNamespace(get_text_config=lambda **_: None)
-    model, tokenizer = SimpleNamespace(device="cpu", config=config), byte_tokenizer()
     asked = HeldOutOptions(text=str(text), sequences=sequences, length=16, batch_size=batch_size)
-    ours, others, about = asked.both(model, tokenizer)
+    split = asked.split(family("llama").build(), byte_tokenizer())
+    ours, others = split.calibration, split.evaluation
     assert [sum(map(len, part)) for part in (ours, others)] == [sequences, sequences]
     assert max(map(len, (*ours, *others))) <= batch_size
-    assert about["sequences"] == sequences
+    assert split.described["sequences"] == sequences
     assert not {tuple(row) for row in torch.cat(ours).tolist()} & {tuple(row) for row in torch.cat(others).tolist()}
 
 

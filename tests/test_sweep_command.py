@@ -72,7 +72,7 @@ def test_compare_writes_results_a_table_and_a_figure(run, folder, tmp_path):
     assert TIMED_ONCE in shown
     code, _, err = run("report", out, "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
-    assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "search by nll: 2 portable sublayers" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_compare_refuses_in_one_line(run, folder, tmp_path):

@@ -190,6 +190,7 @@ def on_screen(table, width, monkeypatch):
 
 
 def piped(table, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     return printed(io.StringIO(), lambda: print_table(table), monkeypatch)
 
 
@@ -263,7 +264,7 @@ def test_a_pipe_gets_everything_a_row_a_line(name, monkeypatch):
     if name == "paper":  # of however long a cell
         first, *rest = table.rows[0]
         table = replace(table, rows=(*table.rows, (replace(first, text="x" * 3000), *rest)))
-    for setting, value in {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
+    for setting, value in {"FORCE_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(setting, value)
     text = piped(table, monkeypatch)
     assert seen(text, table)[1] == []
@@ -271,6 +272,16 @@ def test_a_pipe_gets_everything_a_row_a_line(name, monkeypatch):
     widest = max(map(len, text.splitlines()))
     assert text == on_screen(table, widest, monkeypatch)
     assert text != on_screen(table, widest - 1, monkeypatch)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("width", [40, *WIDTHS])
+def test_a_pipe_keeps_to_columns_if_set_and_still_gets_everything(name, width, monkeypatch):
+    table = replace(TABLES[name][0], title="t")
+    text = printed(io.StringIO(), lambda: print_table(table), monkeypatch, width)
+    assert seen(text, table)[1] == []
+    if "┃" in text:
+        assert all(len(line) <= width for line in text.splitlines())
 
 
 class Named(Fact):

@@ -153,12 +153,12 @@ def test_too_short_a_text_says_what_would_fit():
     with pytest.raises(UsageError) as error:
         token_batches(TOKENIZER, counting(100), sequences=8, length=16)
     assert str(error.value) == (
-        "the text counting has 100 tokens, and 8 sequences of 16 need 128: "
+        "the text counting has 100 tokens, too few for 8 sequences of 16 (128): "
         "lower sequences to 6 or lower length to 12 or give a longer text"
     )
     token_batches(TOKENIZER, counting(100), sequences=6, length=16)
     token_batches(TOKENIZER, counting(100), sequences=8, length=12)
-    with pytest.raises(UsageError, match="need 128: give a longer text"):
+    with pytest.raises(UsageError, match=r"of 16 \(128\): give a longer text"):
         token_batches(TOKENIZER, counting(1), sequences=8, length=16)
 
 

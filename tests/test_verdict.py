@@ -274,7 +274,7 @@ def test_export_says_what_it_measured(run, folder, tmp_path):
     command = ["export", folder, "--plan", tmp_path / "plan.json", "--to", "hf", "--no-verify", "--measure", "prose"]
     code, out, _ = run(*command, "--out", tmp_path / "a")
     assert code == 0
-    assert "Without 1 of 6 attentions and 1 of 6 MLPs: " in out
+    assert "Without 1 of 6 blocks: " in out
     assert "nats per token" in (tmp_path / "a" / "README.md").read_text()
     found = json.loads(run(*command, "--out", tmp_path / "b", "--json")[1])
     assert found["verdict"]["text"] == "prose"

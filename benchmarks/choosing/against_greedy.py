@@ -27,7 +27,8 @@ from notall.choosing.space import Skipped, Space
 from notall.measuring.quality import gather, score
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.results.facts import Quality
 from notall.results.table import Column, number, table, with_error, words
 from notall.results.terminal import print_table, progress_bar

@@ -25,7 +25,8 @@ from notall.choosing.space import Space, UnitKind
 from notall.experiments.compare import CalibratedObjective, Run, compare_criteria, write_comparison
 from notall.experiments.driver import Subject
 from notall.experiments.options import ModelOptions
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.results.terminal import progress_bar
 
 BLOCKS = 30

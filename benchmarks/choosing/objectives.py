@@ -24,7 +24,8 @@ from notall.choosing.objective import Objective, kl, mix, nll
 from notall.choosing.space import Space, UnitKind
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.results.facts import Quality
 from notall.results.table import Column, number, table, with_error, words
 from notall.results.terminal import print_table

@@ -21,7 +21,8 @@ from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
 from notall.choosing.space import Space, UnitKind
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.results.facts import Quality
 from notall.results.table import Column, number, table, with_error, words
 from notall.results.terminal import print_table

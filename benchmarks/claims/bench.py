@@ -27,7 +27,8 @@ from notall.choosing.space import plan_of
 from notall.files import Settings
 from notall.measuring.acceptance import write_texts
 from notall.measuring.quality import measure_similarity, score
-from notall.models.texts import Text, read_text, token_batches
+from notall.models.texts import Text, read_text
+from notall.models.windows import token_batches
 from notall.progress import silent
 from notall.repairing.refitting import Repair
 from notall.repairing.streams import DenseStream

@@ -42,7 +42,8 @@ from notall.measuring.quality import score
 from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.measuring.statistics import mean_and_error
 from notall.models.gguf_file import read_gguf, write_gguf
-from notall.models.texts import Text, read_text, token_batches
+from notall.models.texts import Text, read_text
+from notall.models.windows import token_batches
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, size, table, with_error, with_quartiles, words
 from notall.results.terminal import print_table

@@ -25,7 +25,8 @@ import notall
 from notall.measuring.speed import speedup
 from notall.models.loading import load
 from notall.models.names import named_gguf
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.running.repaired import RepairedPlan
 
 CONTEXT = 512

@@ -24,7 +24,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from notall.models.texts import token_batches
+from notall.models.windows import token_batches
 
 LENGTH = 512  # tokens of a window
 # 64 divides the widths of the default model, which 128 does not.

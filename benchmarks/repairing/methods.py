@@ -30,7 +30,8 @@ from inputs import load_asked, options_of
 
 from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
-from notall.models.texts import Text, read_text, token_batches, windows_in
+from notall.models.texts import Text, read_text, windows_in
+from notall.models.windows import token_batches
 from notall.repairing.methods import METHODS, kept_repair
 from notall.results import lines
 from notall.results.facts import DELTA_NLL, KL, TOP1, Quality

@@ -29,7 +29,8 @@ from notall.choosing.space import plan_of
 from notall.engines import engine_named
 from notall.engines.worker import call
 from notall.measuring.speed import cores
-from notall.models.texts import read_text, token_batches
+from notall.models.texts import read_text
+from notall.models.windows import token_batches
 from notall.results.table import Column, number, table, words
 from notall.results.terminal import print_table
 from notall.running.repaired import RepairedPlan

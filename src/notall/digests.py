@@ -37,7 +37,8 @@ def digest_of_file(path: Path) -> str:
     state = path.stat()
     # The time of modification can be set, and rsync and cp -p do so; inode and time of change cannot.
     same = (path.resolve(), state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino, state.st_ctime_ns)
-    note = cache_folder() / "sha256" / "{0:.2}/{0}".format(digest_of([":".join(map(str, same))]))  # folders stay small
+    name = digest_of([":".join(map(str, same))])
+    note = cache_folder("sha256", name[:2]) / name  # folders stay small
     with contextlib.suppress(OSError, ValueError):
         if twice := re.fullmatch(r"([0-9a-f]{64})\1", contents(note).decode()):
             return twice[1]

@@ -10,8 +10,9 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -99,22 +100,57 @@ def refuse_adapter(spec: str | Path, found: object) -> None:
         raise UsageError(f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER}): {fix}")
 
 
-def cache_folder() -> Path:
-    """`$NOTALL_CACHE` or `~/.cache/notall`, made if absent. Raises UsageError where it can't be."""
+def cache_folder(*parts: str) -> Path:
+    """`$NOTALL_CACHE` or `~/.cache/notall`, made for its owner alone if absent, or a folder in it, absent or not.
+
+    Raises `UsageError` where it can't be made, and where others can write what is read from it.
+    """
     try:
         folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
+        for one in (folder, *(folder.joinpath(*parts[:count]) for count in range(1, len(parts) + 1))):
+            if one.exists():
+                _refuse_open(one)
     except RuntimeError:
         raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
     except OSError as error:
         raise unwritable(folder, error) from error
-    return folder
+    return folder.joinpath(*parts)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those that it is in, for their owner alone; those that are there stay as they are."""
+    if not folder.is_dir():
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _refuse_open(folder: Path) -> None:
+    """Raise `UsageError` for a folder of the cache that others can write; a group of its owner alone is nobody else."""
+    state = folder.stat()
+    is_open = state.st_mode & stat.S_IWOTH
+    if state.st_mode & stat.S_IWGRP:
+        is_open = is_open or not _is_private_group(state.st_uid, state.st_gid)
+    if is_open and os.name == "posix":
+        fix = "take that right away (chmod go-w), or set NOTALL_CACHE to another"
+        raise UsageError(f"others can write to the cache folder {shortened(folder)}: {fix}")
+
+
+def _is_private_group(user: int, group: int) -> bool:
+    """Whether a group is a user's own, by the custom of systems that make one of the same name for each user."""
+    with contextlib.suppress(ImportError, KeyError):
+        import grp
+        import pwd
+
+        found, name = grp.getgrgid(group), pwd.getpwuid(user).pw_name
+        return found.gr_name == name and not {*found.gr_mem} - {name}
+    return False
 
 
 def keep(path: Path, content: str | bytes) -> None:
     """Write a file of the cache; where it can't be, only the next run is slower."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_whole(path, content)
 
 
@@ -122,7 +158,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: what is there already, a link too, is replaced, or stays."""
     with beside(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
+        take_name(partial, path)
+
+
+def take_name(partial: Path, path: Path) -> None:
+    """Rename a file that is finished; it is on disk before it has its name, so that no power cut leaves a part."""
+    with partial.open("r+b") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    with contextlib.suppress(OSError):  # some systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -134,21 +183,30 @@ def writing(what: object, fix: str = "make room or give access, or choose anothe
         raise UsageError(f"cannot write {what}: {error.strerror}; {fix}") from None
 
 
+# Of what is being written: its name, where processes have their numbers, the process, and a random word.
+PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<process>[0-9]{1,9})\.[0-9a-f]{6}", re.DOTALL)
+
+
+def is_partial(path: Path, names: Container[str]) -> bool:
+    """Whether a path is what `beside` called a file or folder of one of these names while it was written."""
+    match = PARTIAL.fullmatch(path.name)
+    return match is not None and match["name"] in names
+
+
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name for what is to become `path`, a file or a folder; what is left of it goes, as does that of killed runs."""
     from psutil import pid_exists  # not for a help
 
-    ours = f".{path.name}.{_numbering()}."
-    for left in path.parent.glob(f"{glob.escape(ours)}*"):
-        process = left.name.removeprefix(ours).partition(".")[0]
-        if process.isdecimal() and not pid_exists(int(process)):
-            _remove(left)
-    partial = path.with_name(f"{ours}{os.getpid()}.{secrets.token_hex(3)}")
+    for left in path.parent.glob(f"{glob.escape(f'.{path.name}.{_numbering()}.')}*"):
+        process = PARTIAL.fullmatch(left.name)
+        if process and not pid_exists(int(process["process"])):
+            remove(left)
+    partial = path.with_name(f".{path.name}.{_numbering()}.{os.getpid()}.{secrets.token_hex(3)}")
     try:
         yield partial
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @cache
@@ -160,7 +218,8 @@ def _numbering() -> str:
     return f"{crc32((platform.node() + space).encode()):08x}"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as the system lets us."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from .errors import UsageError
+from .progress import ALONE, reading, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +38,40 @@ def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:
 
 option = _as_field(Option)  # of a dataclass a field with this default, whose `Option` is made of what follows
 
-DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
+
+class Asked(NamedTuple):
+    """An option of a command: its field, its flag ("" of an argument), and its value (None of a flag alone)."""
+
+    name: str
+    flag: str
+    value: str | None
+
+    @property
+    def words(self) -> list[str]:
+        """As it is typed."""
+        if self.value is None:
+            return [self.flag]
+        if self.flag and self.value.startswith("-"):
+            return [f"{self.flag}={self.value}"]
+        return [self.flag, self.value] if self.flag else [self.value]
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether it is an argument that would be read as a flag."""
+        return not self.flag and str(self.value).startswith("-")
+
+
 Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
 Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
 OutFolder = Annotated[Path, Option("folder for the results", ("--out", "-o"))]
 KeepIn = Annotated[Path | None, Option("keep the results in this folder, for `notall report`", ("--out", "-o"), "DIR")]
+
+
+def check_sizes(sequences: int, length: int = 2, batch_size: int = 1) -> None:
+    """Raise `UsageError` for numbers that make no batch."""
+    if sequences < 1 or length < 2 or batch_size < 1:
+        told = f"sequences is {sequences}, length {length}, batch {batch_size}"
+        raise UsageError(f"{told}: give at least 1, 2 and 1")
 
 
 @dataclass(frozen=True)
@@ -65,8 +95,9 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """How long all rounds of one model take, the first one included: about as many tokens that are prefilled."""
-        return (self.rounds + 1) * self.concurrency * (self.prompt_tokens + DECODED_TOKEN * self.generation_tokens)
+        """How long all rounds of one model take, the first one included, in tokens that are read."""
+        each = reading(self.prompt_tokens) + writing(self.generation_tokens)
+        return round(ALONE * (self.rounds + 1) * self.concurrency * each)
 
     def check(self, model: "PreTrainedModel") -> None:
         """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""

@@ -24,7 +24,9 @@ Kind = Literal["attention", "mlp"]
 Skippable = Literal["attention", "mlp", "block"]
 Phase = Literal["all", "prefill"]  # for which tokens something is skipped: every one, or a prompt's alone
 KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
+SET_NAMES = KIND_NAMES | {"portable": "portable sublayer"}  # of what a set is made of; a kind of mixer by its own
 
+IN_BOTH = "a block is named in both"
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_TOKENS = 1 << 31  # of a prompt
 MOST_BYTES = 1 << 20  # of a plan file
@@ -83,15 +85,15 @@ class Layers(BaseModel, frozen=True, extra="forbid"):
         return "; ".join(f"{kind} {in_ranges(layers)}" for kind, layers in parts.items() if layers) or "nothing"
 
     def in_words(self, among: Mapping[str, int] | None = None) -> str:
-        """Such as `3 blocks`, `1 attention and 4 MLPs`, or `nothing`; `among` what it has: `1 of 30 attentions`."""
-        if self.attention and self.attention == self.mlp and not among:
-            return several(len(self.mlp), "block")
+        """Such as `3 blocks`, `1 attention and 4 MLPs`, or `nothing`; `among`, all of each kind: `3 of 24 blocks`."""
         skipped = {"attention": len(self.attention), "mlp": len(self.mlp)}
-        parts = [
-            f"{count} of {several(among[kind], KIND_NAMES[kind])}" if among else several(count, KIND_NAMES[kind])
-            for kind, count in skipped.items()
-            if count
-        ]
+        if self.attention == self.mlp:
+            skipped = {"block": len(self.blocks)}
+
+        def counted(kind: str, count: int) -> str:
+            return f"{count} of {several_of(kind, among[kind])}" if among else several_of(kind, count)
+
+        parts = [counted(kind, count) for kind, count in skipped.items() if count]
         return " and ".join(parts) or "nothing"
 
 
@@ -282,7 +284,8 @@ class Plan(Layers, frozen=True, extra="forbid"):
         except ValueError as error:
             raise UsageError(f"{where} is no plan: not valid JSON ({shortened(error)}); write it again") from None
         if not isinstance(fields, dict) or not {"attention", "mlp", "prefill"} & fields.keys():
-            raise UsageError(f'{where} is no plan: expected {{"attention": [...], "mlp": [...]}}')
+            expected = '{"attention": [...], "mlp": [...]}'
+            raise UsageError(f"{where} is no plan: expected {expected}; {IN_BOTH}")
         try:
             return cls(**fields)
         except UsageError as error:
@@ -292,7 +295,7 @@ class Plan(Layers, frozen=True, extra="forbid"):
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
             told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
-            fix = "make a plan for this model, or delete its fingerprint line if you are sure"
+            fix = "make a plan for this model, or copy this one without its fingerprint if you are sure"
             raise UsageError(f"{told}; {fix}")
         self.check_depth(len(structure.blocks))
         for part in (self, self.prefill):
@@ -340,16 +343,22 @@ def _first(error: ValidationError, kind: type[Layers]) -> str:
     problem = error.errors()[0]
     if problem["type"] == "extra_forbidden":
         has = [name for name in kind.model_fields if name not in ("fingerprint", "note")]
-        told = f"it has {', '.join(has)}, and no {shortened(problem['loc'][0])}"
-        return told + ("; a block is named in both" if kind is Plan else nearest(problem["loc"][0], has))
+        key = str(problem["loc"][0])
+        hint = f"; {IN_BOTH}" if "block" in key else nearest(key, has)
+        return f"it has {', '.join(has)}, and no {shortened(key)}{hint}"
     where = ".".join(shortened(part) for part in problem["loc"])
     said = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {said}" if where else said
 
 
-def several(count: int, name: str) -> str:
+def several(count: float, name: str) -> str:
     """`1 block`, `2 blocks`."""
     return f"{count:,} {name}" + ("s" if count != 1 else "")
+
+
+def several_of(kind: str, count: float) -> str:
+    """`1 block`, `2 MLPs`, `8 portable sublayers`, of a kind of sublayers, sets or mixers."""
+    return several(count, SET_NAMES.get(kind, kind))
 
 
 def in_ranges(indices: Iterable[int]) -> str:

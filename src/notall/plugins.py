@@ -5,16 +5,51 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.abc import PathEntryFinder
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+)
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import CodeType
 from typing import Any, TypeVar
 
 from .errors import UsageError, nearest, shortened
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Permitted:
+    """The functions that a record may run: of modules in `folder`, as their files were when it was written."""
+
+    folder: Path | None
+    sha256: Mapping[str, str]  # of the file of each module:function
+
+    def check(self, name: str) -> Path:
+        """The file of `module:function`, before it is imported. Raises `UsageError` for another than was recorded."""
+        if self.folder is None:
+            fix = "read its file, and give the folder that it is in (--functions DIR)"
+            raise UsageError(f"a record does not run functions, and this one names {shortened(name)}: {fix}")
+        file = _file_in(self.folder, name.partition(":")[0])
+        if file is None:
+            raise UsageError(f"{shortened(self.folder)} has no module of {shortened(name)}: give another --functions")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256.get(name):
+            fix = "give the folder with the file as it was (--functions DIR)"
+            raise UsageError(f"{shortened(file)} is not the file that {shortened(name)} was recorded with: {fix}")
+        return file
+
+
+PERMITTED = ContextVar[Permitted | None]("to functions that a record names; None: the user names them", default=None)
 
 
 def installed_names(group: str) -> list[str]:
@@ -46,18 +81,80 @@ def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, b
 
 
 def find(name: str, group: str) -> Any | None:
-    """What an entry point of `group` or `module:function`, which is run, names; None for other names."""
+    """What an entry point of `group` or `module:function`, which is run, names; None for other names.
+
+    Raises `UsageError` for what is not there, for a module that fails, and for what a record may not run.
+    """
     for point in entry_points(group=group):
         if point.name == name:
             of = f" of {point.dist.name}" if point.dist else ""
             return _loaded(point.value, f"{shortened(name)} ({shortened(point.value)}{of})")
-    return _loaded(name, shortened(name)) if ":" in name else None
+    if ":" not in name:
+        return None
+    permitted = PERMITTED.get()
+    file = permitted.check(name) if permitted else None
+    with importing_from(permitted.folder if permitted and permitted.folder else Path.cwd()):
+        found = _loaded(name, shortened(name))
+    if file and _source_file(name) != file.resolve():
+        raise UsageError(f"{shortened(name)} is of another module than {shortened(file)}: rename that file")
+    _NAMED.add(name)
+    return found
+
+
+_NAMED = set[str]()  # each module:function that was found
 
 
 def source_of(name: str) -> dict[str, str]:
     """For a provenance: a hash of the file of `module:function`, which may change, once it is imported."""
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) if ":" in name else None
-    return {"function_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+    file = _source_file(name)
+    return {"function_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+
+
+def functions_in(words: Sequence[str]) -> dict[str, str]:
+    """Each `module:function` that words of a command name, once it is imported, with the SHA-256 of its file."""
+    named = (name for name in sorted(_NAMED) if any(word.endswith(name) for word in words))
+    return {name: sha256 for name in named for sha256 in source_of(name).values()}
+
+
+@contextmanager
+def importing_from(folder: Path) -> Iterator[None]:
+    """Inside, Python looks for modules in a folder, too, behind all else: one called datasets hides no library.
+
+    Its files run as they are written: no bytecode beside them is read, which may be of something else.
+    """
+    here, is_new = str(folder.absolute()), str(folder.absolute()) not in sys.path
+    finder = FileFinder.path_hook((_AsWritten, SOURCE_SUFFIXES), (ExtensionFileLoader, EXTENSION_SUFFIXES))
+
+    def hook(path: str) -> PathEntryFinder:
+        if not Path(path).is_relative_to(here):
+            raise ImportError
+        return finder(path)
+
+    _forget_finders(here)
+    sys.path_hooks.insert(0, hook)
+    if is_new:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path_hooks.remove(hook)
+        if is_new and here in sys.path:
+            sys.path.remove(here)
+        _forget_finders(here)
+
+
+def _forget_finders(folder: str) -> None:
+    """Have Python ask its hooks again how a folder, and those in it, are read."""
+    for path in [*sys.path_importer_cache]:
+        if Path(path).is_relative_to(folder):
+            del sys.path_importer_cache[path]
+
+
+class _AsWritten(SourceFileLoader):
+    """Runs the source of a module, and neither reads nor writes its bytecode."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 @contextmanager
@@ -84,14 +181,24 @@ def first_line(function: object) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
 
 
+def _file_in(folder: Path, module: str) -> Path | None:
+    """The source of a module that a folder holds; nothing is imported."""
+    place = folder.joinpath(*module.split("."))
+    return next(filter(Path.is_file, (place / "__init__.py", place.with_name(f"{place.name}.py"))), None)
+
+
+def _source_file(name: str) -> Path | None:
+    """The file of `module:function`, once it is imported."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) if ":" in name else None
+    return Path(file).resolve() if file else None
+
+
 def _loaded(value: str, told: str) -> Any:
     """What stands behind `module:function`."""
     found = EntryPoint.pattern.fullmatch(value)
     if not found or not found["attr"]:
         raise UsageError(f"{told} names nothing: write module:function, such as mine:score_size")
-    module, here = found["module"], os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)  # behind all else: a folder called datasets hides no library
+    module = found["module"]
     try:
         holder: Any = import_module(module)
     except (Exception, SystemExit) as error:  # their code may raise anything, and exit

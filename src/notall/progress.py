@@ -1,10 +1,26 @@
-"""How long-running work reports progress: `progress(done, total, doing)`, in steps of its own."""
+"""How long-running work reports progress: `progress(done, total, doing)`, in steps of its own; and what a step is.
+
+Work of several kinds is told as one count: its steps are tokens that one model reads in a batch.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 Progress = Callable[[float, float, str], None]
 Item = TypeVar("Item")
+DECODED_TOKEN = 20  # what a token takes that is generated, in tokens that are read
+ALONE = 2  # what a token of one sequence takes, in tokens of a batch
+SHARING = 5  # plans that read a text in the time of one, about: they have their first sublayers in common
+
+
+def reading(tokens: float, plans: int = 1) -> float:
+    """What a text of so many tokens takes that `plans` read together."""
+    return tokens * max(1.0, plans / SHARING)
+
+
+def writing(tokens: float, plans: int = 1) -> float:
+    """What so many tokens take that each of `plans` generates on its own."""
+    return tokens * plans * DECODED_TOKEN
 
 
 def silent(done: float, total: float, doing: str) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect, nearest, shortened
-from ..plan import Plan
+from ..plan import Plan, several_of
 from ..running.skipping import footprint
 from .space import Skipped, Space, Unit, names_in
 
@@ -65,7 +65,7 @@ def by_count(space: Space, count: float) -> Budget:
     if space.by_pairs and whole % 2:
         raise UsageError(f"a portable set has an even number of sublayers: give {whole - 1} or {whole + 1}")
     saves = {name: 1 / len(unit) for unit in space.units for name in unit}
-    return _possible(space, Budget(saves, whole, f"{shortened(whole)} {space}"))
+    return _possible(space, Budget(saves, whole, shortened(several_of(str(space), whole))))
 
 
 def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amount: float) -> Budget:

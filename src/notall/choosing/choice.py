@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import UsageError, expect
 from ..measuring.quality import evaluate
 from ..models.texts import all_checked, checked
+from ..models.windows import refuse_overlap
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
@@ -104,8 +105,9 @@ def choose_plan(
     to which it was not fitted. A folder `out` keeps evaluations, and the same call with the same `provenance` resumes.
     The search ends after `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed,
     and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves most within the limit
-    (`missed`). With `recovering` it is the one that keeps enough. Raises `UsageError` for a folder that holds other
-    work or is in use, a criterion that fails or does not suit the space, and a budget that cannot be met.
+    (`missed`). With `recovering` it is the one that keeps enough. The windows `held_out` measure it in the end. Raises
+    `UsageError` for a folder that holds other work or is in use, a criterion that fails or does not suit the space, a
+    budget that cannot be met, and held-out windows that overlap those that the plan is chosen by.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -113,6 +115,7 @@ def choose_plan(
     way, batches, held_out = criterion_of(criterion), all_checked(batches, model), [*checked(held_out, model)]
     objective = kl(batches) if objective is None else objective
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
+    refuse_overlap(held_out, [*batches, *objective.windows], "the plan is chosen by")
     folder = None if out is None else Path(out)
     with working_in(folder, "search"):
         make = partial(AfterRepair, model, batches) if after_repair else partial(Evaluator, model, objective)

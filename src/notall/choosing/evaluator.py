@@ -200,6 +200,7 @@ class AfterRepair(Evaluator):
         folder: Path | None = None,
         settings: Provenance | Mapping[str, object] | None = None,
     ) -> None:
+        locate(base_model(model)).refuse_stubs("a repair")
         if sum(len(batch) for batch in batches) < 4:
             raise UsageError("a search for what is best after a repair takes four sequences or more; give more text")
         about = Provenance.of(settings or {}, after="a cheap repair")

@@ -17,7 +17,7 @@ from ..digests import digest_of_json
 from ..errors import UsageError, expect
 from ..files import Settings, cache_folder, contents, keep, read_json
 from ..integrity import sealed, unsealed
-from ..measuring.speed import compare, machine, speedup
+from ..measuring.speed import compare, devices_of, machine, speedup
 from ..options import Workload
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
@@ -65,8 +65,9 @@ def measure_times(
     """
     structure = locate(model)
     about: dict[str, object] = {"fingerprint": structure.fingerprint, "dtype": str(model.dtype), **asdict(workload)}
-    about |= {"machine": machine(model.device), "attention": text_config(model)._attn_implementation}
-    path = cache_folder() / "times" / f"{digest_of_json(about)[:24]}.json"
+    about["machine"] = machine(*devices_of(model))
+    about["attention"] = text_config(model)._attn_implementation
+    path = cache_folder("times") / f"{digest_of_json(about)[:24]}.json"
     known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
     if known:
         (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]

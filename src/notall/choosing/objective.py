@@ -74,6 +74,12 @@ class Objective:
     def batches(self) -> tuple[Batch, ...]:
         return tuple(batch for term in self.terms for batch in term.batches)
 
+    @property
+    def windows(self) -> list[Tensor]:
+        """Token ids, (batch, tokens) each, of the text that it is a loss on."""
+        terms = (term for term in self.terms if term.name in ("nll", "kl"))
+        return [batch.inputs["input_ids"] for term in terms for batch in term.batches]
+
     def _numbered(self) -> Iterator[tuple[Term, range]]:
         start = 0
         for term in self.terms:
@@ -211,8 +217,12 @@ def retrieval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight
 def _by_means(name: str, model: PreTrainedModel, rows: Sequence[Answered], weight: float) -> Objective:
     """The mean KL over the tokens behind each context."""
     parts = _together(rows, lambda pair: len(pair[0]) + len(pair[1]))
-    means = [_answered(part, model.device, lambda nats: torch.stack([one.mean() for one in nats])) for part in parts]
-    return Objective((Term(name, tuple(means), weight),))
+    batches = [_answered(part, _means) for part in parts]
+    return Objective((Term(name, tuple(batches), weight),))
+
+
+def _means(answers: Sequence[Tensor]) -> Tensor:
+    return torch.stack([nats.mean() for nats in answers])
 
 
 def task(
@@ -241,7 +251,8 @@ def task(
     batches = []
     for part in _together(questions, lambda one: len(one[0]) * max(len(a) + len(b) for a, b in one[0])):
         margins = _margins([(len(pairs), gold) for pairs, gold in part])
-        batches.append(_answered([pair for pairs, _ in part for pair in pairs], model.device, margins, by_nll=True))
+        rows = [pair for pairs, _ in part for pair in pairs]
+        batches.append(_answered(rows, margins, by_nll=True))
     return Objective((Term(f"task:{name}", tuple(batches), weight),))
 
 
@@ -278,7 +289,9 @@ def _margins(questions: Sequence[tuple[int, int]]) -> Callable[[Sequence[Tensor]
 
 
 def _answered(
-    rows: Sequence[Answered], device: torch.device, items: Callable[[Sequence[Tensor]], Tensor], by_nll: bool = False
+    rows: Sequence[Answered],
+    items: Callable[[Sequence[Tensor]], Tensor],
+    by_nll: bool = False,
 ) -> Batch:
     """Contexts and answers, padded on the right; `items` is given the losses of each answer's tokens."""
     sequences = [torch.tensor(context + answer) for context, answer in rows]
@@ -287,8 +300,8 @@ def _answered(
     spans = [range(len(context) - 1, len(context) + len(answer) - 1) for context, answer in rows]
     places, lengths = [(row, column) for row, span in enumerate(spans) for column in span], [*map(len, spans)]
     targets = torch.tensor([token for _, answer in rows for token in answer]) if by_nll else None
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     rows_of, columns = torch.tensor(places).unbind(1)
+    inputs = {"input_ids": ids, "attention_mask": mask}
     return Batch(inputs, rows_of, columns, lambda values: items(values.split(lengths)), targets)
 
 

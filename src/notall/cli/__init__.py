@@ -13,14 +13,9 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NoReturn
 
-import typer
-
 from ..errors import EXTRAS, UsageError, nearest, print_in_any_encoding, printable, shortened
 from ..files import FULL
-from .app import Interrupted, app
-
-# What Typer raises over words that it cannot read; its releases keep the class in different places.
-MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
+from .app import MISTYPED, Interrupted, app
 
 # What libraries log over their own installation as they are imported, no news to who runs a command: loggers, and
 # words of the lines of each that are dropped. transformers imports torchao wherever it is installed.

@@ -9,6 +9,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
+from ..errors import UsageError, shortened
+from ..options import Asked
 from .spread import spread
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ COMMANDS = {
     "export": (TAKE, "export", "Write the model without what the plan skips, as files that engines load."),
 }
 
+# What Typer raises over words that it cannot read; its releases keep the class in different places.
+MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
 MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for, or recorded
 WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
 
@@ -109,6 +113,28 @@ app = typer.Typer(
     "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
 )
 _LOADED: dict[str, typer.Typer] = {}  # by the names of COMMANDS, once their files are imported
+
+
+def options_in(words: Sequence[str]) -> list[Asked]:
+    """What the words of a command ask for, as its own parser reads them. Raises `UsageError` where it cannot."""
+    name, *rest = words
+    parsed = Listed(name).loaded()
+    context = parsed.context_class(parsed, info_name=name)
+    try:
+        values, others, order = parsed.make_parser(context).parse_args([*rest])
+    except MISTYPED as error:
+        raise UsageError(shortened(error.format_message(), 200)) from None  # type: ignore[attr-defined]
+    if others:
+        raise UsageError(f"notall {name} takes no {shortened(others[0])}")
+    found = list[Asked]()
+    for one in dict.fromkeys(order):
+        is_argument = one.param_type_name == "argument"
+        for value in values[one.name] if isinstance(values[one.name], list) else [values[one.name]]:
+            if isinstance(value, str):
+                found.append(Asked(one.name, "" if is_argument else one.opts[0], value))
+            elif not is_argument:  # an absent one has no value, and a flag the one that it stands for
+                found.append(Asked(one.name, one.opts[0], None))
+    return sorted(found, key=lambda one: one.flag != "")
 
 
 def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -14,15 +14,16 @@ from ..experiments.options import (
     KeepLast,
     ModelOptions,
     PlanOptions,
+    Split,
     TaskOptions,
+    refuse_judging,
 )
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
-from ..files import Settings
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
-from ..plan import Phase, Plan
+from ..plan import Phase, Plan, several
 from ..results.facts import FOOTPRINT, Footprint
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
@@ -50,14 +51,17 @@ def compare(
     check_folder(out, "compare")
     text.check()
     choice = tasks.check(objectives=how.check())
+    refuse_judging(choice, [text.text], how.prompts if any("answers" in one for one in how.objective) else None)
     net, tokenizer = model.load()
-    batches, held_out, described = text.both(net, tokenizer, seed=run.seed)
-    about = model.provenance(net, **described)
     timed = workload if workload.rounds else None
+    runs = how.runs(net)
+    comparing.check_runs(net, runs, timed)
+    split = text.split(net, tokenizer, seed=run.seed)
+    batches, about = split.calibration, model.provenance(net, **split.described)
     with progress_bar() as progress:
         records = comparing.compare_criteria(
-            Subject(net, tokenizer, held_out, out, about, run.seed),
-            how.runs(net),
+            Subject(net, tokenizer, split.evaluation, out, about, run.seed),
+            runs,
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
             workload=timed,
@@ -66,22 +70,23 @@ def compare(
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
-    comparing.write_comparison(records, out, title, _made(about, described, timed))
-    tables = {"comparison": table(f"{len(records)} choices in {out}", comparing.columns_of(records), records)}
+    comparing.write_comparison(records, out, title, _made(about, split, timed))
+    tables = {
+        "comparison": table(f"{several(len(records), 'choice')} in {out}", comparing.columns_of(records), records)
+    }
     where = f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}."
     once = [comparing.TIMED_ONCE] if comparing.timed_once(records) else []
     show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
 
 
-def _made(about: Provenance, described: Settings, timed: Workload | None) -> str:
-    held_out = str(described.get("held_out"))
-    others = f"as many of {Path(held_out).name}" if "held_out_sha256" in described else "as many other ones"
-    made = f"Chosen by {windows_in_words(described)}, measured on {others}, in {about.what['dtype']}."
+def _made(about: Provenance, split: Split, timed: Workload | None) -> str:
+    others = "as many other ones" if split.is_same else f"as many of {split.held_out.text.name}"
+    made = f"Chosen by {windows_in_words(split.described)}, measured on {others}, in {about.what['dtype']}."
     if timed is None:
         return made
     place = place_of(about.where["machine"], versions=False)
-    asked = f"{timed.prompt_tokens} prompt tokens and {timed.generation_tokens} new ones, {timed.rounds} rounds"
-    return f"{made} Times of {asked}, on {place}."
+    asked = f"{several(timed.prompt_tokens, 'prompt token')} and {timed.generation_tokens} generated"
+    return f"{made} Times of {asked}, {several(timed.rounds, 'round')}, on {place}."
 
 
 EXACT = "No answer reads what this leaves out of the prompt: it changes nothing but the time to the first token."

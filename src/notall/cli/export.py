@@ -3,15 +3,17 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from ..experiments.evaluate import warn_if_worse
-from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan
+from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan, refuse_judging
 from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
+from ..experiments.search import uses_of
+from ..experiments.used import Use, windows_of
 from ..experiments.verdict import Verdict
 from ..exporters import Source, check_export, export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
@@ -63,11 +65,13 @@ def export(
         TextOptions(text=measure).check()
     how: Settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.own_dtype}
     choice = tasks.check()
+    refuse_judging(choice, repair.sources if repair else ())
     if repair or measure or choice:
         check_export(Source(model.model, **how), wanted, to, out)
     with progress_bar() as progress:
-        wanted, measured = _repaired(model, wanted, repair, kept, progress)
-        card, verdict = _measured(model, wanted, measure, choice, progress) if measure or choice else (None, None)
+        wanted, measured = _repaired(model, plan, wanted, repair, kept, progress)
+        used = uses_of(wanted, plan)
+        card, verdict = _measured(model, wanted, measure, used, choice, progress) if measure or choice else (None, None)
         how |= {"measured": card, "verify": verify, "progress": progress}
         export_model(model.model, wanted, to, out, **how)
     files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
@@ -90,7 +94,7 @@ def export(
 
 
 def _repaired(
-    model: ModelOptions, plan: Plan, repair: RepairOptions, kept: Path, progress: Progress
+    model: ModelOptions, path: Path, plan: Plan, repair: RepairOptions, kept: Path, progress: Progress
 ) -> tuple[Plan, list[MeasuredRecord]]:
     """The plan after a repair, which is in the folder `kept`, and what it costs before and after; none without one."""
     from ..repairing.texts import measure
@@ -99,8 +103,10 @@ def _repaired(
         return plan, []
     net, tokenizer = replace(model, dtype="auto").load()
     settings = model.provenance(net)
-    repaired, windows = repair.apply(net, tokenizer, plan, kept, settings, progress)
-    others = {name: rows[:8] for name, rows in windows.items()}
+    used = windows_of(uses_of(plan, path), net, tokenizer, repair.sources)
+    texts = repair.texts(net, tokenizer, progress, used=used)
+    repaired = repair.apply(net, plan, texts, kept, settings, progress)
+    others = {name: rows[:8] for name, rows in texts.other.items()}
     plans: dict[State, Plan] = {"skipped": plan, "repaired": repaired}
     return repaired, measure(net, plans, others, kept, settings, progress)
 
@@ -129,9 +135,12 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
 
 
 def _measured(
-    model: ModelOptions, plan: Plan, text: str | None, tasks: TaskChoice, progress: Progress
+    model: ModelOptions, plan: Plan, text: str | None, used: Sequence[Use], tasks: TaskChoice, progress: Progress
 ) -> tuple[Mapping[str, str], Verdict]:
-    """What the plan costs on 8 windows of 256 tokens of a text, and on tasks: for the model card, and in words."""
+    """What the plan costs on 8 windows of 256 tokens of a text, none of them `used` to make it, and on tasks.
+
+    For the model card, and in words.
+    """
     from ..measuring.quality import evaluate
     from ..structure.model_structure import positions_of
 
@@ -139,8 +148,8 @@ def _measured(
     plans: dict[State, Plan] = {"skipped": plan.unrepaired, plan.state: plan}
     card, quality, named = dict[str, str](), None, ""
     if text:
-        length = int(min(256, positions_of(net)))
-        batches, described = TextOptions(text, 8, length).windows(net, tokenizer)
+        length, apart = int(min(256, positions_of(net))), windows_of(used, net, tokenizer, [text])
+        batches, described = TextOptions(text, 8, length).windows(net, tokenizer, apart=apart)
         dense, *unrepaired, quality = evaluate(net, [Plan(), *plans.values()], batches)
         named = described["text"]
         card |= {

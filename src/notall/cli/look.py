@@ -129,6 +129,7 @@ def generate(
     from ..running.generating import Streamer, generate_text
 
     plan.check(needed=beside, model=model.model)
+    model.check_plan(plan.named)
     net, tokenizer = model.load()
     write_text = partial(generate_text, net, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
     write_text = partial(write_text, temperature=temperature, chat=chat, seed=seed)

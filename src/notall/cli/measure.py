@@ -24,7 +24,8 @@ from ..experiments.folder import check_folder
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import NONE, RepairOptions
-from ..experiments.search import warn_of_own_text
+from ..experiments.search import uses_of
+from ..experiments.used import windows_of
 from ..experiments.verdict import Verdict, next_command
 from ..models.names import model_in_words
 from ..options import Json, KeepIn, Option, OutFolder, RunOptions, Workload
@@ -35,7 +36,7 @@ from ..results.ledger import read
 from ..results.provenance import windows_in_words
 from ..results.table import table
 from ..results.terminal import next_report, progress_bar, show
-from .app import MISSED, app, command, conclude
+from .app import MISSED, app, command, conclude, options_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,21 +71,25 @@ def evaluate(
     repair.check(kept)
     if diagnostics:
         need("scipy")
+    model.check_plan(plan.named)
     asked = tasks.check()
+    options.refuse_judging(asked, repair.sources if repair else ())
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
     prompt = prompt_tokens or (text.length // 2 if wanted.prefill else None)
     check_prompt([wanted], text.length, prompt)
-    batches, described = text.windows(net, tokenizer, seed=run.seed)
-    described |= {"prompt_tokens": prompt} if prompt else {}
-    windows = text.for_diagnostics(net, tokenizer, run.seed) if diagnostics else None
-    settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
+        apart = windows_of(uses_of(wanted, plan.plan), net, tokenizer, [text.text])
         if repair:
-            wanted, _ = repair.apply(net, tokenizer, wanted, kept, model.provenance(net), progress)
-        warn_of_own_text(wanted, described, plan.plan)
-        evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, progress, prompt)
+            texts = repair.texts(net, tokenizer, progress, seed=run.seed)
+            wanted = repair.apply(net, wanted, texts, kept, model.provenance(net), progress)
+            apart += texts.fitted
+        batches, described = text.windows(net, tokenizer, seed=run.seed, apart=apart)
+        described |= {"prompt_tokens": prompt} if prompt else {}
+        windows = text.for_diagnostics(net, tokenizer, run.seed, apart) if diagnostics else None
+        settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
+        evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, run.seed, progress, prompt)
         found = evaluation.run(batches)
     records = evaluation.records(found, batches, settings)
     behind = f", behind a prompt of {prompt:,} tokens" if prompt else ""
@@ -145,14 +150,16 @@ def draft(
     check_folder(out, "draft")
     text.check()
     plan.check(needed=True, model=model.model)
+    model.check_plan(plan.named)
     net, tokenizer = model.load()
     wanted = plan.of(net)
     read = options.TextOptions(text.text, text.sequences, how.prompt_tokens + how.generation_tokens, 1)
-    windows, described = read.windows(net, tokenizer, seed=run.seed)
+    apart = windows_of(uses_of(wanted, plan.plan), net, tokenizer, [text.text])
+    windows, described = read.windows(net, tokenizer, seed=run.seed, apart=apart)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=run.seed, progress=progress)
-    title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
+    title = f"{about.in_words}, skip {wanted}: {several(text.sequences, 'prompt')}; median of {how.rounds} [quartiles]"
     told = drafts.verdict(found)
     tables = {"drafts": table(title, drafts.COLUMNS, found.records)}
     show(tables, as_json=run.as_json, also={"verdict": told}, then=[told["said"]])
@@ -238,27 +245,30 @@ def pareto(
     in turn, and bytes. It repairs, then quantises. If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "pareto")
+    fronts.Written.of(out).check()
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
     if text.sequences < FEWEST:
         raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
         engine.of().check(spec)
+    text.check()
+    for one in given.values():
+        model.check_plan(one)
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(options.words_of(engine.types))
-    own, others, described = text.both(net, tokenizer, seed=run.seed)
-    windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
-    about = model.provenance(net, **described, seed=run.seed)
-    source = "held_out" if text.held_out else "text"
-    measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
+    used = [use for path, one in zip(plans.plan, given.values()) for use in uses_of(one, path)]
+    apart = windows_of(used, net, tokenizer, [text.held_out or text.text])
+    split = text.split(net, tokenizer, seed=run.seed, apart=apart)
+    windows = fronts.Windows.of(tokenizer, split.held_out.rows.tolist())
+    about = model.provenance(net, **split.described, seed=run.seed)
     with progress_bar() as progress:
         stages = Stages(progress, 8)
-        finding = fronts.Finding(net, plans.of(net), own, out / "plans", about, run.seed)
+        finding = fronts.Finding(net, plans.of(net), split.calibration, out / "plans", about, run.seed)
         wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
         for one in wanted.values():
             one.check(finding.space.structure)
-            warn_of_own_text(one, measured_on)
         variants = [*wanted.items()]
         if plans.repair != NONE:
             variants = finding.repaired(wanted, plans.repair, stages.stage(1))
@@ -272,8 +282,7 @@ def pareto(
         del net, finding  # what is measured needs its memory
         measured = engine.provenance(about, runs, workload, held_out_sequences=len(windows.tokens))
         records = fronts.measure_pareto(runs, subjects, types, workload, out, measured, progress=stages.stage(6))
-    on_what = measured_on["text"] if text.held_out else f"other windows of {measured_on['text']}"
-    title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
+    title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {split.measured_on}"
     fronts.write_pareto(records, out, title)
     said = fronts.sentence(records)
     where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
@@ -303,9 +312,8 @@ def tasks(
         from ..evaluation.tasks import TaskShelf
 
         found = TaskShelf(task_path).listed(word)
-    named = "1 name" if len(found) == 1 else f"{len(found):,} names"
     shots = "; shots as the leaderboard shows them" if any(one.num_fewshot for one in found) else ""
-    show({"tasks": table(f"{named} for --tasks{shots}", NAMED_TASKS, found)}, as_json=as_json)
+    show({"tasks": table(f"{several(len(found), 'name')} for --tasks{shots}", NAMED_TASKS, found)}, as_json=as_json)
 
 
 @command(example="notall report results -o report.html")
@@ -329,6 +337,10 @@ def reproduce(
         options.Words,
         Option("another word for one of the recorded command; repeat it for more", ("--replace",), "WORD=OTHER"),
     ] = (),
+    functions: Annotated[
+        Path | None,
+        Option("run the functions that the command names, of modules in this folder (default: none is run)", (), "DIR"),
+    ] = None,
     out: OutFolder = Path("reproduced"),
     as_json: Json = False,
 ) -> None:
@@ -337,7 +349,7 @@ def reproduce(
     The recorded command runs again. A model, text, plan or function that has changed is refused by its digest.
     Exit code 3 follows where a figure differs beyond the tolerance.
     """
-    found = again.reproduce(folder, row, swap, out, _run)
+    found = again.reproduce(folder, row, swap, out, again.CommandLine(options_in, _run), functions)
     told = again.conclusion(found, folder)
     shown = [one for one in found if one.agreement != "equal" or not one.row.startswith("similarity")]  # which are many
     tables = {"reproduced": replace(table(f"{folder}, made again in {out}", again.COLUMNS, shown), facts=tuple(found))}

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import UsageError
 from ..experiments import repair as repairs
 from ..experiments.folder import check_folder
-from ..experiments.options import ModelOptions, TaskChoice, read_plan
+from ..experiments.options import ModelOptions, TaskChoice, read_plan, refuse_judging
 from ..experiments.recovery import RecoveryOptions, judged, scores_table
 from ..experiments.repair import METHODS, REFIT, FitOptions
+from ..experiments.search import uses_of
 from ..experiments.verdict import Verdict, what_next
 from ..options import Option, RunOptions
 from ..plan import Plan
@@ -60,7 +61,7 @@ def repair(
     if offload:
         refuse_unwritable(offload)
     repairs.check_method(repair, offload)
-    asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length if minutes else None)
+    asked = _begun(model, plan, text, tasks, run.seed, training=bool(minutes))
     net, texts, plans = asked.net, asked.texts, dict[State, RepairedPlan]()
     with progress_bar() as progress:
         how = asked.settings, progress, offload
@@ -96,7 +97,7 @@ def heal(
 
     check_folder(out, "heal")
     config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
-    asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length)
+    asked = _begun(model, plan, text, tasks, run.seed, training=True)
     asked = replace(asked, settings=Provenance.of(asked.settings, sampled=True)) if text.sample else asked
     with progress_bar() as progress:
         fit, stop = asked.texts.together(text.batch_size), asked.texts.stop(text.batch_size)
@@ -139,17 +140,19 @@ class Asked:
 
 
 def _begun(
-    model: ModelOptions, path: Path | None, text: FitOptions, tasks: RecoveryOptions, seed: int, most: int | None = None
+    model: ModelOptions, path: Path | None, text: FitOptions, tasks: RecoveryOptions, seed: int, *, training: bool
 ) -> Asked:
-    """What a command is asked for, with at most so many windows of texts."""
+    """What a command is asked for; with windows to stop a training by, where there is one."""
     from ..structure.locating import locate
 
     if path is None:
         raise UsageError("give the plan with --plan: `notall search` or `notall plan` writes one")
     plan = read_plan(path)
     text.check()
+    model.check_plan(plan)
     choice = tasks.check()
+    refuse_judging(choice, text.text)
     net, tokenizer = model.load()
     plan.check(locate(net))
-    texts = text.draw(net, tokenizer, seed, most)
+    texts = text.draw(net, tokenizer, seed, uses_of(plan, path), training=training)
     return Asked(model.model, net, tokenizer, plan, texts, choice, model.provenance(net, **texts.described))

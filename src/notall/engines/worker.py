@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from time import sleep
 from typing import Any
 
 from ..errors import UsageError, shortened
+from ..plugins import importing_from
 from . import Engine
 
 
@@ -74,9 +76,9 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
     module, _, name = request["engine"].partition(":")
-    if find_spec(module.partition(".")[0]) is None:
-        sys.path.append(request["folder"])  # of an engine that was named in place, as module:Class
-    engine = getattr(import_module(module), name)(**request["settings"])
+    is_installed = find_spec(module.partition(".")[0]) is not None  # else it was named in place, as module:Class
+    with nullcontext() if is_installed else importing_from(Path(request["folder"])):
+        engine = getattr(import_module(module), name)(**request["settings"])
     try:
         answer = {"result": getattr(engine, request["method"])(**request["arguments"])}
     except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run

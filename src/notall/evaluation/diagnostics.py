@@ -10,11 +10,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..measuring.quality import check_prompt
-from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
+from ..measuring.statistics import (
+    jackknife_error,
+    mean_and_error,
+    recovery_interval,
+    sign_flip_p_value,
+    student_p_value,
+    too_few,
+)
 from ..measuring.token_scores import TokenScorer
 from ..models.retrieval import CONTEXTS, Episode, episode
-from ..plan import Plan
-from ..progress import Progress, silent
+from ..plan import Plan, several
+from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
 from ..running.replay import Replay, record
@@ -22,9 +29,10 @@ from ..running.skipping import skip
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
-KEYS = 5  # of passkeys, a length
+KEYS = 8  # of passkeys, a length: six that are lost can be told from chance
 PARTS = ("long texts", "passkey", "writing")
-WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
+WINDOWS, WINDOW_TOKENS = 8, 1024  # of text, that commands read: a test of signs takes six at least
+BEGINNING, NEW_TOKENS = 64, 64  # tokens of a window that are continued, and that continue it
 NGRAM = 4
 
 Known = tuple[float, float]  # a figure and its standard error
@@ -38,7 +46,7 @@ def run_diagnostics(
     *,
     parts: Sequence[str] = PARTS,
     contexts: Sequence[int] = CONTEXTS,
-    new_tokens: int = 64,
+    new_tokens: int = NEW_TOKENS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[list[Check]]:
@@ -54,10 +62,29 @@ def run_diagnostics(
         "writing": lambda: check_writing(model, plans, windows, new_tokens),
     }
     found: list[list[Check]] = []
-    for done, part in enumerate(parts):
-        progress(done, len(parts), f"{part}, {len(plans)} plans")
+    steps = steps_of(windows, len(plans) + 1, contexts=contexts, new_tokens=new_tokens)
+    stages = Stages(progress, sum(steps[part] for part in parts))
+    for part in parts:
+        stages.stage(steps[part])(0, 1, f"{part}, {several(len(plans), 'plan')}")
         found += checks[part]()
     return [list(of_plan) for of_plan in zip(*found)]
+
+
+def steps_of(
+    windows: Sequence[Tensor],
+    plans: int,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    new_tokens: int = NEW_TOKENS,
+) -> dict[str, float]:
+    """What each part takes so many plans, the original one among them, in tokens that are read."""
+    texts = sum(window.numel() for window in windows)
+    prompts = plans * reading(BEGINNING * len(windows))
+    return {
+        "long texts": reading(texts, plans),
+        "passkey": reading(KEYS * sum(contexts), plans),
+        "writing": prompts + writing(new_tokens, plans),  # all prompts at once
+    }
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence
     Where a plan skips in the prompt alone, the first half of each window is the prompt, and the rest is judged.
 
     Source of the latter: Guo et al. 2017, arXiv 1706.04599, equation 3, with 15 bins of equal width; its error by
-    leaving out one window at a time.
+    leaving out one window at a time, and its test Student's t with a degree of freedom less than windows.
     """
     by_prompt = any(plan.prefill for plan in plans)
     prompts = [window.shape[1] // 2 if by_prompt else 1 for window in windows]
@@ -101,7 +128,8 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence
         pairs = list(zip(some, dense))
         value = calibration_error(some), jackknife_error(calibration_error, some)
         delta = gained(pairs), jackknife_error(gained, pairs)
-        calibration.append(_check("calibration error", value, delta, False, normal_p_value(*delta)))
+        tested = student_p_value(*delta, len(pairs) - 1), too_few(len(pairs), len(pairs))
+        calibration.append(_check("calibration error", value, delta, False, tested))
     return [*found, calibration]
 
 
@@ -136,7 +164,7 @@ def check_passkey(
     *,
     seed: int = 0,
 ) -> list[list[Check]]:
-    """Whether greedy decoding repeats a number told far back in texts of about so many tokens: five a length."""
+    """Whether greedy decoding repeats a number told far back in texts of about so many tokens: `KEYS` a length."""
     found: list[list[Check]] = []
     for context in contexts:
         draw = random.Random(f"{seed} {context}")
@@ -162,7 +190,7 @@ def check_writing(
     Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
     a continuation that never leaves the original model's counts as leaving it behind its last token.
     """
-    prompts, ends = torch.cat([window[:, :64] for window in windows]), ends_of(model)
+    prompts, ends = torch.cat([window[:, :BEGINNING] for window in windows]), ends_of(model)
     texts = []
     for plan in (Plan(), *plans):
         with skip(model, plan):  # without the token that ends a text
@@ -185,16 +213,35 @@ def _checks(
 ) -> list[Check]:
     """From one column of values a plan, the dense one first."""
     dense, *rest = columns
+    items = len(dense)
+    few = too_few(round(sum(dense)) if right_or_wrong else items, items)  # what is wrong already gets no worse
     found = []
     for values in rest:
-        delta = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
-        p_value = mcnemar(values, dense) if right_or_wrong else normal_p_value(*delta)
-        kept = Recovery.of(recovery_interval(values, dense), len(values)) if higher_is_better else None
-        found.append(_check(name, mean_and_error(values), delta, higher_is_better, p_value, kept))
+        differences = [ours - theirs for ours, theirs in zip(values, dense)]
+        tested = sign_flip_p_value(differences), few
+        kept = Recovery.of(recovery_interval(values, dense), items) if higher_is_better else None
+        delta = mean_and_error(differences)
+        found.append(_check(name, mean_and_error(values), delta, higher_is_better, tested, kept))
     return found
 
 
-def _check(name: str, value: Known, delta: Known, better: bool | None, p: float, kept: Recovery | None = None) -> Check:
-    """`value`, and what it has more than the original model's; `better`: whether higher is."""
-    figures = dict(zip(("value", "value_se", "delta", "delta_se"), (*value, *delta)))
-    return Check(check=name, **figures, p_value=p, higher_is_better=better, recovery=kept)
+def _check(
+    name: str,
+    value: Known,
+    delta: Known,
+    better: bool | None,
+    tested: tuple[float, int | None],
+    kept: Recovery | None = None,
+) -> Check:
+    """`value`, and `delta`, what it has more than the original model's; `tested`: the p value, and `too_few`."""
+    return Check(
+        check=name,
+        value=value[0],
+        value_se=value[1],
+        delta=delta[0],
+        delta_se=delta[1],
+        p_value=tested[0],
+        too_few=tested[1],
+        higher_is_better=better,
+        recovery=kept,
+    )

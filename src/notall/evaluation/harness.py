@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,10 +22,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..digests import digest_of_json
 from ..errors import UsageError, raised_by, shortened
 from ..files import Settings
-from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
+from ..measuring.statistics import (
+    JACKKNIFED,
+    are_right_or_wrong,
+    jackknife_error,
+    mean_and_error,
+    recovery_interval,
+    sign_flip_p_value,
+    student_p_value,
+    too_few,
+)
 from ..models.load_errors import quiet
 from ..models.mix import origin
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
@@ -53,6 +63,8 @@ LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
 OWN = 32  # prompts that the original model answers at once
 CHATS = ("chat", "first_choices")  # our own kinds of requests
+# What a document calls the text that others ask about, too: questions on one passage are no independent items.
+PASSAGES = ("passage", "flores_passage", "paragraph", "article", "context", "story", "source_id")
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Sample:
     doc_id: int
     value: Any
     answers: tuple[Any, ...]  # (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a text
+    source: str = ""  # the passage that it is about, or all of it
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,9 @@ def run_tasks(
         lm = PlansLM(model, tokenizer, plans, folder, batch_size=batch_size, truncate=truncate, progress=progress)
         for job in jobs:
             lm.check(job)
-        stages = Stages(progress, sum(job.tokens for job in jobs))
-        told = [stages.stage(job.tokens) for job in jobs]
+        steps = [job.steps(len(lm.answers.distinct)) for job in jobs]
+        stages = Stages(progress, sum(steps))
+        told = [*map(stages.stage, steps)]
         return [result for job, lm.progress in zip(jobs, told) for result in evaluate_job(lm, job)]
 
 
@@ -140,6 +154,10 @@ class Answers:
             told = f"{where} has {shortened(repr(answer))} where an answer should be"
             raise UsageError(f"{told}; delete the file, and ask again")
         return answer
+
+    def place(self, number: int) -> int:
+        """Of a plan among those that differ, from 1; of equal ones that of the first."""
+        return 1 + self.distinct.index(self.names.index(self.names[number]))
 
     def has(self, key: str, number: int) -> bool:
         return (key, self.names[number]) in self._known
@@ -254,9 +272,10 @@ class PlansLM(HFLM):
             keys.append(key if asked[key] == 1 else f"{key}-{asked[key]}")
         waiting = [(key, request) for key, request in zip(keys, requests) if not self.answers.has(key, self.number)]
         width, generate = self._room_to_generate([request for _, request in waiting]), super().generate_until
+        place = self.answers.place(self.number)
         with skip(self.model, self.plans[self.number]):
             while waiting:
-                self._report(self.number * len(keys) + len(keys) - len(waiting), len(keys) * len(self.plans))
+                self._report(place * len(keys) - len(waiting), len(keys) * len(self.answers.distinct))
                 chunk = waiting[: self.scorer.fitting(width, len(waiting))]
                 texts = unless_out_of_memory(partial(generate, [request for _, request in chunk], disable_tqdm=True))
                 if texts is None:
@@ -264,7 +283,7 @@ class PlansLM(HFLM):
                     continue
                 self.answers.add([self.number], {key: [text] for (key, _), text in zip(chunk, texts)})
                 waiting = waiting[len(chunk) :]
-        self._report((self.number + 1) * len(keys), len(keys) * len(self.plans))
+        self._report(place * len(keys), len(keys) * len(self.answers.distinct))
         return [self.answers.get(key, self.number, str) for key in keys]
 
     def _loglikelihood_tokens(
@@ -289,7 +308,7 @@ class PlansLM(HFLM):
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
         """What the model reads, cut on the left as HFLM cuts it."""
         if not 0 < len(continuation) <= self.max_length:
-            told = f"an answer of {self.task} has {len(continuation)} tokens"
+            told = f"an answer of {self.task} has {several(len(continuation), 'token')}"
             raise UsageError(f"{told}, and the model takes 1 to {self.max_length}; leave the task out, or mend it")
         return Request(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), tuple(continuation))
 
@@ -324,7 +343,8 @@ class PlansLM(HFLM):
     def _check_fit(self, lengths: Sequence[int], most: int) -> None:
         too_long = sum(length > most for length in lengths)
         if too_long and not self.truncate:
-            told = f"{too_long} requests of {self.task} are longer than the model's context of {self.max_length} tokens"
+            requests = several(too_long, "request")
+            told = f"the model's context of {self.max_length} tokens is too short for {requests} of {self.task}"
             fix = "show fewer examples, or have them cut on the left with truncate"
             raise UsageError(f"{told} (up to {max(lengths)}); {fix}")
 
@@ -342,14 +362,9 @@ def _scores(
         if not kind or name.endswith("_stderr") or job.metric not in (None, metric):
             continue
         samples, base = _samples(outcome, leaves, metric), _samples(dense, leaves, metric)
-        values, theirs = ([sample.value for sample in some] for some in (samples, base))
-        delta = value - dense["results"][row][metric]
-        delta_se = _paired_error(job, samples, base, name, delta)
+        delta = float(value - dense["results"][row][metric])
         value_se = figures.get(f"{name}_stderr,{kind}")
         better = outcome["higher_is_better"].get(row, {}).get(name)
-        are_numbers = all(isinstance(one, int | float) for one in (*values, *theirs))
-        kept = recovery_interval(values, theirs) if better and are_numbers else None
-        is_right_or_wrong = all(value in (0, 1) for value in (*values, *theirs))
         score = TaskScore(
             task=row,
             metric=metric,
@@ -357,40 +372,90 @@ def _scores(
             documents=len(samples),
             value=float(value),
             value_se=float(value_se) if isinstance(value_se, int | float) else math.nan,
-            delta=float(delta),
-            delta_se=delta_se,
-            p_value=mcnemar(values, theirs) if is_right_or_wrong else normal_p_value(delta, delta_se),
+            delta=delta,
             higher_is_better=better,
-            recovery=kept and Recovery.of(kept, len(values)),
-            values=tuple(map(float, values)) if all(isinstance(one, int | float) for one in values) else None,
+            **_beside(job, samples, base, name, delta, better),
         )
         yield score, samples
+
+
+def _beside(
+    job: Job,
+    samples: Sequence[Sample],
+    base: Sequence[Sample],
+    name: str,
+    delta: float,
+    better: bool | None,
+) -> Settings:
+    """What a score says next to the original model's: paired by item, items of one passage together."""
+    sources = _sources(samples)
+    passages = len(set(sources)) if sources else len(samples)
+    found: Settings = {"sources": sources, "too_few": too_few(passages, len(samples))}
+    values, theirs = ([sample.value for sample in some] for some in (samples, base))
+    are_numbers = all(isinstance(value, int | float) for value in (*values, *theirs))
+    differences = [ours - other for ours, other in zip(values, theirs)] if are_numbers else []
+    mean_of_them, error = mean_and_error(differences, sources) if are_numbers else (math.nan, math.nan)
+    if math.isclose(mean_of_them, delta, abs_tol=1e-9):
+        found |= {"delta_se": error, "p_value": sign_flip_p_value(differences, sources)}
+        if are_right_or_wrong(values, theirs):  # what is wrong already gets no worse
+            right = {source for source, value in zip(sources or range(len(theirs)), theirs) if value}
+            found["too_few"] = too_few(len(right), len(samples))
+    else:
+        error, parts = _error_without(job, samples, base, name)
+        found |= {"delta_se": error, "p_value": student_p_value(delta, error, parts - 1)}
+    if are_numbers:
+        found["values"] = tuple(map(float, values))
+        kept = recovery_interval(values, theirs, sources) if better else None
+        found["recovery"] = kept and Recovery.of(kept, len(samples))
+    return found
+
+
+def _sources(samples: Sequence[Sample]) -> tuple[int, ...] | None:
+    """Of each sample the number of its passage, in the order of the first; None where each has its own."""
+    keys = [(sample.task, sample.source) for sample in samples]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return tuple(map(numbers.__getitem__, keys)) if len(numbers) < len(keys) else None
 
 
 def _samples(outcome: Settings, leaves: list[str], metric: str) -> tuple[Sample, ...]:
     name, _, kind = metric.partition(",")
     return tuple(
-        Sample(leaf, sample["doc_id"], sample[name], tuple(answer for answer, *_ in sample["resps"]))
+        Sample(
+            leaf,
+            sample["doc_id"],
+            sample[name],
+            tuple(answer for answer, *_ in sample["resps"]),
+            _source_of(sample["doc"]),
+        )
         for leaf in leaves
         for sample in outcome["samples"][leaf]
         if sample["filter"] == kind and name in sample
     )
 
 
-def _paired_error(job: Job, samples: Sequence[Sample], base: Sequence[Sample], name: str, delta: float) -> float:
-    """The standard error of `delta`: of paired differences where it is their mean, else by leaving documents out."""
-    if all(isinstance(sample.value, int | float) for sample in (*samples, *base)):
-        average, error = mean_and_error([ours.value - theirs.value for ours, theirs in zip(samples, base)])
-        if math.isclose(average, delta, abs_tol=1e-9):
-            return error
+def _source_of(document: object) -> str:
+    """What two items must share to be of one passage: its text, or where there is none the whole document."""
+    fields = document if isinstance(document, dict) else {}
+    return next((str(fields[name]) for name in PASSAGES if fields.get(name)), repr(document))
 
-    def difference(pairs: Sequence[tuple[Any, Any]]) -> float:
-        ours, theirs = zip(*pairs)
-        return aggregate(list(ours)) - aggregate(list(theirs))
 
-    errors = []
+def _error_without(job: Job, samples: Sequence[Sample], base: Sequence[Sample], name: str) -> tuple[float, int]:
+    """The standard error of a difference that is no mean of its items', and of how many parts it is.
+
+    By leaving out passages; of a group it is that of the plain mean over its tasks.
+    """
+    errors, parts = [], 0
     for task in dict.fromkeys(sample.task for sample in samples):
-        pairs = [(ours.value, theirs.value) for ours, theirs in zip(samples, base) if ours.task == task]
+        by_source: dict[str, list[tuple[Any, Any]]] = {}
+        for ours, theirs in zip(samples, base):
+            if ours.task == task:
+                by_source.setdefault(ours.source, []).append((ours.value, theirs.value))
         aggregate = job.tasks[task].aggregation().get(name, mean)
-        errors.append(jackknife_error(difference, pairs))
-    return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)  # a group's plain mean over its tasks
+
+        def difference(passages: Sequence[list[tuple[Any, Any]]], aggregate: Any = aggregate) -> float:
+            ours, theirs = zip(*chain.from_iterable(passages))
+            return aggregate(list(ours)) - aggregate(list(theirs))
+
+        errors.append(jackknife_error(difference, [*by_source.values()]))
+        parts += min(JACKKNIFED, len(by_source))
+    return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors), parts

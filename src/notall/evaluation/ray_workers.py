@@ -113,7 +113,7 @@ class _Worker:
         return os.getpid()
 
     def score(self, plans: list[Plan], tokens: Tensor) -> list[Scores]:
-        return score(self.model, plans, tokens.to(self.model.device))
+        return score(self.model, plans, tokens)
 
     def score_requests(self, plans: list[Plan], requests: list[Request], batch_size: BatchSize) -> list[RequestScores]:
         return list(self.scorer(batch_size).score(plans, requests))

@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
 from ..running.replay import Replay, record
-from ..structure.model_structure import base_model, positions_of, text_config
+from ..structure.model_structure import base_model, inputs_device, positions_of, text_config
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
 # A token attends over its whole pack, seen or not, so a pack stays within reach of its longest path.
@@ -70,7 +70,7 @@ class Scorer:
         if batch_size != "auto" and batch_size < 1:
             raise UsageError(f"batch size {batch_size} is not a number from 1; give one, or auto")
         self.model = base_model(model)
-        self.device = self.model.get_input_embeddings().weight.device
+        self.device = inputs_device(self.model)
         self.most_packs = math.inf if batch_size == "auto" else batch_size
         self.most_tokens = TOKENS_AT_ONCE.get(self.device.type, 8192) if batch_size == "auto" else math.inf
         config = text_config(self.model)
@@ -171,7 +171,7 @@ class Scorer:
                     places += [(len(numbers), row, column, token) for column, token in zip(path[-len(asks) :], asks)]
                     numbers.append(number)
         owners, rows, columns, targets = torch.tensor(places).T
-        inputs = {name: value.to(self.device) for name, value in inputs_of(packs, self.model.dtype).items()}
+        inputs = inputs_of(packs, self.model.dtype)
         self.tokens += sum(map(len, packs))
         likely = torch.empty(replay.plans, len(numbers), dtype=torch.float64)
         missed = torch.empty_like(likely)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from lm_eval.tasks import TaskManager
 from ..errors import UsageError, installed, nearest, shortened
 from ..files import refuse_endless
 from ..models.load_errors import quiet
+from ..progress import reading, writing
 from ..results.facts import NamedTasks
 from .checks import CHOOSING, GROUPS, GYM, ITEMS, MAKERS, SEED, generators, is_check, made
+
+LETTERS = 4  # of a token, about
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,20 @@ class Job:
     def tasks(self) -> dict[str, Task]:
         return self.loaded["tasks"]
 
-    @property
-    def tokens(self) -> int:
-        """About how many tokens are read in the time that it takes: 5 for each that is generated."""
-        parts = [part for task in self.tasks.values() for request in task.instances for part in request.args]
-        generated = sum(normalize_gen_kwargs(part)["max_gen_toks"] for part in parts if isinstance(part, dict))
-        return 5 * generated + sum(len(part) for part in parts if isinstance(part, str)) // 4
+    def steps(self, plans: int) -> float:
+        """What it takes `plans`, about, in tokens that are read: what they only read, they read together."""
+        found = 0.0
+        for request in chain.from_iterable(task.instances for task in self.tasks.values()):
+            read = sum(len(part) for part in request.args if isinstance(part, str)) / LETTERS
+            options = [part for part in request.args if isinstance(part, dict)]
+            new = sum(normalize_gen_kwargs(part)["max_gen_toks"] for part in options)
+            if request.request_type == "first_choices":  # the original's own answer, which all plans read
+                found += writing(new) + reading(read + new, plans)
+            elif options:
+                found += plans * reading(read) + writing(new, plans)
+            else:
+                found += reading(read, plans)
+        return found
 
     def reported(self) -> dict[str, list[str]]:
         """The rows to report, with the tasks that each is made of: a group that has a mean is one row."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..errors import UsageError
 from ..options import Workload, option
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, silent
 from ..results.facts import FOOTPRINT, PEAK, TIMES, Footprint, Times
 from ..results.ledger import Ledger, working_in
@@ -129,7 +129,10 @@ def conclusion(record: BenchRecord) -> str:
         one.times.prefill_ms.median + record.generation_tokens * one.times.decode_ms_per_token.median
         for one in (record.dense, record.skipped)
     )
-    tokens, faster = f"the prompt and {record.generation_tokens} new tokens", f"{dense / skipped:.2f} times as fast"
+    tokens, faster = (
+        f"the prompt and {several(record.generation_tokens, 'new token')}",
+        f"{dense / skipped:.2f} times as fast",
+    )
     told = f"Without {record.plan.in_words()} {tokens} take {skipped:,.0f} ms"
     return f"{told}, where the original model takes {dense:,.0f}: {faster}, by medians."
 

@@ -19,7 +19,7 @@ from ..errors import FIGURES, UsageError, installed, need, shortened
 from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
-from ..plan import Plan
+from ..plan import SET_NAMES, Plan, several, several_of
 from ..plugins import source_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
@@ -106,7 +106,7 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
 
     @property
     def name(self) -> str:
-        return f"{self.way}: {self.count} {self.space}"
+        return f"{self.way}: {several_of(self.space, self.count)}"
 
     def figures(self) -> dict[str, Scalar]:
         return super().figures() | {
@@ -257,6 +257,16 @@ def runs_of(criteria: Sequence[str], goals: Sequence[str], spaces: Sequence[tupl
     ]
 
 
+def check_runs(model: PreTrainedModel, runs: Sequence[Run], workload: Workload | None) -> None:
+    """Raise `UsageError` for what cannot be skipped or timed, before any text is read."""
+    from ..choosing.budget import by_count
+
+    if workload:
+        workload.check(model)
+    for run in runs:
+        by_count(run.space, run.count)
+
+
 def compare_criteria(
     subject: Subject,
     runs: Sequence[Run],
@@ -273,15 +283,11 @@ def compare_criteria(
     With `repairs`, one more for each of them, behind the run's own: its plan, repaired with batches of `repair_text`.
     Goes on where it stopped. Raises `UsageError` when the folder holds work of other settings, and as `choose` does.
     """
-    from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
     from ..running.skipping import footprint
 
     ways = [name for name in dict.fromkeys(repairs) if name != UNREPAIRED]
-    if workload:
-        workload.check(subject.model)
-    for run in runs:
-        by_count(run.space, run.count)
+    check_runs(subject.model, runs, workload)
     jobs, about = tasks.jobs(), Provenance.of(subject.provenance, seed=subject.seed)
     source = Provenance.of(about, fingerprint=subject.structure.fingerprint)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}
@@ -314,7 +320,7 @@ def compare_criteria(
             for choice, repair in product(choices, (UNREPAIRED, *ways))
         ]
         found = _done(records, Ledger(subject.out, ComparisonRecord), held)
-        progress(stages.steps, stages.steps, f"compared {len(records)} choices")
+        progress(stages.steps, stages.steps, f"compared {several(len(records), 'choice')}")
         return found
 
 
@@ -448,7 +454,6 @@ def _file_name(words: str) -> str:
     return f"{short}-{digest_of([words])[:8]}"
 
 
-SETS = {"mlp": "MLPs", "portable": "portable sublayers"}
 TOLD = (
     "By: the objective that a criterion goes by, if by one. NLL and KL in nats a token; behind the best: NLL beyond "
     "that of the best row that is repaired alike, paired by window. Forward passes: over the text that is chosen by."
@@ -501,8 +506,7 @@ def _parts(
     ranked = [records[place] for place in best_first(records)]
     whole = table("", columns, ranked)
     for (space, count), rows in groupby(zip(ranked, whole.rows), key=lambda row: (row[0].space, row[0].count)):
-        name = f"{count} {SETS.get(space, f'{space}s' if count != 1 else space)}"
-        yield name, replace(whole, rows=tuple(cells for _, cells in rows))
+        yield several_of(space, count), replace(whole, rows=tuple(cells for _, cells in rows))
 
 
 def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
@@ -582,7 +586,8 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
     for space in dict.fromkeys(point.panel for point in points):
         drawn = on_page(losses_by_count([point for point in points if point.panel == space], colours), 340)
         data = as_csv([one for one in records if one.space == space])
-        figures.append(Figure(drawn, f"quality lost by how many {space} are skipped", title=space, csv=data))
+        told = f"quality lost by the number of {SET_NAMES.get(space, space)}s skipped"
+        figures.append(Figure(drawn, told, title=space, csv=data))
     shapes = {UNREPAIRED: ""}
     timed = [replace(one, shape=one.panel + shapes.get(one.shape, f", {one.shape}")) for one in points if one.speedup]
     if timed:
@@ -600,4 +605,4 @@ def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
         best = min((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
         told = f"{best.way}, {best.forwards:,.1f} forward passes to find"
         told += "" if is_usable(best.quality) else "; no longer usable"
-        yield Card.of_loss(f"Loses least: {count} {space}", best.quality, told)
+        yield Card.of_loss(f"Loses least: {several_of(space, count)}", best.quality, told)

@@ -102,8 +102,9 @@ class DraftOptions:
             raise UsageError(f"--most must be 1 to {MOST_DRAFTED}, got {shortened(self.most)}")
         Workload(self.prompt_tokens, self.generation_tokens, rounds=self.rounds).check(model)
         if self.generation_tokens <= self.most:
-            told = f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads"
-            raise UsageError(f"{told}: give at least {self.most + 1}, or draft fewer")
+            told = f"--generation-tokens {self.generation_tokens} is fewer than the check"
+            fix = f"give at least {self.most + 1}, or draft fewer"
+            raise UsageError(f"{told} of {self.most} drafted ones reads: {fix}")
 
 
 class Drafted(NamedTuple):

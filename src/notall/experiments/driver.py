@@ -15,7 +15,7 @@ from pydantic import Field
 from ..errors import FIGURES, UsageError, installed
 from ..files import write_whole
 from ..options import Workload
-from ..plan import KIND_NAMES, Plan
+from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import COSINE, GRID, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
 from ..results.ledger import Ledger, working_in
@@ -151,7 +151,7 @@ class HeldScores:
         held = [self._held[place] for place in places]
         for one, tokens in zip(held, self.subject.batches):
             if len(one.nll) != len(tokens):
-                told = f"{self.kept.path} has scores of {len(one.nll)} sequences, not {len(tokens)}"
+                told = f"{self.kept.path} has scores of {several(len(one.nll), 'sequence')}, not {len(tokens)}"
                 raise UsageError(f"{told}; delete that file, to score anew")
         whole = {name: tuple(one if is_number(one) else math.inf for one in some) for name, some in reduce(add, held)}
         return Scores(**whole)
@@ -264,11 +264,12 @@ def benchmark(
                 asked[name] = job, generates and bool(generating_rows)
         for job, of_few in asked.values():
             model(of_few).check(job)
-        stages, share = stages or Stages(silent, 0), len(rows) / 5  # plans share most of what they run
-        stages.steps += share * sum(job.tokens for job, _ in asked.values())
+        stages = stages or Stages(silent, 0)
+        steps = {name: job.steps(len(rows_of[of_few])) for name, (job, of_few) in asked.items()}
+        stages.steps += sum(steps.values())
         for name, (job, of_few) in asked.items():
             lm, before = model(of_few), {record.key for record in known(name)}
-            lm.progress = stages.stage(share * job.tokens)
+            lm.progress = stages.stage(steps[name])
             answers = evaluate_job(lm, job)
             source = Provenance.of(abouts[name], records=len(answers))
             facts = ((one.score, rows_of[of_few][one.number]) for one in answers)
@@ -277,19 +278,28 @@ def benchmark(
         return [record for name in choice.names for record in known(name)]
 
 
+def checking_steps(windows: Sequence[Tensor], plans: int) -> float:
+    """What the diagnostics take so many plans, the original one among them, in tokens that are read."""
+    from ..evaluation.diagnostics import steps_of
+
+    return sum(steps_of(windows, plans).values())
+
+
 def diagnose(
     subject: Subject, rows: Sequence[Configured], windows: Sequence[Tensor], progress: Progress
 ) -> list[DiagnosticsRecord]:
     """One record a configuration and check; a part of the diagnostics is kept as soon as it is done."""
-    from ..evaluation.diagnostics import KEYS, PARTS, run_diagnostics
+    from ..evaluation.diagnostics import KEYS, PARTS, run_diagnostics, steps_of
 
     assert subject.tokenizer
     size = {"windows": [len(windows), windows[0].numel()], "passkeys": KEYS}
     about, plans = Provenance.of(subject.provenance, seed=subject.seed, **size), [row.plan for row in rows]
     with working_in(subject.out, "paper"):
-        held = Ledger(subject.out, DiagnosticsRecord, about)
-        for place, part in enumerate(PARTS):
-            progress(place, len(PARTS), f"{part}, all configurations")
+        held, steps = Ledger(subject.out, DiagnosticsRecord, about), steps_of(windows, len(plans) + 1)
+        stages = Stages(progress, sum(steps.values()))
+        for part in PARTS:
+            telling = stages.stage(steps[part])
+            telling(0, 1, f"{part}, all configurations")
             counts = {sum(record.part == part and row.describes(record) for record in held) for row in rows}
             if len(counts) == 1 and counts != {0}:
                 continue

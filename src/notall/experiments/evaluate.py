@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from ..files import Settings
 from ..plan import Plan
-from ..progress import Progress, Stages, silent, tracked
+from ..progress import Progress, Stages, reading, silent, tracked
 from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
@@ -64,6 +65,7 @@ class Evaluation:
     tasks: TaskChoice
     diagnostics: "Sequence[Tensor] | None" = None
     out: Path | None = None
+    seed: int = 0  # of what the diagnostics draw
     progress: Progress = silent
     prompt_tokens: int | None = None
 
@@ -80,8 +82,10 @@ class Evaluation:
 
         self.progress(0, 1, "reading the tasks")
         jobs = self.tasks.jobs()
-        words, asked = sum(batch.numel() for batch in batches), sum(job.tokens for job in jobs)
-        stages, plans = Stages(self.progress, words + asked), [*self.states.values()]
+        plans = [*self.states.values()]
+        words = reading(sum(batch.numel() for batch in batches), len(plans) + 1)
+        asked = sum(job.steps(len(plans) + 1) for job in jobs)
+        stages = Stages(self.progress, words + asked)
         read = tracked(batches, "quality on the text", stages.stage(words))
         qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read, self.prompt_tokens))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]
@@ -89,7 +93,8 @@ class Evaluation:
         scores = judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, stage)
         if self.diagnostics is None:
             return Evaluated(quality, scores, [])
-        found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, progress=self.progress)
+        how: Settings = {"seed": self.seed, "progress": self.progress}
+        found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, **how)
         checks = [PlanCheck(model=name, **dict(one)) for some in zip(*found) for name, one in zip(self.states, some)]
         return Evaluated(quality, scores, checks)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -16,8 +16,8 @@ from ..exporters.manifest import dense_of, plan_of, weights_beside
 from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
-from ..options import Option, option
-from ..plan import Phase, Plan
+from ..options import Option, check_sizes, option
+from ..plan import Phase, Plan, several
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..evaluation.ray_workers import Workers
     from ..evaluation.tasks import Job, Limits, TaskShelf
     from ..models.texts import Text
+    from ..models.windows import Drawn
 
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
@@ -60,6 +61,25 @@ class ModelOptions:
 
         with progress_bar(f"loading {self.model}"):
             return load(**self.arguments)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise `UsageError` for a plan of another model before any weights are read, as far as its config tells."""
+        from ..structure.locating import locate
+
+        if plan and not self._may_have(plan):
+            plan.check(locate(self.empty()))
+
+    def _may_have(self, plan: Plan) -> bool:
+        """Whether the model's config has the layers and the shape of a plan, or there is no config that is readable."""
+        from ..models.loading import load_config
+        from ..structure.model_structure import fingerprint
+
+        try:
+            config = load_config(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        except UsageError:  # which loading the model tells, too
+            return True
+        text, last = config.get_text_config(decoder=True), max([*plan.attention, *plan.mlp])
+        return last < text.num_hidden_layers and plan.fingerprint in (None, str(fingerprint(text)))
 
     def empty(self) -> PreTrainedModel:
         """The model of a config, without weights, in the dtype that is named, or else as its checkpoint is stored."""
@@ -94,10 +114,10 @@ class ModelOptions:
 
     def provenance(self, model: PreTrainedModel, **more: object) -> Provenance:
         """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
-        from ..measuring.speed import machine
+        from ..measuring.speed import devices_of, machine
         from ..models.loading import dtype_name, identify
 
-        about = machine(model.device)
+        about = machine(*devices_of(model))
         where = {name: about[name] for name in ("device", "threads", "versions")} | {"machine": about} | this_run()
         what = {**identify(self.model, revision=self.revision), "dtype": dtype_name(model), **more}
         return as_recorded(Provenance(what=what, where=where))
@@ -111,15 +131,19 @@ class PromptOptions:
     sequences: int = option(8, "number of windows")
 
     def check(self) -> None:
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        check_sizes(self.sequences)
         check_texts(self.text)
 
-    def for_diagnostics(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Tensor]:
-        """The windows of the text that the diagnostics read."""
+    def for_diagnostics(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, apart: Sequence[Drawn] = ()
+    ) -> list[Tensor]:
+        """The windows of the text that the diagnostics read, drawn apart from others."""
         from ..evaluation.diagnostics import WINDOW_TOKENS, WINDOWS
         from ..structure.model_structure import positions_of
 
         length = int(min(WINDOW_TOKENS, positions_of(model)))
-        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed)[0]
+        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed, apart=apart)[0]
 
 
 @dataclass(frozen=True)
@@ -129,19 +153,29 @@ class TextOptions(PromptOptions):
     length: int = option(256, "tokens in each window")
     batch_size: int = option(4, "windows to run at a time")
 
+    def check(self) -> None:
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        check_sizes(self.sequences, self.length, self.batch_size)
+        check_texts(self.text)
+
     def windows(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, apart: Sequence[Drawn] = ()
     ) -> tuple[list[Tensor], Settings]:
-        """Token batches on the model's device, and what they are, for the record."""
-        from ..models.texts import token_batches
+        """Token batches on the model's device, drawn apart from others, and what they are, for the record."""
+        from ..models.windows import draw
+
+        self.check_size(model)
+        text = _read(model, tokenizer, self.text, self.sequences * self.length)
+        size: Settings = {"sequences": self.sequences, "length": self.length}
+        found = draw(tokenizer, text, **size, seed=seed, apart=apart).on(model)
+        return found.batches(self.batch_size), {"text": text.name, "text_sha256": text.sha256, **size}
+
+    def check_size(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` for windows that the model cannot read."""
         from ..structure.model_structure import positions_of
 
-        text = _read(model, tokenizer, self.text, self.sequences * self.length)
-        size = {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
-        batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
-        return [batch.to(model.device) for batch in batches], {"text": text.name, "text_sha256": text.sha256, **size}
 
 
 @dataclass(frozen=True)
@@ -153,30 +187,79 @@ class HeldOutOptions(TextOptions):
     held_out_sequences: int | None = option(None, "windows to measure on (default: as --sequences)")
 
     def check(self) -> None:
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        for count in (self.sequences, self.held_out_sequences or self.sequences):
+            check_sizes(count, self.length, self.batch_size)
         check_texts(self.text, self.held_out)
 
-    def both(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
-    ) -> tuple[list[Tensor], list[Tensor], Settings]:
-        """Batches to calibrate on, others to measure on, and what they are; with `fewer`, a short text has fewer."""
-        from torch import cat
+    def split(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        apart: Sequence[Drawn] = (),
+        fewer: bool = False,
+    ) -> Split:
+        """Windows to calibrate on, and others to measure on, drawn `apart` from more; a short text may have `fewer`.
 
-        from ..models.texts import windows_in
+        A held-out text of the same content as the other is that text: others of its windows are measured on.
+        """
+        from ..models.windows import draw
 
-        count = self.held_out_sequences or self.sequences
-        if self.held_out:
-            batches, described = self.windows(model, tokenizer, seed=seed)
-            other = replace(self, text=self.held_out, sequences=count)
-            others, about = other.windows(model, tokenizer, seed=seed)
-            return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
-        if fewer:
-            text = _read(model, tokenizer, self.text, (self.sequences + count) * self.length)
-            count = max(0, min(count, windows_in(tokenizer, text, self.length) - self.sequences))
-        both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
-        own, rest = cat(both).split([self.sequences, count])
-        held_out = {"held_out": "other windows"} if count else {}
-        others = list(rest.split(self.batch_size)) if count else []
-        return list(own.split(self.batch_size)), others, described | held_out | {"sequences": self.sequences}
+        self.check_size(model)
+        count, is_same = self.held_out_sequences or self.sequences, self.held_out in (None, self.text)
+        text = _read(model, tokenizer, self.text, (self.sequences + count * is_same) * self.length)
+        judged = text if is_same else _read(model, tokenizer, str(self.held_out), count * self.length)
+        is_same |= judged.sha256 == text.sha256
+        window = partial(draw, tokenizer, length=self.length, seed=seed)
+        own = window(text, sequences=self.sequences)
+        others = partial(window, judged, sequences=count, fewer=fewer and not self.held_out)
+        apart = [own, *apart]
+        return Split(own.on(model), others(apart=apart).on(model), is_same, self.batch_size, others, apart)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows to choose by and to fit to, `own`, and `held_out` ones to measure on, maybe of the same text."""
+
+    own: Drawn
+    held_out: Drawn
+    is_same: bool
+    batch_size: int
+    others: Callable[..., Drawn]  # draws what is held out
+    apart: Sequence[Drawn]  # what that overlaps nothing of
+
+    @property
+    def calibration(self) -> list[Tensor]:
+        """Token ids, (batch, tokens) each."""
+        return self.own.batches(self.batch_size)
+
+    @property
+    def evaluation(self) -> list[Tensor]:
+        """Token ids, (batch, tokens) each."""
+        return self.held_out.batches(self.batch_size)
+
+    @property
+    def described(self) -> Settings:
+        """What both are, for the record."""
+        text, judged = self.own.text, self.held_out.text
+        size = {"sequences": len(self.own), "length": self.own.rows.shape[1]}
+        held_out = {"held_out": judged.name, "held_out_sha256": judged.sha256}
+        if self.is_same:
+            held_out = {"held_out": "other windows"} if len(self.held_out) else {}
+        return {"text": text.name, "text_sha256": text.sha256, **size, **held_out}
+
+    @property
+    def measured_on(self) -> str:
+        """The text that is measured on, in words."""
+        name = self.held_out.text.name
+        return f"other windows of {name}" if self.is_same else name
+
+    def apart_from(self, windows: Sequence[Drawn]) -> Split:
+        """The same, with windows to measure on that overlap none of these either."""
+        others = self.others(apart=[*self.apart, *windows])
+        return replace(self, held_out=replace(others, rows=others.rows.to(self.held_out.rows.device)))
 
 
 def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, tokens: float) -> Text:
@@ -195,6 +278,23 @@ def check_texts(*sources: str | None) -> None:
             read_prompts(Path(source.removeprefix(ANSWERS_TO)))
         elif not is_made(source):
             read_text(source)
+
+
+def refuse_judging(tasks: TaskChoice, sources: Sequence[str], prompts: Path | None = None) -> None:
+    """Raise `UsageError` where tasks ask for prompts whose answers are in a text, or are `prompts` to choose by."""
+    from ..models.texts import ANSWERS_TO, read_prompts
+
+    files = [Path(source.removeprefix(ANSWERS_TO)) for source in sources if source.startswith(ANSWERS_TO)]
+    used = {prompt for file in files for prompt in read_prompts(file)[::2]}
+    used |= {*read_prompts(prompts)} if prompts else set()
+    for name in tasks.names if used else ():
+        kind, _, file = name.partition(":")
+        if kind in ("answers", "written") and file and (both := used.intersection(read_prompts(Path(file))[1::2])):
+            told = (
+                f"--tasks {shortened(name)} asks for what is chosen by or fitted to, such as {shortened(min(both))!r}"
+            )
+            fix = f"give --text {ANSWERS_TO}{shortened(file)}, which leaves every second prompt to --tasks"
+            raise UsageError(f"{told}: {fix}, or other prompts")
 
 
 def read_plan(path: Path) -> Plan:
@@ -238,7 +338,8 @@ class PlanOptions:
         return SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
 
     @cached_property
-    def _read(self) -> Plan:
+    def named(self) -> Plan:
+        """The plan of a file; one of nothing where there is none."""
         return read_plan(self.plan) if self.plan else Plan()
 
     @property
@@ -264,7 +365,7 @@ class PlanOptions:
                 wrong = f"{shortened(model)} is what is left of another model"
                 raise UsageError(f"{wrong}: name that one, such as {dense}, and give --plan {beside}")
             raise UsageError("say what to leave out: --plan plan.json (of notall search), or --skip attention:0.25")
-        _ = self.amount, self._read
+        _ = self.amount, self.named
 
     def of(self, model: PreTrainedModel) -> Plan:
         """The plan that was read, or by the paper's rule the deepest of a kind. Raises as `deepest` does."""
@@ -273,7 +374,7 @@ class PlanOptions:
 
         skip = self.amount
         if skip is None:
-            return self._read
+            return self.named
         structure, (amount, *more) = locate(model), skip.amounts
         if skip.kind in {"portable", "sublayer", "period", *structure.mixers}.difference(SKIPPABLE):
             raise UsageError(f"--skip {skip} has no deepest: choose a set with `notall search --skip {skip}`")
@@ -285,7 +386,9 @@ class PlanOptions:
         how = {"keep_last": self.keep_last, "phase": self.phase, "last_tokens": self.last_tokens}
         found = deepest(structure, skip.kind, share, count=count, **how)  # type: ignore[arg-type]
         if amount and not found:
-            raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
+            raise UsageError(
+                f"{amount:g} of {several(len(structure.blocks), 'layer')} is none of them: give a larger number"
+            )
         return found
 
 
@@ -335,7 +438,7 @@ class TaskOptions:
     )
     limit: Words = option(
         (),
-        "documents of each task (default: all; 64 of a check, 100 of an objective), such as 40; mmlu=2 limits one "
+        "documents of each task (default: all; 80 of a check, 100 of an objective), such as 40; mmlu=2 limits one "
         "task, or a group's",
     )
     num_fewshot: int | None = option(None, "examples to show (default: the task's own number)", least=0)

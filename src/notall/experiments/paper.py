@@ -13,7 +13,19 @@ from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..files import write_whole
-from ..measuring.statistics import mean_and_error, sign_flip_p_value
+from ..measuring.statistics import (
+    LEAST_DOCUMENTS,
+    LEAST_ROUNDS,
+    LEAST_WINDOWS,
+    Estimate,
+    combined,
+    mean_and_error,
+    of_ranks,
+    of_rounds,
+    paired_difference,
+    sign_flip_p_value,
+    summed,
+)
 from ..models.names import model_in_words
 from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan, several
@@ -23,7 +35,16 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
-from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
+from .driver import (
+    BenchmarkRecord,
+    DiagnosticsRecord,
+    SimilarityRecord,
+    Subject,
+    benchmark,
+    checking_steps,
+    diagnose,
+    similarities,
+)
 from .folder import Folder, Message, Section, Shown, Step
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section
@@ -32,14 +53,18 @@ from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
-LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
-LEAST_WINDOWS = 8  # of text
-ERRORS = 2  # how many standard errors a difference must be away from zero to be told from it
+LEAST_LAYERS = 6  # whose order can tell a trend from chance
+# What the paper reports of 13B without a third of the attentions, and how far off counts as equal to it: a full run of
+# the benchmarks has an error of 0.3 to 0.4 points, times of one machine differ by 1 or 2 % from run to run.
+POINTS, POINTS_MARGIN = 1.8, 1.0
+FASTER, FASTER_MARGIN = 1.18, 0.03
 JUDGED = (
-    f"A difference counts if it exceeds {ERRORS} standard errors, a speed if both quartiles lie on one side; else it "
-    f"is inconclusive. Too few: fewer than {LEAST_DOCUMENTS} documents of a task, {LEAST_ROUNDS} timed rounds, or "
-    f"{LEAST_WINDOWS} windows of text."
+    "A claim holds where the whole 95 % interval of its figure is on the claim's side of a threshold, does not hold "
+    "where it is on the other side, and else is inconclusive. The threshold is 0, or lies a margin away from it, or "
+    f"from what the paper reports: {POINTS_MARGIN:g} point of an average, {FASTER_MARGIN:g} of a speedup. Intervals "
+    "are Student's t, and not corrected for the number of claims. Too few: fewer than "
+    f"{LEAST_DOCUMENTS} documents of a task, {LEAST_ROUNDS} timed rounds, {LEAST_WINDOWS} windows of text, or "
+    f"{LEAST_LAYERS} layers."
 )
 
 Configuration = tuple[str, float, bool]  # variant, fraction, whether the last layer is kept
@@ -66,8 +91,9 @@ class ClaimRecord(Record, kind="claim", key=("claim",)):
     verdict: Verdict = Field(description="too few: documents, rounds or windows, below the least for a verdict")
     figure: Number = Field(math.nan, description="what is judged: a difference, a correlation, how many times as fast")
     error: Unsigned = Field(math.nan, description="its standard error")
-    low: Number = Field(math.nan, description="its lower quartile, of a speed")
-    high: Number = Field(math.nan, description="its upper quartile")
+    low: Number = Field(math.nan, description="the lower end of its 95 % interval")
+    high: Number = Field(math.nan, description="the upper end")
+    threshold: Number = Field(math.nan, description="above which the claim holds")
     unit: str | None = Field(None, description="of these")
 
 
@@ -133,8 +159,8 @@ def run_paper(
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
     generating = None if generate_all else [row for row in rows if row.fraction in (0.0, most)]
-    timed = 2 * sum(workload.steps for workload in timing.workloads) * len(rows)
-    checking = sum(some.numel() for some in windows) * len(rows)
+    timed = sum(workload.steps for workload in timing.workloads) * len(rows)
+    checking = checking_steps(windows, len(rows)) if windows else 0
     stages = Stages(progress, subject.tokens + checking + timed)
     benchmarks = benchmark(subject, rows, tasks, generating, stages) if tasks else []
     with working_in(subject.out, "paper"):
@@ -178,10 +204,10 @@ def time_grid(
 
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, TimesRecord, about)
-        stages = Stages(progress, len(timing.workloads))
+        stages = Stages(progress, sum(workload.steps for workload in timing.workloads))
         for workload in timing.workloads:
-            telling = stages.stage(1)
-            at = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
+            telling = stages.stage(workload.steps)
+            at = f"{several(workload.prompt_tokens, 'prompt token')}, {workload.concurrency} at once"
             telling(0, 1, f"timing {len(rows)} configurations at {at}")
             if known(workload):
                 continue
@@ -246,21 +272,37 @@ class Scoreboard:
 
     @property
     def fewest(self) -> int:
-        return min((row[column].documents for row in self.cells.values() for column in self.shared), default=0)
+        """Of the documents of a task; questions on one passage count as one."""
+        scores = (row[column] for row in self.cells.values() for column in self.shared)
+        counts = (len(set(one.sources)) if one.sources else one.documents for one in scores)
+        return min(counts, default=0)
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
         """The average of `key` less that of `other`, its standard error and p value, paired by document where known."""
-        means, errors, terms = [], [], list[float]()
+        errors, terms = [], list[float]()
         for column in self.shared:
             ours, theirs = self.cells[key][column], self.cells[other][column]
-            means.append(ours.value - theirs.value)
             differences = [a - b for a, b in zip(_shares(ours), _shares(theirs))]
             beside = ours.delta_se if other == DENSE else math.nan
-            errors.append(mean_and_error(differences)[1] if differences else beside)
-            terms += [one / len(differences) for one in differences]
+            errors.append(mean_and_error(differences, ours.sources)[1] if differences else beside)
+            terms += summed([one / len(differences) for one in differences], ours.sources)
         count = len(self.shared)
         error = math.sqrt(math.fsum(error**2 for error in errors)) / count
-        return math.fsum(means) / count, error, sign_flip_p_value(terms) if terms else math.nan
+        p_value = sign_flip_p_value(terms) if terms else math.nan
+        return self.judged(key, other).value, error, p_value
+
+    def judged(self, key: Configuration, other: Configuration) -> Estimate:
+        """The average of `key` less that of `other`, with the error that claims are judged by."""
+        parts = []
+        for column in self.shared:
+            ours, theirs = self.cells[key][column], self.cells[other][column]
+            if ours.values and theirs.values:
+                one = paired_difference(_shares(ours), _shares(theirs), ours.sources)
+            else:
+                error = ours.delta_se if other == DENSE else math.nan
+                one = Estimate(ours.value - theirs.value, error, ours.documents - 1)
+            parts.append((1 / len(self.shared), one))
+        return combined(parts)
 
     def averages(self) -> list[Average]:
         """One for each configuration; none where nothing is shared."""
@@ -351,16 +393,32 @@ def claims_of(
     return [*_similarity_claims(similarity), *quality, *(_time_claims(times) if times else ())]
 
 
-def _claim(claim: str, here: str, few: str, span: tuple[float, float], unit: str, **figures: float) -> ClaimRecord:
-    """It holds where all of `span` is above zero; `few` says on how little it was measured, if that is too little."""
-    low, high = span
-    verdict = "too few" if few else "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
-    said = {"claim": claim, "here": here + few, "verdict": verdict, "unit": unit}
-    return ClaimRecord.model_validate(said | figures)
-
-
-def _around(difference: float, error: float) -> tuple[float, float]:
-    return difference - ERRORS * error, difference + ERRORS * error
+def _claim(
+    claim: str, here: str, few: str, found: Estimate, unit: str, threshold: float = 0.0, form: str = "+.2f"
+) -> ClaimRecord:
+    """Whether `found` is above `threshold`; `few` says on how little it was measured, if that is too little."""
+    low, high = found.ends()
+    verdict = "inconclusive"
+    if few:
+        verdict = "too few"
+    elif low > threshold:
+        verdict = "holds"
+    elif high < threshold:
+        verdict = "does not hold"
+    told = f", 95 % interval {low:{form}} to {high:{form}}" if is_number(high - low) else ""
+    return ClaimRecord.model_validate(
+        {
+            "claim": claim,
+            "here": here + told + few,
+            "verdict": verdict,
+            "figure": found.value,
+            "error": found.error,
+            "low": low,
+            "high": high,
+            "threshold": threshold,
+            "unit": unit,
+        }
+    )
 
 
 def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[ClaimRecord]:
@@ -370,30 +428,34 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     from scipy.stats import spearmanr
 
     windows = min(int(row.what.get("sequences", 0)) for row in blocks)
-    few = f", on {windows} windows" if windows < LEAST_WINDOWS else ""
+    few = f", on {several(windows, 'window')}" if windows < LEAST_WINDOWS else ""
     *inner, last = blocks
-    known, error = [row.cosine for row in inner if is_number(row.cosine)], 1 / math.sqrt(len(inner) - 1)
+    known = [row.cosine for row in inner if is_number(row.cosine)]
     rho = float(spearmanr(range(len(known)), known).statistic) if len(set(known)) > 1 else math.nan
     claim = "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)"
-    here = f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers"
-    yield _claim(claim, here, few, _around(rho, error), "rank correlation", figure=rho, error=error)
-    before, change = inner[-1], last.cosine - inner[-1].cosine
-    if is_number(change):
-        error = math.hypot(before.cosine_se, last.cosine_se)
+    here = f"rank correlation of cosine and depth {rho:+.2f}, over {several(len(known), 'layer')}"
+    few_layers = ", too few to tell a trend" if len(known) < LEAST_LAYERS else ""
+    yield _claim(claim, here, few + few_layers, of_ranks(rho, len(known)), "rank correlation")
+    ends = [Estimate(row.cosine, row.cosine_se, windows - 1) for row in (inner[-1], last)]
+    less = ends[0].less(ends[1])
+    if is_number(less.value):
         claim = "Fig. 1: the very last layer is less similar than the one before it"
-        less = f"last less the one before {change:+.4f} ± {error:.4f}"
-        here = f"cosine {last.cosine:.4f} after {before.cosine:.4f}: {less}"
-        yield _claim(claim, here, few, _around(-change, error), "cosine", figure=change, error=error)
+        here = f"cosine {last.cosine:.4f} after {inner[-1].cosine:.4f}: {less.value:.4f} ± {less.error:.4f} less"
+        yield _claim(claim, here, few, less, "cosine", form="+.4f")
 
 
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
     most = fractions[-1]
-    few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
+    documents = several(board.fewest, "document")
+    few = f", with as few as {documents} of a task" if board.fewest < LEAST_DOCUMENTS else ""
+    margin = f"within {several(round(POINTS_MARGIN), 'point')}"
     attention = ("attention", most, False)
-    claim = f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)"
+    attentions = f"{most:.0%} of the attentions"
+    claim = f"skipping the deepest {attentions} loses no more than {POINTS:g} points of the average (13B)"
     # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
-    asked = [(claim, "attentions skipped less dense", attention, DENSE, -0.018)]
+    least = -POINTS - POINTS_MARGIN
+    asked = [(f"{claim}, {margin}", "attentions skipped less dense", attention, DENSE, least)]
     for fraction in fractions:
         claim = f"skipping {fraction:.0%} of the attentions costs less than as many MLPs"
         pair = ("attention", fraction, False), ("mlp", fraction, False)
@@ -401,13 +463,14 @@ def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     for kind in ("mlp", "block"):
         claim = f"keeping the last layer lowers quality when {most:.0%} of the {KIND_NAMES[kind]}s are skipped"
         asked.append((claim, "last layer skipped less last layer kept", (kind, most, False), (kind, most, True), 0.0))
-    claim = f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped"
-    asked.append((claim, "last layer kept less last layer skipped", ("attention", most, True), attention, 0.0))
-    for claim, what, ours, theirs, least in asked:
-        difference, error, _ = board.difference(ours, theirs)
-        here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
-        figures = {"figure": 100 * difference, "error": 100 * error}
-        yield _claim(claim, here, few, _around(difference - least, error), "points", **figures)
+    claim = f"keeping the last layer does not lower quality when {attentions} are skipped, {margin}"
+    kept = ("attention", most, True)
+    asked.append((claim, "last layer kept less last layer skipped", kept, attention, -POINTS_MARGIN))
+    for claim, what, ours, theirs, threshold in asked:
+        found = combined([(100.0, board.judged(ours, theirs))])
+        tasks = several(len(board.shared), "task")
+        here = f"{what}: {found.value:+.1f} ± {found.error:.1f} points of the average of {tasks}"
+        yield _claim(claim, here, few, found, "points", threshold, "+.1f")
 
 
 def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
@@ -415,18 +478,19 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     most = max(fraction for _, fraction, _ in cells)
     rows = [cells[variant, most, False] for variant in ("attention", "mlp", "block")]
     rounds = min(int(record.what.get("rounds", 0)) for record in cells.values())
-    few = f", in {rounds} rounds" if rounds < LEAST_ROUNDS else ""
+    few = f", in {several(rounds, 'round')}" if rounds < LEAST_ROUNDS else ""
+    faster = f"is about {FASTER - 1:.0%} faster or more (13B), within {FASTER_MARGIN:g}".replace("%", " %")
     for name in ("prefill", "decode"):
         at = f"{name}, prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
-        attention, mlp, block = (_of_quantity(one.times, name)[1] for one in rows)
-        faster, saves = "is about 18 % faster or more (13B)", "saves more time than as many MLPs"
-        asked = [("attentions", faster, _gain(attention), attention, (attention.low - 1.18, attention.high - 1.18))]
+        attention, mlp, block = (of_rounds(_of_quantity(one.times, name)[1]) for one in rows)
+        claim = f"skipping {most:.0%} of the attentions {faster}: {at}"
+        here = f"{attention.value:.2f}×"
+        yield _claim(claim, here, few, attention, "times as fast", FASTER - FASTER_MARGIN, ".2f")
         for word, saver in (("attentions", attention), ("blocks", block)):
-            here = f"{word} {_gain(saver)}, MLPs {_gain(mlp)}"
-            asked.append((word, saves, here, saver, (saver.low - mlp.high, saver.high - mlp.low)))
-        for word, what, here, speedup, span in asked:
-            figures = {"figure": speedup.median, "low": speedup.low, "high": speedup.high}
-            yield _claim(f"skipping {most:.0%} of the {word} {what}: {at}", here, few, span, "times as fast", **figures)
+            more = saver.less(mlp)
+            claim = f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {at}"
+            here = f"{word} {saver.value:.2f}×, MLPs {mlp.value:.2f}×: {more.value:+.2f}"
+            yield _claim(claim, here, few, more, "times as fast")
 
 
 def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
@@ -455,13 +519,13 @@ CAPTIONS = {
         "the difference to the original model ± its standard error; * worse, p < 0.05, not corrected for the number of "
         "comparisons.",
     ),
-    "prefill": ("Prefill time (ms)", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),
+    "prefill": ("Prefill time (ms)", f"Median of {{rounds}}, each of all rows in turn; {RATIOS}"),
     "decode": (
         "Decode time per new token (ms)",
-        f"{{generation_tokens}} new tokens. Median of {{rounds}} rounds, each of all rows in turn, with a real KV "
-        f"cache; {RATIOS}",
+        f"{{generation_tokens}}. Median of {{rounds}}, each of all rows in turn, with a real KV cache; {RATIOS}",
     ),
 }
+CAPTION_COUNTS = {"rounds": "round", "generation_tokens": "new token"}
 
 
 def write_paper(
@@ -521,7 +585,7 @@ def tables_of(
 def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
     """What the cells of a table say, and how it was made; of half of the grid it begins with what is shown."""
     title, note = CAPTIONS[kind]
-    asked = {name: records[0].what.get(name, "?") for name in ("rounds", "generation_tokens")}
+    asked = {name: _several(records[0].what.get(name), one) for name, one in CAPTION_COUNTS.items()}
     told = f"{note.format_map(asked)} {_made(records)}"
     if keep_last is None:
         return told
@@ -530,12 +594,17 @@ def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = No
     return f"{of} with the deepest of its attentions, MLPs or blocks skipped, the last layer {last}. {told}"
 
 
+def _several(count: object, name: str) -> str:
+    """Of a count that a record may lack, or have damaged."""
+    return several(count, name) if isinstance(count, int) else f"? {name}s"
+
+
 def _made(records: Sequence[Record]) -> str:
     about = records[0].provenance or Provenance(what={})
     where = f"{about.what.get('dtype')} on {place_of(about.where.get('machine'), versions=False)}."
     asked = {(one.task, one.metric): one for one in records if isinstance(one, BenchmarkRecord)}
     told = "; ".join(
-        f"{heading_of(one.task)}, {one.num_fewshot}-shot, {one.usual_metric} of {one.documents} documents"
+        f"{heading_of(one.task)}, {one.num_fewshot}-shot, {one.usual_metric} of {several(one.documents, 'document')}"
         for one in asked.values()
     )
     return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where
@@ -591,18 +660,27 @@ def _headline(
 ) -> Configuration | None:
     """The fastest that is usable, as far as that is known; else the paper's own, the most attentions."""
     usable = [key for key, nats in lost.items() if nats <= MOST_NATS and key in timed]
+    usable = [key for key in usable if _rounds(timed[key]) >= LEAST_ROUNDS]
     if usable:
         return max(usable, key=lambda key: (timed[key].times.speedup_decode.median, -lost[key]))
     known = [key for key in (*averages, *timed) if key[0] == "attention"]
     return max(known, key=lambda key: (key[1], not key[2]), default=None)
 
 
+def _rounds(timed: TimesRecord) -> int:
+    return timed.times.speedup_decode.n
+
+
 def _told(timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int) -> Iterator[str]:
-    if timed:
-        yield f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
+    if timed and _rounds(timed) < LEAST_ROUNDS:
+        yield f"it was timed in {several(_rounds(timed), 'round')}, too few to say how fast it is"
+    elif timed:
+        low, high = of_rounds(timed.times.speedup_decode).ends()
+        middle = timed.times.speedup_decode.median
+        yield f"it decodes {middle:.2f}× as fast (95 % interval {low:.2f} to {high:.2f})"
     if average:
         change, error = written(100 * average.delta, "+.1f"), written(100 * average.delta_se, ".1f")
-        few = f", from too few documents to say ({documents} a task)" if documents < LEAST_DOCUMENTS else ""
+        few = f", from too few documents to say ({documents} of a task)" if documents < LEAST_DOCUMENTS else ""
         yield f"the average of {several(average.tasks, 'benchmark')} changes by {change} ± {error} points{few}"
     if nats is not None:
         yield f"long texts take {nats:+.2f} nats a token{'' if nats <= MOST_NATS else ': it is no longer usable'}"

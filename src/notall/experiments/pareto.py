@@ -21,9 +21,9 @@ from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
 from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
-from ..measuring.statistics import mean_and_error
+from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, mean_and_error
 from ..options import Workload, option
-from ..plan import Plan, refuse_prefill, several
+from ..plan import Plan, refuse_prefill, several, several_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
 from ..results.ledger import Ledger, working_in
@@ -32,9 +32,9 @@ from ..results.record import Count, Fact, Key, Loss, Number, Positive, Record, S
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Figure, Folder, Message, Section, Shown
 from .options import Words, read_plan, words_of
-from .paper import LEAST_ROUNDS, LEAST_WINDOWS
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
+from .written import Written
 
 if TYPE_CHECKING:
     import altair as alt
@@ -199,7 +199,7 @@ class Finding:
         self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
     ) -> dict[str, Plan]:
         """By name what is skipped to skip so many, or to run the workload so many times as fast."""
-        budgets = {f"less {count:g} {self.space}": BudgetChoice(("count", count)) for count in counts}
+        budgets = {f"less {several_of(str(self.space), count)}": BudgetChoice(("count", count)) for count in counts}
         budgets |= {f"{faster:g}x in torch": BudgetChoice(("speedup", faster)) for faster in speedups}
         stages = Stages(progress, len(budgets))
         return {name: self._searched(name, one, workload, stages.stage(1)) for name, one in budgets.items()}
@@ -322,11 +322,14 @@ class _Run:
     def __post_init__(self) -> None:
         self.dense = self.variants[0]
         self.failed: dict[Key, str] = {}
+        self.written = Written.of(self.out)
         self.scores = Ledger(self.out, EngineScoresRecord, self._source)
         self.times = Ledger(self.out, EngineTimesRecord, self._source)
 
     def records(self) -> list[ParetoRecord]:
         known = Ledger(self.out, ParetoRecord)
+        for variant in self.variants:
+            self.written.check_own(self._place_of(variant))
         for number, variant in enumerate(self.variants):
             self._trying(variant, partial(self._score, variant, SCORING * number))
         for number in range(self.workload.rounds):
@@ -373,13 +376,13 @@ class _Run:
             )
         )
 
+    def _place_of(self, variant: Variant) -> Path:
+        return self.written.folder / f"{variant}{self.engine.suffix}"
+
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        folder = self.out / "checkpoints"
-        checkpoint = folder / f"{variant}{self.engine.suffix}"
-        if folder.is_symlink() or checkpoint.is_symlink():
-            raise UsageError(f"{folder} is a link, or holds one: what it leads to may be others'; choose a new --out")
-        if checkpoint.exists() and variant.key in self.scores:
+        checkpoint = self._place_of(variant)
+        if self.written.check_own(checkpoint) and variant.key in self.scores:
             if self.engine.runs_code(checkpoint):
                 from ..exporters.remote_code import check_code  # here, as it imports transformers
 
@@ -387,9 +390,7 @@ class _Run:
             if checkpoint.is_dir():
                 check_manifest(checkpoint, "delete it, and run again")
             return checkpoint
-        if checkpoint.is_dir():
-            shutil.rmtree(checkpoint)
-        checkpoint.unlink(missing_ok=True)
+        self.written.make_way(checkpoint)
         of = variant.subject
         if variant.type in (self.engine.plain, of.stored):
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}

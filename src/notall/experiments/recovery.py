@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..options import option
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, silent
 from ..results import lines
 from ..results.facts import PLAN_SCORES, RECOVERY, PlanScore, Recovered, State
@@ -117,7 +117,8 @@ def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str |
     if not verdicts:
         return None
     rest = [f"{verdicts.count(word)} {word}" for word in ("lost", "inconclusive") if word in verdicts]
-    told = f"Recovery: {verdicts.count('kept')} of {len(verdicts)} scores keep {least:.2g} of the original model's"
+    kept = f"{verdicts.count('kept')} of {several(len(verdicts), 'score')}"
+    told = f"Recovery: {kept} at {least:g} or more of the original model's"
     return f"{told}{''.join(f', {one}' for one in rest)}."
 
 
@@ -135,7 +136,12 @@ def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
             share, low, high = one.recovery.interval
             more = one.recovery.items_to_tell(least)
             tell = f"; about {more:,} would tell" if verdict == "inconclusive" and more else ""
-            short.append(f"{name} {verdict}, {share:.2f} [{low:.2f}, {high:.2f}] on {one.documents} items{tell}")
+            interval = f"{share:.2f} [{low:.2f}, {high:.2f}]"
+            short.append(f"{name} {verdict}, {interval} on {several(one.documents, 'item')}{tell}")
     if not last:
         return f"a recovery of {least:g}: no task has a score of which more is better"
-    return f"a recovery of {least:g} on {len(short)} of {len(last)} scores: {'; '.join(short)}" if short else None
+    return (
+        f"a recovery of {least:g} on {len(short)} of {several(len(last), 'score')}: {'; '.join(short)}"
+        if short
+        else None
+    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import UsageError, shortened
+from ..files import Settings
 from ..models.names import USE
-from ..options import option
-from ..plan import Plan
+from ..options import check_sizes, option
+from ..plan import Plan, several
 from ..progress import Progress
 from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
@@ -18,12 +20,13 @@ from ..results.terminal import progress_bar
 from .evaluate import shown_measured
 from .folder import Folder, Shown, check_folder
 from .options import ClusterOptions, ModelOptions, Words, check_texts
+from .used import Use, windows_of
 from .verdict import what_next
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..models.windows import Drawn
     from ..repairing.healing import Spread
     from ..repairing.students import TrainConfig
     from ..repairing.texts import RepairTexts
@@ -48,30 +51,48 @@ class RepairOptions:
 
     def check(self, out: Path | None) -> None:
         """Raise `UsageError` for a method that no plan can keep, texts that cannot be read, and a folder of others."""
+        check_sizes(1 if self.repair_sequences is None else self.repair_sequences)
         if self:
             check_folder(out, "repair")
             check_method(str(self.repair))
         check_texts(*self.repair_text)
 
-    def apply(
+    @property
+    def sources(self) -> Words:
+        """The texts to fit to."""
+        return self.repair_text or (USE,)
+
+    def texts(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        progress: Progress,
+        *,
+        seed: int = 0,
+        used: Sequence[Drawn] = (),
+    ) -> RepairTexts:
+        """Windows to fit to, and others to measure on, which overlap none that was `used` to choose the plan."""
+        from ..repairing.texts import RepairTexts
+
+        how: Settings = {"sequences": self.repair_sequences, "seed": seed, "used": used, "progress": progress}
+        return RepairTexts.draw(model, tokenizer, self.sources, **how)
+
+    def apply(
+        self,
+        model: PreTrainedModel,
         plan: Plan,
+        texts: RepairTexts,
         out: Path | None,
         provenance: Provenance,
         progress: Progress,
-    ) -> tuple[Plan, dict[str, list[Tensor]]]:
-        """The plan after the repair, unless it needs none, and windows that it was not fitted to."""
+    ) -> Plan:
+        """The plan after the repair, unless it needs none."""
         from ..repairing.methods import repair_into
-        from ..repairing.texts import RepairTexts
 
-        sources, size = self.repair_text or (USE,), self.repair_sequences
-        texts = RepairTexts.draw(model, tokenizer, sources, sequences=size, progress=progress)
         if not plan or plan.state == "repaired":
-            return plan, texts.other
+            return plan
         about = Provenance.of(provenance, **texts.described)
-        return repair_into(out, str(self.repair), model, plan, texts.together(8), about, progress), texts.other
+        return repair_into(out, str(self.repair), model, plan, texts.together(8), about, progress)
 
 
 @dataclass(frozen=True)
@@ -87,9 +108,9 @@ class FitOptions:
     batch_size: int = option(8, "windows to run at a time")
 
     def check(self) -> None:
-        """Raise `UsageError` for a text that cannot be read, and for too few windows."""
+        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
+        check_sizes(1 if self.windows is None else self.windows, self.length, self.batch_size)
         check_texts(*self.text, *self.held_out)
-        _ = self.windows
 
     @property
     def windows(self) -> int | None:
@@ -97,13 +118,22 @@ class FitOptions:
         return self.sequences
 
     def draw(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        used: Sequence[Use],
+        *,
+        training: bool,
     ) -> RepairTexts:
+        """Windows to fit to, and others to measure on, which overlap none that is `used` already."""
         from ..repairing.texts import RepairTexts
 
-        texts, size = self.text or (USE,), {"sequences": self.windows, "most": most, "length": self.length}
+        texts, most = self.text or (USE,), TOKENS // self.length if training else None
+        how: Settings = {"sequences": self.windows, "most": most, "length": self.length, "seed": seed}
         with progress_bar("reading the texts") as progress:
-            return RepairTexts.draw(model, tokenizer, texts, self.held_out, **size, seed=seed, progress=progress)
+            how |= {"used": windows_of(used, model, tokenizer, self.held_out or texts), "training": training}
+            return RepairTexts.draw(model, tokenizer, texts, self.held_out, **how, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -182,7 +212,7 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
-    told = f"{out}: {refit} of {total} kept sublayers refit; refitting others did not help on held-out text"
+    told = f"{out}: {refit} of {several(total, 'kept sublayer')} refit; refitting others did not help on held-out text"
     title = f"{told}; shown are those that mend over {LITTLE:.0%}"
     return replace(table(title, REFITS, shown), facts=repaired.refits)
 

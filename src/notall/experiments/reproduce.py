@@ -7,13 +7,16 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from ..errors import UsageError, printable, shortened
+from ..options import Asked
 from ..plan import several
+from ..plugins import PERMITTED, Permitted
 from ..results.facts import SPEEDUPS
 from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
 from ..results.record import Fact, Key, Record, Scalar
@@ -28,8 +31,17 @@ GIVEN = (MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRe
 CHOSEN = (ComparisonRecord, sweep.SweepRecord, search.SearchRecord)
 # Without those of sublayers left out alone, whose errors are of two windows.
 KINDS: tuple[type[Record], ...] = (*CHOSEN, *GIVEN, driver.SimilarityRecord)
-# What no record may ask for: code and machines of others, and files elsewhere than in --out.
-UNSAFE = {"--trust-remote-code", "--attn-implementation", "--task-path", "--ray", "--offload"}
+# The options that a record may ask for, by name. What is absent is refused: code and machines of others, such as
+# trust_remote_code, attn_implementation, task_path and ray, and files elsewhere than in --out, such as offload.
+ALLOWED = {
+    *("model", "revision", "dtype", "device", "device_map", "shape", "dummy_weights"),
+    *("text", "sequences", "length", "batch_size", "held_out", "held_out_sequences", "prompts", "sample", "tokens"),
+    *("skip", "keep_first", "keep_last", "plan", "criterion", "objective", "patience", "max_minutes"),
+    *("params", "weights", "kv", "speedup", "max_nll", "max_kl", "recovery"),
+    *("tasks", "limit", "num_fewshot", "truncate", "task_batch_size", "diagnostics"),
+    *("repair", "repair_text", "repair_sequences", "train", "rank", "rate", "warm_up", "minutes"),
+    *("prompt_tokens", "generation_tokens", "concurrency", "rounds", "most", "seed", "as_json", "out"),
+}
 FOUND = ("plan", "weights")  # among settings what a run chose or fitted, which is compared as figures are
 # No figures of a plan: times, what depends on which draft is the fastest, and what follows from other figures.
 UNJUDGED = re.compile(r"(^|_)(ms|seconds|speedup|predicted|measured|same|peak|p_value)(_|$)")
@@ -55,10 +67,26 @@ COLUMNS: tuple[Column[Remade], ...] = tuple(
 )
 
 
+class CommandLine(NamedTuple):
+    """What reads the words of a command, and what runs them; both raise as the command line does."""
+
+    read: Callable[[Sequence[str]], list[Asked]]
+    run: Callable[[list[str]], object]
+
+
 def reproduce(
-    folder: Path, rows: Sequence[str], swaps: Sequence[str], out: Path, run: Callable[[list[str]], object]
+    folder: Path,
+    rows: Sequence[str],
+    swaps: Sequence[str],
+    out: Path,
+    commands: CommandLine,
+    functions: Path | None = None,
 ) -> list[Remade]:
-    """Make `folder`, or these rows, again in `out` by `run`, and compare. Raises `UsageError` if its inputs changed."""
+    """Make `folder`, or these rows, again in `out`, and compare.
+
+    `functions` is a folder with the modules that a command may name as module:function; without it none is run. Raises
+    `UsageError` where the inputs changed, and where a record asks for what it may not.
+    """
     if out.resolve() == folder.resolve():
         raise UsageError(f"{out} is what is to be made again: choose another folder (--out)")
     if wrong := [swap for swap in swaps if "=" not in swap]:
@@ -66,23 +94,35 @@ def reproduce(
     asked = [one for one in _records(folder) if not rows or _name(one).startswith(tuple(rows))]
     if not asked:
         raise UsageError(f"{folder} has no {f'row {shortened(rows[0])}' if rows else 'records'} to make again")
-    lines: dict[tuple[str, ...], list[Record]] = {}
+    swapped = dict(swap.split("=", 1) for swap in swaps)
+    lines: dict[tuple[str, tuple[Asked, ...]], list[Record]] = {}
     for record in asked:
-        own = _line(record, folder, dict(swap.split("=", 1) for swap in swaps), narrowed=bool(rows))
-        lines.setdefault((*own, "--out", str(out / "plan.json" if own[0] == "search" else out)), []).append(record)
-    for line, records in lines.items():
+        command, own = _line(record, folder, swapped, commands.read, narrowed=bool(rows))
+        place = str(out / "plan.json" if command == "search" else out)
+        lines.setdefault((command, (*own, Asked("out", "--out", place))), []).append(record)
+    for (command, options), records in lines.items():
+        line = [command, *(word for one in options for word in one.words)]
         print(f"making again: {printable(shlex.join(['notall', *line]))}", file=sys.stderr)
-        token = RECORDED.set((records[0], folder))
-        try:
-            _check_plans(line, records, folder)
-            run([*line])
-        except UsageError as error:
-            raise UsageError(f"{error}; --replace WORD=OTHER changes a word of that command") from None
-        finally:
-            RECORDED.reset(token)
+        with _made_again(records[0], folder, functions):
+            _check_plans(options, records, folder)
+            commands.run(line)
     made = {_identity(one): one for place in (out, out / "plan.search") for one in _records(place)}
     every, unfit = (one for records in lines.values() for one in records), OF_OTHERS if rows else set()
     return [_compared(one, made.get(_identity(one)), folder, unfit) for one in every]
+
+
+@contextmanager
+def _made_again(record: Record, folder: Path, functions: Path | None) -> Iterator[None]:
+    """Inside, a run with other settings than the record's is refused, and functions but those that were recorded."""
+    known = record.provenance.functions if record.provenance else {}
+    recorded, permitted = RECORDED.set((record, folder)), PERMITTED.set(Permitted(functions, known))
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{error}; --replace WORD=OTHER changes a word of that command") from None
+    finally:
+        RECORDED.reset(recorded)
+        PERMITTED.reset(permitted)
 
 
 def conclusion(found: Sequence[Remade], folder: Path) -> str:
@@ -97,30 +137,44 @@ def _records(folder: Path) -> list[Record]:
     return [one for kind in KINDS for one in read(folder / kind.file, kind)]
 
 
-def _line(record: Record, folder: Path, swaps: Mapping[str, str], *, narrowed: bool) -> list[str]:
+def _line(
+    record: Record,
+    folder: Path,
+    swaps: Mapping[str, str],
+    read: Callable[[Sequence[str]], list[Asked]],
+    *,
+    narrowed: bool,
+) -> tuple[str, list[Asked]]:
     """Its command without --out, in its dtype, maybe `narrowed` to itself. Raises `UsageError` for one of others."""
     given = record.provenance.command if record.provenance else []
     if " ".join(given[:2]) not in COMMANDS:
         made = shortened(shlex.join(given), 60) or "what it does not say"
         raise UsageError(f"{folder} was made by {made}: give a folder of {', '.join(COMMANDS)}")
-    line = [part for word in given[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if unsafe := UNSAFE.intersection(line):
-        raise UsageError(f"{folder} was made with {min(unsafe)}, which no record may ask for: run its command yourself")
-    asked, dropped = dict[str, str](), ["--out", "-o"]
+    try:
+        line = read(given[1:])
+    except UsageError as error:
+        raise UsageError(
+            f"{folder} was made with what no record may ask for ({error}): run its command yourself"
+        ) from None
+    if unsafe := [one for one in line if one.name not in ALLOWED or one.is_ambiguous]:
+        told = f"{folder} was made with {shortened(unsafe[0].flag or unsafe[0].value)}"
+        raise UsageError(f"{told}, which no record may ask for: run its command yourself")
+    own = dict[str, str]()
     if record.what.get("dtype") in ("float32", "bfloat16", "float16"):  # whatever suits this machine
-        asked["--dtype"] = str(record.what["dtype"])
+        own["dtype"] = str(record.what["dtype"])
     if narrowed and isinstance(record, ComparisonRecord):
-        asked |= {"--skip": f"{record.space}:{record.count}", "--criterion": record.criterion}
-        asked |= {"--objective": record.objective, "--repair": record.repair}
-    kept = [word for before, word in zip(["", *line], line) if not {before, word} & {*asked, *dropped}]
-    return [*(swaps.get(word, word) for word in kept), *(word for pair in asked.items() for word in pair)]
+        own |= {"skip": f"{record.space}:{record.count}", "criterion": record.criterion}
+        own |= {"objective": record.objective, "repair": record.repair}
+    kept = [one for one in line if one.name not in {*own, "out"}]
+    swapped = [one._replace(value=swaps.get(one.value, one.value) if one.value else one.value) for one in kept]
+    return given[1], swapped + [Asked(name, f"--{name}", value) for name, value in own.items()]
 
 
-def _check_plans(line: Sequence[str], records: Sequence[Record], folder: Path) -> None:
+def _check_plans(options: Sequence[Asked], records: Sequence[Record], folder: Path) -> None:
     """Raise `UsageError` where a plan file of the command is missing, or not that of the records."""
     planned = [one for one in records if isinstance(one, GIVEN)]
     weights = {digest for one in planned for name in ("weights", "repair") if (digest := one.what.get(name))}
-    for path in (Path(word) for before, word in zip(line, line[1:]) if before == "--plan"):
+    for path in (Path(one.value) for one in options if one.name == "plan" and one.value):
         plan = read_plan(path)
         if any(one.plan.indices != plan.indices for one in planned) or (weights and plan.digest not in weights):
             raise UsageError(f"{path} skips {plan}, and {folder} holds records of another plan; {AS_IT_WAS}")

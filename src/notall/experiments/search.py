@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -24,14 +24,15 @@ from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
-from ..results.repairs import FittedText, MeasuredRecord, State
+from ..results.repairs import MeasuredRecord, RepairStep, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
-from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
+from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, refuse_judging, space_of
 from .pages import read_costs
 from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
 from .repair import RepairOptions
+from .used import Use
 from .verdict import LITTLE, Verdict, next_command, what_next
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ..choosing.budget import Budget, Resource
     from ..choosing.choice import ChosenPlan, Recovering
     from ..choosing.space import Space
+    from ..repairing.texts import RepairTexts
     from ..structure.model_structure import ModelStructure
 
 FARTHEST = 0.3  # nats up to which a plan is looked for that keeps a recovery
@@ -292,13 +294,19 @@ class Search:
         wanted = self.check()
         judged_by = self.by.objective or wanted.objective(self.text.text)
         tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
+        own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
+        refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
         net, tokenizer = self.model.load()
         among = self.space.of(net)
-        twice = 2 if self.repair else 1  # half of them to fit to
-        read = replace(self.text, sequences=twice * self.text.sequences)
-        batches, others, about = read.both(net, tokenizer, seed=self.seed, fewer=True)
-        other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
+        twice = 2 if self.repair else 1  # half of them to fit to
+        wide = replace(self.text, sequences=twice * self.text.sequences)
+        split = wide.split(net, tokenizer, seed=self.seed, fewer=True)
+        batches, about = split.calibration, split.described
+        other: Settings = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
+        other |= {"seed": self.seed} if self.seed else {}  # a record without one is of seed 0
+        texts = self.repair.texts(net, tokenizer, progress, seed=self.seed, used=[split.own]) if self.repair else None
+        split = split.apart_from(texts.fitted) if texts and self.text.held_out else split
         of: Settings = {"prompts": self.by.prompts, "task_path": tasks.shelf, "task_limit": tasks.questions}
         goal = build_objective(judged_by, net, tokenizer, batches, **of)
         budget = wanted.of(net, among, self.workload, progress)
@@ -315,19 +323,19 @@ class Search:
             max_minutes=self.by.max_minutes,
             patience=self.by.patience,
             seed=self.seed,
-            held_out=others,
+            held_out=split.evaluation,
             after_repair=bool(self.repair),
-            recovering=self._recovering(net, tokenizer, tasks, settings, progress) if tasks.recovery else None,
+            recovering=self._recovering(net, tokenizer, tasks, texts, settings, progress) if tasks.recovery else None,
             progress=progress,
         )
         self._save(found.plan)
         record = keep_choice(self.folder, found, Provenance.of(settings, **other, fingerprint=found.plan.fingerprint))
-        text = str(other.get("held_out")) if self.text.held_out else f"other windows of {about['text']}"
-        verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
+        verdict = Verdict.on(net, found.plan, record.quality, split.measured_on)
+        measured = list[MeasuredRecord]()
         plans: dict[State, Plan] = {"skipped": found.plan}
-        if self.repair:
-            plans["repaired"], own = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
-            windows = {text: others} if self.text.held_out else own
+        if texts:
+            plans["repaired"] = self.repair.apply(net, found.plan, texts, self.repaired, settings, progress)
+            windows = {split.measured_on: split.evaluation} if self.text.held_out else texts.other
             measured = measure(net, plans, windows, self.folder, settings, progress)
             verdict = Verdict.on(net, plans["repaired"], measured[-1].quality, measured[-1].text)
         asked = tasks or self._retrieval(net, found.plan)
@@ -344,6 +352,7 @@ class Search:
         net: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: TaskChoice,
+        texts: RepairTexts | None,
         settings: Provenance,
         progress: Progress,
     ) -> Recovering:
@@ -360,8 +369,8 @@ class Search:
         def kept(plan: Plan) -> float:
             with TemporaryDirectory() as folder:
                 out = Path(folder) / "repaired"
-                if self.repair:
-                    plan, _ = self.repair.apply(net, tokenizer, plan, out, settings, progress)
+                if texts:
+                    plan = self.repair.apply(net, plan, texts, out, settings, progress)
                 found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
             return min((one.recovery.low if one.recovery else 0.0 for one in last_state(found)), default=0.0)
 
@@ -398,19 +407,28 @@ def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
     return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
 
 
-def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
-    """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
-    texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)
-    own = {text.text_sha256: "repaired with" for text in texts}
-    found = path.with_suffix(".search") / SearchRecord.file if path else None
-    if found and found.is_file():
+def uses_of(plan: Plan, path: Path | None = None) -> list[Use]:
+    """What a plan, maybe read from `path`, was chosen by, and what its weights were fitted to."""
+    found = [use for step in getattr(plan, "history", ()) for use in _uses_in(step)]
+    chosen = path.with_suffix(".search") / SearchRecord.file if path else None
+    if chosen and chosen.is_file():
         with suppress(UsageError):  # a damaged file is nothing to stop for
-            chosen = [record for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
-            own = {str(record.what.get("text_sha256")): "chosen by" for record in chosen} | own
-    if how := own.get(str(described["text_sha256"])):
-        text = shortened(described["text"])
-        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
-        print(note, file=sys.stderr)
+            records = [record for record in read(chosen, SearchRecord) if record.plan.indices == plan.indices]
+            found += [_use("chosen by", record.what, record.what) for record in records]
+    return found
+
+
+def _uses_in(step: RepairStep) -> Iterator[Use]:
+    """The texts of a repair, or of a training, each of which has as many windows."""
+    about = step.model_dump()
+    texts = about["texts"] or [about]
+    size = {"sequences": -(-step.sequences // len(texts))} if step.sequences else {}
+    return (_use("repaired with", text, about | size) for text in texts if "text_sha256" in text)
+
+
+def _use(how: str, text: Mapping[str, Any], about: Mapping[str, Any]) -> Use:
+    numbers = {name: about[name] for name in ("sequences", "length", "seed") if name in about}
+    return Use(how, text["text"], text["text_sha256"], **numbers)
 
 
 def shown(folder: Folder) -> Shown:

@@ -10,9 +10,9 @@ from pydantic import Field
 from ..digests import digest_of
 from ..errors import FIGURES, installed
 from ..files import Settings, write_whole
-from ..options import DECODED_TOKEN, WORKLOAD, Workload
-from ..plan import KIND_NAMES, Plan
-from ..progress import Progress, Stages, silent
+from ..options import WORKLOAD, Workload
+from ..plan import KIND_NAMES, Plan, several
+from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
@@ -68,9 +68,9 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
     rows = paper_grid(subject.structure)
     asked = {"workload": asdict(workload), "seed": subject.seed, "batches": digest_of(subject.batches)[:16]}
     about = Provenance.of(subject.provenance, **asked)
-    scoring, timing = subject.tokens * len(rows) / 5, 2 * workload.steps  # plans share most of what scores them
+    scoring, timing = reading(subject.tokens, len(rows)), workload.steps
     leaving_out = subject.batches[0].shape[-1] * len(subject.structure.sublayers)
-    sampling = 4 * DECODED_TOKEN * SAMPLE_TOKENS if subject.tokenizer else 0
+    sampling = writing(SAMPLE_TOKENS, 4) if subject.tokenizer else 0
     stages = Stages(progress, scoring + len(rows) * timing + subject.tokens + leaving_out + sampling)
     with working_in(subject.out, "sweep"):
         done = Ledger(subject.out, SweepRecord, about)
@@ -145,8 +145,9 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     """Its table as table.md, .tex and .csv, which has every digit; and with the extra `report` the trade-off drawn."""
     lines, about = table("sweep", COLUMNS, records), records[0].provenance
     assert about
-    asked = "{prompt_tokens} prompt tokens, {generation_tokens} new ones, {rounds} rounds"
-    timed = asked.format_map(about.what["workload"])
+    work = about.what["workload"]
+    counts = {"prompt_tokens": "prompt token", "generation_tokens": "new token", "rounds": "round"}
+    timed = ", ".join(several(work[name], one) for name, one in counts.items())
     place = place_of(about.where.get("machine"), versions=False)
     caption = (
         f"{model} without its deepest attentions, MLPs or blocks, beside the original model: quality on "

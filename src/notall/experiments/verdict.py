@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import shortened
 from ..files import Settings
 from ..models.names import DEFAULT_TEXT, USE
-from ..plan import Plan
+from ..plan import Plan, several
 from ..results.facts import RECOVERY, Footprint, PlanScore, Quality
 from ..results.lines import finite
 from ..results.provenance import Provenance
@@ -76,8 +76,10 @@ class Verdict:
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
-        kinds: list[str] = [part.kind for part in locate(model).sublayers]
+        structure = locate(model)
+        kinds: list[str] = [part.kind for part in structure.sublayers]
         among = {kind: kinds.count(kind) for kind in ("attention", "mlp")}
+        among["block"] = len(structure.blocks)
         left, dense = footprint(model, plan), footprint(model, Plan())
         return cls(plan, quality, text, footprint=left, dense=dense, among=among, state=state or plan.state)
 
@@ -156,7 +158,7 @@ class Verdict:
         if not self.plan:
             yield "Nothing is left out: this is the original model."
         else:
-            among = f" of its {self.layers} layers" if self.layers else ""
+            among = f" of its {several(self.layers, 'layer')}" if self.layers else ""
             among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
             state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
             model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""

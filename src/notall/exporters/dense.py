@@ -25,7 +25,7 @@ from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source, named_dtype, reader_of, refuse_export
 from ..models.names import named_gguf
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress
 from ..running.repaired import RepairedPlan
 from ..running.skipping import refuse_skipping, skip
@@ -81,7 +81,9 @@ class DenseModel:
         alike = max(map(self._alike, whole), default=0)  # another may be a stack of layers that see, say
         whole = [prefix for prefix in whole if self._alike(prefix) == alike]
         if len(whole) != 1:
-            told = f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}"
+            told = (
+                f"the files of {self.origin.model} hold {len(whole)} stacks of {several(depth, 'layer')} named {last!r}"
+            )
             raise UsageError(f"{told}, expected one; fetch or save the model again")
         return whole[0]
 
@@ -183,7 +185,7 @@ def load_whole(loader: Any, folder: Path, trusted: bool, dtype: torch.dtype | No
     model, report = loader.from_pretrained(folder, dtype=dtype or "auto", **how)
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise UsageError(f"{len(wrong)} tensors do not match the architecture, {wrong[0]} for one")
+        raise UsageError(f"the architecture does not match {several(len(wrong), 'tensor')}, such as {wrong[0]}")
     return model.eval()
 
 

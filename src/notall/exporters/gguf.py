@@ -1,44 +1,37 @@
-"""llama.cpp: rewrite the GGUF of the original model, whatever its quantisation. No weight is changed but repaired ones.
+"""llama.cpp: rewrite the GGUF of the original model, whatever its quantisation.
+
+Weights stay as they are, but for those of a repaired plan, and the norms behind a scale per layer (Gemma 4's).
 
 A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each.
 """
 
 import json
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gguf import (
-    GGML_QUANT_SIZES,
-    MODEL_ARCH_NAMES,
     GGMLQuantizationType as Kind,
     GGUFValueType,
-    get_tensor_name_map,
     quant_shape_to_byte_shape,
 )
-from gguf.quants import quantize
 
 from ..digests import digest_of_file
 from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
-from ..plan import Fingerprint, Plan
+from ..plan import Fingerprint, Plan, several
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
+from .gguf_layout import halves_paired
+from .gguf_weights import with_weights
 from .manifest import NotVerified, Origin, Verdict, Verified
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 # Their blocks hold one attention and one MLP each.
 ORDINARY = {
@@ -163,7 +156,9 @@ def _check(source: GGUF, plan: Plan) -> None:
     ours = (source.depth, source.count("embedding_length"))
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
-        raise UsageError(f"{source.path.name} has {len(numbers)} blocks, and says {source.depth}; download it again")
+        raise UsageError(
+            f"{source.path.name} has {several(len(numbers), 'block')}, and says {source.depth}; download it again"
+        )
     if shape and (shape.layers, shape.hidden_size) != ours:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
     plan.check_depth(source.depth)
@@ -336,9 +331,7 @@ def _rotated(parts: Tensors, architecture: str, heads: int, kv_heads: int) -> Te
     rotated = dict(parts)
     for name, tensor in parts.items():
         if count := {"attn_q": heads, "attn_k": kv_heads}.get(name.split(".")[0]):
-            halves = tensor.data.reshape(count, 2, -1, *tensor.data.shape[1:])
-            rows = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.data.shape)
-            rotated[name] = GGUFTensor(rows, tensor.quantization)
+            rotated[name] = GGUFTensor(halves_paired(tensor.data, count), tensor.quantization)
     return rotated
 
 
@@ -353,31 +346,3 @@ def _zeros(*shape: int) -> GGUFTensor:
     if len(shape) > 1 and shape[-1] % 32 == 0:
         return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, Kind.Q8_0), np.uint8), Kind.Q8_0)
     return GGUFTensor(np.zeros(shape, np.float32), Kind.F32)
-
-
-def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
-    """With these values of parameters, by their paths in transformers, in types of at least 8 bits."""
-    architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(architectures[source.architecture], source.depth)
-    tensors, widened = dict(source.tensors), set[str]()
-    for path, weight in weights.items():
-        module, _, kind = path.rpartition(".")
-        name = f"{names.get_name(module)}.{kind}"
-        if name not in tensors:
-            raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
-        values, stored = weight.float().cpu().numpy(), tensors[name]
-        if values.ndim == 1 and source.architecture in ("gemma", "gemma2", "gemma3", "nemotron"):
-            values = values + 1  # transformers keeps gain - 1, llama.cpp the gain
-        elif source.architecture in ("gpt2", "jais"):  # matrices are (inputs, outputs) in transformers
-            values = np.ascontiguousarray(values.T)
-        if values.shape != stored.shape:
-            raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
-        block, size = GGML_QUANT_SIZES[stored.quantization]
-        new = Kind.Q8_0 if size < block else stored.quantization  # numbers that were fitted lose more in fewer bits
-        tensors[name] = GGUFTensor(quantize(values, new), new)
-        if new != stored.quantization:
-            widened.add(stored.quantization.name)
-    if widened:
-        told, fix = ", ".join(sorted(widened)), "to have that type, repair and export an F16 file, and quantise that"
-        logger.warning("repaired weights that were %s are written in 8 bits, in which they lose less; %s", told, fix)
-    return replace(source, tensors=tensors)

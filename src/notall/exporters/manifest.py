@@ -11,7 +11,7 @@ from ..errors import UsageError, printable, shortened
 from ..files import Settings
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
-from ..plan import Fingerprint, Plan
+from ..plan import Fingerprint, Plan, several
 from ..results.repairs import LITTLE
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class Verified:
     unit: str
 
     def __str__(self) -> str:
-        near = f"within {self.difference:.2g} {self.unit} (at most {self.most:g})"
+        near = f"within {self.difference:.2g} {self.unit} (at most {self.most:.2g})"
         return f"{self.by} answers as the skipped model does, {near if self.difference else 'to the last bit'}"
 
     def checked(self) -> "Verified":
         """Raises `UsageError` where it answered differently."""
         if not self.difference <= self.most:
-            off = f"by {self.difference:.2g} {self.unit} (at most {self.most:g} was expected), so nothing was written"
+            off = f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was expected), so nothing was written"
             told = f"{self.by} answers differently from the skipped model, {off}"
             raise UsageError(f"{told}; please report model and plan, or export without this comparison (--no-verify)")
         return self
@@ -95,7 +95,7 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
 
 def plan_of(folder: Path) -> Plan:
     """In the original model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
-    manifest = check_manifest(folder)
+    manifest = check_manifest(folder, strict=False)
     try:
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
         skipped = {"attention": plan["attention"], "mlp": plan["mlp"], "prefill": plan.get("prefill", {})}
@@ -143,7 +143,7 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     sections = [
         f"# {dense['model']} without some of its sublayers",
         f"Written by notall {manifest['notall']} from `{dense['model']}` ({dense['revision']}), which has "
-        f"{dense['layers']} layers. What is left out is in no file, takes no time and holds no cache.",
+        f"{several(dense['layers'], 'layer')}. What is left out is in no file, takes no time and holds no cache.",
         _table(("sublayer", "left out of these layers of the original model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
         *(_on_repair(manifest["repair"]) if "repair" in manifest else []),
@@ -166,7 +166,7 @@ def _on_repair(repair: Settings) -> Iterator[str]:
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
     rows = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
     if refit:
-        yield f"{len(refit)} steps were refit, and {len(rows)} of them left at most {1 - LITTLE:.0%} of the error."
+        yield f"{len(rows)} of {several(len(refit), 'refit step')} left at most {1 - LITTLE:.0%} of the error."
     if rows:
         yield _table(("refit, in the original model's numbers", "error left on text that it was not fitted to"), rows)
 

@@ -1,11 +1,16 @@
 """The modeling file of a regrouped checkpoint, from one template: it subclasses transformers' own classes."""
 
+import atexit
 import importlib.util
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from tempfile import mkdtemp
 from types import ModuleType
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -76,28 +81,25 @@ def check_code(folder: Path) -> None:
 
 
 def load_modeling(folder: Path, base: str) -> ModuleType:
-    """The modeling file in `folder`, run from where it lies: AutoModel would leave it in a cache."""
+    """The modeling file of `base`, whose place is in `folder`: its source is run, and not what lies there."""
     path = folder / modeling_file(base)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    exec(compile(source_of(base), str(path), "exec"), vars(module))
     return module
 
 
 def register(*bases: str) -> None:
     """Make this process's transformers know regrouped checkpoints, with no `trust_remote_code`.
 
-    Of the model types `bases`, such as llama, or of all that have such a form. Their classes are written to the cache
-    folder first, so that `save_pretrained` can copy them beside the weights.
+    Of the model types `bases`, such as llama, or of all that have such a form. Their classes are written to a folder
+    first, so that `save_pretrained` can copy them beside the weights.
     """
-    folder = cache_folder() / "modeling" / __version__
     for base in bases or FAMILIES:
         if model_type_of(base) in CONFIG_MAPPING:
             continue
-        keep(folder / modeling_file(base), source_of(base))
-        module = load_modeling(folder, base)
+        module = load_modeling(_folder_with(base), base)
         sys.modules[module.__name__] = module  # where pickle and save_pretrained look for it
         config, *models = (getattr(module, name) for name in classes_of(base).values())
         AutoConfig.register(model_type_of(base), config)
@@ -105,6 +107,27 @@ def register(*bases: str) -> None:
             auto.register(config, model)
             model.register_for_auto_class(auto.__name__)
         config.register_for_auto_class()
+
+
+def _folder_with(base: str) -> Path:
+    """A folder with the modeling file: of the cache, or where that has another and cannot be written, a new one."""
+    source, folder = source_of(base).encode(), cache_folder("modeling", __version__)
+    path = folder / modeling_file(base)
+    keep(path, source)
+    with suppress(OSError, UsageError):
+        if contents(path) == source:
+            return folder
+    place = _new_folder()
+    (place / path.name).write_bytes(source)
+    return place
+
+
+@cache
+def _new_folder() -> Path:
+    """A folder of this process alone, which goes with it."""
+    folder = mkdtemp(prefix="notall-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def source_of(base: str) -> str:

@@ -43,7 +43,8 @@ def evaluate(
     expect(plans, Sequence, "a list of plans, such as [plan]")
     for plan in plans:
         expect(plan, Plan, "plans, such as notall.Plan(attention=[3])")
-    scores = [score(model, plans, tokens, prompt_tokens) for tokens in checked(batches, model)]
+    together = Replay(model, [Plan(), *plans]), TokenScorer(model)
+    scores = [_scores(*together, tokens, plans, prompt_tokens) for tokens in checked(batches, model)]
     if not scores:
         raise UsageError(f"there is no text to measure on: give a list of {IDS}")
     return gather(scores)
@@ -53,8 +54,14 @@ def score(
     model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None
 ) -> list[Scores]:
     """Scores of the original model, then of each plan, on one batch of token ids, (batch, tokens), as `evaluate`."""
+    return _scores(Replay(model, [Plan(), *plans]), TokenScorer(model), tokens, plans, prompt_tokens)
+
+
+def _scores(
+    replay: Replay, scorer: TokenScorer, tokens: Tensor, plans: Sequence[Plan], prompt_tokens: int | None
+) -> list[Scores]:
+    """Those of the replay's plans, the original model and `plans`, on one batch of token ids, (batch, tokens)."""
     check_prompt(plans, tokens.shape[1], prompt_tokens)
-    replay, scorer = Replay(model, [Plan(), *plans]), TokenScorer(model)
     start = prompt_tokens or 1  # of what is scored: the first token is predicted from nothing
     targets = tokens[:, start:].flatten()
     recording = record(replay.model, prompt_tokens, input_ids=tokens)
@@ -72,7 +79,7 @@ def score(
             values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
             nll, kl, agreement = map(tuple, values.view(3, len(tokens), -1).mean(-1).tolist())  # of each sequence
             found |= dict.fromkeys(numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement))
-    return [found[number] for number in range(len(plans) + 1)]
+    return [found[number] for number in range(replay.plans)]
 
 
 def check_prompt(plans: Sequence[Plan], tokens: int, prompt_tokens: int | None) -> None:

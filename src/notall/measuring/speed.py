@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from ..results.facts import Times
 from ..results.record import Quartiles
 from ..running.prefill import prompt as declared_prompt
 from ..running.skipping import skip
+from ..structure.model_structure import inputs_device
 from .quality import check_prompt
 
 Sample = TypeVar("Sample")
@@ -114,7 +115,8 @@ def compare(
     workload.check(model)
     generator = torch.Generator().manual_seed(seed)
     shape = workload.concurrency, workload.prompt_tokens
-    prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+    prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator)
+    prompt = prompt.to(inputs_device(model))
     gpus = [device for device in _accelerators(model) if device.type == "cuda"]
 
     def measured(name: str) -> tuple[float, float, int]:
@@ -152,28 +154,39 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
     return Quartiles.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
 
 
-def machine(device: torch.device | str = "cpu") -> Settings:
-    """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
-    cpu, on_cuda = _cpu_model(), torch.device(device).type == "cuda"
+def machine(*devices: torch.device | str) -> Settings:
+    """What a timing depends on: the CPU, our cores, torch's threads, versions, the devices (or the CPU)."""
+    cpu = _cpu_model()
+    names = {str(device): _name_of(device, cpu) for device in devices or ("cpu",)}
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {
         "cpu": cpu,
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "device": ", ".join(names),
+        "device_name": ", ".join(dict.fromkeys(names.values())),
         "versions": {**versions, "transformers": transformers.__version__, "notall": __version__},
     }
 
 
-def _now(devices: set[torch.device]) -> float:
+def _name_of(device: torch.device | str, cpu: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu
+
+
+def _now(devices: Iterable[torch.device]) -> float:
     for device in devices:
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def _accelerators(model: PreTrainedModel) -> set[torch.device]:
-    return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
+def devices_of(model: PreTrainedModel) -> list[torch.device]:
+    """Where its weights are, by name: those that accelerate fetches are on the CPU."""
+    found = {weight.device for weight in model.parameters()}
+    return sorted({torch.device("cpu") if one.type == "meta" else one for one in found}, key=str)
+
+
+def _accelerators(model: PreTrainedModel) -> list[torch.device]:
+    return [device for device in devices_of(model) if device.type != "cpu"]
 
 
 def cache_name(output: Mapping[str, object]) -> str:

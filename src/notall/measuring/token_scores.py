@@ -115,8 +115,8 @@ _PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
     if found.shape != expected.shape:
         return False
-    difference = (found.float() - expected.float().to(found.device)).abs().max()
-    return bool(difference <= rounding * expected.float().abs().max())
+    expected = expected.to(found.device).float()
+    return bool((found.float() - expected).abs().max() <= rounding * expected.abs().max())
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,17 @@ class TokenScorer:
     def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
         """KL(dense || these), (rows,), and its derivative by `states`, the difference of both mean rows of the head.
 
-        Both states are given as the head's matrix is, (rows, width). Raises `UnsupportedModel` where it is no matrix.
+        Both states are given as the head's matrix is, (rows, width); the results are where `states` are.
+        Raises `UnsupportedModel` where it is no matrix.
         """
         if not self.is_matrix:
             raise UnsupportedModel(f"the head of {type(self.head.model).__name__} is no matrix, and cannot be aimed at")
-        _, dense = self._dense(dense_states.to(self.weight.dtype), None, False)
-        given = states.to(self.weight.dtype)
+        _, dense = self._dense(dense_states.to(self.weight), None, False)
+        given = states.to(self.weight)
         alike = self._alike(given, dense)
         sums = self._sums(given, alike, mean=True)
-        return sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
+        nats, slope = sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
+        return nats.to(states.device), slope.to(states.device)
 
     def _mass(self, hidden: Tensor) -> Tensor:
         """The probability of each token, (vocabulary,), summed over the rows."""

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..digests import digest_of_file
 from ..errors import UsageError
-from ..files import Settings, beside, cache_folder, saving, unwritable
-from ..integrity import check_files, read_manifest, write_manifest
+from ..files import Settings, beside, cache_folder, make_private, saving, unwritable
+from ..integrity import check_files, read_manifest, refuse_unlisted, write_manifest
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
@@ -30,7 +30,7 @@ COPY_FORMAT = 2  # one more whenever the copy of the same file comes out otherwi
 def converted_folder(gguf: Path) -> Path:
     """Where the plain copy of a GGUF file is, or would be."""
     # The two lines of transformers write configs that the other misreads in silence (the RoPE base, for one).
-    return cache_folder() / "gguf" / f"{digest_of_file(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
+    return cache_folder("gguf") / f"{digest_of_file(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
 
 
 def convert_gguf(gguf: Path) -> Path:
@@ -39,7 +39,7 @@ def convert_gguf(gguf: Path) -> Path:
     if _is_whole(folder):
         return folder
     try:
-        folder.parent.mkdir(exist_ok=True)
+        make_private(folder.parent)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 logger.info("copying %s, once, to %s", gguf.name, folder)
@@ -57,8 +57,10 @@ def convert_gguf(gguf: Path) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        check_files(folder, read_manifest(folder, "made anew")["files"], "made anew")
-    except (UsageError, KeyError) as error:
+        files = read_manifest(folder, "made anew")["files"]
+        check_files(folder, files, "made anew")
+        refuse_unlisted(folder, files)
+    except UsageError as error:
         if folder.is_dir():
             logger.warning("%s", error)
         return False

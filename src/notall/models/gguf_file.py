@@ -1,7 +1,8 @@
 """A GGUF file as fields and tensors: read without loading it, written a tensor at a time. No torch."""
 
 import errno
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..errors import UsageError, shortened
 from ..progress import Progress, silent
 
 BLOCK, ARCHITECTURE = "blk.", "general.architecture"
+BLOCK_NUMBER = re.compile(r"blk\.([0-9]{1,9})\.")
 # What readers raise over a damaged file.
 DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError, MemoryError, RecursionError)
 MOST_READS = 1 << 23  # of one header: a vocabulary has a quarter of a million words
@@ -133,14 +135,28 @@ def open_gguf(path: Path) -> GGUFReader:
     with _whole(path):
         reader = _Reader(path)
         scalars = {name: one.contents() for name, one in reader.fields.items() if len(one.types) == 1}
-        longest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
-        # readers would build each layer and expert that it counts
-        rooms = (".block_count", "layers", len(reader.tensors)), (".expert_count", "experts", longest)
-        for ending, what, room in rooms if scalars.get("split.count", 1) == 1 else ():  # a part may hold no tensors
-            count = max((value for name, value in scalars.items() if name.endswith(ending)), default=0)
-            if count > room:
-                raise EOFError(f"its header counts {count} {what}, and its tensors have room for {room}")
+        if scalars.get("split.count", 1) == 1:  # a part may hold no tensors
+            _check_room(reader, scalars)
+        _check_depth(reader, scalars)
     return reader
+
+
+def _check_room(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
+    """Raise `EOFError` for more layers or experts than there can be: readers would build each that is counted."""
+    longest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
+    for ending, what, room in (".block_count", "layers", len(reader.tensors)), (".expert_count", "experts", longest):
+        count = max((value for name, value in scalars.items() if name.endswith(ending)), default=0)
+        if count > room:
+            raise EOFError(f"its header counts {count} {what}, and its tensors have room for {room}")
+
+
+def _check_depth(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for fewer layers than there are tensors of: readers would pass over the others."""
+    numbers = (match for tensor in reader.tensors if (match := BLOCK_NUMBER.match(tensor.name)))
+    held = max((int(match[1]) + 1 for match in numbers), default=0)
+    count = scalars.get(f"{scalars.get(ARCHITECTURE)}.block_count", held)
+    if not isinstance(count, int) or count < held:
+        raise ValueError(f"its header counts {count} layers, and it has tensors of {held}")
 
 
 def read_gguf(path: Path) -> GGUF:

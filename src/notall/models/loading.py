@@ -60,7 +60,10 @@ def load(
         raise UsageError("device and device_map both say where the model goes: give one")
     with explained(spec):
         file = named_gguf(spec)
-        check_manifest(file.parent if file else expanded(spec))
+        if file:
+            check_manifest(file.parent, strict=False)  # other files may lie beside the one that is read
+        else:
+            check_manifest(expanded(spec))
         settings = _settings_of_export(spec, revision)
         place = resolve_device(device)
         how: Options = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}

@@ -55,7 +55,12 @@ def text_of(
     content = _Author(model, tokenizer, progress, 1).text(source) if tokens <= FEW else ""
     if len(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]) < tokens:
         content = _Author(model, tokenizer, progress).text(source)
-    return Text(re.sub(r":.*[/\\]", ":", source), digest_of([content]), content)
+    return Text(name_of(source), digest_of([content]), content)
+
+
+def name_of(source: str) -> str:
+    """What a text that a model made is called: as it is asked for, but for the folders of a file."""
+    return re.sub(r":.*[/\\]", ":", source)
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ class _Author:
 
         def write(number: int, begun: list[list[int]], progress: Progress) -> str:
             with skip(self.model, Plan()):
-                given = torch.tensor(begun, device=self.model.device)
-                drawn = sample(self.model, given, new, seed=number, **reporting(progress, "writing text", new))
+                telling = reporting(progress, "writing text", new)
+                drawn = sample(self.model, torch.tensor(begun), new, seed=number, **telling)
             return "\n\n".join(str(self.tokenizer.decode(row)) for row in drawn.tolist())
 
         begun = [(row * FIRST)[:FIRST] for row in rows]  # as many of each: they run together
@@ -107,7 +112,7 @@ class _Author:
     def _written(self, kind: str, given: list[str] | list[list[int]], new: int, write: Callable[..., str]) -> list[str]:
         """What is written behind some of what is `given` at a time, from the cache, or else now."""
         some = [given[start : start + AT_ONCE] for start in range(0, len(given), AT_ONCE)][: self.parts]
-        by, folder = origin(self.model, self.tokenizer), cache_folder() / "answers"
+        by, folder = origin(self.model, self.tokenizer), cache_folder("answers")
         paths = [folder / f"{digest_of([by, kind, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
         kept = [unsealed(contents(path)) if path.is_file() else None for path in paths]  # None, too, of damage
         known = {number: str(json.loads(table)["text"]) for number, table in enumerate(kept) if table}

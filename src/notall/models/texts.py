@@ -1,4 +1,4 @@
-"""Text, and the batches of token ids drawn from it, checked before anything runs."""
+"""Text, its tokens, and batches of token ids, checked before anything runs."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
 from ..files import contents, expanded, read_json
+from ..structure.model_structure import inputs_device
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
@@ -50,42 +51,14 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     return Text(path.name, digest_of([content]), content)
 
 
-def token_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    *,
-    sequences: int = 8,
-    length: int = 256,
-    batch_size: int = 4,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Draw windows of a text, none overlapping another, with BOS: int64 batches of (batch_size, length)."""
-    if sequences < 1 or length < 2 or batch_size < 1:
-        raise UsageError(f"sequences is {sequences}, length {length}, batch {batch_size}: give at least 1, 2 and 1")
-    start, ids = _start_tokens(tokenizer), _ids(tokenizer, text)
-    width = length - len(start)
-    windows = len(ids) // width
-    if windows < sequences:
-        fitting = len(ids) // sequences + len(start)
-        fits = [f"lower sequences to {windows} or "] if windows else []
-        fits += [f"lower length to {fitting} or "] if fitting >= 2 else []
-        told = f"the text {shortened(text.name)} has {len(ids)} tokens"
-        need = f"{sequences} sequences of {length} need {sequences * width}"
-        raise UsageError(f"{told}, and {need}: {''.join(fits)}give a longer text")
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
-    rows = ids[: windows * width].view(windows, width)[order].long()  # (sequences, width)
-    rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)
-    return list(rows.split(batch_size))
-
-
 def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
-    return len(_ids(tokenizer, text)) // max(1, length - len(_start_tokens(tokenizer)))
+    return len(token_ids(tokenizer, text)) // max(1, length - len(start_tokens(tokenizer)))
 
 
 _TOKENISED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Tensor]] = WeakKeyDictionary()
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
     """(tokens,), int32; a text is tokenised once."""
     known = _TOKENISED.setdefault(tokenizer, {})
     if text.sha256 not in known:
@@ -94,7 +67,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
     return known[text.sha256]
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] if the tokenizer puts it before a text, else nothing."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
@@ -138,10 +111,14 @@ def fields(path: Path, content: str, name: str) -> list[str]:
 IDS = "token ids as tensors of (batch, tokens), such as tokenizer(text, return_tensors='pt')['input_ids']"
 
 
-def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterator[Tensor]:
-    """`batches` one by one. Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s."""
+def checked(batches: Iterable[Tensor], model: PreTrainedModel | None = None) -> Iterator[Tensor]:
+    """`batches` one by one, on the device where `model` takes its inputs.
+
+    Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s.
+    """
     expect(batches, Iterable, f"a list of {IDS}")
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None  # type: ignore[operator]
+    device = None if model is None else inputs_device(model)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None
     for batch in batches:
         expect(batch, Tensor, IDS)
         if batch.ndim != 2 or batch.is_floating_point() or not len(batch):
@@ -151,22 +128,25 @@ def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterat
         for token in map(int, batch.aminmax()):
             if vocabulary is not None and not 0 <= token < vocabulary:
                 raise UsageError(f"the model has no token {token:,}, but {vocabulary:,} from 0: use its own tokenizer")
-        yield batch
+        yield batch.to(device=device)
 
 
-def all_checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> list[Tensor]:
-    """`batches`, each checked. Raises `UsageError` as `checked` does, and where there are none."""
+def all_checked(batches: Iterable[Tensor], model: PreTrainedModel | None = None) -> list[Tensor]:
+    """`batches`, each `checked`. Raises `UsageError` as `checked` does, and where there are none."""
     if not (found := list(checked(batches, model))):
         raise UsageError(f"there is no text: give a list of {IDS}")
     return found
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where one is none, or all are."""
+    """The prompts of a file, a line or a `prompt` field of a .jsonl file each; one that comes twice is read once.
+
+    Raises `UsageError` where one is none, or all are.
+    """
     content = read_file(path, "a file of prompts")
     prompts = fields(path, content, "prompt") if path.suffix == ".jsonl" else [*filter(str.strip, content.split("\n"))]
     if not prompts:
         raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
     if not all(map(str.strip, prompts)):
         raise UsageError(f"{shortened(path)} holds an empty prompt: write one that says something, or leave it out")
-    return prompts
+    return [*dict.fromkeys(prompts)]  # every second one judges what the others choose

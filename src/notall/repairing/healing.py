@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..digests import digest_of, digest_of_json
@@ -26,20 +25,21 @@ from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
-from ..plan import Plan, refuse_prefill
+from ..models.windows import refuse_overlap
+from ..plan import Plan, refuse_prefill, several
 from ..progress import Progress, silent
 from ..results.facts import State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
 from ..running import repaired
+from ..running.generating import seeded
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
+from .checkpoints import Checkpoints
 from .refitting import about_weights
 from .students import Student, TrainConfig, rows_of, states_of
-
-CHECKPOINTS, LAST, BEST, TRAINED = "checkpoints", "last.safetensors", "best.safetensors", "trained.safetensors"
 
 
 def heal(
@@ -65,7 +65,8 @@ def heal(
     model.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
-    or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
+    or skips nothing, held-out windows that overlap those of `batches`, a quantised model, a folder that holds other
+    work or is in use, a full disk, `lora` without peft,
     workers that fail or are given `minutes`, and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
@@ -82,12 +83,15 @@ def heal(
     with TemporaryDirectory() as scratch, working_in(Path(out or scratch), "heal") if is_first else nullcontext():
         folder = Path(out or scratch)
         ledger, is_finished = Ledger(folder, HealRecord, about), repaired.refuse_other_work(folder, HealRecord, plan)
+        checkpoints = Checkpoints.of(folder)
+        if not is_finished:
+            checkpoints.refuse_others()
         processes.wait_for_everyone()  # all have looked before the first of them writes
         if is_finished:
             healed = RepairedPlan.load(folder)
             healed.check_replaced(inner)
             if is_first:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a run that was killed as it ended
+                checkpoints.remove()  # of a run that was killed as it ended
             return healed
         if workers:
             trained = workers.train(training, folder, about, progress)
@@ -97,7 +101,7 @@ def heal(
         healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
         if out and is_first:
             repaired.keep_whole(folder, healed, repaired.HEALED)
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            checkpoints.remove()
         processes.wait_for_everyone()
     return healed
 
@@ -132,6 +136,9 @@ class Training:
             why = f"healing trains plain weights, and these are quantised ({quantisation_name(told)})"
             fix = "heal the plan on the model that was quantised, export that, and quantise the export"
             raise UsageError(f"{why}: {fix}")
+        if any(one.is_meta for one in model.parameters()):
+            why = "healing trains weights in memory, and accelerate offloaded a part of this model"
+            raise UsageError(f"{why}: load it on devices that hold all of it")
         structure = locate(model)
         self.plan.check(structure)
         refuse_prefill(self.plan, "healing")
@@ -141,6 +148,7 @@ class Training:
             raise UnsupportedModel(f"{why}; use notall.repair instead")
         if not self.plan or not self.batches or not self.held_out:
             raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
+        refuse_overlap(self.held_out, self.batches, "is trained on")
         if len({batch.shape[1] for batch in self.batches}) > 1:
             raise UsageError("the windows to train on are of several lengths: give windows of one")
 
@@ -148,7 +156,7 @@ class Training:
         self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
     ) -> dict[str, Tensor]:
         """The best weights, by their paths in `model`, the dense one. All processes run this; the first one writes."""
-        return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
+        return _Loop(self, model, Checkpoints.of(folder), ledger, progress).run()
 
 
 @dataclass
@@ -169,7 +177,7 @@ class _State:
 class _Loop:
     training: Training
     teacher: PreTrainedModel
-    folder: Path
+    checkpoints: Checkpoints
     ledger: Ledger[HealRecord]
     progress: Progress
 
@@ -186,12 +194,14 @@ class _Loop:
         processes_of(teacher)  # before accelerate settles who they are without the model
         # what a batch does not need, such as an expert, waits for nobody
         spread = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[spread])
-        plain = torch.optim.AdamW(self.student.trained.values(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(self.student, plain)
-        # what is trained is in float32, also where the rest has fewer bits
-        half = teacher.dtype in (torch.bfloat16, torch.float16)
-        self.autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=half)
+        # the student is in the precision of the original model, whatever a launcher would choose
+        self.accelerator = Accelerator(mixed_precision="no", device_placement=False, kwargs_handlers=[spread])
+        self.model = self.accelerator.prepare(self.student)
+        self.trained = [*self.student.trained.values()]
+        self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        # float16 has no room for small gradients: the loss is scaled, by as much as it has room for
+        needed = teacher.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(teacher.device.type, enabled=needed)
         self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the original says of them
         for ids in training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
             targets = ids[:, 1:].flatten()
@@ -221,7 +231,7 @@ class _Loop:
         return max(1.0, min(self.config.evaluations, fitting))
 
     def run(self) -> dict[str, Tensor]:
-        with torch.random.fork_rng([self.teacher.device] if self.teacher.device.type == "cuda" else []):
+        with seeded(self.config.seed):
             if not self._restore():
                 self._begin()
             state, done = self.state, self.done
@@ -241,7 +251,7 @@ class _Loop:
         if state.step and state.best >= state.first and self.accelerator.is_main_process:
             warnings.warn("KL on held-out text did not fall: no weight is changed; try a lower --rate", stacklevel=2)
         self.accelerator.wait_for_everyone()
-        for path, weight in repaired.read_tensors(self.folder / BEST, of=self.of)[0].items():
+        for path, weight in repaired.read_tensors(self.checkpoints.best, of=self.of)[0].items():
             self.student.trained[path].data.copy_(weight)
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
@@ -265,24 +275,27 @@ class _Loop:
         torch.manual_seed(self.config.seed + self.state.step * count + index)  # of dropout
         self.student.train()
         self.is_warming = done < self.config.warm_up
-        self.accelerator.backward(weight * self._loss(share if len(share) else batch[:1]))
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        loss = weight * self._loss(share if len(share) else batch[:1])
+        self.scaler.scale(loss).backward()
+        self.student.take_gradients()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
         fall = 0.5 * (1.0 + math.cos(math.pi * (done - self.rise) / (1 - self.rise)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate * (done / self.rise if done < self.rise else fall)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # unless a gradient is not finite: the next one is scaled by less
+        self.scaler.update()
         self.optimizer.zero_grad()
+        self.student.follow()
 
     def _loss(self, ids: Tensor) -> Tensor:
         """What has the gradient of the mean KL over tokens; in the warm-up a share of the stream's square."""
         if self.student.layerwise and self.is_warming:
             targets = self.student.layerwise.targets(ids)
-            with self.autocast:
-                return self.model(ids, targets).mean()
+            return self.model(ids, targets).mean()
         with torch.no_grad():
             dense = states_of(self.teacher, ids)
-        with self.autocast:
-            states: Tensor = self.model(ids)
+        states: Tensor = self.model(ids)
         _, derivative = self.scorer.distance(states.detach(), dense)
         return (states * derivative).sum(-1).mean()
 
@@ -315,29 +328,30 @@ class _Loop:
         student = self.student.model
         found = [torch.zeros(4, 0, device=student.device)]
         for ids, targets, likeliest, dense in self.held_out:
-            with self.autocast:
-                rows = rows_of(student, ids).to(student.dtype)
-            scores = self.scorer.score(rows, targets, dense, likeliest=True)
+            scores = self.scorer.score(rows_of(student, ids), targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.kl)
-            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
+            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]).to(student.device))
         return torch.cat(found, 1).sum(1)
 
     def _save(self, is_best: bool) -> None:
         trained, moments = self.student.trained, self.optimizer.state
         if is_best:
-            repaired.write_tensors(self.folder / BEST, trained, {repaired.OF: self.of})
+            repaired.write_tensors(self.checkpoints.best, trained, {repaired.OF: self.of})
         if self.state.step:
             held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
             held |= {f"weight {path}": one for path, one in trained.items()}
             notes = {"state": json.dumps(asdict(self.state)), repaired.OF: self.of}
-            repaired.write_tensors(self.folder / LAST, held, notes)
+            notes["scaler"] = json.dumps(self.scaler.state_dict())
+            repaired.write_tensors(self.checkpoints.last, held, notes)
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint, and say whether there is one whose evaluations are written down."""
-        if not (self.folder / LAST).is_file() or not self.ledger:
+        if not self.checkpoints.last.is_file() or not self.ledger:
             return False
-        held, notes = repaired.read_tensors(self.folder / LAST, of=self.of)
+        held, notes = repaired.read_tensors(self.checkpoints.last, of=self.of)
         self.state = _State(**json.loads(notes["state"]))
+        if scaler := json.loads(notes.get("scaler", "{}")):
+            self.scaler.load_state_dict(scaler)
         for name, tensor in held.items():
             kind, _, path = name.partition(" ")
             parameter = self.student.trained[path]
@@ -345,6 +359,7 @@ class _Loop:
                 parameter.data.copy_(tensor)
             else:
                 self.optimizer.state[parameter][kind] = tensor.to(parameter.device)
+        self.student.follow()
         return True
 
 
@@ -371,7 +386,7 @@ class Spread:
             raise UsageError("a training is started from a machine of the cluster: give --ray auto or HOST:PORT there")
         count = count or self.count or 1
         if count < 1 or rows % count:
-            told = f"{count} workers cannot share a batch of {rows} evenly"
+            told = f"{several(count, 'worker')} cannot share a batch of {rows} evenly"
             raise UsageError(f"{told}: give another --batch-size or --ray-workers")
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
@@ -383,11 +398,12 @@ class Spread:
             most, has_gpus = cluster.room()
             count, on_gpus = self.count or most, has_gpus and self.load_options.get("device") != "cpu"
             self.check(len(training.batches[0]), count)
-            progress(0, 1, f"healing on {count} workers")
+            progress(0, 1, f"healing on {several(count, 'worker')}")
             given = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
-            cluster.train(_work, given, folder / CHECKPOINTS / "ray", count=count, on_gpus=on_gpus)
-            progress(1, 1, f"healed on {count} workers")
-        return repaired.read_tensors(folder / CHECKPOINTS / TRAINED)[0]
+            with Checkpoints.of(folder).for_ray() as scratch:
+                cluster.train(_work, given, scratch, count=count, on_gpus=on_gpus)
+            progress(1, 1, f"healed on {several(count, 'worker')}")
+        return repaired.read_tensors(Checkpoints.of(folder).trained)[0]
 
 
 def _work(
@@ -397,4 +413,4 @@ def _work(
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
     trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
     if is_first:
-        repaired.write_tensors(folder / CHECKPOINTS / TRAINED, trained)
+        repaired.write_tensors(Checkpoints.of(folder).trained, trained)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..measuring.token_scores import Head
 from ..running.replay import record
 from ..structure.locating import locate
-from ..structure.model_structure import Sublayer, text_config
+from ..structure.model_structure import Sublayer, inputs_device, text_config
 from ..structure.observation import LayerCall, child, forward_of
 from ..structure.undoing import Undo
 
@@ -63,7 +63,8 @@ class Projections:
         """That of a sublayer, if it has one; with `own` none whose weights are also another layer's."""
         if part.name not in self._found:
             call = LayerCall(self.probe.arguments[part.index])
-            trial = _Trial(self.layers[part.index], part, self.probe.embedded, call)
+            hidden = self.probe.embedded.to(self.probe.devices[part.index])
+            trial = _Trial(self.layers[part.index], part, hidden, call)
             paths = reversed(trial.matrices()) if len(part.branches) == 1 else ()
             self._found[part.name] = next((one for path in paths if (one := trial.of(path))), None)
         found = self._found[part.name]
@@ -179,15 +180,18 @@ def _is_plain(module: nn.Module, width: int) -> bool:
 
 
 def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence[tuple[Sublayer, ...]]) -> list[Tensor]:
-    """For the stream behind each step, (hidden,): the mean of the squared gains of its next readers, about 1."""
+    """For the stream behind each step, (hidden,): the mean of the squared gains of its next readers, about 1.
+
+    All are where the model's inputs are.
+    """
     width = text_config(model).hidden_size
-    ones = torch.ones(1, 1, width, device=next(layers[0].parameters()).device, dtype=model.dtype)
+    ones = torch.ones(1, 1, width, device=inputs_device(model), dtype=model.dtype)
 
     def gain(norm: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Scaled to a mean square of 1."""
         if norm is None:
             return torch.ones(width, device=ones.device)
-        found = gain_of(norm, ones).to(ones.device)
+        found = gain_of(norm, ones)
         return found / found.square().mean().sqrt().clamp_min(1e-6)
 
     head = Head(model)
@@ -201,10 +205,13 @@ def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence
 
 
 def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
-    """By what a norm multiplies each channel once it was scaled, with its sign, (hidden,), of `ones` (1, 1, hidden)."""
+    """By what a norm multiplies each channel once it was scaled, with its sign, (hidden,), of `ones` (1, 1, hidden).
+
+    On the device of `ones`, wherever the norm's weights are.
+    """
     signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(ones)  # of mean 0, which some take away
     gain = (norm(ones * signs).float() - norm(-ones * signs).float())[0, 0] / 2
-    return gain * signs.float()
+    return gain.to(ones.device) * signs.float()
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -142,7 +142,10 @@ def _held_back(sizes: Tensor, ridge: float, alike: bool) -> Tensor:
 
 @dataclass
 class Fit:
-    """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are."""
+    """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are.
+
+    They may be anywhere, also in files; whatever is computed of them is on the device of the projections.
+    """
 
     layer: nn.Module
     projections: tuple[OutputProjection, ...]
@@ -155,6 +158,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         self.exact = torch.promote_types(self.features[0].dtype, torch.float32)  # what is computed in
+        self.device = self.projections[0].matrix(self.layer).device
+        self.metric = self.metric.to(self.device, self.exact)
         self.count = sum(len(features) for features in self.features)  # of all tokens
         self.biases = sum(one.bias(self.layer) is not None for one in self.projections)
 
@@ -178,16 +183,16 @@ class Fit:
             if chosen.any():
                 features = self.features[number].view(*self.target[number].shape[:2], -1)
                 streams = (features, self.before[number], self.behind[number], self.target[number])
-                taken = (stream[chosen.to(stream.device)].flatten(0, 1) for stream in streams)
-                features, before, behind, target = (stream.to(rows.device, self.exact) for stream in taken)
+                taken = (stream[chosen].flatten(0, 1) for stream in streams)
+                features, before, behind, target = (stream.to(self.device, self.exact) for stream in taken)
                 yield features, before, behind, target
 
     def counts(self, target: Tensor) -> Tensor:
         """How much each token counts, (tokens,): by the mean square of its target, so that no few of them own all."""
-        return 1 / (target.square() @ self.metric.to(target)).clamp_min(torch.finfo(target.dtype).tiny ** 0.5)
+        return 1 / (target.square() @ self.metric).clamp_min(torch.finfo(target.dtype).tiny ** 0.5)
 
     def sums(self, held: bool) -> Sums:
-        like = self.features[0].new_empty(0, dtype=self.exact)
+        like = torch.empty(0, dtype=self.exact, device=self.device)
         sums = sums_for(self.count, self.features[0].shape[1], self.target[0].shape[-1], self.biases > 0, like)
         for features, _, behind, target in self.tokens(held):
             sums.add(features, target - behind, self.counts(target))
@@ -195,7 +200,7 @@ class Fit:
 
     def left(self, change: Tensor, held: Sums) -> Iterable[tuple[float, float]]:
         """How far to go, and the share of the squared error that is then left on what is held out."""
-        return [(1.0, held.left(change, self.metric.to(change)))]
+        return [(1.0, held.left(change, self.metric))]
 
     def weights(self, change: Tensor, step: float) -> dict[str, Tensor]:
         """Each projection's own columns, in its dtype; of a bias that several share, each an equal part."""
@@ -219,11 +224,11 @@ class NormedFit(Fit):
         (self.projection,) = self.projections
         assert self.projection.norm
         self.norm = self.layer.get_submodule(self.projection.norm)
-        self.metric = self.metric.to(self.exact)
         self.old = self.projection.matrix(self.layer).to(self.exact)
         bias = self.projection.bias(self.layer)
         self.bias = self.old.new_zeros(()) if bias is None else bias.to(self.exact)
-        self.gain = gain_of(self.norm, self.before[0].new_ones(1, 1, len(self.old))).to(self.exact)
+        ones = torch.ones(1, 1, len(self.old), dtype=self.before[0].dtype, device=self.device)
+        self.gain = gain_of(self.norm, ones).to(self.exact)
         self.counting = self.metric * self.gain.square()
         self.none = self._errors(torch.zeros_like(self.old))[0]
 

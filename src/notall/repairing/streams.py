@@ -50,10 +50,11 @@ class Line:
         return tuple(part.name for part in self.parts)
 
     def run(self, layers: nn.Module, hidden: Tensor, recording: Recording) -> Tensor:
-        """The stream behind it, (batch, tokens, hidden), given the one before it."""
-        branches = tuple(branch for part in self.parts for branch in part.branches)
-        layer, call = layers.get_submodule(str(self.block.index)), LayerCall(recording.arguments[self.block.index])
-        return scaled(run_branches(branches, layer, hidden, call), self.scale)
+        """The stream behind it, (batch, tokens, hidden), given the one before it: on the device where that is."""
+        index, branches = self.block.index, tuple(branch for part in self.parts for branch in part.branches)
+        layer, call = layers.get_submodule(str(index)), LayerCall(recording.arguments[index])
+        behind = run_branches(branches, layer, hidden.to(recording.devices[index]), call)
+        return scaled(behind, self.scale).to(hidden.device)
 
 
 def lines_of(structure: ModelStructure) -> list[Line]:
@@ -90,7 +91,8 @@ def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
 class DenseStream:
     """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of token ids, (batch, tokens) each.
 
-    A few lines are kept at once, all of them with `keep_all`, in files of a folder `offload`; some rows are `held` out.
+    It is where the model's inputs are, or with a folder `offload` in files there, whatever devices its layers are on.
+    A few lines are kept at once, or all of them with `keep_all`; some rows are `held` out.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class DenseStream:
         self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
         self.keep, self.tokens, self.held = partial(offloaded, folder=offload), batches[0], held_out(batches, one_in)
         recordings = (record(model, input_ids=batch) for batch in batches)
-        self.recordings = [replace(one, embedded=self.keep(one.embedded)) for one in recordings]
+        self.recordings = [replace(one, embedded=self.keep(one.embedded.to(one.device))) for one in recordings]
         self.lines = lines_of(self.structure)
         self.at = {0: [recording.embedded for recording in self.recordings]}
 
@@ -127,12 +129,12 @@ class DenseStream:
     def run(self, lines: Iterable[Line], states: list[Tensor]) -> list[Tensor]:
         """The stream behind `lines`, which follow each other, given the one before them."""
         for line in lines:
-            behind = []
-            for hidden, recording in zip(states, self.recordings):
-                here = hidden.to(recording.device) if hidden.is_cpu else hidden  # from a file, maybe
-                behind.append(self.keep(line.run(self.layers, here, recording)))
-            states = behind
+            states = [self.keep(line.run(self.layers, *one)) for one in zip(states, self.recordings)]
         return states
+
+    def at_layer(self, line: Line, states: list[Tensor]) -> list[Tensor]:
+        """The same, on the device of a line's layer."""
+        return [hidden.to(one.devices[line.block.index]) for hidden, one in zip(states, self.recordings)]
 
     def placed(self, line: Line, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a line's layer, by their paths below it, by those in the model."""
@@ -143,4 +145,4 @@ def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
     """Of each batch, which sequences are held out, (batch,): one in so many, and the last where there are fewer."""
     sequences = sum(len(batch) for batch in batches)
     held = torch.arange(1, sequences + 1) % min(one_in, sequences) == 0
-    return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]
+    return list(held.split([len(batch) for batch in batches]))

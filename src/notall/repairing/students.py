@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
+from ..running.generating import seeded
 from ..running.repaired import RepairedPlan, placed_at
 from ..running.replay import Recording, live_steps, states_before_output
 from ..running.skipping import remove
@@ -61,8 +63,9 @@ class TrainConfig:
 class Student(nn.Module):
     """`model` without what `plan` skips, with the weights that the plan brings; the model itself stays as it is.
 
-    `trained` are the parameters to train, by name: copies of kept sublayers' own, in float32, or LoRA matrices beside
-    theirs. All others share their memory with the model's.
+    `trained` are the weights to train, by name: copies of kept sublayers' own, or LoRA matrices beside theirs, in
+    float32, as steps are too small for dtypes of few bits. The student runs them in the model's dtype, as what comes
+    out will be run: `take_gradients` before a step, and `follow` after it. All others share memory with the model's.
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan, config: TrainConfig, tokens: Tensor) -> None:
@@ -77,20 +80,19 @@ class Student(nn.Module):
         for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
             parameters, name, parameter = placed_at(self.model, path, weight)
             parameters[name] = parameter
-        self.adapters = _adapted(self.model, wanted, config.rank) if config.train == "lora" else {}
-        self.trained = {
+        layers = self.model.get_submodule(structure.layers)
+        self.adapters = _adapted(layers, f"{structure.layers}.", wanted, config.rank) if config.train == "lora" else {}
+        self.running = {
             path: one
             for path, one in self.model.named_parameters()
             if (f".{ADAPTER}." in path if self.adapters else path in wanted)
         }
-        self.dtypes = {path: one.dtype for path, one in self.trained.items()}
-        layers = self.model.get_submodule(structure.layers)
         self.layerwise = Layerwise(model, structure, plan, layers) if config.warm_up > 0 else None
         remove(self.model, Plan(plan.attention, plan.mlp))
-        for parameter in self.trained.values():
-            exact = torch.promote_types(parameter.dtype, torch.float32)  # steps are too small for dtypes of few bits
-            parameter.data = parameter.data.to(exact, copy=True)
+        for parameter in self.running.values():
+            parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
+        self.trained = {path: _exact(one) for path, one in self.running.items()}
 
     def forward(self, input_ids: Tensor, targets: tuple[Recording, list[Tensor]] | None = None) -> Tensor:
         """What the head's matrix is given, (tokens, width); with targets the loss of the layers, (1,)."""
@@ -98,16 +100,35 @@ class Student(nn.Module):
             return states_of(self.model, input_ids)
         return self.layerwise.loss(*targets)
 
+    def take_gradients(self) -> None:
+        """Move the gradients of what runs to what is trained."""
+        for own, running in zip(self.trained.values(), self.running.values()):
+            if own is not running and running.grad is not None:
+                own.grad, running.grad = running.grad.to(own.dtype), None
+
+    def follow(self) -> None:
+        """Run what was trained by now."""
+        for own, running in zip(self.trained.values(), self.running.values()):
+            running.data.copy_(own.data)
+
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """What was trained, by its path in the original model, in the dtype that it has there; with LoRA merged."""
         if not self.adapters:
-            return {path: one.detach().to(self.dtypes[path]) for path, one in self.trained.items()}
+            return {path: self.trained[path].detach().to(one.dtype) for path, one in self.running.items()}
+        for path, running in self.running.items():
+            running.data = self.trained[path].data  # merged before it is rounded
         found = {}
         for path, adapter in self.adapters.items():
             own: Tensor = adapter.base_layer.weight
             found[f"{path}.weight"] = (own.float() + adapter.get_delta_weight(ADAPTER).float()).to(own.dtype)
         return found
+
+
+def _exact(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, or where it has fewer bits than float32 one that does."""
+    exact = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter if parameter.dtype == exact else nn.Parameter(parameter.detach().to(exact))
 
 
 def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -148,23 +169,28 @@ def _chosen(model: PreTrainedModel, plan: Plan, train: Trained, tokens: Tensor) 
                     yield f"{path}.{name}"
 
 
-def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, Any]:
-    """Put LoRA matrices, which answer nothing at first, beside those at `paths`; peft's layers by these paths."""
+def _adapted(layers: nn.Module, where: str, paths: set[str], rank: int) -> dict[str, Any]:
+    """Put LoRA matrices, which answer nothing at first, beside those at `paths`; peft's layers by these paths.
+
+    `where` is the beginning of each path, up to the layers. Given the whole model, peft would take the name of a
+    dense MLP for that of experts, as checkpoints of transformers 4 have it.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UsageError("training LoRA matrices needs peft: pip install 'notall[lora]'") from None
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(paths))
+    below = {path: path.removeprefix(where) for path in sorted(paths)}
+    names = "|".join(map(re.escape, below.values()))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with warnings.catch_warnings(), seeded(0):
             warnings.simplefilter("ignore")  # it sets by itself what it warns of
-            torch.manual_seed(0)
-            inject_adapter_in_model(config, model, ADAPTER)
+            inject_adapter_in_model(config, layers, ADAPTER)
     except ValueError as error:
         said = f"peft refuses this model ({shortened(error)}); train something else than lora"
         raise UnsupportedModel(said) from None
-    return {path: model.get_submodule(path) for path in sorted(paths)}
+    return {path: layers.get_submodule(name) for path, name in below.items()}
 
 
 class Layerwise:

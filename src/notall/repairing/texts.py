@@ -1,7 +1,8 @@
 """The texts of a repair: windows that it is fitted to, of a text or of the model's own, and those it is measured on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from ..files import Settings
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
 from ..models.names import USE
-from ..models.texts import token_batches, windows_in
+from ..models.texts import Text, windows_in
+from ..models.windows import Drawn, draw
 from ..plan import Plan
 from ..progress import Progress, Stages, silent, tracked
 from ..results import lines
@@ -28,17 +30,22 @@ from ..structure.model_structure import positions_of
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
+STOPS = 8  # windows of each text that a training stops by, and by which its best weights are chosen
 GIVEN = 8  # tokens of each window that the model goes on from
 AT_ONCE = 32  # windows that it writes
 
 
 @dataclass(frozen=True)
 class RepairTexts:
-    """Windows to fit to, (1, tokens) each and a list a text, and batches to measure on, by name; `described`: what."""
+    """Windows to fit to, of each text, and batches to measure on, by name; `described` says what they are.
 
-    own: list[list[Tensor]]
+    `stops` are windows to stop a training by, (windows, tokens) of each text that is measured on.
+    """
+
+    fitted: list[Drawn]
     other: dict[str, list[Tensor]]
     described: Settings
+    stops: list[Tensor]
 
     @classmethod
     def draw(
@@ -52,42 +59,77 @@ class RepairTexts:
         most: int | None = None,
         length: int | None = None,
         seed: int = 0,
+        training: bool = False,
+        used: Sequence[Drawn] = (),
         progress: Progress = silent,
     ) -> "RepairTexts":
         """As many of each text, `sequences` together, else what there is, up to `most`, and others to measure on.
 
-        Those are of the `held_out` texts, or, without any, of the same. Windows have `length` tokens, else as many as
-        the model reads, up to 512. Raises `UsageError` for a text that is missing or too short, and for too long ones.
+        Those are of the `held_out` texts, or, without any, of the same. They overlap none that is fitted to, none that
+        a `training` stops by, and none of those `used` before, such as to choose the plan. Windows have `length`
+        tokens, else as many as the model reads, up to 512. Raises `UsageError` for a text that is missing or has too
+        few windows, and for too long ones.
         """
         positions = positions_of(model)
         length = int(min(LENGTH, positions)) if length is None else length
         if length > positions:
             raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
         read = {source: text_of(model, tokenizer, source, progress) for source in (*texts, *held_out)}
+        own = [read[source] for source in texts]
+        judged = {read[source].sha256: read[source] for source in (held_out or texts)}
+        shared = {text.sha256: text for text in own if text.sha256 in judged}  # a held-out file may be a copy of one
+        judged |= shared
+        window = partial(draw, tokenizer, length=length, seed=seed)
         each = -(-(sequences or most or SEQUENCES) // len(texts))
         if sequences is None:
-            fewest = min(windows_in(tokenizer, read[source], length) for source in texts)
-            each = max(1, min(each, fewest - (0 if held_out else MEASURED)))
-        own, other, told = list[list[Tensor]](), dict[str, list[Tensor]](), list[dict[str, str]]()
-        for source, count in [(source, each) for source in texts] + [(source, 0) for source in held_out]:
-            text, beside = read[source], 0 if count and held_out else MEASURED
-            windows, size = count + beside, 1 if count else 2
-            drawn = token_batches(tokenizer, text, sequences=windows, length=length, batch_size=size, seed=seed)
-            rows = [row.to(model.device) for row in drawn]
-            if count:
-                own.append(rows[:count])
-                told.append({"text": text.name, "text_sha256": text.sha256})
-            if beside:
-                other[f"{text.name}, other windows" if count else text.name] = rows[count:]
-        return cls(own, other, {"texts": told, "sequences": each * len(texts), "length": length, "seed": seed})
+            left = MEASURED + STOPS * training
+            room = (windows_in(tokenizer, text, length) - left * (text.sha256 in shared) for text in own)
+            each = max(1, min(each, *room))
+        judging = partial(_judging, window, [*judged.values()], training, used)
+        fitted = [window(text, sequences=each) for text in own]
+        while sequences is None and each > 1 and (lacking := _lacking(*judging(fitted, fewer=True))):
+            each = max(1, each - lacking)
+            fitted = [one[:each] for one in fitted]
+        other, stops = judging(fitted)
+        told = [{"text": text.name, "text_sha256": text.sha256} for text in own]
+        return cls(
+            [one.on(model) for one in fitted],
+            {
+                f"{text.name}, other windows" if text in own else text.name: one.on(model).batches(2 - (text in own))
+                for text, one in zip(judged.values(), other)
+            },
+            {"texts": told, "sequences": each * len(texts), "length": length, "seed": seed},
+            [one.on(model).rows for one in stops],
+        )
 
     def together(self, size: int, most: int | None = None) -> list[Tensor]:
         """Up to `most` windows of all texts in turn, `size` at a time: each part of them holds some of each text."""
-        return list(torch.cat([row for windows in zip(*self.own) for row in windows])[:most].split(size))
+        in_turn = torch.stack([one.rows for one in self.fitted], dim=1).flatten(0, 1)  # (windows of all, tokens)
+        return list(in_turn[:most].split(size))
 
     def stop(self, size: int) -> list[Tensor]:
-        """A few windows of each text to measure on, to stop a training by."""
-        return list(torch.cat([row for rows in self.other.values() for row in rows[: MEASURED // 2]]).split(size))
+        """Windows of each text that is measured on, others than those, to stop a training by."""
+        return list(torch.cat(self.stops).split(size))
+
+
+def _judging(
+    window: Callable[..., Drawn],
+    texts: Sequence[Text],
+    training: bool,
+    used: Sequence[Drawn],
+    fitted: Sequence[Drawn],
+    fewer: bool = False,
+) -> tuple[list[Drawn], list[Drawn]]:
+    """Windows of each text to measure on, and to stop a training by: both apart from those that are fitted to."""
+    other = [window(text, sequences=MEASURED, apart=[*fitted, *used], fewer=fewer) for text in texts]
+    if not training:
+        return other, []
+    return other, [window(text, sequences=STOPS, apart=[*fitted, *other], fewer=fewer) for text in texts]
+
+
+def _lacking(other: Sequence[Drawn], stops: Sequence[Drawn]) -> int:
+    """How many windows a text has too few, at most."""
+    return max(MEASURED - len(one) for one in other) + max((STOPS - len(one) for one in stops), default=0)
 
 
 def sampled(

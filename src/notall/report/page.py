@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..results.repairs import AnswersRecord, HealRecord, MeasuredRecord, RefitRe
 from ..results.table import as_csv, in_bytes
 
 SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
+SENTENCE = 400  # letters of a cell: a claim is whole
 MARK = b'<p class="kicker">notall report</p>'
 MAP, BAR = 104, 48  # pixels of the height of the layer map, and of a bar with its words
 
@@ -111,7 +112,7 @@ def render(folder: Folder, shown: Sequence[Shown] | None = None) -> str:
         raise UsageError(f"{folder.path} holds no results; {alone if AnswersRecord in folder else advice}")
     loader = PackageLoader("notall.report", ".")
     templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.filters["short"] = _short
+    templates.filters |= {"short": _short, "sentence": partial(_short, length=SENTENCE)}
     css, js = (files("notall.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return templates.get_template("page.html").render(page=page, told=told, css=css, js=js, runtime=_runtime())
 

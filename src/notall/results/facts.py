@@ -224,20 +224,30 @@ class Compared(Fact):
     value_se: Unsigned = Field(math.nan, description="standard error of value")
     delta: Number = Field(description="value less the original model's")
     delta_se: Unsigned = Field(description="standard error of delta, paired")
-    p_value: Share = Field(math.nan, description="of no difference")
+    p_value: Share = Field(math.nan, description="of no difference, two-sided")
+    too_few: Count | None = Field(None, description="how many items would do, where no loss could be told from chance")
     higher_is_better: bool | None = Field(None, description="None where neither way is good")
     recovery: Recovery | None = Field(None, description="where higher is better and items have values")
 
     @property
     def worse(self) -> bool:
-        """Whether it got worse beyond its error: p < 0.05, not corrected for the number of comparisons."""
+        """Whether it got worse beyond chance: p < 0.05, not corrected for the number of comparisons."""
         lost = self.delta < 0 if self.higher_is_better else self.delta > 0
         return self.higher_is_better is not None and lost and self.p_value < SIGNIFICANT
+
+    @property
+    def verdict(self) -> str:
+        """`worse`; nothing where that cannot be told from chance; or how many items it would take to tell."""
+        if self.higher_is_better is None:
+            return ""
+        if self.too_few:
+            return f"too few: {self.too_few:,} would do"
+        return "worse" if self.worse else ""
 
 
 VALUE: Column[Compared] = with_error("value", lambda one: (one.value, one.value_se))
 DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, one.delta_se))
-WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
+WORSE: Column[Compared] = words("worse", lambda one: one.verdict)
 P: Column[Compared] = number("p", lambda one: one.p_value, lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
 RECOVERED: Column[Compared] = with_interval("recovery", lambda one: one.recovery.interval if one.recovery else None)
@@ -252,6 +262,9 @@ class TaskScore(Compared):
     num_fewshot: Count = Field(description="examples shown before a question")
     documents: Count = Field(description="how many were evaluated")
     values: tuple[Number, ...] | None = Field(None, description="the metric of each document, where it is a number")
+    sources: tuple[Count, ...] | None = Field(
+        None, description="of each of them the number of the passage that it is about, where some share one"
+    )
 
     @property
     def usual_metric(self) -> str:

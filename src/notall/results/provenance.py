@@ -12,15 +12,17 @@ from pydantic import BaseModel, Field
 
 from ..errors import shortened
 from ..files import Settings
+from ..plan import several
+from ..plugins import functions_in
 
-PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
+PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")  # told, and never compared
 
 
 class Provenance(BaseModel, frozen=True, extra="forbid"):
     """`what` decides whether a folder's records belong to a run; `where` is told beside them, and never compared."""
 
     what: Settings = Field(description="model, text, dtype, seed, settings: what to repeat it with")
-    where: Settings = Field({}, description="machine, threads, versions, command, date")
+    where: Settings = Field({}, description="machine, threads, versions, command and its functions, date")
 
     @classmethod
     def of(cls, about: "Provenance | Mapping[str, object]", **more: object) -> "Provenance":
@@ -44,30 +46,41 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
             return []
 
     @property
+    def functions(self) -> dict[str, str]:
+        """Each `module:function` that the command named, with the SHA-256 of its file; {} where that is not known."""
+        known = self.where.get("functions")
+        return known if isinstance(known, dict) else {}
+
+    @property
     def in_words(self) -> str:
         """The model in its dtype, and where it ran: what a table says above itself."""
         model, dtype = self.what.get("model", "the model"), self.what.get("dtype", "a dtype that is not told")
         return f"{model}, {dtype}, on {place_of(self.where.get('machine'), versions=False)}"
 
 
-def this_run() -> dict[str, str]:
-    """The command as it was typed, without the folders of a machine, and the date, in UTC to the minute."""
+def this_run() -> Settings:
+    """The command as it was typed, without the folders of a machine; the SHA-256 of the functions that it names, by
+    module:function; and the date, in UTC to the minute."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    functions = functions_in(words)
     return {
         "command": shlex.join(["notall", *words]),
+        **({"functions": functions} if functions else {}),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
 def windows_in_words(described: Settings) -> str:
-    return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
+    return (
+        f"{several(described['sequences'], 'window')} of {described['length']} tokens of {shortened(described['text'])}"
+    )
 
 
 def place_of(machine: Any, *, versions: bool = True) -> str:
     """Where it was measured, in words, as far as that was written down."""
     try:
-        place = f"{machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}"
+        place = f"{machine['device_name']}, {several(machine['cores'], 'core')}, threads: {machine['threads']}"
         told = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
         return f"{place}; {told}" if versions else place
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError):
         return "a machine that is not told"

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
+from ..plan import several
 from .facts import QUALITY, Quality, SearchCost, State
 from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
 from .table import Column, number, within, words
@@ -60,7 +61,7 @@ class RepairStep(BaseModel, frozen=True, extra="allow"):
         verb = repaired if self.by == "repair" else "trained to say what the original model says"
         on = " and of ".join(one.text for one in self.texts)
         by = "that it wrote itself from the first words " if self.sampled else ""
-        return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb
+        return f"{verb} on {several(self.sequences or 0, 'window')} of {self.length} tokens {by}of {on}" if on else verb
 
 
 class RefitRecord(Record, kind="refit", key=("sublayers",), headed=True):

@@ -1,6 +1,7 @@
 """Tables, words and progress at the terminal: of whatever width, a number or a heading is never cut."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,12 +53,15 @@ def next_report(folder: Path) -> str:
 
 
 def print_table(table: Table) -> None:
-    """On stdout. A narrow terminal leaves out the last columns, and says so; a file or a pipe gets all of them."""
+    """On stdout. A narrow terminal leaves out the last columns, and says so; a file or a pipe gets all of them.
+
+    There a row is a line, unless COLUMNS says how wide the lines may be.
+    """
     console, screen = Console(), sys.stdout.isatty()
     strips = _strips(table, console.encoding)
-    if not screen:
+    if not (screen or os.environ.get("COLUMNS")):
         console.size = ConsoleDimensions(sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1)
-    laid_out = _laid_out(strips, console.width)
+    laid_out = _laid_out(strips, console.width, whole=not screen)
     console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
     if laid_out is None:  # each heading with what stands below it, row after row
         named = [[(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]] for cells, _ in strips]
@@ -107,14 +111,16 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
     return [strip(place, column) for place, column in enumerate(table.columns)]
 
 
-def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
+def _laid_out(strips: Sequence[Strip], width: int, *, whole: bool = False) -> list[Strip] | None:
     """The table in `width` cells, its headings in several lines, then its cells; None where a list is all that fits.
 
     Then few rows become columns; of more the last columns go, but not the first, nor the first with numbers after it.
+    None goes of a `whole` table.
     """
     turns = len(strips[0].cells) - 1 <= TURNED
     answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
-    for count in range(len(strips), (len(strips) if turns else answer) - 1, -1):
+    fewest = len(strips) if turns or whole else answer
+    for count in range(len(strips), fewest - 1, -1):
         for start in (0, 1, len(strips[0].cells)):  # the first cell that stands in one line
             cells = [(*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:])) for one in strips[:count]]
             if fitting := _fitted([Strip(some, one.right) for some, one in zip(cells, strips)], width):

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from ..errors import UsageError, expect, raised_by, shortened
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress
 from ..structure.locating import has_missing
-from ..structure.model_structure import base_model, positions_of
+from ..structure.model_structure import base_model, inputs_device, positions_of
 from ..structure.undoing import Undo
 from .skipping import skip
 
@@ -57,7 +57,7 @@ def generate_text(
         raise UsageError(f"temperature is {temperature}: give 0, or from 0.001")
     if chat:
         prompt = in_chat_template(tokenizer, prompt)
-    ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)], device=model.device)
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)])
     check_positions(model, ids.shape[1], max_new_tokens)
     skipping = skip(model, plan) if plan or has_missing(model) else nullcontext()  # without a plan any model runs
     with skipping, _settings_explained():
@@ -65,7 +65,7 @@ def generate_text(
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
         else:  # as the checkpoint's own settings say, but for the temperature and beams
             how = {"do_sample": True, "temperature": temperature, "num_beams": 1, "max_new_tokens": max_new_tokens}
-            with _seeded(model, seed):
+            with seeded(seed):
                 new = _generate(model, ids, None, streamer=streamer, **how)[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
@@ -125,7 +125,7 @@ def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: in
     """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
-    with _seeded(model, seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
+    with seeded(seed), Undo() as undo, _generating_by(whole, model, undo), _settings_explained():
         return _generate(model, prompts, **options)
 
 
@@ -134,7 +134,7 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     if new < 1:
         raise UsageError(f"{shortened(new)} new tokens make no text: give 1 or more")
     if prompt + new > (limit := positions_of(model)):
-        asked = f"{prompt} prompt tokens and {shortened(new)} new ones"
+        asked = f"{several(prompt, 'prompt token')} and {shortened(new)} to generate"
         raise UsageError(f"{asked} exceed the model's {limit} positions; lower them to {limit} together")
 
 
@@ -147,7 +147,8 @@ def ends_of(model: PreTrainedModel) -> list[int]:
 def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     """(rows, tokens and new ones), padded where rows end."""
     mask = torch.ones_like(ids) if mask is None else mask
-    said: Tensor = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
+    here = inputs_device(model)
+    said: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
     return said
 
 
@@ -159,9 +160,11 @@ def _generating_by(settings: GenerationConfig, model: PreTrainedModel, undo: Und
 
 
 @contextmanager
-def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Random numbers from `seed` on, for the time of the `with`; then those that would have come."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if model.device.type == "cuda" else ()):
+    # a seed is every device's; where CUDA was not used yet, there is nothing to go on with
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

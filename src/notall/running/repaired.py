@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import Settings, beside, contents, open_to_others, own_file, saving, write_whole, writing
+from ..files import Settings, beside, contents, open_to_others, own_file, saving, take_name, write_whole, writing
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -59,10 +59,14 @@ class LinearMap:
     def tensors(self) -> list[Tensor]:
         return [self.matrix] if self.bias is None else [self.matrix, self.bias]
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The stream behind it, (batch, tokens, hidden)."""
+    def like(self, hidden: Tensor) -> "LinearMap":
+        """The same on the device and in the dtype of `hidden`: itself, where it is there."""
         bias = None if self.bias is None else self.bias.to(hidden)
-        return hidden + nn.functional.linear(hidden, self.matrix.to(hidden), bias)
+        return LinearMap(self.matrix.to(hidden), bias)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The stream behind it, (batch, tokens, hidden); see `like`."""
+        return hidden + nn.functional.linear(hidden, self.matrix, self.bias)
 
 
 class RepairedPlan(Plan, arbitrary_types_allowed=True):
@@ -375,9 +379,11 @@ def _seal_of(folder: Path) -> Seal | None:
 
 def _sealed_weights(folder: Path, seal: Seal) -> Weights:
     """As `read_weights`, of all files of a folder. Raises `UsageError` for others beside them, too."""
-    for path in sorted(folder.glob("*.safetensors")):
-        # nothing reads them; but who put them there thinks otherwise
-        if path.name.startswith((WHOLE, HEALED, "attn.", "mlp.")) and path.name not in seal.files:
+    records = {kind.file for kind in MADE_BY.values()}  # which tell the history of the weights
+    for path in sorted(folder.iterdir()):
+        # nothing reads such weights; but who put them there thinks otherwise
+        is_weight = path.suffix == ".safetensors" and path.name.startswith((WHOLE, HEALED, "attn.", "mlp."))
+        if (is_weight or path.name in records) and path.name not in seal.files:
             told = f"{shortened(folder)} holds {shortened(path.name)}"
             raise UsageError(f"{told}, which is no part of its repair: move that file away")
     whole = Weights({}, {}, {})
@@ -411,7 +417,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
             with saving():
                 save_file(held, part, {**(notes or {}), DIGEST: digest})
             open_to_others(part)  # safetensors makes files that only their owner can read
-            part.replace(path)
+            take_name(part, path)
     return digest
 
 
@@ -428,6 +434,15 @@ def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None
     if digest not in (None, found) or of not in (None, notes.get(OF)):
         raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")
     return tensors, notes
+
+
+def is_tensors(path: Path) -> bool:
+    """Whether `write_tensors` wrote a file, as far as its header tells."""
+    try:
+        with safe_open(path, "pt") as file:
+            return DIGEST in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def kept_tensors(folder: Path, name: str, key: object, make: Callable[[], Kept]) -> Kept:

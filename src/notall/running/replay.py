@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel, UsageError
 from ..plan import Plan
 from ..structure.locating import locate
-from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model
+from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, inputs_device
 from ..structure.observation import Arguments, LayerCall, called_with, first, forward_of, run_branches, scaled
 from ..structure.undoing import Undo
 from .prefill import InPrompt, Prompt, in_prompts
@@ -31,6 +31,7 @@ class Recording:
     inputs: dict[str, Tensor]
     embedded: Tensor  # (batch, tokens, hidden)
     arguments: tuple[Arguments, ...]  # a layer each
+    devices: tuple[torch.device, ...]  # where each layer runs
     prompt_tokens: int | None = None  # the first ones of each sequence, where these are a prompt
 
     def whole(self, last_tokens: int) -> int:
@@ -190,15 +191,15 @@ class Replay:
         return f"without {step_name(skipped)} in the prompt (last {plan.prefill.last_tokens}{digest})"
 
     def _run(self, step: Step, hidden: Tensor, recording: Recording) -> Tensor:
-        arguments = recording.arguments[step.block.index]
-        hidden = scaled(hidden, step.scale)
+        hidden = scaled(hidden.to(recording.devices[step.block.index]), step.scale)
         whole = recording.whole(step.in_prompt.prompt.last_tokens) if step.in_prompt else None
         if step.in_prompt and whole is not None and whole < hidden.shape[1]:
             return self._run_split(step, step.in_prompt, hidden, recording, whole)
         self.ran += len(step.parts)
         if step.map:
+            step.map = step.map.like(hidden)
             return step.map.run(hidden)
-        layer = self.layers[step.block.index]
+        layer, arguments = self.layers[step.block.index], recording.arguments[step.block.index]
         with with_weights(layer, step.weights):
             # its own forward adds up in an order and a dtype of its own
             if step.parts == step.block.sublayers and not step.block.scaled_by:
@@ -244,6 +245,7 @@ def record(model: PreTrainedModel, prompt_tokens: int | None = None, /, **inputs
     """
     inner = base_model(model)
     structure = locate(inner)
+    inputs = {name: value.to(inputs_device(inner)) for name, value in inputs.items()}
     calls: list[tuple[Arguments, Tensor]] = []
 
     def note(arguments: Arguments, hidden: Tensor) -> Tensor:
@@ -254,7 +256,8 @@ def record(model: PreTrainedModel, prompt_tokens: int | None = None, /, **inputs
 
     with suppress(Enough), standing_in(inner, structure, partial(answering, answer=note)):
         inner(**inputs, use_cache=False)
-    return Recording(inputs, calls[0][1], tuple(arguments for arguments, _ in calls), prompt_tokens)
+    arguments, streams = zip(*calls)
+    return Recording(inputs, streams[0], arguments, tuple(hidden.device for hidden in streams), prompt_tokens)
 
 
 def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> Tensor:

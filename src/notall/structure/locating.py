@@ -112,7 +112,8 @@ def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Prob
             raise UnsupportedModel(f"{told}; {expected}. notall leaves this model alone")
         beside = before.answer[1:] if isinstance(before.answer, tuple) else ()
         made = [value for value in beside if isinstance(value, Tensor)]
-        handed = handed or any(value is given for value in made for given in after.arguments.values())
+        taken = [value for value in after.arguments.values() if isinstance(value, Tensor)]
+        handed = handed or any(_is_handed_on(value, given) for value in made for given in taken)
     indices = (trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES)
     depend = bool(watch.sharing.pairs) or any(isinstance(index, int) for index in indices)  # told by the model
     try:

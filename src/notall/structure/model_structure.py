@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..digests import digest_of_json
 from ..errors import UsageError
-from ..plan import Fingerprint, Kind, Plan, in_ranges
+from ..plan import Fingerprint, Kind, Plan, in_ranges, several
 from .in_place import Stub
 from .observation import Branch
 
@@ -118,7 +118,10 @@ class ModelStructure:
         for block in self.blocks:
             form = block.parallel, *(part.mixer or part.kind for part in block.sublayers)
             forms.setdefault(form, []).append(block)
-        lines = [f"{self.fingerprint}: {len(self.blocks)} layers in {self.layers}, {len(self.sublayers)} sublayers"]
+        lines = [
+            f"{self.fingerprint}: {several(len(self.blocks), 'layer')} in {self.layers}, "
+            f"{several(len(self.sublayers), 'sublayer')}"
+        ]
         for blocks in forms.values():
             where = f"layers {in_ranges(block.index for block in blocks)}" + ", in parallel" * blocks[0].parallel
             lines += textwrap.wrap(where, 78, initial_indent="  ", subsequent_indent="    ")

@@ -245,6 +245,11 @@ class Sharing:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)
 
+    def hand_on(self, tensor: Tensor, copy: Tensor) -> None:
+        """`copy` is `tensor` on another device or in another dtype: it comes from where that does."""
+        if source := self.source_of(tensor):
+            self.note(copy, source)
+
     def source_of(self, tensor: Tensor) -> Place | None:
         return self._makers.get(id(tensor))
 
@@ -270,12 +275,20 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.now is None:
-            return func(*args, **kwargs)
-        place = self.now.index, self.inside[0] if self.inside else None
-        sources = map(self.sharing.source_of, tensors_in((args, kwargs)))
-        self.sharing.pairs.update((source, place) for source in sources if source and source[0] != place[0])
-        if self.inside:
+        if getattr(func, "__name__", "") == "to":  # as accelerate's hooks do: who reads it comes after
+            result = self._noted(func, args, kwargs)
+            self.sharing.hand_on(args[0], result)
+            return result
+        if self.now is not None:
+            place = self.now.index, self.inside[0] if self.inside else None
+            sources = map(self.sharing.source_of, tensors_in((args, kwargs)))
+            read = {source for source in sources if source and source[0] != place[0]}
+            self.sharing.pairs.update((source, place) for source in read)
+        return self._noted(func, args, kwargs)
+
+    def _noted(self, func: Any, args: Any, kwargs: Arguments) -> Any:
+        """What `func` answers; noted where the layer itself makes it from its hidden states."""
+        if self.now is None or self.inside:
             return func(*args, **kwargs)
         positional, keywords = self.now.traced(args, kwargs)
         result = func(*args, **kwargs)

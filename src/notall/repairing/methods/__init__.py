@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
 from ...models.loading import dtype_name
+from ...models.texts import checked
 from ...plan import Plan, refuse_prefill
 from ...plugins import explained, first_line, named, source_of, takes
 from ...progress import Progress, silent
@@ -23,6 +24,7 @@ from ...running import repaired
 from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
+from ..checkpoints import Checkpoints
 from ..healing import Training, heal
 from ..refitting import about_weights, repair
 from .published import Batches, ghosted, nbl, prune_and_comp, replaceme
@@ -31,7 +33,7 @@ from .published import Batches, ghosted, nbl, prune_and_comp, replaceme
 class Repairing(Protocol):
     """A function that answers a plan with weights, or with matrices that stay, from calibration text.
 
-    `batches` are token ids, (batch, tokens) each.
+    `batches` are token ids, (batch, tokens) each, on the device where the model takes its inputs.
     """
 
     def __call__(
@@ -93,7 +95,9 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     def guarded(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
         more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            found = function(model, plan, batches, *(() if by_name or takes(function, 3) else (progress,)), **more)
+            found = function(
+                model, plan, [*checked(batches, model)], *(() if by_name or takes(function, 3) else (progress,)), **more
+            )
         expect(found, RepairedPlan, f"back a RepairedPlan (docs/add-repair.md) from the repair {shortened(name)}")
         return found
 
@@ -179,6 +183,7 @@ def recover(
     `UsageError` and `UnsupportedModel` as `repair` and `heal` do.
     """
     training.check(base_model(model))
+    Checkpoints.of(folder).refuse_others()
     clock, closed = training.clock, folder / CLOSED_FORM
     start = clock()
     earlier = sum(refit.seconds for refit in read(closed / RefitRecord.file, RefitRecord))

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UsageError
+from ...models.texts import all_checked
 from ...plan import Plan
 from ...progress import Progress, silent, tracked
 from ...running.repaired import LinearMap, RepairedPlan
@@ -49,14 +50,14 @@ def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> li
 
 
 def _stream(model: PreTrainedModel, plan: Plan, batches: Batches) -> DenseStream:
-    """The original model on the calibration text. Raises `UsageError` for a plan that does not fit, or a model."""
+    """The original model on the calibration text. Raises `UsageError` for a plan, text or model that does not fit."""
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
     structure.refuse_stubs("a repair")
     if structure.scaled:
         raise UsageError(f"layers of {structure.model_type} multiply their stream; only notall.repair knows that")
-    return DenseStream(inner, batches)
+    return DenseStream(inner, all_checked(batches, inner))
 
 
 def _least_squares(inputs: Batches, outputs: Batches, *, ridge: float = 0.0, biased: bool = False) -> Tensor:
@@ -123,7 +124,7 @@ def replaceme(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Pr
 
 def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     layer = stream.layers[step.block.index]
-    before, wanted = stream.before(step.line, step.behind)
+    before, wanted = (stream.at_layer(step, states) for states in stream.before(step.line, step.behind))
     part = max(step.parts, key=lambda part: part.kind == "mlp")  # of a parallel block the MLP, as in its Falcon
     projection = stream.projections.of(part)
     if projection is None or projection.norm:

@@ -1,0 +1,178 @@
+"""Tiny models of families as GGUF files, with the headers that llama.cpp's converter wrote for them.
+
+`gguf_headers.json` holds the headers and the shapes; `record_gguf_headers.py` makes it. Sizes and settings of
+a family are changed where llama.cpp takes them from its architecture, and not from the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as Kind, GGUFValueType, GGUFWriter
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from families import family
+from tiny_gguf import WORDS, add_tokenizer
+
+RECORDED = Path(__file__).with_name("gguf_headers.json")
+
+WIDE = {"sliding_window": 64}  # than any prompt of the tests: llama.cpp has no window here, or in other layers
+# What is built otherwise than in `families`.
+BUILT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama (biases)": {"attention_bias": True},
+    "llama (tied)": {"tie_word_embeddings": True},
+    "mistral": WIDE,
+    "ministral3": {},
+    "mixtral": WIDE,
+    "qwen2": {},
+    "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1},
+    "qwen3": {},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_next": {"mlp_only_layers": [], "decoder_sparse_step": 1},
+    "qwen3_5_text": {},
+    "qwen3_5_moe_text": {},
+    "gemma": {},
+    "gemma2": WIDE,
+    "gemma3": WIDE | {"layer_types": ["sliding_attention"] * 4},
+    "gemma4_text (experts)": WIDE,
+    "gemma4_text (nothing shared)": WIDE,
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "bloom": {},
+    "mpt": {},
+    "falcon (parallel)": {"ffn_hidden_size": 128},
+    "falcon (two norms)": {},
+    "gpt_neox": {},
+    "granite": {},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    "granitemoehybrid": {},
+    "granitemoehybrid (dense)": {},
+    "bamba": {},
+    "jamba": {},
+    "lfm2": {},
+    "lfm2_moe": {},
+    "falcon_mamba": {},
+    "mamba": {},
+    "mamba2": {},
+    "nemotron": {},
+    "nemotron_h": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": WIDE,
+    "phimoe": WIDE | {"lm_head_bias": True, "original_max_position_embeddings": 64},
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+    "stablelm": {},
+    "starcoder2": WIDE,
+    "cohere": {"use_qk_norm": False},
+    "cohere2": WIDE | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {},
+    "gpt_oss": WIDE,
+    "hunyuan": {},
+    "hunyuan (MoE)": {"moe_intermediate_size": [48] * 4, "moe_topk": [2] * 4, "num_shared_expert": [1] * 4},
+    "exaone4": WIDE | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window_pattern": 4},
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_intermediate_size": 24},
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "dots1": {},
+    "dbrx": {},
+    "arcee": {},
+    "apertus": {},
+    "llama4": {"no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 64},
+    "minicpm3": {},
+    "qwen2_vl (text part)": {},
+}  # fmt: skip
+
+
+def built(name: str) -> PreTrainedModel:
+    """The tiny model, whose vocabulary is `WORDS`."""
+    found = family(name if name in _rows() else name.partition(" (")[0])
+    text = {"vocab_size": len(WORDS)}
+    if "text_config" in found.config:
+        return found.build(text_config=found.config["text_config"] | text, **BUILT[name])
+    return found.build(**text, **BUILT[name])
+
+
+def _rows() -> set[str]:
+    from families import FAMILIES
+    from hybrid_families import HYBRIDS
+    from plain_families import OTHERS
+
+    return {one.name for one in (*FAMILIES, *HYBRIDS, *OTHERS)}
+
+
+@cache
+def recorded() -> Mapping[str, Any]:
+    """By name the header's fields and the shapes of tensors; numbers of those that are no parameter's."""
+    return json.loads(RECORDED.read_text())
+
+
+def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Of the part that reads text, and the buffers that are learned."""
+    learned = ("correction_bias", "expert_bias", "layer_scalar")
+    buffers = {name: one for name, one in model.named_buffers() if name.endswith(learned)}
+    both = {**dict(model.named_parameters()), **buffers}
+    return {name: one.detach().clone() for name, one in both.items() if "visual" not in name}
+
+
+def folded(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Shapes by name, those of alike blocks once: `{"blk.0,2": {"attn_q.weight": [32, 32]}}`."""
+    blocks: dict[str, dict[str, list[int]]] = {}
+    outside = {}
+    for name, shape in shapes.items():
+        if name.startswith("blk."):
+            _, number, rest = name.split(".", 2)
+            blocks.setdefault(number, {})[rest] = shape
+        else:
+            outside[name] = shape
+    alike: dict[str, list[str]] = {}
+    for number, block in blocks.items():
+        alike.setdefault(json.dumps(block), []).append(number)
+    return outside | {f"blk.{','.join(numbers)}": json.loads(block) for block, numbers in alike.items()}
+
+
+def _unfolded(shapes: Mapping[str, Any]) -> dict[str, list[int]]:
+    found = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, list):
+            found[name] = shape
+            continue
+        numbers = name.removeprefix("blk.").split(",")
+        found |= {f"blk.{one}.{rest}": each for one in numbers for rest, each in shape.items()}
+    return found
+
+
+def write_skeleton(name: str, path: Path) -> Path:
+    """The family's file, with zeros for every number of a parameter."""
+    fields, tensors = recorded()[name]["fields"], recorded()[name]["tensors"]
+    writer = GGUFWriter(path, fields["general.architecture"][1])
+    for key, (kind, value) in fields.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, list):
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType[kind])
+        else:
+            writer.add_key_value(key, value, GGUFValueType[kind])
+    add_tokenizer(writer)
+    for key, shape in _unfolded(tensors).items():
+        numbers = recorded()[name]["numbers"].get(key)
+        values = np.zeros(shape, np.float32) if numbers is None else np.float32(numbers)
+        writer.add_tensor(key, values, raw_dtype=Kind.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
