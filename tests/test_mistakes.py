@@ -87,7 +87,7 @@ MISTAKES = {
     "text for a speedup": (lambda m, s: check_faster("1.1"), "give how many times as fast, a number, not str"),
     "a budget of another space": (
         lambda m, s: notall.choose_plan(m, "cosine", Space(s.structure, "attention"), by_count(s, 2), [IDS]),
-        r"the budget \(2 mlp\) is of another space: make it of the space to choose from",
+        r"the budget \(2 MLPs\) is of another space: make it of the space to choose from",
     ),
     "a choice for its plan": (
         lambda m, s: notall.skip(m, chosen_by(m, s, "deepest")).__enter__(),

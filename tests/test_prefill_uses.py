@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from api import Request, Scorer, Step, Workload, check_texts, measured_time_plans, speed
+from api import Request, Scorer, Step, Workload, check_texts, time_plans, speed
 from families import family
 from notall import Plan, UsageError, skip
 from test_prefill_quality import logits_behind
@@ -43,7 +43,7 @@ def test_the_prompt_that_is_timed_is_declared(model, monkeypatch):
     dense = list(model.model.layers)
     monkeypatch.setattr(speed, "time_once", watched)
     workload = Workload(prompt_tokens=9, generation_tokens=2, rounds=1)
-    times = measured_time_plans(model, {"one": PLAN}, workload)
+    times = time_plans(model, {"one": PLAN}, workload)
     assert times.keys() == {"dense", "one"}
     whole, skipped = [9, 1, 1], [1, 1, 1]
     assert {0: whole, 1: whole, 2: skipped, 3: skipped} in seen
@@ -54,7 +54,7 @@ def test_a_prompt_of_which_nothing_is_skipped_is_not_timed(model):
 
     plan = Plan(prefill={"mlp": [1], "last_tokens": 9})
     with pytest.raises(UsageError, match="nothing is skipped where its last 9 run whole"):
-        measured_time_plans(model, {"one": plan}, Workload(prompt_tokens=9, generation_tokens=2, rounds=1))
+        time_plans(model, {"one": plan}, Workload(prompt_tokens=9, generation_tokens=2, rounds=1))
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

@@ -78,8 +78,9 @@ class ModelOptions:
             config = load_config(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         except UsageError:  # which loading the model tells, too
             return True
-        text, last = config.get_text_config(decoder=True), max([*plan.attention, *plan.mlp])
-        return last < text.num_hidden_layers and plan.fingerprint in (None, str(fingerprint(text)))
+        text = config.get_text_config(decoder=True)
+        named = (*plan.attention, *plan.mlp, *plan.prefill.attention, *plan.prefill.mlp)
+        return max(named) < text.num_hidden_layers and plan.fingerprint in (None, str(fingerprint(text)))
 
     def empty(self) -> PreTrainedModel:
         """The model of a config, without weights, in the dtype that is named, or else as its checkpoint is stored."""

@@ -245,7 +245,8 @@ def _check(
 
 def caches_tensors(cache: DynamicCache) -> list[Tensor]:
     """The keys and values that it holds."""
-    return [one for layer in cache.layers if layer.is_initialized for one in (layer.keys, layer.values)]
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    return [one for pair in pairs for one in pair if one is not None]
 
 
 def _added(branch: Branch, holder: nn.Module, hidden: Tensor, total: Tensor, call: LayerCall) -> Tensor:
