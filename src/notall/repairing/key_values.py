@@ -8,7 +8,7 @@ it was not fitted to. The answer's tokens keep the original's weights.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,9 +20,9 @@ from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.repairs import RefitRecord
 from ..running.prefill import checked_rows
-from ..structure.key_values import caught, matrix_of
+from ..structure.key_values import bias_of, caught, matrix_of
 from ..structure.model_structure import Sublayer
-from ..structure.observation import Branch, LayerCall, child, run_branches
+from ..structure.observation import Branch, LayerCall, child
 from .solving import Moments
 from .streams import DenseStream, Line
 
@@ -42,7 +42,7 @@ def projecting(holder: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Pr
     """What the projections `names` below `holder` are given and make, in the `with`."""
     found: dict[str, Projected] = {}
 
-    def noting(name: str):
+    def noting(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             found[name] = Projected(args[0].flatten(0, -2), output.flatten(0, -2))
 
@@ -61,7 +61,9 @@ class KeyValueRepair:
 
     def __init__(self, text: DenseStream, plan: Plan, ridges: Sequence[float]) -> None:
         self.text, self.plan, self.ridges = text, plan, ridges
-        self.skipped = {part.name for part in text.structure.sublayers if part.index in getattr(plan.prefill, part.kind)}
+        self.skipped = {
+            part.name for part in text.structure.sublayers if part.index in getattr(plan.prefill, part.kind)
+        }
         parts = [part for part in text.structure.sublayers if part.name in self.skipped]
         self.rows = checked_rows(text.model, text.structure, parts)
         self.refits: list[RefitRecord] = []
@@ -108,7 +110,8 @@ class KeyValueRepair:
             for one, rows in zip(sums, (~held, held)):
                 features = inputs[rows].to(exact)
                 one.add(features, lacking[rows].to(exact), torch.ones_like(features[:, 0]))
-        ridge, left, change = self._best(*sums, self._counts(part, read, sums[0]))
+        fitted, held_out = sums
+        ridge, left, change = self._best(fitted, held_out, self._counts(part, read, fitted))
         if change is not None:
             self._keep(part, layer, read, change)
         seconds = time.process_time() - start
@@ -152,7 +155,8 @@ class KeyValueRepair:
         for name, at, more in zip(read, rows, change.split([len(one) for one in rows])):
             source = child(layer, name)
             matrix = matrix_of(source).to(change)
-            bias = matrix.new_zeros(len(matrix)) if source.bias is None else source.bias.to(change)
+            own = bias_of(source)
+            bias = matrix.new_zeros(len(matrix)) if own is None else own.to(change)
             path = f"{self.text.structure.layers}.{part.index}.{name}"
             changed = matrix.index_add(0, at, more[:, :-1])
             self.weights[f"{path}.weight"] = changed.T.contiguous() if isinstance(source, Conv1D) else changed

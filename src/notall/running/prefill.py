@@ -225,7 +225,9 @@ def _check(
             if branch.is_attention:
                 rows |= key_value_rows(branch, layer, hidden, call)
                 writer = writer_of(layer, branch, rows, {})
-            total = run_last(branch, layer, hidden, total, calls[0], PROBE_LAST, writer if branch.is_attention else None)
+            total = run_last(
+                branch, layer, hidden, total, calls[0], PROBE_LAST, writer if branch.is_attention else None
+            )
         expected = run_branches(part.branches, layer, hidden, calls[1])
     except UnsupportedModel:
         raise

@@ -379,10 +379,8 @@ class RegroupedLayer(nn.Module):
             answer = super().forward(hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         else:
-            if splits:
-                hidden = self._run_split(hidden, call)
-            else:
-                hidden = run_branches(own.branches, self, hidden, call)
+            run = self._run_split if splits else partial(run_branches, own.branches, self)
+            hidden = run(hidden, call)
             given = call.attention if isinstance(call.attention, tuple) else (call.attention,)
             places = block.answer or ()  # of what the dense layer answers beside, as far as the attention gave it
             as_asked = call.arguments.get("output_attentions")

@@ -5,7 +5,7 @@ and output projection. A second one hands what was caught to the real cache, ahe
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -64,7 +64,7 @@ class Joining(_StandIn):
             return written[0], written[1]
         args = tuple(map(self._of_all, args))
         kwargs = {name: self._of_all(value) for name, value in kwargs.items()}
-        return self.held.update(*written, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.held.update(*written, layer_idx, *args, **kwargs)
 
     def _of_all(self, given: Any) -> Any:
         """The places of all tokens, where transformers 4 tells a static cache those of a call."""
@@ -143,15 +143,16 @@ def key_value_rows(branch: Branch, holder: nn.Module, hidden: Tensor, call: Laye
     try:
         with torch.inference_mode(False), torch.enable_grad():
             written = caught(branch, holder, hidden.detach().clone(), call).found
-            some = sum((each * _uneven(each)).sum() for each in written)
-            found = torch.autograd.grad(some, list(outputs.values()), allow_unused=True) if outputs else ()
+            some = torch.stack([(each * _uneven(each)).sum() for each in written]).sum()
+            made = list(outputs.values())
+            found: Sequence[Tensor | None] = torch.autograd.grad(some, made, allow_unused=True) if made else ()
     finally:
         for hook in hooks:
             hook.remove()
     rows: dict[str, Tensor] = {}
-    for (name, made), grad in zip(outputs.items(), found):
+    for (name, output), grad in zip(outputs.items(), found):
         if grad is None:
-            rows[name] = torch.zeros(made.shape[-1], dtype=torch.bool)
+            rows[name] = torch.zeros(output.shape[-1], dtype=torch.bool)
         else:
             rows[name] = grad.flatten(0, -2).abs().amax(0).bool().cpu()  # (outputs,)
     return rows
@@ -164,12 +165,18 @@ def is_projection(module: nn.Module) -> bool:
 
 def module_linear(module: nn.Module, inputs: Tensor) -> Tensor:
     """What a projection of this matrix and bias makes, (..., outputs)."""
-    return linear(inputs, matrix_of(module).to(inputs.dtype), module.bias)
+    return linear(inputs, matrix_of(module).to(inputs.dtype), bias_of(module))
 
 
 def matrix_of(module: nn.Module) -> Tensor:
     """The matrix of a projection, (outputs, inputs)."""
     return _turned(module, module.weight)  # type: ignore[arg-type]
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a projection, (outputs,), where it has one."""
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    return bias
 
 
 def _turned(module: nn.Module, weight: Tensor) -> Tensor:
@@ -218,7 +225,7 @@ def writer_of(
             continue
         matrix = weights.get(f"{name}.weight")
         matrix = own if matrix is None else _turned(source, matrix)
-        bias = weights.get(f"{name}.bias", source.bias)
+        bias = weights.get(f"{name}.bias", bias_of(source))
         if not needed.all():
             matrix, bias = matrix[needed], None if bias is None else bias[needed]
         made[name.removeprefix(f"{path}.")] = SomeOutputs(needed, matrix, bias)
