@@ -145,7 +145,7 @@ def test_layers_in_place_and_shared_keys_are_refused(name):
     structure = locate(family(name).build())
     assert structure.in_place
     part = structure.sublayers[-1]
-    with pytest.raises(UsageError, match="the prompt alone can skip nothing here"):
+    with pytest.raises(UsageError, match=f"the prompt alone cannot skip {part.name}, as sublayers of"):
         Plan(prefill={part.kind: [part.index]}).check(structure)
 
 

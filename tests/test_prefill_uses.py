@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from api import Request, Scorer, Step, Workload, check_texts, time_plans, speed
+from api import Request, Scorer, Step, Workload, check_texts, speed, time_plans
 from families import family
 from notall import Plan, UsageError, skip
 from test_prefill_quality import logits_behind

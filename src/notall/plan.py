@@ -18,7 +18,7 @@ from .errors import UsageError, nearest, shortened
 from .files import DoubledKey, Settings, contents, read_json, refuse_others, write_whole, writing
 
 if TYPE_CHECKING:
-    from .structure.model_structure import ModelStructure
+    from .structure.model_structure import ModelStructure, Sublayer
 
 Kind = Literal["attention", "mlp"]
 Skippable = Literal["attention", "mlp", "block"]
@@ -31,9 +31,6 @@ MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_TOKENS = 1 << 31  # of a prompt
 MOST_BYTES = 1 << 20  # of a plan file
 PUBLISHED = Path(__file__).parent / "published"  # the plans of docs/results.md, taken by `published:NAME`
-
-
-EVERY_TOKEN = "skip it for every token, or keep it"
 
 
 class Layers(BaseModel, frozen=True, extra="forbid"):
@@ -139,19 +136,21 @@ class PromptSkips(Layers, frozen=True, extra="forbid"):
 
     def check(self, structure: "ModelStructure") -> None:
         """Raise `UsageError` for what a prompt cannot skip while its keys and values are written."""
-        if structure.in_place or structure.stubbed:
-            why = f"{structure.model_type}'s sublayers run only inside of their layers"
-            raise UsageError(f"the prompt alone can skip nothing here, as {why}; {EVERY_TOKEN}")
         for part in structure.sublayers:
-            if part.index not in getattr(self, part.kind):
-                continue
-            if part.read_by:
-                why = f"{', '.join(part.read_by)} reads what it makes"
-            elif part.kind == "attention" and (part.state_bytes or not part.kv_bytes_per_token):
-                why = f"a {part.mixer or 'mixer'} keeps other things than keys and values of each token"
-            else:
-                continue
-            raise UsageError(f"the prompt alone cannot skip {part.name}, as {why}; {EVERY_TOKEN}")
+            if part.index in getattr(self, part.kind) and (why := bound_to_prompt(structure, part)):
+                told = f"the prompt alone cannot skip {part.name}, as {why}"
+                raise UsageError(f"{told}; skip it for every token, or keep it")
+
+
+def bound_to_prompt(structure: "ModelStructure", part: "Sublayer") -> str:
+    """Why a prompt's tokens cannot skip a sublayer while their keys and values are written; "" where they can."""
+    if structure.in_place or structure.stubbed:
+        return f"sublayers of {structure.model_type} run only inside of their layers"
+    if part.read_by:
+        return f"{', '.join(part.read_by)} reads what it makes"
+    if part.kind == "attention" and (part.state_bytes or not part.kv_bytes_per_token):
+        return f"a {part.mixer or 'mixer'} keeps other things than keys and values of each token"
+    return ""
 
 
 class Plan(Layers, frozen=True, extra="forbid"):

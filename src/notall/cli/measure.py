@@ -19,7 +19,7 @@ from ..experiments import (
     sweep as sweeps,
 )
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
-from ..experiments.evaluate import QUALITIES, Evaluation, mend_of
+from ..experiments.evaluate import QUALITIES, Evaluation, behind, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
@@ -92,14 +92,13 @@ def evaluate(
         evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, run.seed, progress, prompt)
         found = evaluation.run(batches)
     records = evaluation.records(found, batches, settings)
-    behind = f", behind a prompt of {prompt:,} tokens" if prompt else ""
-    tables = {"quality": table(f"skip {wanted}{behind}", QUALITIES, found.quality)}
+    tables = {"quality": table(f"skip {wanted}{behind(prompt)}", QUALITIES, found.quality)}
     if found.scores:
         tables["tasks"] = scores_table(found.scores)
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
-    verdict = Verdict.on(net, wanted, found.quality[-1].quality, f"{described['text']}{behind}")
+    verdict = Verdict.on(net, wanted, found.quality[-1].quality, f"{described['text']}{behind(prompt)}")
     verdict = verdict.judged(found.scores, asked.recovery)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)

@@ -413,7 +413,14 @@ class SkipAmount:
         return f"{self.kind}:{','.join(f'{amount:g}' for amount in self.amounts)}"
 
 
-def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_last: bool = False) -> Space:
+def space_of(
+    model: PreTrainedModel,
+    kind: str,
+    keep_first: bool = False,
+    keep_last: bool = False,
+    phase: Phase = "all",
+    last_tokens: int = 1,
+) -> Space:
     """What is chosen among: `portable` is any sublayers whose absence leaves an ordinary checkpoint."""
     from ..choosing.space import UNIT_KINDS, Space
     from ..structure.locating import locate
@@ -423,7 +430,8 @@ def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_l
     if kind not in names:
         near = nearest(kind, names)
         raise UsageError(f"--skip {shortened(kind)!r}{near} is nothing to choose among: give one of {', '.join(names)}")
-    return Space(structure, "sublayer" if portable else kind, portable, int(keep_first), int(keep_last))
+    among = "sublayer" if portable else kind
+    return Space(structure, among, portable, int(keep_first), int(keep_last), phase, last_tokens)
 
 
 @dataclass(frozen=True)

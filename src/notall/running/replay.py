@@ -123,6 +123,15 @@ class Replay:
             assert step is not None, "a plan keeps at least one attention"
             step.plans.append(number)
 
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The names of the steps of the first plan, in order; of one that shares nothing there are none."""
+        names, steps = list[str](), self.first
+        while step := next(iter(steps.values()), None):
+            names.append(step.name)
+            steps = step.after
+        return tuple(names)
+
     def hidden_states(
         self, recording: Recording, prefix: PrefixCache | None = None
     ) -> Iterator[tuple[list[int], Tensor]]:
