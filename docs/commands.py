@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _command(name: str, command: Any) -> str:
     example = command.epilog.partition("Example:")[2].strip()
     rows = [_row(param) for param in command.params if param.param_type_name == "option"]
     table = "\n".join(["| option | default | |", "| --- | --- | --- |", *rows])
-    return f"### {usage}\n\n{_plain(command.help)}\n\n```text\n{example}\n```\n\n{table}\n"
+    told = "\n\n".join(textwrap.fill(one, 120) for one in _plain(command.help).split("\n\n"))
+    return f"### {usage}\n\n{told}\n\n```text\n{example}\n```\n\n{table}\n"
 
 
 def _row(param: Any) -> str:

@@ -200,6 +200,16 @@ def test_a_warning_is_one_line_without_code(run, monkeypatch):
     assert warnings.formatwarning is before
 
 
+def test_what_python_says_of_the_syntax_of_others_code_is_dropped(monkeypatch):
+    """Of a package whose files are compiled where it is first imported."""
+    monkeypatch.setattr(cli, "app", lambda **_: compile("1 is 1", "<task>", "eval"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert not seen
+
+
 @pytest.mark.parametrize(
     ("words", "address"),
     [("", None), ("--ray", "any"), ("--ray --ray-gpus 2", "any"), ("--ray local", "local"), ("--ray=auto", "auto")],

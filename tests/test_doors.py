@@ -200,7 +200,7 @@ TEXTS = [torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(n
 
 
 def healed(out: Path) -> None:
-    notall.heal(family("llama").build(), Plan([1]), TEXTS, TEXTS, TrainConfig(evaluations=1), out=out)
+    notall.heal(family("llama").build(), Plan([1]), TEXTS[:1], TEXTS[1:], TrainConfig(evaluations=1), out=out)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -240,7 +240,7 @@ def test_a_repair_with_minutes_refuses_others_checkpoints_before_it_repairs(work
     monkeypatch.setattr(methods, "repair_into", lambda *_: pytest.fail("it was repaired"))
     Path("out/checkpoints").mkdir(parents=True)
     Path("out/checkpoints/step-100.pt").write_text("of the user")
-    training = healing.Training(Plan([1]), TEXTS, TEXTS, TrainConfig(minutes=1.0))
+    training = healing.Training(Plan([1]), TEXTS[:1], TEXTS[1:], TrainConfig(minutes=1.0))
     with pytest.raises(UsageError, match=r"step-100\.pt is there, and no healing wrote it"):
         methods.recover(Path("out"), "refit", family("llama").build(), training, TEXTS, result_folders.ABOUT)
     assert Path("out/checkpoints/step-100.pt").read_text() == "of the user"

@@ -485,6 +485,7 @@ def test_tasks_of_a_folder_ask_no_host(folder, monkeypatch):
 
 def test_an_unknown_task_is_named_with_its_like(run):
     refused("the harness has no task 'tiny_choise'; did you mean tiny_choice", run, [], ["tiny_choise"])
+    refused("did you mean passkey, passkey_", run, [], ["passky"])
     refused("no task is named", run, [], [])
 
 

@@ -33,6 +33,11 @@ def sentences(text):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_paragraphs_break_where_the_terminal_ends_alone(name):
+    assert not [one for one in COMMANDS[name].help.split("\n\n") if "\n" in one]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_what_it_does_in_sentences(name):
     told = re.sub(r"\[/?bold\]", "", COMMANDS[name].help)
     for paragraph in told.strip().split("\n\n"):

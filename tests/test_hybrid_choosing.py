@@ -113,7 +113,7 @@ def test_layers_of_one_sublayer_go_one_by_one_and_every_set_is_portable() -> Non
 def test_the_deepest_are_of_the_layers_that_have_them() -> None:
     structure = locate(family("nemotron_h").build())  # a mixer in layers 0, 1, 3 and 5, an MLP in 2 and 4
     assert deepest(structure, "attention", 0.5).attention == (3, 5)
-    assert deepest(structure, "attention", 0.5).note == "deepest 2 of 4 attention"
+    assert deepest(structure, "attention", 0.5).note == "deepest 2 of 4 attentions"
     assert deepest(structure, "attention", 0.5, keep_last=True).attention == (1, 3)
     assert deepest(structure, "mlp", 0.5).mlp == (4,)
     assert deepest(structure, "block", 0.5).indices == {"attention": [3, 5], "mlp": [4]}

@@ -39,6 +39,7 @@ from tiny_tokenizer import byte_tokenizer
 
 PLAN, OTHER_PLAN = Plan([0, 3], [1]), Plan([2], [1, 3])
 TEXTS = [torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+HELD = [torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(2))]
 FIXES = ("delete", "again", "export it anew", "move that file away", "move it away")
 SEAL_ALONE = ("deleted", "another's")  # then it was never finished, and all others are no part of it
 FLIPS = 12  # of a file, each in another place
@@ -63,7 +64,7 @@ def folders(tmp_path_factory):
     dense = save_tiny_checkpoint(place / "dense", num_hidden_layers=4)
     for number, plan in (("one", PLAN), ("two", OTHER_PLAN)):
         repaired = repair(model(), plan, TEXTS, out=place / "repair" / number)
-        heal(model(), repaired, TEXTS, TEXTS, out=place / "heal" / number)
+        heal(model(), repaired, TEXTS, HELD, out=place / "heal" / number)
         for target in ("hf", "nemotron-nas"):
             export(dense, plan, target, place / target / number, verify=False)
         kept_repair(place / "kept" / number, "replaceme", model(), Plan(mlp=plan.mlp), TEXTS)
@@ -216,7 +217,7 @@ def test_weights_know_what_they_replace(folders):
         lambda: notall.skip(other, plan).__enter__(),
         lambda: notall.evaluate(other, [plan], TEXTS),
         lambda: notall.remove(other, plan),
-        lambda: heal(other, plan, TEXTS, TEXTS),
+        lambda: heal(other, plan, TEXTS, HELD),
         lambda: repair(other, PLAN, TEXTS, out=folders / "repair" / "one"),
     ):
         with pytest.raises(UsageError, match=r"for another model of this shape.*; give that model, or repair this one"):

@@ -196,6 +196,8 @@ def reshape(folder):
 def test_a_damaged_folder_is_refused_in_one_line(folder, damage, says):
     damage(folder)
     assert says in refused(models.load, folder)
+    if says == "no config.json":  # for what needs no weights, too
+        assert "or its .gguf file itself" in refused(models.load_config, folder)
 
 
 def test_a_missing_shard_is_named_and_is_no_pickle(folder):

@@ -487,8 +487,8 @@ def test_a_page_has_every_claim_whole(tmp_path):
     claims = tuple(claim.model_copy(update={"provenance": about}) for claim in claims)
     page = render(Folder(tmp_path, {ClaimRecord.kind_name: claims}))
     for claim in claims:
-        assert html.escape(claim.claim) in page
-        assert html.escape(claim.here) in page
+        assert f"<bdi>{html.escape(claim.claim)}</bdi>" in page
+        assert f"<bdi>{html.escape(claim.here)}</bdi>" in page
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
@@ -629,6 +629,21 @@ def test_the_bar_tells_the_share_of_the_time_that_has_passed(model, tmp_path, mo
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("paper")
     return saved(tiny_llama(), path / "tiny"), write_tasks(path / "tasks")
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_a_refused_run_leaves_no_folder(folders, tmp_path, run):
+    model, task_path = folders
+    out = tmp_path / "new" / "paper"
+    words = ["paper", model, "--task-path", task_path, "--tasks", "tiny_text", "--sequences", "2", "--length", "16"]
+    sizes = ["--prompt-tokens", "4", "--generation-tokens", "2", "--num-fewshot", "30"]  # more than there are
+    code, _, err = run(*words, *sizes, "--out", out)
+    assert code == 2
+    assert "cannot build the requests of tiny_text" in err
+    assert not (tmp_path / "new").exists()
+    out.mkdir(parents=True)
+    assert run(*words, *sizes, "--out", out)[0] == 2
+    assert out.is_dir()  # one that was there stays
 
 
 @pytest.fixture

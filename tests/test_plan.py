@@ -107,6 +107,8 @@ def test_a_huge_file_is_not_read_to_its_end(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 23
+    with pytest.raises(UsageError, match=r"huge\.json is no plan: "):
+        Plan.load(path)
 
 
 def test_many_layers_are_read_in_no_time():
@@ -193,7 +195,7 @@ def test_the_papers_rule_takes_a_count_too(structure):
     assert deepest(structure, "attention", count=2).attention == (2, 3)
     assert deepest(structure, "mlp", count=3, keep_last=True).mlp == (0, 1, 2)
     for more in ({"count": 4, "keep_last": True}, {"count": -1}, {"count": 1, "fraction": 0.5}):
-        with pytest.raises(UsageError, match="give a fraction, or a count from 0 to"):
+        with pytest.raises(UsageError, match=r"of [34] MLPs: give a fraction, or a count from 0 to"):
             deepest(structure, "mlp", **more)
     with pytest.raises(UsageError, match="a number from 0 to 1, not NoneType"):
         deepest(structure, "mlp")

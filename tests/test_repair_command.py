@@ -95,6 +95,13 @@ def test_repair_measures_on_the_texts_it_is_given(run, folder, tmp_path):
     assert {row["text"] for row in rows} == {"three.txt"}
     what = json.loads((out / "refits.jsonl").read_text().splitlines()[0])["provenance"]["what"]
     assert [text["text"] for text in what["texts"]] == ["one.txt", "two.txt"]
+    code, shown, _ = run("repair", folder, "--plan", path, "--out", out, *texts, *REPAIR)
+    found = json.loads(shown)
+    lost = {row["text"]: row["quality"]["delta_nll"] for row in found["quality"] if row["model"] == "repaired"}
+    assert [*lost] == ["one.txt, other windows", "two.txt, other windows"]
+    said = found["verdict"]["said"]
+    assert all(f" on {text}; " in said for text in lost), "the last sentence tells of each text"
+    assert (found["verdict"]["text"], found["verdict"]["delta_nll"]) == next(iter(lost.items()))
 
 
 def untimed(line):

@@ -254,10 +254,11 @@ def test_it_comes_to_what_the_cpu_finds(name, place, case):
     assert_equal(outcome(case, model), expected(name, case))
 
 
+IN_HALF = ["repair", "repair in files", "repair saved", "by replaceme", "heal outputs", "heal all"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["repair", "repair in files", "repair saved", "by replaceme", "heal outputs", "heal all"]
-)
+@pytest.mark.parametrize("case", IN_HALF)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])

@@ -31,7 +31,7 @@ def healed(request, tmp_path):
     """A model, and a plan whose weights a repair and a training made."""
     dense = write_tiny(family("llama").build(**SIZES), tmp_path / "dense.gguf")
     model, _ = load(dense, dtype="float32", device="cpu")
-    plan = heal(model, repair(model, PLANS[request.param], TEXTS), TEXTS, TEXTS[:1], TrainConfig(rate=1e-3))
+    plan = heal(model, repair(model, PLANS[request.param], TEXTS), TEXTS[1:], TEXTS[:1], TrainConfig(rate=1e-3))
     assert len(plan.weights) > 8
     return dense, model, plan
 

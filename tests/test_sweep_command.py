@@ -84,6 +84,7 @@ def test_compare_refuses_in_one_line(run, folder, tmp_path):
         "--skip attention:4,,8 is no kind and number": ["--skip", "attention:4,,8"],
         "--skip attention:999": ["--skip", "attention:" + "9" * 5000],
         "is no kind and counts: write attention:4,8": ["--skip", "attention:0.5"],
+        "--skip attention is no kind and counts": ["--skip", "attention"],
         "no criterion": ["--criterion", "luck"],
         "no repair": ["--repair", "luck"],
         "at most": ["--skip", "attention:6"],

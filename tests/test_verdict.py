@@ -164,6 +164,12 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
             {"quality": quality(3.0), "layers": 6},
             "MLP of its 6 layers, tiny: +3.00 ± 0.01 nats a token (perplexity × 20.1",
         ),
+        (
+            {"quality": quality(), "text": "a", "also": {"b": quality(0.05, agreement=0.9)}},
+            "tiny: +0.36 ± 0.01 nats a token (perplexity × 1.43) on a; 66% of the first choices are the same; "
+            "+0.05 ± 0.01 nats a token (perplexity × 1.05) on b; 90% of the first choices are the same.",
+        ),
+        ({"quality": quality(), "also": {"b": quality(3.0)}}, "usable: perplexity has more than doubled."),
         ({"quality": quality(3.0)}, "Warning: the model is no longer usable: perplexity has more than doubled."),
         ({"quality": quality(), "state": "healed"}, "MLP, the healed tiny: +0.36 ± 0.01 nats a token"),
         ({"quality": quality(error=0.001)}, "tiny: +0.360 ± 0.001 nats a token"),

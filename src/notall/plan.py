@@ -272,6 +272,8 @@ class Plan(Layers, frozen=True, extra="forbid"):
                 raise UsageError(f"no published plan {shortened(name)}{nearest(name, known)}; see docs/plans.md")
         try:
             content = contents(path, MOST_BYTES)
+        except UsageError as error:
+            raise UsageError(f"{where} is no plan: {error}") from None
         except IsADirectoryError:
             raise UsageError(f"{where} is a folder: notall.RepairedPlan.load reads a plan with weights") from None
         except OSError as error:

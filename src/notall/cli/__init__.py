@@ -82,7 +82,9 @@ def _own_manners() -> Iterator[None]:
     handler, told = signal.signal(signal.SIGTERM, end) if is_main else None, warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(printable(str(message)).split())}\n"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of code that is no user's
+            yield
     finally:
         warnings.formatwarning = told
         if is_main:

@@ -143,12 +143,17 @@ def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         called = name or function.__name__
         alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        panel, epilog = COMMANDS[called][0], f"Example:  {example}"
-        alone.command(name=called, cls=OnRay, rich_help_panel=panel, epilog=epilog)(spread(function))
+        panel, epilog, told = COMMANDS[called][0], f"Example:  {example}", _unbroken(function.__doc__ or "")
+        alone.command(name=called, cls=OnRay, rich_help_panel=panel, epilog=epilog, help=told)(spread(function))
         _LOADED[called] = alone
         return function
 
     return add
+
+
+def _unbroken(text: str) -> str:
+    """Each paragraph in a line: it is broken where the terminal ends."""
+    return "\n\n".join(" ".join(one.split()) for one in text.split("\n\n")).strip()
 
 
 @app.callback(invoke_without_command=True)

@@ -117,7 +117,7 @@ def similarity(
 def generate(
     *,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
-    prompt: Annotated[str, Option("what to continue", argument=True)],
+    prompt: Annotated[str, Option("what to continue", metavar="PROMPT", argument=True)],
     plan: PlanOptions,
     max_new_tokens: Annotated[int, Option("most tokens to generate")] = 64,
     temperature: Annotated[float, Option("how freely to choose; 0 takes the most likely token each time")] = 0.0,

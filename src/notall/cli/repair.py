@@ -132,8 +132,9 @@ class Asked:
         tables["quality"] = table(f"skip {self.plan}: before and after", MEASURED, measured)
         if scores:
             tables["tasks"] = scores_table(scores)
-        last = measured[-1]
-        verdict = Verdict.on(self.net, last.plan, last.quality, last.text, last.model)
+        first, *others = (one for one in measured if one.model == measured[-1].model)  # a text each
+        verdict = Verdict.on(self.net, first.plan, first.quality, first.text, first.model)
+        verdict = replace(verdict, also={one.text: one.quality for one in others})
         verdict = verdict.judged(scores, self.tasks.recovery)
         verdict = replace(verdict, next=what_next(verdict, self.spec, out)[1])
         conclude(verdict, tables, measured, as_json=as_json)

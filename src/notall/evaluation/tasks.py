@@ -160,7 +160,8 @@ class TaskShelf:
             found += groups.get(name, (name,))
         found = [f"local_{name}" if f"local_{name}" in known else name for name in found]
         for name in [name for name in found if name not in known and not is_check(name)]:
-            near = difflib.get_close_matches(name, [*groups, *MAKERS, *self.manager.all_tasks], 3)
+            names = dict.fromkeys([*groups, *MAKERS, *self.manager.all_tasks])
+            near = difflib.get_close_matches(name, names, 3)
             hint = f"did you mean {', '.join(near)}?" if near else "`notall tasks` lists them"
             raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
         if not found:

@@ -410,7 +410,7 @@ class SkipAmount:
         return cls(kind, tuple(map(float, numbers)) or otherwise)
 
     def __str__(self) -> str:
-        return f"{self.kind}:{','.join(f'{amount:g}' for amount in self.amounts)}"
+        return ":".join([self.kind, *filter(None, [",".join(f"{amount:g}" for amount in self.amounts)])])
 
 
 def space_of(

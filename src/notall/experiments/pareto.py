@@ -539,11 +539,14 @@ class ParetoPlans(SpaceOptions):
         amounts, asked = self.amount.amounts, words_of(self.speedups)
         if not (self.plan or amounts or asked):
             asked = FIRST.split(",")
+        return amounts, [self._speedup(word) for word in asked]
+
+    def _speedup(self, word: str) -> float:
         try:
-            return amounts, [float(word) for word in asked]
+            return float(word)
         except ValueError:
-            told = shortened(" ".join(asked))
-            raise UsageError(f"--speedups {told} are no numbers: give some such as 1.1,1.2") from None
+            given, what = shortened(",".join(self.speedups)), repr(shortened(word))
+            raise UsageError(f"--speedups {given}: {what} is no number; give some such as 1.1,1.2") from None
 
 
 def write_pareto(records: Sequence[ParetoRecord], out: Path, title: str) -> None:

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,10 @@ def faults_of(quality: Quality) -> list[str]:
     return [fault for fault, found in faults.items() if found]
 
 
+def perplexity_factor(nats: float) -> float:
+    return math.inf if nats >= 700 else math.exp(nats)
+
+
 def is_usable(quality: Quality) -> bool:
     return not faults_of(quality)
 
@@ -54,6 +58,7 @@ class Verdict:
     plan: Plan
     quality: Quality | None = None  # on `text`
     text: str = ""
+    also: Mapping[str, Quality] = field(default_factory=dict)  # on other texts, by their names
     speedup: Quartiles | None = None  # of what `verb` says
     verb: str = "decodes"
     footprint: Footprint | None = None  # with the plan
@@ -107,7 +112,12 @@ class Verdict:
     def faults(self) -> list[str]:
         lost = [*dict.fromkeys(one.task for one in last_state(self.scores) if verdict_on(one, self.least) == "lost")]
         told = [f"less than {self.least:.2g} of the original model's score is kept on {joined(lost)}"] if lost else []
-        return (faults_of(self.quality) if self.quality else []) + told
+        return [*dict.fromkeys(fault for quality in self.qualities.values() for fault in faults_of(quality)), *told]
+
+    @property
+    def qualities(self) -> dict[str, Quality]:
+        """That on each text, by its name."""
+        return ({self.text: self.quality} if self.quality else {}) | {**self.also}
 
     def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> "Verdict":
         """With what tasks say of it; where less is kept than is `asked` for, or that is not seen, it is missed."""
@@ -122,7 +132,7 @@ class Verdict:
     @property
     def perplexity_factor(self) -> float:
         """What the nats that are lost multiply perplexity by."""
-        return math.inf if self.lost >= 700 else math.exp(self.lost)
+        return perplexity_factor(self.lost)
 
     @property
     def said(self) -> str:
@@ -173,12 +183,12 @@ class Verdict:
             yield "The time was up before the search was done: with more --max-minutes it may find better."
 
     def _parts(self) -> Iterator[str]:
-        if self.quality:
-            on = f" on {self.text}" if self.text else ""
-            yield f"{in_nats(self.quality)} (perplexity × {self.perplexity_factor:.3g}){on}"
-            if is_number(self.quality.top1_agreement):
-                yield f"{self.quality.top1_agreement:.0%} of the first choices are the same"
-        else:
+        for text, quality in self.qualities.items():
+            on = f" on {text}" if text else ""
+            yield f"{in_nats(quality)} (perplexity × {perplexity_factor(quality.nats_lost):.3g}){on}"
+            if is_number(quality.top1_agreement):
+                yield f"{quality.top1_agreement:.0%} of the first choices are the same"
+        if not self.quality:
             yield "what that costs was not measured"
         if self.speedup:
             spread = f"quartiles {self.speedup.low:.2f} to {self.speedup.high:.2f}"

@@ -109,6 +109,8 @@ def load_config(
         return transformers.LlamaConfig(**SHAPES[str(spec)])
     with explained(spec):
         gguf, path = named_gguf(spec), expanded(spec)
+        if path.is_dir():
+            _refuse_no_model(path)
         source: Path | str = converted_folder(gguf) if gguf else path if path.exists() else hub_id(spec)
         file = {}
         if gguf and not Path(source).is_dir():
@@ -118,6 +120,13 @@ def load_config(
             config = AutoConfig.from_pretrained(source, **file, **_options(source, revision, trust_remote_code))
     _refuse_misread(spec, config)
     return config
+
+
+def _refuse_no_model(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{shortened(folder)} has no config.json: give the folder of a model, or its .gguf file itself"
+        )
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -306,8 +315,7 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
         raise UsageError(f"{spec} is no model: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
     if revision is not None:
         raise UsageError(f"{spec} is a local folder, which has no revisions: leave revision out")
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{spec} has no config.json: give the folder of a model, or its .gguf file itself")
+    _refuse_no_model(path)
     if not any(path.glob("*.safetensors")):
         raise UsageError(f"{spec} has no safetensors weights: {SAFETENSORS_ONLY}")
     return path

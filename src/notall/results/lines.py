@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
@@ -75,8 +76,11 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep `folder` for this process. Raises `UsageError` when another has it, and when it can't be written."""
-    held = FileLock(folder / ".lock", timeout=0)
+    """Keep `folder` for this process; one that was made for this, and that nothing came into, goes again.
+
+    Raises `UsageError` when another has it, and when it can't be written.
+    """
+    held, made = FileLock(folder / ".lock", timeout=0), [*takewhile(_is_absent, (folder, *folder.parents))]
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,16 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and [*folder.iterdir()] == [folder / ".lock"]:
+            with suppress(OSError):
+                (folder / ".lock").unlink()
+                for path in made:  # the innermost first
+                    path.rmdir()
         held.release()
+
+
+def _is_absent(folder: Path) -> bool:
+    return not folder.exists()
 
 
 def finite(value: object) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import UsageError, expect
 from ...files import Settings
-from ...plan import Phase, Plan, Skippable
+from ...plan import Phase, Plan, Skippable, several_of
 from ...results.facts import Configured
 from ...structure.model_structure import ModelStructure, base_model
 from .setting import Setting, UnitScores
@@ -51,7 +51,8 @@ def deepest(
             raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
         count = min(round(share * len(layers)), last)
     elif fraction is not None or not 0 <= count <= last:
-        raise UsageError(f"cannot skip {count} of {last} {skip}: give a fraction, or a count from 0 to {last}")
+        had = several_of(skip, last)
+        raise UsageError(f"cannot skip {count} of {had}: give a fraction, or a count from 0 to {last}")
     chosen = layers[last - count : last]
     skipped: Settings = {
         "attention": [block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
@@ -60,7 +61,7 @@ def deepest(
     if phase == "prefill":
         skipped = {"prefill": skipped | {"last_tokens": last_tokens}}
     in_words = ", last kept" * keep_last + ", in the prompt alone" * (phase == "prefill")
-    note = f"deepest {count} of {len(layers)} {skip}{in_words}"
+    note = f"deepest {count} of {several_of(skip, len(layers))}{in_words}"
     plan = Plan(**skipped, fingerprint=structure.fingerprint, note=note)
     plan.check(structure)
     return plan

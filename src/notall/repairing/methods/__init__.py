@@ -93,11 +93,11 @@ def _guarded(name: str, function: Repairing) -> Repairing:
         raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
     def guarded(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
+        there = [*checked(batches, model)]
         more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            found = function(
-                model, plan, [*checked(batches, model)], *(() if by_name or takes(function, 3) else (progress,)), **more
-            )
+            last = () if by_name or takes(function, 3) else (progress,)
+            found = function(model, plan, there, *last, **more)
         expect(found, RepairedPlan, f"back a RepairedPlan (docs/add-repair.md) from the repair {shortened(name)}")
         return found
 
