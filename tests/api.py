@@ -255,7 +255,7 @@ NAMES = {
     ],
     "repairing.solving": ["DEAD", "Moments", "Rows", "sums_for"],
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],
-    "repairing.students": ["Layerwise", "Student", "states_of"],
+    "repairing.students": ["Layerwise", "PromptStudent", "Student", "states_of"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
     "report.page": [*("flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")],
     "results.facts": [
