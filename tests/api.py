@@ -243,7 +243,7 @@ NAMES = {
     "models.windows": ["RUN", "draw", "overlapping", "token_batches"],
     "options": ["Workload", "Workload as options_Workload"],
     "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill"],
-    "progress": ["Stages", "silent", "tracked"],
+    "progress": ["Stages", "by_the_clock", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
     "repairing.methods.published": ["gaps_of", "ghosted", "nbl", "prune_and_comp", "replaceme"],

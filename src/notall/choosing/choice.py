@@ -246,7 +246,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     Sets grow on a part of the text; swaps wait until the times hold; plans that leave as much are timed once.
     """
     if not isinstance(budget, SpeedBudget):
-        return Outcome(choose(criterion, setting, budget))
+        return _outcome(choose(criterion, setting, budget), setting, budget, {})
     if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
         setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
     tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
@@ -273,7 +273,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
 
 def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footprint, SpeedCheck]) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
-    check, is_met = None, budget.met(choice.skipped)
+    check, is_met = None, budget.target == math.inf or budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
         plan, error = setting.space.plan(choice.skipped), MOST_ERROR * budget.faster
         if (left := footprint(setting.model, plan)) not in timed:
@@ -281,7 +281,14 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footp
         ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
         check = timed[left].model_copy(update={"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms})
         is_met = budget.reached(check)
-    return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
+    return Outcome(choice, check, None if is_met else _missed(budget, choice, check))
+
+
+def _missed(budget: Budget, choice: Choice, check: SpeedCheck | None) -> str:
+    """In words what a choice saves that is not what was asked for, or not for certain."""
+    is_open = check and isinstance(budget, SpeedBudget) and check.measured_speedup.median >= budget.faster
+    noise = "; the times vary too much to tell: run it again on a quiet machine" if is_open else ""
+    return f"{_as_much(budget, choice, check)} is what was reached{noise}"
 
 
 def _as_much(budget: Budget, choice: Choice, check: SpeedCheck | None) -> str:
