@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from api import Seal, check_export, refuse_prefill
 from families import family
-from notall import Plan, RepairedPlan, UsageError, export, heal, locate, repair
+from notall import Plan, RepairedPlan, UsageError, export, heal, locate
 
 LAYERS = st.frozensets(st.integers(0, 40), max_size=8)
 WEIGHT = "model.layers.2.self_attn.k_proj.weight"
@@ -213,7 +213,6 @@ def test_what_cannot_skip_in_the_prompt_alone_says_so(model, tmp_path):
     uses = {
         "an export as gguf": lambda: export(model, PROMPT, "gguf", tmp_path / "out"),
         "an export as nemotron-nas": lambda: check_export(None, PROMPT, "nemotron-nas", tmp_path / "out"),
-        "a repair": lambda: repair(model, PROMPT, texts),
         "healing": lambda: heal(model, PROMPT, texts, texts),
         "anything": lambda: refuse_prefill(PROMPT, "anything"),
     }

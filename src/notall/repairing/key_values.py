@@ -10,19 +10,20 @@ it was not fitted to. The answer's tokens keep the original's weights.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.repairs import RefitRecord
 from ..running.prefill import checked_rows
+from ..running.repaired import RepairedPlan
 from ..structure.key_values import bias_of, caught, matrix_of
 from ..structure.model_structure import Sublayer
 from ..structure.observation import Branch, LayerCall, child
+from .kept import Kept
 from .solving import Moments
 from .streams import DenseStream, Line
 
@@ -56,66 +57,94 @@ def projecting(holder: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Pr
             hook.remove()
 
 
+@dataclass(eq=False)
 class KeyValueRepair:
     """The refit of one plan's prompt: the original's stream and the prompt's, side by side through the layers."""
 
-    def __init__(self, text: DenseStream, plan: Plan, ridges: Sequence[float]) -> None:
-        self.text, self.plan, self.ridges = text, plan, ridges
-        self.skipped = {
-            part.name for part in text.structure.sublayers if part.index in getattr(plan.prefill, part.kind)
-        }
-        parts = [part for part in text.structure.sublayers if part.name in self.skipped]
-        self.rows = checked_rows(text.model, text.structure, parts)
-        self.refits: list[RefitRecord] = []
-        self.weights: dict[str, Tensor] = {}
+    text: DenseStream
+    plan: Plan
+    ridges: Sequence[float]
+    kept: Kept | None = None
+    refits: list[RefitRecord] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)  # by their paths in the model
 
-    def run(self, progress: Progress = silent) -> None:
-        """Fill `refits` and `weights`, by their paths in the model."""
+    def __post_init__(self) -> None:
+        sublayers = self.text.structure.sublayers
+        parts = [part for part in sublayers if part.index in getattr(self.plan.prefill, part.kind)]
+        self.skipped = {part.name for part in parts}
+        self.rows = checked_rows(self.text.model, self.text.structure, parts)
+
+    def run(self, progress: Progress = silent) -> RepairedPlan:
+        """The plan with weights of the prompt's own."""
+        refit = [
+            number
+            for number, line in enumerate(self.text.lines)
+            if any(part.name in self.skipped and part.kind == "attention" for part in line.parts)
+        ]
         (original,) = self.text.before(0)
         prompt = original
-        for number, line in enumerate(self.text.lines):
-            progress(number, len(self.text.lines), f"refitting {' '.join(line.names)} of the prompt")
-            if prompt is not original:
-                for part in line.parts:
-                    if part.name in self.skipped and part.kind == "attention":
-                        self._refit(line, part, original, prompt)
-            behind = self.text.before(number + 1)[0]
-            if self.skipped.isdisjoint(line.names):
-                prompt = behind if prompt is original else self.text.run([line], prompt)
-            elif len(line.parts) > 1:
-                kept = tuple(part for part in line.parts if part.name not in self.skipped)
-                prompt = self.text.run([Line(line.block, kept, line.scale)], prompt)
-            elif line.scale != 1:
-                prompt = [line.scale * hidden for hidden in prompt]
-            else:
-                prompt = list(prompt)
-            original = behind
+        for number, line in enumerate(self.text.lines[: max(refit, default=-1) + 1]):
+            progress(number, max(refit) + 1, f"refitting keys and values, {' '.join(line.names)}")
+            if number in refit:
+                # both streams are one before the first gap, where nothing is lacking
+                self._refit(next(part for part in line.parts if part.kind == "attention"), original, prompt)
+            prompt, original = self._behind(number, line, original, prompt)
+        if self.kept:
+            return self.kept.sealed(self.plan)
+        return RepairedPlan.of(self.plan, prompt_weights=self.weights, refits=tuple(self.refits))
 
-    def _refit(self, line: Line, part: Sublayer, original: list[Tensor], prompt: list[Tensor]) -> None:
+    def _behind(
+        self, number: int, line: Line, original: list[Tensor], prompt: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The prompt's stream and the original's behind a line, (batch, tokens, hidden) a batch."""
+        (dense,) = self.text.before(number + 1)
+        if not self.skipped.isdisjoint(line.names):
+            left = tuple(part for part in line.parts if part.name not in self.skipped)
+            return self.text.run([Line(line.block, left, line.scale)], prompt), dense
+        return (dense if prompt is original else self.text.run([line], prompt)), dense
+
+    def _refit(self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]) -> None:
+        """Fit the keys and values of one attention, or take them from the folder."""
+        if self.kept and ((part.name,),) in self.kept.refits:
+            return
         start = time.process_time()
+        weights, ridge, left = dict[str, Tensor](), None, 1.0
+        if prompt is not original:
+            ridge, left, weights = self._solve(part, original, prompt)
+        seconds = time.process_time() - start
+        why = "" if prompt is not original else "nothing is skipped before it"
+        record = RefitRecord(sublayers=(part.name,), ridge=ridge, left=left, seconds=seconds, why=why)
+        self.refits.append(record)
+        if self.kept:
+            self.kept.add(record, RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights), self.text.model)
+        else:
+            self.weights |= weights
+
+    def _solve(
+        self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
+    ) -> tuple[float | None, float, dict[str, Tensor]]:
+        """The ridge, the share of the error that it leaves on sequences held out, and the weights."""
         layer = self.text.layers[part.index]
         branch = next(branch for branch in part.branches if branch.is_attention)
         sums: list[Moments] = []  # of sequences that are fitted, and of those held out
         read: list[str] = []
         for number, (dense, stale) in enumerate(zip(original, prompt)):
-            call = LayerCall(self.text.recordings[number].arguments[part.index])
-            wanted = self._projected(layer, branch, part, dense, call)
-            found = self._projected(layer, branch, part, stale, call)
+            recording = self.text.recordings[number]
+            call, here = LayerCall(recording.arguments[part.index]), recording.devices[part.index]
+            wanted = self._projected(layer, branch, part, dense.to(here), call)
+            found = self._projected(layer, branch, part, stale.to(here), call)
             read = read or list(found)
             inputs = found[read[0]].inputs
             exact = torch.promote_types(inputs.dtype, torch.float32)
             lacking = torch.cat([self._lacking(part, name, wanted, found) for name in read], 1)  # (tokens, rows)
             sums = sums or [_none(inputs, lacking, exact) for _ in range(2)]
-            held = self.text.held[number][:, None].expand(stale.shape[:2]).flatten()  # (tokens,)
+            held = self.text.held[number].to(here)[:, None].expand(stale.shape[:2]).flatten()  # (tokens,)
             for one, rows in zip(sums, (~held, held)):
                 features = inputs[rows].to(exact)
                 one.add(features, lacking[rows].to(exact), torch.ones_like(features[:, 0]))
         fitted, held_out = sums
         ridge, left, change = self._best(fitted, held_out, self._counts(part, read, fitted))
-        if change is not None:
-            self._keep(part, layer, read, change)
-        seconds = time.process_time() - start
-        self.refits.append(RefitRecord(sublayers=(part.name,), ridge=ridge, left=left, seconds=seconds))
+        return ridge, left, {} if change is None else self._changed(part, layer, read, change)
 
     def _projected(
         self, layer: nn.Module, branch: Branch, part: Sublayer, states: Tensor, call: LayerCall
@@ -149,18 +178,17 @@ class KeyValueRepair:
                 best, least = ridge, left
         return best, least, None if best is None else (fitted + held).solve(best)
 
-    def _keep(self, part: Sublayer, layer: nn.Module, read: Sequence[str], change: Tensor) -> None:
-        """The weights and biases of the projections `read`, changed in their rows for keys and values."""
-        rows = [self.rows[part.name][name].nonzero()[:, 0].to(change.device) for name in read]
-        for name, at, more in zip(read, rows, change.split([len(one) for one in rows])):
+    def _changed(self, part: Sublayer, layer: nn.Module, read: Sequence[str], change: Tensor) -> dict[str, Tensor]:
+        """The rows for keys and values of the projections `read`, (rows, inputs), and of their biases, (rows,)."""
+        weights: dict[str, Tensor] = {}
+        needed = [self.rows[part.name][name] for name in read]
+        for name, rows, more in zip(read, needed, change.split([int(one.sum()) for one in needed])):
             source = child(layer, name)
-            matrix = matrix_of(source).to(change)
-            own = bias_of(source)
-            bias = matrix.new_zeros(len(matrix)) if own is None else own.to(change)
+            matrix, bias = matrix_of(source)[rows].to(change), bias_of(source)
             path = f"{self.text.structure.layers}.{part.index}.{name}"
-            changed = matrix.index_add(0, at, more[:, :-1])
-            self.weights[f"{path}.weight"] = changed.T.contiguous() if isinstance(source, Conv1D) else changed
-            self.weights[f"{path}.bias"] = bias.index_add(0, at, more[:, -1])
+            weights[f"{path}.weight"] = matrix + more[:, :-1]
+            weights[f"{path}.bias"] = more[:, -1] if bias is None else bias[rows].to(change) + more[:, -1]
+        return weights
 
 
 def _none(inputs: Tensor, lacking: Tensor, exact: torch.dtype) -> Moments:

@@ -170,17 +170,14 @@ def module_linear(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def matrix_of(module: nn.Module) -> Tensor:
     """The matrix of a projection, (outputs, inputs)."""
-    return _turned(module, module.weight)  # type: ignore[arg-type]
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias of a projection, (outputs,), where it has one."""
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     return bias
-
-
-def _turned(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _uneven(like: Tensor) -> Tensor:
@@ -213,8 +210,8 @@ def writer_of(
 ) -> nn.Module:
     """Like `holder`, with an attention that computes of its projections what keys and values need alone.
 
-    `rows` are those of `key_value_rows`. `weights` are a repair's own, by their paths below the layer, shaped as the
-    original's; NAME.bias (outputs,) also where the original has none.
+    `rows` are those of `key_value_rows`. `weights` are a repair's own, by their paths below the layer, of these rows
+    alone: NAME.weight (rows, inputs), and NAME.bias (rows,), also where the original has none.
     """
     path = attention_of(branch)
     made: dict[str, nn.Module] = {}
@@ -223,11 +220,11 @@ def writer_of(
         own = matrix_of(source)
         if own.device.type == "meta":  # offloaded: it is read while it runs
             continue
-        matrix = weights.get(f"{name}.weight")
-        matrix = own if matrix is None else _turned(source, matrix)
-        bias = weights.get(f"{name}.bias", bias_of(source))
-        if not needed.all():
-            matrix, bias = matrix[needed], None if bias is None else bias[needed]
+        matrix, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias", bias_of(source))
+        if matrix is None:
+            matrix = own if needed.all() else own[needed]
+        if bias is not None and f"{name}.bias" not in weights:
+            bias = bias[needed]
         made[name.removeprefix(f"{path}.")] = SomeOutputs(needed, matrix, bias)
     children = dict(holder.named_children())
     top, _, below = path.partition(".")

@@ -1,0 +1,113 @@
+"""Keys and values of a prompt, refit in closed form: against a plain least-squares problem on what hooks see."""
+
+import pytest
+import torch
+
+from api import evaluate
+from families import family as named, silenced
+from notall import Plan, RepairedPlan, UsageError, prompt, repair, skip
+
+TEXT = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+OTHER = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(9))]
+LAYER = 3
+RECORD = "refits.jsonl"
+PLAN = Plan(prefill={"attention": [2, LAYER], "mlp": [2, LAYER]})
+
+
+def seen(model, family, name, attention, mlp):
+    """What a projection is given and makes on all of the text, without the sublayers named: (tokens, ...) each."""
+    found = []
+
+    def note(module, args, output):
+        found.append((args[0].flatten(0, -2).double(), output.flatten(0, -2).double()))
+
+    hook = model.get_submodule(name).register_forward_hook(note)
+    with silenced(model, family, attention, mlp), torch.no_grad():
+        for batch in TEXT:
+            model(batch)
+    hook.remove()
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_it_is_ridge_regression_on_what_the_prompt_reads(name):
+    family = named(name)
+    model, ridge = family.build(), 0.01
+    found = repair(model, PLAN, TEXT, ridges=[ridge])
+    record = next(one for one in found.refits if one.sublayers == (f"attn.{LAYER}",))
+    assert record.ridge == ridge
+    assert record.left < 1
+    for projection in ("k_proj", "v_proj"):
+        path = f"model.layers.{LAYER}.self_attn.{projection}"
+        _, wanted = seen(model, family, path, (), ())
+        given, stale = seen(model, family, path, (2,), (2,))
+        ones = torch.cat([given, torch.ones(len(given), 1, dtype=torch.float64)], 1)
+        # each feature by its own size, and the bias not at all
+        held_back = torch.diag(torch.cat([ridge * given.square().sum(0), given.new_zeros(1)]))
+        change = torch.linalg.solve(ones.T @ ones + held_back, ones.T @ (wanted - stale)).T
+        source = model.get_submodule(path)
+        bias = 0 if source.bias is None else source.bias.double()
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        weight = source.weight.double() + change[:, :-1]
+        torch.testing.assert_close(found.prompt_weights[f"{path}.weight"].double(), weight, **close)
+        torch.testing.assert_close(found.prompt_weights[f"{path}.bias"].double(), bias + change[:, -1], **close)
+
+
+@torch.no_grad()
+def test_an_answers_weights_stay_and_a_prompts_are_its_own():
+    model = named("llama").build()
+    before = {path: weight.clone() for path, weight in model.named_parameters()}
+    ids = OTHER[0]
+    original = model(ids).logits
+    found = repair(model, PLAN, TEXT)
+    assert not found.weights
+    assert found.prompt_weights
+    with skip(model, found):
+        assert torch.equal(model(ids).logits, original), "no prompt is declared"
+        with prompt(model, 16):
+            repaired = model(ids).logits[:, -1]
+    with skip(model, PLAN), prompt(model, 16):
+        assert not torch.allclose(model(ids).logits[:, -1], repaired)
+    assert all(torch.equal(before[path], weight) for path, weight in model.named_parameters())
+    assert torch.equal(model(ids).logits, original)
+
+
+def test_text_that_it_is_fitted_to_is_read_nearer_to_the_original():
+    """Random weights have no likeness to share: on the text itself, then, whose sequences are many."""
+    model = named("llama").build()
+    found = repair(model, PLAN, TEXT)
+    skipped, repaired = evaluate(model, [PLAN, found], TEXT, prompt_tokens=12)
+    assert repaired.kl < skipped.kl
+
+
+def test_a_folder_holds_it_and_an_interrupted_run_goes_on(tmp_path):
+    model = named("llama").build()
+    whole = repair(model, PLAN, TEXT, out=tmp_path / "whole")
+    loaded = RepairedPlan.load(tmp_path / "whole")
+    assert loaded == whole
+    assert loaded.prompt_weights.keys() == whole.prompt_weights.keys()
+    assert repair(model, PLAN, TEXT).digest == whole.digest
+
+    def stop(done, total, doing):
+        if "attn.3" in doing:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(model, PLAN, TEXT, out=tmp_path / "twice", progress=stop)
+    assert (tmp_path / "twice" / "attn.2.safetensors").exists() or (tmp_path / "twice" / RECORD).exists()
+    assert repair(model, PLAN, TEXT, out=tmp_path / "twice").digest == whole.digest
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "deepseek_v3", "mixtral", "bloom", "phi", "cohere"])
+def test_projections_of_other_forms(name):
+    """Fused ones, those of GPT-2, of latent attention, of parallel blocks: what is refit is read as it is fitted."""
+    model = named(name).build()
+    found = repair(model, PLAN, TEXT)
+    skipped, repaired = evaluate(model, [PLAN, found], TEXT, prompt_tokens=12)
+    assert any(one.ridge is not None for one in found.refits)
+    assert repaired.kl < skipped.kl
+
+
+def test_a_plan_of_both_parts_is_repaired_a_part_at_a_time():
+    with pytest.raises(UsageError, match="repair a plan of each part"):
+        repair(named("llama").build(), Plan(attention=[1], prefill={"mlp": [3]}), TEXT)
