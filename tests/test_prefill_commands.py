@@ -17,7 +17,7 @@ def test_plan_writes_a_prefill_only_plan(run, folder, tmp_path):
     assert "skip prefill-only block 4, 5 (last 3 tokens whole)" in " ".join(out.split())
     plan = Plan.load(path)
     assert plan == Plan(prefill={"attention": [4, 5], "mlp": [4, 5], "last_tokens": 3})
-    assert plan.note == "deepest 2 of 6 block, in the prompt alone"
+    assert plan.note == "deepest 2 of 6 blocks, in the prompt alone"
     assert "No answer reads" not in out
 
 

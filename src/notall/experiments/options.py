@@ -316,7 +316,7 @@ LAST_TOKENS = "with --phase prefill: how many last tokens of a prompt run whole"
 PromptTokens = Annotated[
     int | None,
     Option(
-        "score what follows so many first tokens of each window, its prompt (default: half, for a prefill-only plan)",
+        "score what follows the first N tokens of each window, its prompt (default: half, if only a prompt skips)",
         least=1,
         panel="Text",
     ),
