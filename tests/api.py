@@ -253,7 +253,7 @@ NAMES = {
         "RIDGES as refitting_RIDGES",
         "Repair",
     ],
-    "repairing.solving": ["DEAD", "Moments", "Rows", "sums_for"],
+    "repairing.solving": ["DEAD", "Fit", "Moments", "Rows", "sums_for"],
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],
     "repairing.students": ["Layerwise", "PromptStudent", "Student", "states_of"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],

@@ -144,8 +144,9 @@ def searched(model, tokenizer, how):
     elif how == "footprint":
         budget, more = by_footprint(model, space, "params", 0.1), {"held_out": windows(1, seed=4)}
     elif how == "speedup":
-        budget = by_speedup(space, measure_times(model, SHORT), 1.0001)
-        with suppress(UsageError):  # times differ from run to run
+        times = measure_times(model, SHORT)
+        with suppress(UsageError):  # they differ from run to run
+            budget = by_speedup(space, times, 1.0001)
             notall.choose_plan(model, "cosine", space, budget, TEXT)
         return []
     found = notall.choose_plan(model, "search", space, budget, TEXT, goal, **more)

@@ -424,7 +424,7 @@ class Spread:
         count = count or self.count or 1
         if count < 1 or rows % count:
             told = f"{several(count, 'worker')} cannot share a batch of {rows} evenly"
-            raise UsageError(f"{told}: give another --batch-size or --ray-workers")
+            raise UsageError(f"{told}: give another --train-batch-size or --ray-workers")
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
         """As `Training.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""

@@ -45,9 +45,9 @@ class TrainConfig:
     Of a plan that skips in the prompt alone, the prompt's own keys and values are trained, whatever `train` says, at
     what follows the first `prompt_tokens` of each window (default: half of them).
 
-    With `minutes` (CPU minutes of this process) it trains for all of them, evaluations included, over the text as often
-    as there is time: shares are of the time, and the rate is none when it is up. Raises `UsageError` for a time that is
-    not positive and finite, and a warm-up that is no share.
+    With `minutes` (of CPU time, of all threads of this process together) it trains for all of them, evaluations
+    included, over the text as often as there is time: shares are of the time, and the rate is none when it is up.
+    Raises `UsageError` for a time that is not positive and finite, and a warm-up that is no share.
     """
 
     train: Trained = "outputs"
@@ -64,7 +64,7 @@ class TrainConfig:
         if not 0 <= self.warm_up <= 1:
             raise UsageError(f"a warm-up of {self.warm_up} is no share of the training: give one from 0 to 1")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise UsageError(f"{self.minutes} minutes are no time to train for: give more than 0, such as 3")
+            raise UsageError(f"{self.minutes} minutes of CPU time are none to train for: give more than 0, such as 3")
 
 
 class Student(nn.Module):
