@@ -133,3 +133,19 @@ def test_eval_of_the_last_block_says_that_nothing_is_lost(run, folder):
 def test_prompts_that_eval_refuses(run, folder, prefill_only, words, says):
     code, _, err = run("eval", folder, *TEXT, "--plan", prefill_only, *words)
     assert (code, says in err) == (2, True), err
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_says_what_always_runs_in_a_prompt(run, folder, tmp_path):
+    family("qwen3_next").build().save_pretrained(tmp_path / "hybrid")
+    code, out, err = run("inspect", tmp_path / "hybrid", "--json")
+    assert code == 0, err
+    bound = {part["sublayer"]: part["bound"] for part in json.loads(out)["sublayers"]}
+    assert bound["attn.0"] == "a linear_attention keeps other things than keys and values of each token"
+    assert bound["mlp.0"] == ""
+    _, out, _ = run("inspect", tmp_path / "hybrid")
+    assert "always runs" in out
+    _, out, _ = run("inspect", folder)
+    assert "in prompts" not in out
