@@ -42,9 +42,13 @@ def test_it_is_ridge_regression_on_what_the_prompt_reads(name):
         _, wanted = seen(model, family, path, (), ())
         given, stale = seen(model, family, path, (2,), (2,))
         ones = torch.cat([given, torch.ones(len(given), 1, dtype=torch.float64)], 1)
-        # each feature by its own size, and the bias not at all
-        held_back = torch.diag(torch.cat([ridge * given.square().sum(0), given.new_zeros(1)]))
-        change = torch.linalg.solve(ones.T @ ones + held_back, ones.T @ (wanted - stale)).T
+        counts = torch.ones(len(TEXT) * 8, 16, 1, dtype=torch.float64)
+        counts[:, 0] = 10  # a sequence begins with what all look at
+        counted = counts.flatten(0, 1) * ones
+        sizes = (counted * ones).sum(0)[:-1]
+        # all features alike, and the bias not at all
+        held_back = torch.diag(torch.cat([(ridge * sizes.mean()).expand(len(sizes)), sizes.new_zeros(1)]))
+        change = torch.linalg.solve(counted.T @ ones + held_back, counted.T @ (wanted - stale)).T
         source = model.get_submodule(path)
         bias = 0 if source.bias is None else source.bias.double()
         close = {"rtol": 1e-3, "atol": 1e-4}
