@@ -9,7 +9,6 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/DispatchStub.h>
 #include <ATen/native/transformers/attention.h>
-#include <ATen/ops/conv2d.h>
 #include <ATen/ops/histc.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/CPUAllocator.h>
@@ -342,17 +341,6 @@ static Tensor product_as(const Tensor& self, const Tensor& other, ScalarType dty
   return mm(self.to(dtype), other.to(dtype));
 }
 
-static Tensor depthwise(
-    const Tensor& self, const Tensor& weight, IntArrayRef, const std::optional<Tensor>& bias,
-    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
-  Twins twins;
-  std::optional<Tensor> added;
-  if (bias) added = twins.cpu(*bias);
-  Tensor input = twins.cpu(self), kernel = twins.cpu(weight);
-  Tensor made = conv2d(input, kernel, added, stride, padding, dilation, self.size(1));
-  return twins.back(made, self.device());
-}
-
 static int64_t plain_attention(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
     std::optional<double>, bool) {
@@ -369,8 +357,8 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) {
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", copy_);
   m.impl("histc", histogram);
-  m.impl("_conv_depthwise2d", depthwise);
-  m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  for (const char* op : {"convolution", "convolution_backward"})  // they choose kernels by device
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("mm.dtype", product_as);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole);

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import typer
 
-from api import texts_mix
-from notall import Plan
+from api import app, by_count, texts_mix
+from families import family
+from notall import Plan, Space, TrainConfig, UsageError, choose_plan, locate
 
 pytestmark = pytest.mark.any_transformers  # of words and exit codes
 
@@ -80,3 +82,45 @@ def test_what_a_model_has_too_little_of_is_refused_before_a_text_is_written(run,
     monkeypatch.setattr(texts_mix, "text_of", lambda *_, **__: pytest.fail("a text was written"))
     code, _, err = run(words[0], folder, *words[1:], "--out", tmp_path / "out.json")
     assert (code, err.count("\n")) == (2, 1), err
+
+
+# --- options of one meaning each --------------------------------------------------------------------------------------
+
+
+def given(command, *words):
+    """The values of a command's options."""
+    loaded = typer.main.get_command(app).commands[command].loaded()
+    return loaded.make_context(command, ["model", *words], resilient_parsing=True).params
+
+
+@pytest.mark.parametrize("word", ["--train-batch-size", "--batch-size"])
+def test_the_batch_of_a_training_has_a_name_of_its_own_and_keeps_the_old_one(word):
+    assert given("heal", word, "6")["batch_size"] == 6
+    assert "--train-batch-size" not in " ".join(help_of("repair"))
+
+
+def help_of(command):
+    loaded = typer.main.get_command(app).commands[command].loaded()
+    return [f"{' '.join(param.opts)}: {param.help}" for param in loaded.params if param.param_type_name == "option"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "unit"),
+    [
+        ("search", "--max-minutes", "minutes by the clock"),
+        ("repair", "--minutes", "minutes of CPU time"),
+        ("heal", "--minutes", "minutes of CPU time"),
+    ],
+)
+def test_a_time_says_of_which_clock_it_is(command, option, unit):
+    (told,) = (one for one in help_of(command) if one.startswith(f"{option}: "))
+    assert unit in told
+
+
+def test_a_time_that_is_none_says_of_which_clock_it_would_be():
+    with pytest.raises(UsageError, match="-1 minutes of CPU time are none to train for"):
+        TrainConfig(minutes=-1)
+    model = family("llama").build()
+    space = Space(locate(model), "mlp")
+    with pytest.raises(UsageError, match="cannot end after -1 minutes by the clock"):
+        choose_plan(model, "deepest", space, by_count(space, 1), [], max_minutes=-1)

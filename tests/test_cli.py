@@ -48,7 +48,7 @@ def bad_inputs(folder, tmp_path):
         "an unknown kind": (["plan", folder, "--skip", "heads"], "heads"),
         "a number that is none": (["plan", folder, "--skip", "mlp:-1"], "--skip mlp:-1 is no kind and number"),
         "two numbers": (["eval", folder, "--skip", "mlp:1,2", *QUICK], "asks for several plans: give one number"),
-        "more than all": (["plan", folder, "--skip", "mlp:7"], "cannot skip 7 of 6 mlp: give"),
+        "more than all": (["plan", folder, "--skip", "mlp:7"], "cannot skip 7 of 6 MLPs: give"),
         "a kind that has no deepest": (["plan", folder, "--skip", "portable:4"], "`notall search --skip portable:4`"),
         "half a layer": (["plan", folder, "--skip", "mlp:1.5"], "give a whole one, or a share below 1"),
         "a plan that names no layer of the model": (["eval", folder, "--plan", plan, *QUICK], "0 to 5"),

@@ -438,21 +438,47 @@ def test_bad_counts_are_refused_before_any_work(model, windows, monkeypatch, cha
         measure_draft(model, PLAN, windows, how, ABOUT)
 
 
+def sure(*given, spread=0.002, texts=8, error=0.01, n=5):
+    """A record whose rounds and texts agree."""
+    one = record(*given)
+    predicted, measured = (
+        Quartiles(median=of.median, low=of.median - spread, high=of.median + spread, n=n) if of else None
+        for of in (one.predicted, one.measured)
+    )
+    return one.model_copy(
+        update={"predicted": predicted, "measured": measured, "texts": texts, "tokens_per_round_se": error}
+    )
+
+
+def test_a_pace_is_told_where_rounds_and_texts_tell_it():
+    def pace(*some):
+        return drafts_verdict(Drafted([*some], ""))["said"].removeprefix("Drafting with it would be ").split()[0]
+
+    assert pace(sure("greedy", 1, 1.2)) == "faster"
+    assert pace(sure("greedy", 1, 0.8)) == "slower"
+    assert pace(sure("greedy", 1, 1.2, texts=1, error=math.nan)) == "inconclusive"  # one text has no error
+    assert pace(sure("greedy", 1, 1.2, error=0.2)) == "inconclusive"  # what a round gives is from few texts
+    assert pace(sure("greedy", 1, 1.02, n=3, error=0)) == "inconclusive"  # three rounds
+    assert pace(sure("greedy", 1, 1.03, error=0)) == "faster"
+    many = [sure("greedy", drafted, 1.03 - drafted / 1e4, error=0) for drafted in range(1, 33)]
+    assert pace(*many) == "inconclusive"  # the best of many may be so by chance
+
+
 def test_the_sentence_says_if_it_is_slower_and_where_it_is_best():
-    slow = [record("greedy", 1, 0.81, 0.6), record("greedy", 2, 0.7, 0.9), record("sampled", 1, 1.05)]
+    slow = [sure("greedy", 1, 0.81, 0.6), sure("greedy", 2, 0.7, 0.9), record("sampled", 1, 1.05)]
     told = drafts_verdict(Drafted(slow, ""))
     assert told["said"] == (
         "Drafting with it would be slower greedy (at best 0.81x predicted, with 1 token a round; measured in "
-        "transformers: 0.60x), and about as fast sampled (at best 1.05x predicted, with 1 token a round)."
+        "transformers: 0.60x), and inconclusive sampled (at best 1.05x predicted, with 1 token a round)."
     )
     best = told["best"]["greedy"]
     assert best == {"drafted": 1, "predicted": 0.81, "measured": 0.6, "tokens_per_round": 2.0}
     assert (told["best"]["sampled"]["measured"], told["refused"]) == (None, None)
-    assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 1.1), record("greedy", 3, 1.5, 1.3)], ""))["said"] == (
+    assert drafts_verdict(Drafted([sure("greedy", 1, 1.2, 1.1), sure("greedy", 3, 1.5, 1.3)], ""))["said"] == (
         "Drafting with it would be faster greedy (at best 1.50x predicted, with 3 tokens a round; measured in "
         "transformers: 1.30x)."
     )
-    assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 0.72)], ""))["said"] == (
+    assert drafts_verdict(Drafted([sure("greedy", 1, 1.2, 0.72)], ""))["said"] == (
         "Drafting with it would be slower greedy (at best 1.20x predicted, with 1 token a round; measured in "
         "transformers: 0.72x)."
     )

@@ -424,14 +424,52 @@ def beside(name, loss, low, median, high):
 def test_a_greater_loss_is_worth_it_for_what_is_faster_beyond_the_rounds_spread():
     records = [
         beside("dense", 0.0, 1.0, 1.0, 1.0),
-        beside("maybe faster", 0.1, 0.98, 1.1, 1.2),
-        beside("faster", 0.2, 1.19, 1.3, 1.4),
-        beside("maybe faster than that", 0.25, 1.39, 1.5, 1.6),
+        beside("maybe faster", 0.1, 1.01, 1.1, 1.2),
+        beside("faster", 0.2, 1.28, 1.3, 1.32),
+        beside("maybe faster than that", 0.25, 1.34, 1.5, 1.6),
         beside("worse and no faster", 0.4, 1.2, 1.25, 1.3),
-        beside("fastest", 0.5, 1.41, 1.5, 1.6),
+        beside("fastest", 0.5, 1.48, 1.5, 1.52),
     ]
     assert [one.model for one in pareto_front(records)] == ["dense", "faster", "fastest"]
     assert [one.model for one in pareto_front(records[::-1])] == ["dense", "faster", "fastest"]
+
+
+def test_what_is_faster_in_each_round_is_on_the_front_however_the_machine_drifts():
+    """Rounds are paired: a slow round is slow for both."""
+    steady, drifting = (10.0, 10.1, 9.9, 10.0, 10.0), (10.0, 14.0, 19.0, 9.0, 12.0)
+
+    def found(ours, theirs):
+        records = [beside("dense", 0.0, 0.8, 1.0, 1.2), beside("less", 0.1, 0.9, 1.1, 1.3)]
+        rounds = (tuple(theirs), tuple(ours))
+        records = [one.model_copy(update={"round_ms": ms}) for one, ms in zip(records, rounds)]
+        return [one.model for one in pareto_front(records)]
+
+    assert found([0.9 * ms for ms in drifting], drifting) == ["dense", "less"]
+    assert found([9.9, 9.8, 10.1, 9.7, 10.0], steady) == ["dense"]
+    assert found([9.0, 9.1], [10.0, 10.1]) == ["dense", "less"]  # two rounds that agree
+    assert found([9.0, 9.9], [10.0, 10.1]) == ["dense"]
+    assert found([9.0], [10.0]) == ["dense"]  # one tells nothing
+
+
+def test_skipping_pays_where_nothing_whole_is_as_good():
+    def said(*changes):
+        rounds = {"dense": 10.0, "eight bits": 8.0, "less": 5.0} | dict(changes[:1])
+        records = [
+            beside(name, loss, 0.9, 10 / rounds[name], 1.1).model_copy(
+                update={
+                    "round_ms": tuple(rounds[name] * (1 + 0.001 * number) for number in range(5)),
+                    "delta_nll_se": 0.01 if loss else 0.0,
+                    "windows": 8,
+                    "skipped": "attn.1" if name == "less" else "",
+                }
+            )
+            for name, loss in {"dense": 0.0, "eight bits": 0.2, "less": 0.1, **dict(changes[1:])}.items()
+        ]
+        return sentence(records)
+
+    assert "Leaving sublayers out pays from 2.00 times on" in said()
+    assert "Leaving sublayers out may pay from 1.25 times on: rounds" in said(("less", 8.0), ("less", 0.19))
+    assert "Leaving sublayers out is nowhere on this front" in said(("less", 10.0), ("less", 0.1))
 
 
 def test_models_of_one_shape_share_their_times(asked, tmp_path):

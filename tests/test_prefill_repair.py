@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from api import evaluate
+from api import HealRecord, PromptStudent, evaluate, read, states_of
 from families import family as named, silenced
-from notall import Plan, RepairedPlan, UsageError, prompt, repair, skip
+from notall import Plan, RepairedPlan, TrainConfig, UsageError, heal, prompt, repair, skip
 
 TEXT = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
 OTHER = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(9))]
@@ -111,3 +111,54 @@ def test_projections_of_other_forms(name):
 def test_a_plan_of_both_parts_is_repaired_a_part_at_a_time():
     with pytest.raises(UsageError, match="repair a plan of each part"):
         repair(named("llama").build(), Plan(attention=[1], prefill={"mlp": [3]}), TEXT)
+
+
+def test_training_a_prompts_keys_and_values_lowers_what_it_costs(tmp_path):
+    """From the repair on; the answer's weights stay, and what is kept is what was measured."""
+    model = named("llama").build()
+    before = {path: weight.clone() for path, weight in model.named_parameters()}
+    found = repair(model, PLAN, TEXT)
+    config = TrainConfig(rate=3e-3, prompt_tokens=12)
+    healed = heal(model, found, TEXT * 8, OTHER, config, out=tmp_path / "healed")
+    _skipped, repaired, trained = evaluate(model, [PLAN, found, healed], OTHER, prompt_tokens=12)
+    records = read(tmp_path / "healed" / HealRecord.file, HealRecord)
+    assert records[0].held_out_kl == pytest.approx(repaired.kl, rel=1e-4)
+    assert min(one.held_out_kl for one in records) == pytest.approx(trained.kl, rel=1e-4)
+    assert trained.kl < repaired.kl
+    assert not healed.weights
+    assert healed.prompt_weights.keys() >= found.prompt_weights.keys()
+    assert all(torch.equal(before[path], weight) for path, weight in model.named_parameters())
+    assert RepairedPlan.load(tmp_path / "healed") == healed
+
+
+def test_its_gradient_is_that_of_the_loss_behind_the_prompt():
+    """Along a direction of all that is trained: against the loss a step ahead and a step back."""
+    model, ids = named("llama").build(), OTHER[0]
+    student = PromptStudent(model, repair(model, PLAN, TEXT), prompt_tokens=12)
+    with torch.no_grad():
+        wanted = states_of(model, ids, 11)
+    generator = torch.Generator().manual_seed(0)
+    ways = {path: torch.randn(one.shape, generator=generator) for path, one in student.running.items()}
+
+    def loss(step):
+        for path, one in student.running.items():
+            one.data.copy_(student.trained[path].data + step * ways[path])
+        return (student(ids) - wanted).square().mean()
+
+    with torch.no_grad():
+        student.trained = {path: one.detach().clone() for path, one in student.running.items()}
+        slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    loss(0.0).backward()
+    found = sum((one.grad * ways[path]).sum() for path, one in student.running.items())
+    assert float(found) == pytest.approx(float(slope), rel=1e-2)
+    assert {path.rpartition(".")[0].rpartition(".")[2] for path in student.running} == {"k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("how", "fix"),
+    [({"train": "lora"}, "leave train and warm_up"), ({"prompt_tokens": 16}, "leaves nothing to score")],
+    ids=["other weights", "no answer"],
+)
+def test_trainings_that_a_prompt_has_none_of(how, fix):
+    with pytest.raises(UsageError, match=fix):
+        heal(named("llama").build(), PLAN, TEXT, OTHER, TrainConfig(**how))

@@ -1,5 +1,6 @@
 """How far long work is: one count for its stages, and a bar that says what has passed and what is left."""
 
+import math
 import re
 import sys
 import time
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from api import Stages, progress_bar, progress_bars, tracked
+from api import Stages, by_the_clock, progress_bar, progress_bars, silent, tracked
 
 pytestmark = pytest.mark.any_transformers  # it counts and draws
 
@@ -32,13 +33,64 @@ def test_stages_are_one_count_in_steps_of_the_whole():
     ]
 
 
-def test_a_log_is_told_now_and_then(monkeypatch, capsys):
-    clock = iter([0.0, 30.0, 61.0, 90.0, 200.0])
-    monkeypatch.setattr(progress_bars.time, "monotonic", lambda: next(clock))
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still at what is put into it, from the beginning of a command on."""
+    now = [0.0]
+    monkeypatch.setattr(progress_bars.time, "monotonic", lambda: now[0])
+    progress_bars.CLOCK.begin()
+    yield now
+    monkeypatch.undo()
+    progress_bars.CLOCK.begin()
+
+
+def test_a_log_is_told_now_and_then(clock, capsys):
     with progress_bar() as tell:
-        for done in range(4):
+        for done, clock[0] in enumerate((30.0, 61.0, 90.0, 200.0)):
             tell(done, 4, f"part [{done}]")
-    assert capsys.readouterr().err.splitlines() == ["25% after 0:01:01: part [1]", "75% after 0:03:20: part [3]"]
+    told = ["0:01:01: part [1], 25% of this part", "0:03:20: part [3], 75% of this part"]
+    assert capsys.readouterr().err.splitlines() == told
+
+
+def test_a_command_has_one_clock_and_is_not_silent_over_its_parts(clock, capsys):
+    """Loading and reading take less than a minute each, and are told of all the same; later parts go on counting."""
+    for doing, clock[0] in (("loading", 40.0), ("reading", 80.0)):
+        with progress_bar(doing) as tell:
+            tell(1, 2, doing)
+    with progress_bar() as tell, progress_bar("reading the text") as inner:
+        clock[0] = 180.0
+        inner(86, 100, "answering prompts")
+        clock[0] = 359.0
+        tell(1, 100, "choosing")
+    assert capsys.readouterr().err.splitlines() == [
+        "0:01:20: reading, 50% of this part",
+        "0:03:00: answering prompts, 86% of this part",
+        "0:05:59: choosing, 1% of this part",
+    ]
+
+
+def test_the_time_of_a_bar_is_that_of_the_whole_command(terminal, clock, capsys):
+    for clock[0] in (60.0, 125.0):
+        with progress_bar("loading") as tell:
+            tell(1, 2, "loading")
+    shown = capsys.readouterr().err
+    assert "0:01:00" in shown
+    assert "0:02:05" in shown
+
+
+def test_time_that_is_limited_moves_the_count_on(clock):
+    """What takes most of its time in a few of its steps."""
+    told = []
+    tell = by_the_clock(lambda done, total, doing: told.append((done, total, doing)), clock[0] + 100)
+    for clock[0], done in ((10.0, 1), (50.0, 2), (60.0, 9), (200.0, 9)):
+        tell(done, 10, "looking")
+    assert told == [(1, 10, "looking"), (5, 10, "looking"), (9, 10, "looking"), (10, 10, "looking")]
+    assert by_the_clock(silent, math.inf) is silent
+
+
+@pytest.fixture(autouse=True)
+def _a_new_command():
+    progress_bars.CLOCK.begin()
 
 
 def test_a_log_is_told_also_while_a_step_goes_on(monkeypatch, capsys):
@@ -47,9 +99,9 @@ def test_a_log_is_told_also_while_a_step_goes_on(monkeypatch, capsys):
         time.sleep(0.3)
         tell(1, 4, "measuring")
         time.sleep(0.3)
-    lines = capsys.readouterr().err.splitlines()
-    assert "0% after 0:00:00: reading" in lines
-    assert lines.count("25% after 0:00:00: measuring") > 1
+    lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert "reading" in lines
+    assert lines.count("measuring, 25% of this part") > 1
 
 
 def test_of_bars_in_bars_the_one_that_has_begun_is_told(monkeypatch, capsys):
@@ -58,6 +110,7 @@ def test_of_bars_in_bars_the_one_that_has_begun_is_told(monkeypatch, capsys):
         time.sleep(0.3)
     told = capsys.readouterr().err.splitlines()
     assert {line.partition(": ")[2] for line in told} == {"reading"}
+    assert told
 
 
 def test_stages_nest():
@@ -124,8 +177,8 @@ def test_nothing_is_written_where_nobody_looks(capsys):
 
 def test_a_line_of_80_columns_holds_the_clock_whole(terminal, capsys, monkeypatch):
     monkeypatch.setattr(progress_bars, "Console", lambda **options: Console(**options, force_terminal=True, width=80))
-    for column, says in (("TimeElapsedColumn", "10:01:23"), ("TimeRemainingColumn", "12:00:01")):
-        monkeypatch.setattr(f"rich.progress.{column}.render", lambda self, task, says=says: Text(says))
+    monkeypatch.setattr("rich.progress.TimeRemainingColumn.render", lambda self, task: Text("12:00:01"))
+    monkeypatch.setattr(type(progress_bars.CLOCK), "__str__", lambda _: "10:01:23")
     with progress_bar() as progress:
         progress(1, 4, "comparing with the skipped model")
     line = next(line for line in capsys.readouterr().err.splitlines() if "comparing" in line)

@@ -11,7 +11,9 @@ import torch
 import forked
 from api import (
     HELD,
+    Fit,
     Kept,
+    Moments,
     Projections,
     Replay,
     held_out,
@@ -122,6 +124,32 @@ def test_an_endless_ridge_changes_nothing():
         assert torch.equal(repaired, model(TEXTS[0]).logits)
 
 
+def test_a_refit_that_does_not_help_is_given_up_soon(monkeypatch):
+    """At the strongest ridges: weaker ones leave more still, and would be solved for nothing."""
+    tried = []
+
+    def solve(self, ridge, solve=Moments.solve, **more):
+        tried[-1].append(ridge)
+        return solve(self, ridge, **more)
+
+    def best(self, ridges, best=Fit.best):
+        tried.append([])
+        return best(self, ridges)
+
+    monkeypatch.setattr(Moments, "solve", solve)
+    monkeypatch.setattr(Fit, "best", best)
+    found = repair(family("llama").build(), PLANS["attentions"], TEXTS)
+    strongest_first = sorted(RIDGES, reverse=True)
+    kinds = {refit.ridge is None for refit in found.refits}
+    assert kinds == {True, False}
+    for ridges, refit in zip(tried, found.refits, strict=True):
+        if refit.ridge is None:
+            assert ridges == strongest_first[:2]
+        else:  # up to two that leave more; then it is solved with all of the text
+            place = strongest_first.index(refit.ridge)
+            assert ridges == [*strongest_first[: place + 3], refit.ridge]
+
+
 # --- what is held out -------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +170,7 @@ def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(sha
 @pytest.mark.parametrize(
     ("plan", "shapes", "said"),
     [
-        (Plan([1]), [(1, 8)], "1 is too few"),
+        (Plan([1]), [(1, 8)], "1 is too few: give 2 or more"),
         (Plan([1]), [], "there is no text"),
         (Plan(), [(4, 8)], "skips nothing"),
         (Plan([9]), [(4, 8)], "layers are 0 to 3"),

@@ -18,6 +18,7 @@ from api import (
     by_count,
     by_footprint,
     by_limit,
+    choice,
     choose,
     choose_greedily,
     evaluate,
@@ -31,7 +32,7 @@ from api import (
     space_plan_of as plan_of,
 )
 from families import family
-from notall import UsageError, locate
+from notall import UsageError, choose_plan, locate
 
 pytestmark = pytest.mark.any_transformers  # it is about sets of sublayers
 
@@ -490,6 +491,31 @@ def test_progress_moves_with_each_evaluation_however_many_swaps_gain(model):
     assert told[9] == pytest.approx(10 / looking.total)
     assert told[-1] < 1.0
     assert doings == {"0 skipped, objective 3.0000"}
+
+
+def test_before_anything_is_skipped_it_tells_what_costs_least_alone(model):
+    space, told = Space(locate(model), "attention"), []
+    table = Table(space, 0)
+    search(space, by_count(space, 2), table, progress=lambda done, total, doing: told.append(doing))
+    best = min(space.names, key=table.single.__getitem__)
+    assert f"0 skipped, best of 8 tried alone: {best}, {table.single[best]:+.4f}" in told
+    assert told[0] == "0 skipped, objective 3.0000"
+    assert any(one.startswith("1 skipped, objective 3.") for one in told)
+
+
+def test_the_count_of_a_search_follows_the_time_that_it_is_given(model, monkeypatch):
+    """At half of the time it is half through, however few sets it has looked at."""
+    clock, told = [0.0], []
+    monkeypatch.setattr(choice.time, "monotonic", lambda: clock[0])
+
+    def progress(done, total, doing):
+        told.append((clock[0], done / total))
+        clock[0] += 6.0
+
+    space = Space(locate(model), "attention")
+    choose_plan(model, "search", space, by_count(space, 3), BATCHES, max_minutes=1.0, progress=progress)
+    assert all(share >= min(1.0, seconds / 60) - 1e-9 for seconds, share in told)
+    assert len(told) > 5
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------

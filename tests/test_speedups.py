@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -17,15 +18,17 @@ from api import (
     SublayerTimes,
     Workload,
     by_count,
+    by_footprint,
     by_speedup,
     choice,
     choose_as_fast,
+    choose_within,
     latency,
     searching,
 )
 from command_line import QUICK
 from families import family
-from notall import locate
+from notall import load, locate
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -241,3 +244,72 @@ def test_search_leaves_with_3_where_the_speedup_was_missed(run, tmp_path, monkey
         assert err.count("\n") == 1
     else:
         assert (err, record.check.measured_speedup.median >= 1.3) == ("", True)
+
+
+# --- a budget is not called met by chance -----------------------------------------------------------------------------
+
+
+def noisy(true, noise, seed):
+    """A check of a model that is `true` times as fast, on a machine whose times vary by a factor of e**noise."""
+    draw = numpy.random.default_rng(seed)
+
+    def took(milliseconds, rounds):
+        return (milliseconds * numpy.exp(draw.normal(0, noise, rounds))).tolist()
+
+    def compare(model, plans, workload, *_, **__):
+        return {"dense": took(DENSE, workload.rounds), "skipped": took(DENSE / true, workload.rounds)}
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("true", "noise", "faster", "least", "most"),
+    [
+        (1.66, 1.0, 3.0, 0, 2),  # as many as 8 of 100 were called met
+        (1.2, 0.2, 1.3, 0, 7),  # 23
+        (1.2, 0.4, 1.3, 0, 8),  # 35
+        (1.32, 0.01, 1.3, 97, 100),
+        (1.4, 0.1, 1.3, 75, 100),
+    ],
+)
+def test_a_noisy_machine_meets_no_speedup_by_chance(setting, monkeypatch, true, noise, faster, least, most):
+    budget, met = asked(setting, 1.3), 0
+    budget = replace(budget, faster=faster)
+    plan = setting.space.plan(["mlp.1"])
+    for seed in range(100):
+        monkeypatch.setattr(latency, "_compare", noisy(true, noise, seed))
+        error = latency.MOST_ERROR * faster
+        met += budget.reached(latency.check_times(setting.model, plan, budget.times, error=error))
+    assert least <= met <= most
+
+
+def test_what_noise_leaves_open_says_so(setting, machine):
+    machine(1.0, 0.4)  # 1.33 of 1.3, with an error of 0.17
+    found = choose_as_fast("greedy", setting, asked(setting, 1.3))
+    assert not found.met
+    assert "is what was reached; the times vary too much to tell: run it again on a quiet machine" in found.missed
+
+
+def without_one_attention(model):
+    """The parameters of all sublayers but one attention: sets of pairs leave an MLP, too."""
+    attention, *_ = parts = locate(model).sublayers
+    return sum(part.parameters for part in parts) - attention.parameters
+
+
+def test_what_saves_too_little_misses_a_budget_of_bytes_too(setting):
+    """Of pairs that leave an ordinary model no set may save as much as all that may be skipped."""
+    space = Space(setting.space.structure, portable=True)
+    budget = by_footprint(setting.model, space, "params", without_one_attention(setting.model))
+    found = choose_within("greedy", replace(setting, space=space), budget)
+    assert not budget.met(found.choice.skipped)
+    assert found.missed == f"{budget.saved(found.choice.skipped):,.0f} of {budget.target:,.0f} is what was reached"
+
+
+def test_search_leaves_with_3_where_a_set_saves_too_little(run, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
+    amount = without_one_attention(load(folder, dtype="float32", device="cpu")[0])
+    command = ["search", folder, "--skip", "portable", "--params", amount, "--criterion", "deepest", *QUICK]
+    code, _, err = run(*command, "--text", tmp_path / "text.txt", "-o", tmp_path / "plan.json", "--json")
+    assert code == 3
+    assert "is what was reached" in err

@@ -147,7 +147,10 @@ def test_what_fails_again_is_one_line(two, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spread", "said"),
     [
-        (Spread({}, count=3), "3 workers cannot share a batch of 4 evenly: give another --batch-size or --ray-workers"),
+        (
+            Spread({}, count=3),
+            "3 workers cannot share a batch of 4 evenly: give another --train-batch-size or --ray-workers",
+        ),
         (Spread({}, count=-1), "-1 workers cannot share"),
         (Spread({}, "ray://there:1"), "give --ray auto or HOST:PORT there"),
         (Spread({}), "8 workers cannot share a batch of 4"),

@@ -284,6 +284,16 @@ def test_a_pipe_keeps_to_columns_if_set_and_still_gets_everything(name, width, m
         assert all(len(line) <= width for line in text.splitlines())
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_long_name_above_a_column_takes_the_room_that_there_is(count, monkeypatch):
+    long = "search by kl: at most 0.3 more of the objective; the first 1 of 6, as far as recovery is kept"
+    table_ = table("t", SEARCH_COLUMNS, [CHOSEN.model_copy(update={"chosen": long})] * count)
+    text = on_screen(table_, 100, monkeypatch)
+    seen(text, table_)
+    assert sum(line.startswith("┃") for line in text.splitlines()) <= 3 * count
+    assert "├" not in text  # numbers stand with their errors
+
+
 class Named(Fact):
     """A row of a table of our own."""
 

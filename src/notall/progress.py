@@ -3,7 +3,10 @@
 Work of several kinds is told as one count: its steps are tokens that one model reads in a batch.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 Progress = Callable[[float, float, str], None]
@@ -21,6 +24,23 @@ def reading(tokens: float, plans: int = 1) -> float:
 def writing(tokens: float, plans: int = 1) -> float:
     """What so many tokens take that each of `plans` generates on its own."""
     return tokens * plans * DECODED_TOKEN
+
+
+class Clock:
+    """The time since a command began, for all parts of its work, and when a line last told of it."""
+
+    def __init__(self) -> None:
+        self.doing: list[object] = []  # the parts under way: the last one tells
+        self.begin()
+
+    def begin(self) -> None:
+        self.begun = self.told = time.monotonic()
+
+    def __str__(self) -> str:
+        return str(timedelta(seconds=int(time.monotonic() - self.begun)))
+
+
+CLOCK = Clock()
 
 
 def silent(done: float, total: float, doing: str) -> None:
@@ -42,6 +62,19 @@ class Stages:
             self.progress(min(start + steps * (done / total if total else 1.0), self.steps), self.steps, doing)
 
         return tell
+
+
+def by_the_clock(progress: Progress, deadline: float) -> Progress:
+    """What tells of work that ends at `deadline`, on the clock of `time.monotonic`: so far as the time is, at least."""
+    begun = time.monotonic()
+    if not begun < deadline < math.inf:
+        return progress
+
+    def tell(done: float, total: float, doing: str) -> None:
+        passed = min(1.0, (time.monotonic() - begun) / (deadline - begun))
+        progress(max(done, passed * total), total, doing)
+
+    return tell
 
 
 def tracked(items: Sequence[Item], doing: str, progress: Progress) -> Iterator[Item]:

@@ -16,7 +16,7 @@ from ..measuring.quality import evaluate
 from ..models.texts import all_checked, checked
 from ..models.windows import refuse_overlap
 from ..plan import Plan
-from ..progress import Progress, Stages, silent
+from ..progress import Progress, Stages, by_the_clock, silent
 from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
@@ -76,7 +76,7 @@ class ChosenPlan:
 def check_minutes(most: float | None) -> None:
     """Raise `UsageError` for a time that is none."""
     if most is not None and not most >= 0:
-        raise UsageError(f"the search cannot end after {most} minutes: give 0 or more")
+        raise UsageError(f"the search cannot end after {most} minutes by the clock: give 0 or more")
 
 
 def choose_plan(
@@ -103,12 +103,12 @@ def choose_plan(
     `batches` are token ids, (batch, tokens) each, for criteria such as cosine. Without an `objective`, sets are judged
     by the KL to the original on `batches`; with `after_repair` by the KL that a cheap repair leaves on half of them,
     to which it was not fitted. A folder `out` keeps evaluations, and the same call with the same `provenance` resumes.
-    The search ends after `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed,
-    and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves most within the limit
-    (`missed`). With `recovering` it is the one that keeps enough. Sets that a prompt alone skips are judged by what
-    follows half of each sequence, or the prompt of the `objective`. The windows `held_out` measure it in the end.
-    Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does not suit the
-    space, a budget that cannot be met, and held-out windows that overlap those that the plan is chosen by.
+    The search ends after `max_minutes` by the clock, or `patience` evaluations that brought nothing. A plan for a
+    speedup is timed, and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves
+    most within the limit (`missed`). With `recovering` it is the one that keeps enough. Sets that a prompt alone skips
+    are judged by what follows half of each sequence, or the prompt of the `objective`. The windows `held_out` measure it
+    in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does not
+    suit the space, a budget that cannot be met, and held-out windows that overlap those that the plan is chosen by.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -126,7 +126,8 @@ def choose_plan(
         make = partial(AfterRepair, model, batches) if after_repair else plain
         evaluator = make(states_bytes=states_bytes, folder=folder, settings=provenance)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
-        setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
+        telling = by_the_clock(progress, deadline)
+        setting = Setting(model, space, batches, evaluator, seed, deadline, patience, telling)
         outcome = choose_within(way, setting, budget)
         spent = evaluator.spent  # for the choice, and not for the record
         outcome, how = _recovered(recovering, outcome, setting, budget) if recovering else (outcome, "")
@@ -246,7 +247,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     Sets grow on a part of the text; swaps wait until the times hold; plans that leave as much are timed once.
     """
     if not isinstance(budget, SpeedBudget):
-        return Outcome(choose(criterion, setting, budget))
+        return _outcome(choose(criterion, setting, budget), setting, budget, {})
     if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
         setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
     tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
@@ -254,7 +255,8 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):
             left = stages.steps - stages.given - TIMING
-            asked = replace(asked, progress=stages.stage(left if asked.patience else AGAIN if tried else GROWING))
+            stage = stages.stage(left if asked.patience else AGAIN if tried else GROWING)
+            asked = replace(asked, progress=_beside(stage, budget, tried))
             choice = choose(criterion, asked, following)
             if any(one.met and one.choice.skipped == choice.skipped for one in tried):
                 break
@@ -271,9 +273,17 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 
 
+def _beside(progress: Progress, budget: Budget, tried: Sequence[Outcome]) -> Progress:
+    """What tells of a choice, and how fast the last one was."""
+    if not tried:
+        return progress
+    last = f"{len(tried[-1].choice.skipped)} skipped were {_as_much(budget, tried[-1].choice, tried[-1].check)}"
+    return lambda done, total, doing: progress(done, total, f"{doing}; {last}")
+
+
 def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footprint, SpeedCheck]) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
-    check, is_met = None, budget.met(choice.skipped)
+    check, is_met = None, budget.target == math.inf or budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
         plan, error = setting.space.plan(choice.skipped), MOST_ERROR * budget.faster
         if (left := footprint(setting.model, plan)) not in timed:
@@ -281,7 +291,14 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footp
         ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
         check = timed[left].model_copy(update={"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms})
         is_met = budget.reached(check)
-    return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
+    return Outcome(choice, check, None if is_met else _missed(budget, choice, check))
+
+
+def _missed(budget: Budget, choice: Choice, check: SpeedCheck | None) -> str:
+    """In words what a choice saves that is not what was asked for, or not for certain."""
+    is_open = check and isinstance(budget, SpeedBudget) and check.measured_speedup.median >= budget.faster
+    noise = "; the times vary too much to tell: run it again on a quiet machine" if is_open else ""
+    return f"{_as_much(budget, choice, check)} is what was reached{noise}"
 
 
 def _as_much(budget: Budget, choice: Choice, check: SpeedCheck | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from ..errors import EXTRAS, UsageError, nearest, print_in_any_encoding, printable, shortened
 from ..files import FULL
+from ..progress import CLOCK
 from .app import MISTYPED, Interrupted, app
 
 # What libraries log over their own installation as they are imported, no news to who runs a command: loggers, and
@@ -30,6 +31,7 @@ def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
     print_in_any_encoding()
     drop_chatter()
+    CLOCK.begin()
     try:
         with _own_manners():
             sys.exit(app(prog_name="notall", standalone_mode=False))

@@ -42,7 +42,9 @@ def repair(
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
     offload: Annotated[Path | None, Option("keep streams in files of a folder, if memory is short", (), "DIR")] = None,
-    minutes: Annotated[float | None, Option("then train for M CPU minutes", metavar="M")] = None,
+    minutes: Annotated[
+        float | None, Option("then train for M minutes of CPU time, of all threads together", metavar="M")
+    ] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
     """Refit the remaining weights, to recover a part of the loss.

@@ -17,7 +17,7 @@ from ..files import Settings
 from ..options import Workload, option
 from ..plan import Plan, refuse_prefill, several
 from ..progress import Progress, Stages, silent, tracked
-from ..results.facts import Decoding
+from ..results.facts import SIGNIFICANT, Decoding
 from ..results.ledger import Ledger, working_in
 from ..results.lines import finite
 from ..results.provenance import Provenance
@@ -95,7 +95,7 @@ class DraftOptions:
     prompt_tokens: int = option(128, "tokens of each prompt")
     generation_tokens: int = option(64, "tokens that continue it, at most")
     most: int = option(8, "most tokens that are drafted a round: 1 to this many are tried")
-    rounds: int = option(3, "timed rounds; each times all models in turn")
+    rounds: int = option(5, "timed rounds; each times all models in turn")
 
     def check(self, model: PreTrainedModel) -> None:
         if not 1 <= self.most <= MOST_DRAFTED:
@@ -235,8 +235,7 @@ def verdict(found: Drafted) -> Settings:
         predicted, measured = best.predicted, best.measured.median if best.measured else math.nan
         times = {"predicted": predicted.median, "measured": measured, "tokens_per_round": best.tokens_per_round}
         figures[decoding] = {"drafted": best.drafted, **times}
-        pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
-        pace = "slower" if measured < 1 < predicted.low else pace
+        pace = _pace(best, len(some))
         told = f"at best {predicted.median:.2f}x predicted, with {several(best.drafted, 'token')} a round"
         told += f"; measured in transformers: {measured:.2f}x" if best.measured else ""
         phrases.append(f"{pace} {decoding} ({told})")
@@ -244,6 +243,22 @@ def verdict(found: Drafted) -> Settings:
     if found.refused:
         said += f" Nothing was measured: {found.refused}."
     return finite({"said": said, "best": figures, "refused": found.refused or None})
+
+
+def _pace(best: DraftRecord, tried: int) -> str:
+    """Whether drafting is faster, by the best of so many numbers of tokens that were `tried`.
+
+    By the 95 % interval of what is predicted, of the rounds and of the texts, made wider as the best of several is
+    looked at (Bonferroni); and slower where what was measured says so.
+    """
+    from ..measuring.statistics import Estimate, combined, of_rounds
+
+    share = best.tokens_per_round_se / best.tokens_per_round
+    of_texts = Estimate(0.0, share * best.predicted.median, best.texts - 1)
+    low, high = combined([(1.0, of_rounds(best.predicted)), (1.0, of_texts)]).ends(1 - SIGNIFICANT / tried)
+    if high < 1 or (best.measured and of_rounds(best.measured).ends()[1] < 1):
+        return "slower"
+    return "faster" if low > 1 else "inconclusive"
 
 
 def shown(folder: Folder) -> Shown:

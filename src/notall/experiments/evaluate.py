@@ -1,5 +1,6 @@
 """What one plan costs, before a repair and after it: on a text, on benchmarks, and in what accuracy hides."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ..files import Settings
+from ..measuring.statistics import Estimate
 from ..plan import Plan
 from ..progress import Progress, Stages, reading, silent, tracked
 from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
@@ -134,13 +136,18 @@ def last_measured(folder: Folder) -> MeasuredRecord | None:
 
 
 def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
-    """Warn where a text loses more after a repair than before it, beyond errors."""
+    """Warn where a text loses more after a repair than before it: Student's t, one-sided at 0.025.
+
+    As if the errors of both were independent; windows that are hard for both make the test a cautious one.
+    """
     before = {one.text: one.quality for one in measured if one.model == "skipped"}
     for one in measured:
         if one.model != "repaired" or one.text not in before:
             continue
         lost, was = one.quality, before[one.text]
-        if lost.nats_lost > was.nats_lost + sum(se for se in (lost.delta_nll_se, was.delta_nll_se) if is_number(se)):
+        after, earlier = (Estimate(one.nats_lost, one.delta_nll_se, one.sequences - 1) for one in (lost, was))
+        overflows = math.isinf(lost.nats_lost) and math.isfinite(was.nats_lost)
+        if overflows or after.less(earlier).ends()[0] > 0:
             on = f" on {one.text}" if one.text else ""
             told = f"the repair makes it worse{on}: {lost.nats_lost:.3f} nats where it was {was.nats_lost:.3f}"
             print(f"warning: {told}; repair with more text, in another way, or not at all", file=sys.stderr)

@@ -184,7 +184,9 @@ class HeldOutOptions(TextOptions):
     """Windows of a text, and others to measure on: of another text, or of the same."""
 
     text: str = option(USE, TEXT)
-    held_out: str | None = option(None, "text to measure on (default: other windows of --text)")
+    held_out: str | None = option(
+        None, "text to measure on (default: other windows of --text; they are of a copy of it, too)"
+    )
     held_out_sequences: int | None = option(None, "windows to measure on (default: as --sequences)")
 
     def check(self) -> None:

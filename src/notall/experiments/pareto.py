@@ -21,7 +21,7 @@ from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
 from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
-from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, mean_and_error
+from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, Estimate, mean_and_error, of_rounds
 from ..options import Workload, option
 from ..plan import Plan, refuse_prefill, several, several_of
 from ..progress import Progress, Stages, silent
@@ -105,7 +105,8 @@ class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
     times: Times | None = Field(None, description="speedups over the plain original, alike for models of one shape")
     rounds: Count | None = Field(None, description="in which it was timed")
-    best: bool = Field(False, description="whether what loses less is slower, beyond the spread of the rounds")
+    round_ms: tuple[Positive, ...] = Field((), description="of a decode step in each round, as all of its shape")
+    best: bool = Field(False, description="whether it is faster than what loses less, at the level 0.95")
     failed: str | None = Field(None, description="what the engine said, where it could not run it")
 
     def loss(self, *, by_bits: bool) -> tuple[float, float]:
@@ -138,23 +139,39 @@ COLUMNS: tuple[Column[ParetoRecord], ...] = (
 )
 
 
+def is_faster(one: ParetoRecord, other: ParetoRecord) -> bool:
+    """Whether it decodes faster: Student's t of the rounds' own ratios, one-sided at 0.025.
+
+    Records without the rounds are compared by their quartiles.
+    """
+    if one.round_ms and len(one.round_ms) == len(other.round_ms):
+        ratios = [math.log(theirs / ours) for ours, theirs in zip(one.round_ms, other.round_ms)]
+        more = Estimate(*mean_and_error(ratios), len(ratios) - 1)
+    elif one.times and other.times:
+        more = of_rounds(one.times.speedup_decode).less(of_rounds(other.times.speedup_decode))
+    else:
+        return False
+    return more.ends()[0] > 0
+
+
+def loses_less(one: ParetoRecord, other: ParetoRecord, *, by_bits: bool) -> bool:
+    """Whether its loss is lower, one-sided at 0.025, as if the errors over windows were independent."""
+    ours, theirs = (Estimate(*each.loss(by_bits=by_bits), (each.windows or 0) - 1) for each in (one, other))
+    return theirs.less(ours).ends()[0] > 0
+
+
 def goes_by_bits(records: Iterable[ParetoRecord]) -> bool:
     """Whether some model has other tokens, so that all are compared by bits per byte."""
     return any(is_number(one.bits_per_byte) and not is_number(one.delta_nll) for one in records)
 
 
 def pareto_front(records: Sequence[ParetoRecord]) -> list[ParetoRecord]:
-    """The records that lose less than any that is as fast, from the slowest to the fastest.
-
-    A model is faster if its lower quartile is above the upper one of the other.
-    """
-    by_bits, found, high = goes_by_bits(records), list[ParetoRecord](), -math.inf
-    timed = [(one.loss(by_bits=by_bits)[0], one.times.speedup_decode, one) for one in records if one.times]
-    measured = [each for each in timed if is_number(each[0])]
-    for _, speedup, one in sorted(measured, key=lambda each: (each[0], -each[1].median)):
-        if speedup.low > high:
+    """Taken by their loss, the records that are faster than all before them, as far as `is_faster` can tell."""
+    by_bits, found = goes_by_bits(records), list[ParetoRecord]()
+    measured = [one for one in records if one.times and is_number(one.loss(by_bits=by_bits)[0])]
+    for one in sorted(measured, key=lambda each: (each.loss(by_bits=by_bits)[0], -each.faster)):
+        if all(is_faster(one, other) for other in found):
             found.append(one)
-            high = speedup.high
     return found
 
 
@@ -441,20 +458,31 @@ class _Run:
             memory_bytes=round(median(one.memory_bytes for one in rounds)),
             times=self._times(variant),
             rounds=len(rounds),
+            round_ms=self._round_ms(variant),
         )
 
-    def _times(self, variant: Variant) -> Times:
-        """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
-        from ..measuring.speed import Timing
+    def _alike(self, variant: Variant) -> list[Variant]:
+        """All variants of its shape, since these do the same: other numbers in weights make none faster."""
 
         def shape(one: Variant) -> tuple[object, ...]:
             return one.subject.spec, one.subject.plan.indices, one.type
+
+        return [one for one in self.variants if shape(one) == shape(variant) and one.key not in self.failed]
+
+    def _round_ms(self, variant: Variant) -> tuple[float, ...]:
+        """Of a decode step in each round, the mean of all of its shape."""
+        by_round = zip(*map(self._rounds, self._alike(variant)))
+        return tuple(fmean(one.decode_ms_per_token for one in some) for some in by_round)
+
+    def _times(self, variant: Variant) -> Times:
+        """Of all of its shape."""
+        from ..measuring.speed import Timing
 
         def timing(variants: Sequence[Variant]) -> Timing:
             taken = [one for round_of_them in zip(*map(self._rounds, variants)) for one in round_of_them]
             return Timing(tuple(one.prefill_ms for one in taken), tuple(one.decode_ms_per_token for one in taken), None)
 
-        alike = [one for one in self.variants if shape(one) == shape(variant) and one.key not in self.failed]
+        alike = self._alike(variant)
         return timing(alike).beside(timing([self.dense] * len(alike)))
 
     def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
@@ -586,8 +614,7 @@ def sentence(records: Sequence[ParetoRecord]) -> str:
         for one in best
     ]
     told = [f"What to take to decode so many times as fast as {records[0].named}: {'; '.join(choices)}."]
-    skipped = next((f"pays from {one.faster:.2f} times on" for one in best if one.skipped), None)
-    told.append(f"Leaving sublayers out {skipped or 'is nowhere on this front: quantising alone is better'}.")
+    told.append(f"Leaving sublayers out {_pays(records, best, by_bits)}.")
     rounds, windows = records[0].rounds or LEAST_ROUNDS, records[0].windows or LEAST_WINDOWS
     few = [several(rounds, "round")] if rounds < LEAST_ROUNDS else []
     few += [f"{several(windows, 'window')} of text"] if windows < LEAST_WINDOWS else []
@@ -595,6 +622,19 @@ def sentence(records: Sequence[ParetoRecord]) -> str:
         more = f"give --rounds {LEAST_ROUNDS} and --held-out-sequences {LEAST_WINDOWS} or more"
         told.append(f"That is of {' and '.join(few)}, too few to judge by: {more}.")
     return " ".join(told)
+
+
+def _pays(records: Sequence[ParetoRecord], best: Sequence[ParetoRecord], by_bits: bool) -> str:
+    """From which speed on skipping pays: where it is faster than each model that skips nothing, or loses less."""
+    whole = [one for one in records if one.times and not one.skipped]
+    skipping = [one for one in best if one.skipped]
+    for one in skipping:
+        if all(is_faster(one, other) or loses_less(one, other, by_bits=by_bits) for other in whole):
+            return f"pays from {one.faster:.2f} times on"
+    if skipping:
+        may = f"may pay from {skipping[0].faster:.2f} times on"
+        return f"{may}: rounds and windows do not tell it from what skips nothing"
+    return "is nowhere on this front: it is not measurably faster than what loses less"
 
 
 def shown(folder: Folder) -> Shown:

@@ -102,7 +102,10 @@ class FitOptions:
     PANEL: ClassVar = "Text"
 
     text: Words = option((), "text to fit to; repeat it, since two kinds repair better than one (default: mix)")
-    held_out: Words = option((), "text to measure on; repeat it for more (default: other windows of each --text)")
+    held_out: Words = option(
+        (),
+        "text to measure on; repeat it for more (default: other windows of each --text; they are of a copy of it, too)",
+    )
     sequences: int | None = option(None, "windows to fit to, of all texts together (default: up to 128)")
     length: int = option(512, "tokens in each window", least=1)
     batch_size: int = option(8, "windows to run at a time")
@@ -142,7 +145,7 @@ class HealTexts(FitOptions):
 
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
-    batch_size: int = option(STEP, "windows of a step")
+    batch_size: int = option(STEP, "windows of each training step", ("--train-batch-size", "--batch-size"))
     sample: bool = option(False, "train on text by the original model, from the first words of each window")
     tokens: int | None = option(None, "instead of --sequences: tokens to train on, of all texts together")
 
@@ -170,7 +173,9 @@ class HealOptions:
     warm_up: float = option(
         0.0, "share of the training, 0 to 1, that fits each sublayer alone to the original's stream", metavar="SHARE"
     )
-    minutes: float | None = option(None, "CPU minutes to train for, repeating the text (default: once over it)")
+    minutes: float | None = option(
+        None, "minutes of CPU time, of all threads together, to train for, repeating the text (default: once over it)"
+    )
 
     def config(self, seed: int) -> TrainConfig:
         from ..repairing.students import TrainConfig
@@ -212,7 +217,8 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
-    told = f"{out}: {refit} of {several(total, 'kept sublayer')} refit; refitting others did not help on held-out text"
+    helped = "refitting others did not help on held-out text (more text may)"
+    told = f"{out}: {refit} of {several(total, 'kept sublayer')} refit; {helped}"
     title = f"{told}; shown are those that mend over {LITTLE:.0%}"
     return replace(table(title, REFITS, shown), facts=repaired.refits)
 

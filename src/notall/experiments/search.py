@@ -228,7 +228,9 @@ class ObjectiveOptions:
         "0.3*retrieval; what --max-nll or --max-kl limits)",
     )
     prompts: Path | None = option(None, "for `answers`: prompts, one per line, or a .jsonl with a `prompt` column")
-    max_minutes: float | None = option(None, "minutes to look for at most; loading, timing and measuring are extra")
+    max_minutes: float | None = option(
+        None, "minutes by the clock to look for at most; loading, writing the mix, timing and measuring take more"
+    )
     patience: int = option(12, "stop after this many evaluations that bring nothing", least=0)
 
     def check(self) -> None:

@@ -185,11 +185,16 @@ class Estimate(NamedTuple):
 
 
 def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
-    """The weighted sum of independent estimates, with the degrees of freedom of Welch and Satterthwaite (1946)."""
-    value = math.fsum(weight * one.value for weight, one in parts)
+    """The weighted sum of independent estimates, with the degrees of freedom of Welch and Satterthwaite (1946).
+
+    Without an error, where one of them has none.
+    """
+    value = sum(weight * one.value for weight, one in parts)
     squares = [(weight * one.error) ** 2 for weight, one in parts]
-    total = math.fsum(squares)
-    spread = math.fsum(square**2 / one.degrees for square, (_, one) in zip(squares, parts) if square)
+    total = sum(squares)
+    if not math.isfinite(total) or any(one.degrees <= 0 for _, one in parts):
+        return Estimate(value, math.nan, 0)
+    spread = sum(square**2 / one.degrees for square, (_, one) in zip(squares, parts))
     degrees = total**2 / spread if spread else min(one.degrees for _, one in parts)
     return Estimate(value, math.sqrt(total), degrees)
 

@@ -102,7 +102,8 @@ def about_weights(
 def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     if sequences < 2:
-        raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
+        told = "a repair takes sequences to fit and others to choose the ridge by"
+        raise UsageError(f"{told}; {sequences} is too few: give 2 or more")
     structure = locate(model)
     plan.check(structure)
     if plan.prefill and len(plan):
@@ -129,7 +130,7 @@ class Repair:
     keep_all: bool = False  # keeps the stream behind each step, for others
 
     def __post_init__(self) -> None:
-        self.ridges, text = sorted(self.ridges), self.text
+        text = self.text
         self.steps = steps_of(text.structure, self.plan)
         gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}

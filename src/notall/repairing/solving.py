@@ -9,9 +9,10 @@ A ridge regression is tried with any ridge from what was seen once: from sums, w
 features alone, or, where there are fewer tokens than features, from the tokens. Both come to the same.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,7 @@ class Fit:
     features: list[Tensor]  # (batch x tokens, features), those of all projections side by side, times their scales
     held: list[Tensor]  # which sequences choose the ridge, (batch,)
     metric: Tensor  # how much each channel counts, (hidden,), about 1
+    patience: ClassVar[float] = 2  # ridges in a row without a gain that end the search for one
 
     def __post_init__(self) -> None:
         self.exact = torch.promote_types(self.features[0].dtype, torch.float32)  # what is computed in
@@ -164,14 +166,22 @@ class Fit:
         self.biases = sum(one.bias(self.layer) is not None for one in self.projections)
 
     def best(self, ridges: Sequence[float]) -> tuple[float | None, float, dict[str, Tensor]]:
-        """The ridge that leaves least on what is held out, that share, new weights; None, 1 and {} without a gain."""
+        """The ridge that leaves least on what is held out, that share, new weights; None, 1 and {} without a gain.
+
+        They are tried from the strongest one down, until some in a row gain nothing: with less ridge ever more is
+        fitted, first what holds for other text, then what does not.
+        """
         fitted, held = self.sums(held=False), self.sums(held=True)
-        best, least = None, 1.0
-        for ridge in ridges:
+        best, least, waited = None, 1.0, 0
+        for ridge in sorted(ridges, reverse=True):
             change = fitted.solve(ridge)
-            for step, left in self.left(change, held) if change is not None else ():
-                if left < least:
-                    best, least = (ridge, step), left
+            tried = [] if change is None else [(left, step) for step, left in self.left(change, held)]
+            left, step = min(tried, default=(least, 1.0))
+            waited += 1
+            if left < least:
+                best, least, waited = (ridge, step), left, 0
+            if waited == self.patience:
+                break
         fitted = fitted + held  # no other sums are needed from here on, and they are large
         change = None if best is None else fitted.solve(best[0])
         return (None, 1.0, {}) if best is None or change is None else (best[0], least, self.weights(change, best[1]))
@@ -218,6 +228,8 @@ class Fit:
 
 class NormedFit(Fit):
     """To fit answers that a norm is given; a bias stays as it is."""
+
+    patience = math.inf  # behind a norm what is left falls and rises more than once
 
     def __post_init__(self) -> None:
         super().__post_init__()

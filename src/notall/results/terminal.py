@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from rich.table import Column as RichColumn, Table as RichTable
 from rich.text import Text
 
 from ..errors import printable, shortened
-from ..progress import Progress
+from ..progress import CLOCK, Progress
 from .table import Cell, Column, Table
 
 FRAME = 3  # cells beside a column's text: a space on either side, and a line
@@ -126,18 +125,22 @@ def _laid_out(strips: Sequence[Strip], width: int, *, whole: bool = False) -> li
             if fitting := _fitted([Strip(some, one.right) for some, one in zip(cells, strips)], width):
                 return fitting
     rows = zip(*(strip.cells for strip in strips))  # each a column
-    return _fitted([Strip(cells, place > 0) for place, cells in enumerate(rows)], width) if turns else None
+    turned = [Strip(cells, place > 0) for place, cells in enumerate(rows)]
+    return _fitted(turned, width, by_words=True) if turns else None
 
 
-def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
-    """The strips in `width` cells, the widest narrowed first; None where they don't fit."""
+def _fitted(strips: Sequence[Strip], width: int, *, by_words: bool = False) -> list[Strip] | None:
+    """The strips in `width` cells, the widest narrowed first; None where they don't fit.
+
+    Columns of numbers have two widths, with errors beside and below; `by_words` they hold text, too.
+    """
     least, widths = [strip.least for strip in strips], [strip.most for strip in strips]
     room = width - FRAME * len(strips) - 1
     if sum(least) > room:
         return None
     while sum(widths) > room:
         widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
-        widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
+        widths[widest] = least[widest] if strips[widest].right and not by_words else widths[widest] - 1
     return [Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right) for one, wide in zip(strips, widths)]
 
 
@@ -152,6 +155,13 @@ def _filled(pieces: Pieces, width: int) -> Pieces:
     return tuple(lines)
 
 
+class _Elapsed(bars.ProgressColumn):
+    """The time since the command began: a later part of its work begins at no time of its own."""
+
+    def render(self, task: bars.Task) -> Text:
+        return Text(str(CLOCK), style="progress.elapsed")
+
+
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
@@ -161,7 +171,7 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
         bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(bar_width=10),
         bars.TaskProgressColumn(),
-        bars.TimeElapsedColumn(table_column=RichColumn(no_wrap=True)),
+        _Elapsed(table_column=RichColumn(no_wrap=True)),
         bars.TextColumn("elapsed,"),
         bars.TimeRemainingColumn(table_column=RichColumn(no_wrap=True)),
         bars.TextColumn("left"),
@@ -187,9 +197,8 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
 
 @contextmanager
 def _log(console: Console, doing: str) -> Iterator[Progress]:
-    """A line a minute, also while a single step takes longer."""
-    begun = told = time.monotonic()
-    share, ended = 0.0, Event()
+    """A line a minute, also while a single step takes longer, or there are many short parts."""
+    share, ended, me = 0.0, Event(), object()
 
     def tell(done: float, total: float, now_doing: str) -> None:
         nonlocal share, doing
@@ -197,20 +206,22 @@ def _log(console: Console, doing: str) -> Iterator[Progress]:
         speak()
 
     def speak() -> None:
-        nonlocal told
-        if doing != "starting" and (now := time.monotonic()) - told >= SILENT:  # what is begun says so itself
-            told = now
-            passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
-            console.print(f"{share:.0%} after {passed}: {said}", markup=False)
+        if doing != "starting" and time.monotonic() - CLOCK.told >= SILENT:  # what is begun says so itself
+            CLOCK.told = time.monotonic()
+            part = f", {share:.0%} of this part" if share else ""
+            console.print(f"{CLOCK}: {printable(doing, console.encoding)}{part}", markup=False)
 
     def beat() -> None:
         while not ended.wait(SILENT / 4):
-            speak()
+            if CLOCK.doing[-1:] == [me]:
+                speak()
 
     thread = Thread(target=beat, daemon=True)
+    CLOCK.doing.append(me)
     thread.start()
     try:
         yield tell
     finally:
+        CLOCK.doing.remove(me)
         ended.set()
         thread.join()

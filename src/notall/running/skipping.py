@@ -26,7 +26,15 @@ from ..structure.in_place import stubbed_layer
 from ..structure.locating import LOCATED, locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, text_config
 from ..structure.observation import LayerCall, called_with, child, parameter_names, run_branches
-from ..structure.slicing import free_cache_slots, move_inputs_like, renumber, set_child, shallow_clone, slice_config
+from ..structure.slicing import (
+    free_cache_slots,
+    move_inputs_like,
+    renumber,
+    runs_on,
+    set_child,
+    shallow_clone,
+    slice_config,
+)
 from ..structure.undoing import ABSENT, Undo
 from ..structure.weights import weights_of
 from .prefill import InPrompt, Prompt, declaring, in_prompts
@@ -107,9 +115,9 @@ def refuse_skipping(model: PreTrainedModel, doing: str) -> None:
 def remove(model: PreTrainedModel, plan: Plan) -> None:
     """Take the sublayers of `plan` out of `model` for good: in place, their weights are freed.
 
-    A kept attention and the kept MLP that follows it become one ordinary layer where their form is the same, so that
-    a portable plan leaves an ordinary model, which `save_pretrained` writes. Otherwise saving is refused, as what it
-    wrote would load with random weights; such a model generates, and nothing else of notall takes it again.
+    A kept attention and the kept MLP that follows it become one ordinary layer where their form and device are the
+    same, so that a portable plan leaves an ordinary model, which `save_pretrained` writes. Otherwise saving is refused,
+    as what it wrote would load with random weights; such a model generates, and nothing else of notall takes it again.
 
     Raises as `skip` does, and `UsageError` inside a `skip`; whatever is raised leaves the model whole.
     """
@@ -272,13 +280,18 @@ def _cut(
             free_cache_slots(config, freed)
     else:
         merges = for_good and not structure.scaled
-        groups = layers_of(structure, plan, lambda i, j: merges and type(dense[i]) is type(dense[j]))
+        groups = layers_of(structure, plan, lambda i, j: merges and _are_alike(dense[i], dense[j]))
         layers = nn.ModuleList(regrouped_layer(structure, dense, group, skipped) for group in groups)
         for config in configs:
             slice_config(config, [group.attention for group in groups])
         for index, layer in enumerate(layers):
             renumber(layer, index, undo)
     _put(model, structure, layers, undo)
+
+
+def _are_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether a sublayer of one layer can be the other's own: of one class, on one device."""
+    return type(one) is type(other) and runs_on(one) == runs_on(other)
 
 
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
@@ -347,13 +360,16 @@ class Scales(nn.Module):
             self.register_buffer(str(place), number, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for number in self.buffers():
-            hidden = (hidden * number).to(hidden.dtype)  # a number may be of a finer one
+        for number in self.buffers():  # of another device or a finer dtype, maybe
+            hidden = (hidden * number.to(hidden.device)).to(hidden.dtype)
         return hidden
 
 
 class RegroupedLayer(nn.Module):
-    """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
+    """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind.
+
+    Each MLP runs where its own layer did, and the stream comes back from there.
+    """
 
     is_cut = True
     before: nn.ModuleList
@@ -366,13 +382,14 @@ class RegroupedLayer(nn.Module):
         arguments, hidden = called_with(self, args, kwargs)
         declared, (block, own, whole), ways = parameter_names(self), self._layout, iter(self.scales)
         call = LayerCall(arguments, {name: value for name, value in kwargs.items() if name not in declared})
+        here = hidden.device
 
         def scaled(hidden: Tensor) -> Tensor:
             way = next(ways, None)
             return hidden if way is None else way(hidden)
 
         for holder in self.before:
-            hidden = holder(scaled(hidden), call)
+            hidden = holder(scaled(hidden), call).to(here)
         hidden = scaled(hidden)
         splits = self.in_prompt is not None and self.in_prompt.splits
         if whole and not splits:
@@ -389,7 +406,7 @@ class RegroupedLayer(nn.Module):
             else:
                 rest = given[1:] if as_asked else tuple(None if at is None else given[at] for at in places)
         for holder in self.after:
-            hidden = holder(scaled(hidden), call)
+            hidden = holder(scaled(hidden), call).to(here)
         hidden = scaled(hidden)
         return hidden if block.answer is None else (hidden, *rest)
 

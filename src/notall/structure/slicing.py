@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -80,6 +81,14 @@ def move_inputs_like(source: nn.Module, clone: nn.Module) -> None:
     hook: Any = copy.copy(source._hf_hook)
     hook.init_hook = lambda module: module  # the weights are placed already
     add_hook_to_module(clone, hook)
+
+
+def runs_on(module: nn.Module) -> torch.device | None:
+    """Where accelerate has a module run, or where its weights are."""
+    hook = module.__dict__.get("_hf_hook")
+    if (device := getattr(hook, "execution_device", None)) is not None:
+        return torch.device(device)
+    return next((weight.device for weight in module.parameters()), None)
 
 
 def set_child(holder: nn.Module, path: str, module: nn.Module | None) -> None:

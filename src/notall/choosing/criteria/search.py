@@ -205,11 +205,18 @@ class _Search:
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
         self.done += share
-        doing = f"{len(self.skipped)} skipped, objective {round(self.cost, 4) + 0.0:.4f}"  # none is -0.0000
         most = 0.8 * self.total  # from there on ever slower: how many swaps gain is not known
         beyond = max(self.done - most, 0.0) / (self.total - most)
-        self.progress(min(self.done, most) - (self.total - most) * math.expm1(-beyond), self.total, doing)
+        self.progress(min(self.done, most) - (self.total - most) * math.expm1(-beyond), self.total, self._so_far)
         return cost
+
+    @property
+    def _so_far(self) -> str:
+        """What is skipped; before anything is, what costs least alone, of what was tried."""
+        if self.skipped or not self.rises:
+            return f"{len(self.skipped)} skipped, objective {round(self.cost, 4) + 0.0:.4f}"  # none is -0.0000
+        best = min(self.rises, key=self.rises.__getitem__)
+        return f"0 skipped, best of {len(self.rises)} tried alone: {' '.join(best)}, {self.rises[best]:+.4f}"
 
     def _cheap(self, unit: Unit) -> float:
         return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
