@@ -106,9 +106,9 @@ def choose_plan(
     The search ends after `max_minutes` by the clock, or `patience` evaluations that brought nothing. A plan for a
     speedup is timed, and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves
     most within the limit (`missed`). With `recovering` it is the one that keeps enough. Sets that a prompt alone skips
-    are judged by what follows half of each sequence, or the prompt of the `objective`. The windows `held_out` measure it
-    in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does not
-    suit the space, a budget that cannot be met, and held-out windows that overlap those that the plan is chosen by.
+    are judged by what follows half of each sequence, or the prompt of the `objective`. The windows `held_out` measure
+    it in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does
+    not suit the space, a budget that cannot be met, and held-out windows that overlap those that the plan is chosen by.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
