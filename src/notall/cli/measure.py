@@ -58,8 +58,8 @@ def evaluate(
 ) -> None:
     """Measure the loss of a plan: NLL, KL to the original model and agreement on a text, and benchmarks.
 
-    Each figure comes with its standard error, and differences are paired with the original model's. Of a plan that
-    skips in the prompt alone, only what follows the prompt is scored.
+    Each figure comes with its standard error, and differences are paired with the original model's. A plan
+    that skips in the prompt alone is scored on what follows the prompt.
     """
     from ..measuring.quality import check_prompt
     from ..structure.locating import locate
