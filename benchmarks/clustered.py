@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import date
 from itertools import chain, product
@@ -68,14 +66,6 @@ COLUMNS: tuple[Column[Error], ...] = (
 )
 
 
-def clustered_error(values: Sequence[float], documents: Sequence[int]) -> float:
-    mean, sums = math.fsum(values) / len(values), defaultdict[int, float](float)
-    for value, document in zip(values, documents):
-        sums[document] += value - mean
-    clusters = len(sums)
-    return math.sqrt(clusters / (clusters - 1) * math.fsum(one**2 for one in sums.values())) / len(values)
-
-
 def windows_of(tokenizer: Any, documents: Sequence[str], drawn: bool) -> tuple[Tensor, list[int]]:
     """Windows of a text, (windows, LENGTH), and of which document the middle of each is."""
     tokens = [tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"] for text in documents]
@@ -105,7 +95,7 @@ def main() -> None:
         for number_of, plan in enumerate(PLANS, 1):
             ours, dense = ([loss for part in parts for loss in part[at].nll] for at in (number_of, 0))
             values = [a - b for a, b in zip(ours, dense)]
-            (added, plain), robust = mean_and_error(values), clustered_error(values, of)
+            (added, plain), (_, robust) = mean_and_error(values), mean_and_error(values, of)
             found.append(
                 Error(
                     text=text, drawn=drawn, plan=plan, windows=len(of), documents=len({*of}), added=added,

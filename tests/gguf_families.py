@@ -23,6 +23,16 @@ from tiny_gguf import WORDS, add_tokenizer
 RECORDED = Path(__file__).with_name("gguf_headers.json")
 
 WIDE = {"sliding_window": 64}  # than any prompt of the tests: llama.cpp has no window here, or in other layers
+DELTA = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+}
 # What is built otherwise than in `families`.
 BUILT: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -34,15 +44,15 @@ BUILT: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1},
     "qwen3": {},
-    "qwen3_moe": {"mlp_only_layers": []},
-    "qwen3_next": {"mlp_only_layers": [], "decoder_sparse_step": 1},
-    "qwen3_5_text": {},
-    "qwen3_5_moe_text": {},
+    "qwen3_moe": {"mlp_only_layers": [], "norm_topk_prob": True},
+    "qwen3_next": DELTA | {"mlp_only_layers": [], "decoder_sparse_step": 1},
+    "qwen3_5_text": DELTA | SECTIONS,
+    "qwen3_5_moe_text": DELTA | SECTIONS,
     "gemma": {},
     "gemma2": WIDE,
     "gemma3": WIDE | {"layer_types": ["sliding_attention"] * 4},
-    "gemma4_text (experts)": WIDE,
-    "gemma4_text (nothing shared)": WIDE,
+    "gemma4_text (experts)": WIDE | {"final_logit_softcapping": 30.0},
+    "gemma4_text (nothing shared)": WIDE | {"final_logit_softcapping": 30.0},
     "gpt2": {},
     "gpt_bigcode": {},
     "bloom": {},
@@ -53,9 +63,8 @@ BUILT: dict[str, dict[str, Any]] = {
     "granite": {},
     "granitemoe": {},
     "granitemoeshared": {},
-    "granitemoehybrid": {},
-    "granitemoehybrid (dense)": {},
-    "bamba": {},
+    "granitemoehybrid": {"mamba_n_groups": 1},
+    "granitemoehybrid (dense)": {"mamba_n_groups": 1, "num_experts_per_tok": 0, "position_embedding_type": "nope"},
     "jamba": {},
     "lfm2": {},
     "lfm2_moe": {},
@@ -63,13 +72,13 @@ BUILT: dict[str, dict[str, Any]] = {
     "mamba": {},
     "mamba2": {},
     "nemotron": {},
-    "nemotron_h": {},
+    "nemotron_h": {"hybrid_override_pattern": "M*-M-*"},
+    "nemotron_h (experts)": {"hybrid_override_pattern": "M*EME*"},
     "olmo": {},
     "olmo2": {},
     "olmoe": {"num_key_value_heads": 4},
-    "phi": {"num_key_value_heads": 4},
+    "phi": {"num_key_value_heads": 4, "intermediate_size": 128},
     "phi3": WIDE,
-    "phimoe": WIDE | {"lm_head_bias": True, "original_max_position_embeddings": 64},
     "seed_oss": {},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
     "stablelm": {},
@@ -82,17 +91,16 @@ BUILT: dict[str, dict[str, Any]] = {
     "gpt_oss": WIDE,
     "hunyuan": {},
     "hunyuan (MoE)": {"moe_intermediate_size": [48] * 4, "moe_topk": [2] * 4, "num_shared_expert": [1] * 4},
-    "exaone4": WIDE | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window_pattern": 4},
+    "exaone4": {"layer_types": ["full_attention"] * 4, "sliding_window": None, "sliding_window_pattern": None},
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_intermediate_size": 24},
     "deepseek_v2": {},
     "deepseek_v3": {},
-    "dots1": {},
+    "dots1": {"num_key_value_heads": 4},
     "dbrx": {},
     "arcee": {},
     "apertus": {},
     "llama4": {"no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 64},
-    "minicpm3": {},
     "qwen2_vl (text part)": {},
 }  # fmt: skip
 

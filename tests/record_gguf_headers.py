@@ -31,16 +31,17 @@ HUB: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
     "cohere2": {"rotary_pct": 1.0},
     "falcon (parallel)": {"num_kv_heads": 1},
-    "nemotron_h": {"num_hidden_layers": 6, "hybrid_override_pattern": "M*-ME*"},
+    "nemotron_h": {"num_hidden_layers": 6, "hybrid_override_pattern": "M*-M-*", "num_experts_per_tok": None},
+    "nemotron_h (experts)": {"num_hidden_layers": 6, "hybrid_override_pattern": "M*EME*"},
+    "glm4_moe": {"num_nextn_predict_layers": 0},
     "granitemoehybrid": {"layer_types": ["attention", "mamba", "mamba", "attention"]},
     "granitemoehybrid (dense)": {"layer_types": ["mamba", "attention"] * 2},
-    "bamba": {"attn_rotary_emb": 4},
+    "dots1": {"scoring_func": "noaux_tc"},
     "gemma4_text (experts)": {"global_head_dim": 16},
     "gemma4_text (nothing shared)": {"global_head_dim": 16},
     "deepseek_v3": {"scoring_func": "sigmoid"},
     "ministral3": {"architectures": ["Ministral3ForCausalLM"]},
     "mpt": {"architectures": ["MPTForCausalLM"]},
-    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
 }
 NOT_OURS = ("general.", "tokenizer.", "GGUF.")
 
@@ -53,6 +54,7 @@ def convert(name: str, model: PreTrainedModel, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(words))
     read = ModelBase.load_hparams
     settings = {**read(folder, False), **HUB.get(name, {})}
+    settings = {key: value for key, value in settings.items() if key not in HUB.get(name, {}) or value is not None}
     ModelBase.load_hparams = staticmethod(lambda *_, **__: dict(settings))  # type: ignore[method-assign]
     try:
         kind = get_model_class(get_model_architecture(settings, ModelType.TEXT))

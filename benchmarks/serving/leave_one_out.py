@@ -32,7 +32,7 @@ from notall.evaluation.scoring import Request, Scorer
 from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options import ModelOptions, TextOptions
 from notall.files import Settings
-from notall.measuring.statistics import mean_and_error, normal_p_value
+from notall.measuring.statistics import mean_and_error, sign_flip_p_value
 from notall.models.texts import fields, read_file
 from notall.plan import KIND_NAMES, Kind
 from notall.results.facts import DELTA_NLL, KL, Quality, TaskScore
@@ -209,10 +209,11 @@ class Judge:
 def nll_score(task: str, unit: str, values: Sequence[float], dense: Sequence[float]) -> TaskScore:
     """NLLs of the same answers by a plan and by the original model, as a score."""
     value, value_se = mean_and_error(values)
-    delta, delta_se = mean_and_error([one - base for one, base in zip(values, dense)])
+    differences = [one - base for one, base in zip(values, dense)]
+    delta, delta_se = mean_and_error(differences)
     return TaskScore(
         task=task, metric=unit, num_fewshot=0, documents=len(values), value=value, value_se=value_se, delta=delta,
-        delta_se=delta_se, p_value=normal_p_value(delta, delta_se), higher_is_better=False,
+        delta_se=delta_se, p_value=sign_flip_p_value(differences), higher_is_better=False,
         values=tuple(round(one, 5) for one in values),
     )  # fmt: skip
 

@@ -119,10 +119,6 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence
         found.append(_checks(f"NLL at {behind + low} to {behind + end - 1}", columns, higher_is_better=False))
         low, high = high, 2 * high
 
-    def gained(pairs: Sequence[tuple[_Read, _Read]]) -> float:
-        ours, theirs = zip(*pairs)
-        return calibration_error(ours) - calibration_error(theirs)
-
     calibration = []
     for some in others:
         pairs = list(zip(some, dense))
@@ -131,6 +127,12 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence
         tested = student_p_value(*delta, len(pairs) - 1), too_few(len(pairs), len(pairs))
         calibration.append(_check("calibration error", value, delta, False, tested))
     return [*found, calibration]
+
+
+def gained(pairs: Sequence[tuple[_Read, _Read]]) -> float:
+    """The calibration error of the first of each pair less that of the second."""
+    ours, theirs = zip(*pairs)
+    return calibration_error(ours) - calibration_error(theirs)
 
 
 def calibration_error(reads: Sequence[_Read]) -> float:

@@ -509,8 +509,9 @@ CAPTIONS = {
     "benchmarks": (
         "Benchmarks",
         "Per cent ± standard error; in brackets the difference to the original, paired by document, ± its standard "
-        "error. * p < 0.05 (McNemar's exact test for accuracies; flipped signs of documents' differences for the "
-        "average), not corrected for the number of comparisons. The average is over the tasks that every row has.",
+        "error. * p < 0.05 (McNemar's exact test for accuracies; flipped signs of documents' differences for "
+        "others and the average), not corrected for the number of comparisons. The average is over the tasks that "
+        "every row has.",
     ),
     "diagnostics": (
         "What accuracy hides",

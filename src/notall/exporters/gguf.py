@@ -8,11 +8,12 @@ A portable plan leaves an ordinary file; others leave a `deci` file, whose layer
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import (
@@ -24,14 +25,18 @@ from gguf import (
 from ..digests import digest_of_file
 from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
+from ..files import beside
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
 from ..plan import Fingerprint, Plan, several
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
-from .gguf_layout import halves_paired
+from .gguf_layout import EMBEDDING, halves_paired
 from .gguf_weights import with_weights
 from .manifest import NotVerified, Origin, Verdict, Verified
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Their blocks hold one attention and one MLP each.
 ORDINARY = {
@@ -70,6 +75,7 @@ USE = (
 # llama.cpp rounds what it multiplies with quantised matrices, in the dense file too. Differences up to these pass.
 TIMES_DENSE, NATS = 3, 0.05
 PROMPTS, LENGTH = 8, 12  # prompts that are compared, and the tokens of each
+MOST_OFF = 2**-7  # of the largest number of a weight, by which 8 bits may round another
 
 
 class GGUFExport(Export):
@@ -80,7 +86,8 @@ class GGUFExport(Export):
         self.dense, self.plan, self.use, self.name = dense, plan, USE, f"{dense.stem}-notall.gguf"
         self.source = read_gguf(dense)
         weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
-        self.fields, self.tensors = cut(with_weights(self.source, weights) if weights else self.source, plan)
+        self.whole = with_weights(self.source, weights) if weights else self.source
+        self.fields, self.tensors = cut(self.whole, plan)
         self.form = str(self.fields[ARCHITECTURE].value)
         depth, width = self.source.depth, self.source.count("embedding_length")
         fingerprint = str(Fingerprint(self.source.architecture, depth, width))
@@ -101,7 +108,10 @@ class GGUFExport(Export):
         write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
     def verify(self, folder: Path) -> Verdict:
-        """By llama.cpp's likeliest tokens: the mean difference of log-probabilities, beside the original file's own."""
+        """By llama.cpp's likeliest tokens: the mean difference of log-probabilities, compared with the original file's.
+
+        Without llama.cpp the weights of a repaired plan are read back by transformers.
+        """
         written = folder / self.name
         found = read_gguf(written)
         same = (found.fields, found.tensors.keys()) == (self.fields, self.tensors.keys())
@@ -110,14 +120,29 @@ class GGUFExport(Export):
             raise UsageError(f"{written.name} does not hold what was written to it; check the disk, and export again")
         llama = LlamaCpp(1)
         if not llama.is_installed():
-            return NotVerified(f"llama.cpp is not installed ({llama.install})")
+            return NotVerified(f"llama.cpp is not installed ({llama.install}){self._read_back(folder)}")
+        try:
+            dense, off = self._gaps(written)
+        except UnknownArchitecture as reason:
+            return NotVerified(str(reason))
+        unit = f"nats on average, where the original file is off by {dense:.2g}"
+        most = max(TIMES_DENSE * dense, NATS)
+        return Verified(f"llama.cpp (xllamacpp {llama.version})", off, most, unit).checked()
+
+    def _gaps(self, written: Path) -> tuple[float, float]:
+        """How far llama.cpp is from transformers, in nats: with the original file, and with the written one."""
         import torch
 
+        from ..models.gguf_copies import has_copy, read_model
         from ..models.loading import load
         from ..running.skipping import skip
 
-        vocabulary = len(self.source.tensors["token_embd.weight"].data)
+        vocabulary = len(self.source.tensors[EMBEDDING].data)
         prompts = torch.randint(vocabulary, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0))
+        if has_copy(self.dense):
+            model, _ = load(self.dense, dtype="float32", device="cpu")
+        else:  # to make one would take room for good
+            model = read_model(self.dense)
 
         def gap(file: Path, plan: Plan) -> float:
             likeliest = next_token_logprobs(file, *prompts.tolist())
@@ -125,13 +150,37 @@ class GGUFExport(Export):
                 expected = model(prompts).logits[:, -1].log_softmax(-1)
             return mean(abs(float(row[i]) - said) for row, few in zip(expected, likeliest) for i, said in few.items())
 
-        try:
-            model, _ = load(self.dense, dtype="float32", device="cpu")
-            dense, off = gap(self.dense, Plan()), gap(written, self.plan)
-        except UnknownArchitecture as reason:
-            return NotVerified(str(reason))
-        unit = f"nats on average, where the original file is off by {dense:.2g}"
-        return Verified(f"llama.cpp (xllamacpp {llama.version})", off, max(TIMES_DENSE * dense, NATS), unit).checked()
+        return gap(self.dense, Plan()), gap(written, self.plan)
+
+    def _read_back(self, folder: Path) -> str:
+        """What transformers reads of the plan's weights, before anything is cut out, in words.
+
+        Raises `NotAsSkipped` where it reads others.
+        """
+        weights: Mapping[str, Tensor] = getattr(self.plan, "weights", {})
+        if not weights:
+            return ""
+        from ..models.gguf_copies import read_model
+
+        with beside(folder / f"{self.dense.stem}.gguf") as file:
+            write_gguf(file, self.source, self.whole.fields, self.whole.tensors)
+            try:
+                read = dict(read_model(file).named_parameters())
+            except UnknownArchitecture as reason:
+                return f"; its weights were not read back: {reason}"
+        if unknown := weights.keys() - read.keys():
+            return f"; its weights were not read back: transformers reads no {min(unknown)} from it"
+        by = f"transformers {version('transformers')}, which reads the weights back,"
+        off = max(_off(read[path].detach().float(), weight.float()) for path, weight in weights.items())
+        Verified(by, off, MOST_OFF, "of the largest number of each").checked()
+        return f"; its weights, read back by transformers, are the plan's within {off:.2g}"
+
+
+def _off(found: "Tensor", expected: "Tensor") -> float:
+    """The largest difference, over the largest number."""
+    if found.shape != expected.shape:
+        return math.inf
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:

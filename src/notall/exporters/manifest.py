@@ -32,6 +32,10 @@ class Origin:
     card: Path | None = None  # its own model card
 
 
+class NotAsSkipped(UsageError):
+    """What was written is another model than the original one that skips the plan."""
+
+
 @dataclass(frozen=True)
 class Verified:
     """An engine ran what was written, and answered as the original model that skips the plan."""
@@ -46,11 +50,11 @@ class Verified:
         return f"{self.by} answers as the skipped model does, {near if self.difference else 'to the last bit'}"
 
     def checked(self) -> "Verified":
-        """Raises `UsageError` where it answered differently."""
+        """Raises `NotAsSkipped` where it answered differently."""
         if not self.difference <= self.most:
             off = f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was expected), so nothing was written"
             told = f"{self.by} answers differently from the skipped model, {off}"
-            raise UsageError(f"{told}; please report model and plan, or export without this comparison (--no-verify)")
+            raise NotAsSkipped(f"{told}; please report model and plan, or export without this comparison (--no-verify)")
         return self
 
 

@@ -27,7 +27,6 @@ FEWEST = math.ceil(math.log2(2 / SIGNIFICANT))  # terms of one sign that an exac
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # of times
 LEAST_WINDOWS = 8  # of text
-TERMS = 200  # of a continued fraction: enough for some 40,000 degrees of freedom
 FEW_SCORES = 12  # scores from which a skew can be estimated
 
 
@@ -143,7 +142,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     if x > (a + 1) / (a + b + 2):  # where the fraction of the other tail converges faster
         return 1 - _incomplete_beta(b, a, 1 - x)
     value = 1.0
-    for step in range(TERMS, 0, -1):
+    for step in range(30 + round(2 * math.sqrt(max(a, b))), 0, -1):
         half, place = step // 2, a + step
         odd = -(a + half) * (a + b + half)
         value = 1 + (odd if step % 2 else half * (b - half)) * x / ((place - 1) * place) / value

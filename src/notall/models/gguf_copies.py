@@ -12,14 +12,14 @@ import transformers
 from filelock import FileLock
 from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..digests import digest_of_file
 from ..errors import UsageError
 from ..files import Settings, beside, cache_folder, make_private, saving, unwritable
 from ..integrity import check_files, read_manifest, refuse_unlisted, write_manifest
 from .gguf_file import open_gguf
-from .load_errors import check_weights, quiet
+from .load_errors import check_weights, explained, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ def convert_gguf(gguf: Path) -> Path:
     return folder
 
 
+def has_copy(gguf: Path) -> bool:
+    """Whether there is a whole plain copy of a GGUF file."""
+    return _is_whole(converted_folder(gguf))
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         files = read_manifest(folder, "made anew")["files"]
@@ -67,28 +72,45 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
+def read_model(gguf: Path) -> PreTrainedModel:
+    """The model of a GGUF file as transformers reads it, in float32; no copy is made.
+
+    Raises `UsageError` for a damaged file, and `UnknownArchitecture` for one that transformers does not know.
+    """
+    with explained(gguf), quiet(), contextlib.redirect_stderr(io.StringIO()):
+        return _read(gguf).eval()
+
+
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, and save the model as if it had never been one."""
-    source: Settings = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    # transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers
-    plain_numbers = getattr(transformers, "GgufConfig", None)
-    unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
     tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
-    with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
-        packed, report = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, **source, **unpacked, dtype=torch.float32, output_loading_info=True
-        )
-        check_weights(gguf, report)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(gguf.parent, **source)
-        config = packed.config
-        if hasattr(config, "quantization_config"):  # with it, save_pretrained refuses
-            del config.quantization_config
+    with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):
+        read = _read(gguf)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(gguf.parent, **_source(gguf))
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(packed.state_dict(), assign=True)
+            plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict(), assign=True)
         plain.tie_weights()
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _read(gguf: Path) -> PreTrainedModel:
+    """With plain numbers. Its progress bars, on stderr, obey no switch."""
+    # transformers 5 keeps GGUF blocks packed where it has kernels for them
+    plain_numbers = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, **_source(gguf), **unpacked, dtype=torch.float32, output_loading_info=True
+    )
+    check_weights(gguf, report)
+    if hasattr(model.config, "quantization_config"):  # with it, save_pretrained refuses
+        del model.config.quantization_config
+    return model
+
+
+def _source(gguf: Path) -> Settings:
+    return {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
 
 
 def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
