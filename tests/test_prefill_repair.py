@@ -166,3 +166,16 @@ def test_its_gradient_is_that_of_the_loss_behind_the_prompt():
 def test_trainings_that_a_prompt_has_none_of(how, fix):
     with pytest.raises(UsageError, match=fix):
         heal(named("llama").build(), PLAN, TEXT, OTHER, TrainConfig(**how))
+
+
+@torch.no_grad()
+def test_weights_of_the_answer_make_the_prompts_keys_and_values_too():
+    """A plan of both parts that brings weights of keys: as a model that has these weights for good."""
+    model, ids = named("llama").build(), OTHER[0]
+    path = f"model.layers.{LAYER}.self_attn.k_proj.weight"
+    weights = {path: model.get_parameter(path).flip(0)}
+    with skip(model, RepairedPlan([1], prefill=PLAN.prefill, weights=weights)), prompt(model, 16):
+        logits = model(ids).logits[:, -1]
+    model.get_parameter(path).data.copy_(weights[path])
+    with skip(model, Plan([1], prefill=PLAN.prefill)), prompt(model, 16):
+        assert torch.allclose(model(ids).logits[:, -1], logits, atol=1e-6)

@@ -33,7 +33,7 @@ from ..structure.model_structure import ModelStructure, Sublayer, base_model, in
 from ..structure.observation import Arguments, Branch, LayerCall, child, parameter_names, run_branches
 from ..structure.proving import relative_error, tolerance
 from ..structure.undoing import Undo
-from .repaired import RepairedPlan
+from .repaired import RepairedPlan, placed_in_prompt
 
 CANNOT = "cannot be skipped in the prompt alone: its keys and values cannot be written without the rest of it"
 FIX = "skip it for every token, or take it out of the plan"
@@ -160,9 +160,9 @@ def in_prompts(model: PreTrainedModel, structure: ModelStructure, plan: Plan, pr
     rows = checked_rows(model, structure, skipped)
     weights: dict[str, dict[str, Tensor]] = {}
     if isinstance(plan, RepairedPlan):
-        plan.check_replaced(model)
-        plan = plan.placed(model)
-        weights = {part.name: plan.prompt_weights_of(structure, part) for part in skipped}
+        placed = {path: placed_in_prompt(model, path, weight) for path, weight in plan.prompt_weights.items()}
+        there = plan.model_copy(update={"prompt_weights": placed})
+        weights = {part.name: there.prompt_weights_of(structure, part) for part in skipped}
     found: dict[int, InPrompt] = {}
     for index in dict.fromkeys(part.index for part in skipped):
         layer = child(layers, str(index))

@@ -258,11 +258,11 @@ def _cut(
     What it skips in the prompt alone stays in its layers, which ask `prompt` for how many tokens it runs.
     """
     dense, configs = _layers(model, structure), _place(model, structure)[2]
-    skipped = in_prompts(model, structure, plan, prompt) if prompt else {}
     if isinstance(plan, RepairedPlan):
         plan.check_replaced(model)
     for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
         undo.put(*placed_at(model, path, weight.clone() if for_good else weight))
+    skipped = in_prompts(model, structure, plan, prompt) if prompt else {}  # of the weights that are there now
     for config in configs:
         undo.put_fields(config)
     if structure.in_place:
