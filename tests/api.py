@@ -66,6 +66,7 @@ MODULES = {
     "side_by_side": "cli.look",
     "cluster": "running.cluster",
     "generating": "running.generating",
+    "replay": "running.replay",
     "skipping": "running.skipping",
     "locating": "structure.locating",
     "observation": "structure.observation",

@@ -253,9 +253,10 @@ def try_kill(name: str, number: int, seed: int, place: Place) -> Outcome:
 
 
 def cases(names: list[str], count: int) -> list[tuple[str, int]]:
-    """So many cases in all, shared out over the commands."""
+    """About so many cases in all, shared out over the commands: one at least for each."""
     whole = sum(SHARE.get(name, 1) for name in names)
-    return [(name, number) for name in names for number in range(round(count * SHARE.get(name, 1) / whole))]
+    counts = {name: max(1, round(count * SHARE.get(name, 1) / whole)) for name in names}
+    return [(name, number) for name, many in counts.items() for number in range(many)]
 
 
 @contextlib.contextmanager

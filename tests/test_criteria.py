@@ -1,6 +1,7 @@
 """Every criterion against a slow twin or a case by hand, and the faults that others have been found to have."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from api import (
     is_portable,
     kl,
     nll,
+    replay,
     score_cosine,
     score_first_order,
     score_fisher,
@@ -354,3 +356,18 @@ def test_a_limit_on_the_objective_is_kept(model):
         assert asked.evaluator.cost(skipped) - dense <= 0.5
         assert skipped
     assert frozenset(asked.space.plan(skipped).names) == skipped
+
+
+@pytest.mark.parametrize("name", ["cosine", "first-order", "leave-one-out", "search"])
+def test_what_choosing_took_is_told_by_the_clock_too(model, name, monkeypatch):
+    """CPU seconds say little where a GPU does the work: here the CPU waits."""
+    asked, record = setting(model, "attention"), replay.Replay._run
+    slow = lambda *given: time.sleep(0.002) or record(*given)  # noqa: E731
+    monkeypatch.setattr(replay.Replay, "_run", slow)
+    began = time.monotonic()
+    choose(name, asked, by_count(asked.space, 1))
+    spent = asked.evaluator.spent
+    assert spent.evaluations > 0
+    assert 0 < spent.wall_seconds <= time.monotonic() - began
+    if name in ("leave-one-out", "search"):
+        assert spent.wall_seconds > spent.seconds

@@ -31,6 +31,7 @@ from api import (
     every_criterion,
     footprint,
     measure_times,
+    medians,
     objective_module as objective,
     speed,
     time_plans,
@@ -352,6 +353,16 @@ def test_a_layer_that_accelerate_fetches_counts_as_any_other():
     model = dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
     for case in ("locate", "skip", "evaluate", "similarity", "generate", "times", "by search"):
         assert_equal(outcome(model, case), expected("llama", case))
+
+
+def test_an_engine_tells_the_memory_of_devices():
+    def once():
+        held = torch.zeros(1 << 20, device=ONE)  # 4 MiB
+        return float(held[0] + 1), 1.0
+
+    timing = medians(once, before=0)
+    assert timing.memory_of == "devices"
+    assert 4 << 20 <= timing.memory_bytes < 1 << 30
 
 
 @pytest.mark.slow

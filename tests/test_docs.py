@@ -111,14 +111,43 @@ def _marks(page):
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=_marks(p.name)) for p in PAGES])
 def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
+    type_page(page, workplace, monkeypatch)
+
+
+@pytest.mark.devices
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_it_works_on_a_device_too(page, workplace, monkeypatch, capsys):
+    """Commands and snippets name no device, so that models are loaded onto the one that is here."""
+    type_page(page, workplace, monkeypatch)
+
+
+WITH_SNIPPETS = [page for page in PAGES if any(language == "python" for language, *_ in blocks(page))]
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=[page.name for page in WITH_SNIPPETS])
+def test_snippets_run_on_a_device(page, workplace):
+    namespace = {}
+    for language, title, text in blocks(page):
+        if language == "python":
+            run_snippet(page, title, text, workplace, namespace)
+
+
+def run_snippet(page, title, text, workplace, namespace):
+    if title:
+        Path(title).write_text(text)
+    exec(compile(text.replace("smollm2", str(workplace["smollm2"])), str(page), "exec"), namespace)
+
+
+def type_page(page, workplace, monkeypatch):
+    """All that the page tells to type, one block after the other."""
     namespace = {}
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
     extras = re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     for language, title, text in blocks(page):
         if language == "python":
-            if title:
-                Path(title).write_text(text)
-            exec(compile(text.replace("smollm2", str(workplace["smollm2"])), str(page), "exec"), namespace)
+            run_snippet(page, title, text, workplace, namespace)
         elif language == "toml":
             (value,) = re.findall('^\\w+ = "(\\w+:\\w+)"$', text, re.M)
             assert plugins.find(value, "of no package").__name__ == value.partition(":")[2]
@@ -156,6 +185,15 @@ def test_the_command_reference_is_of_this_code():
 
 
 def test_the_notebook_runs_and_shows_what_its_cells_say(workplace):
+    run_notebook(workplace)
+
+
+@pytest.mark.devices
+def test_the_notebook_runs_on_a_device(workplace):
+    run_notebook(workplace)
+
+
+def run_notebook(workplace):
     notebook = program("docs/notebook")
     namespace = {}
     cells = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]

@@ -11,8 +11,10 @@ import json
 import os
 import py_compile
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +30,7 @@ import result_folders
 from api import (
     Field,
     Provenance,
+    cli,
     files,
     gguf_copies,
     healing,
@@ -423,4 +426,115 @@ def test_a_gguf_file_that_counts_fewer_layers_than_it_holds_is_refused(tmp_path,
     write_fields(tmp_path / "short.gguf", whole, fields, whole.tensors)
     for command in (("inspect",), ("generate",)):
         said = refused(run(*command, tmp_path / "short.gguf", *(["a"] if command == ("generate",) else [])))
-        assert f"short.gguf is no whole GGUF file: its header counts {count} layers, and it has tensors of 4" in said
+        assert "short.gguf is no whole GGUF file: its header says block_count" in said
+        assert f"block_count {count}, and it has tensors of 4 layers" in said
+
+
+# --- links, names, signals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["measured.jsonl", ".lock"])
+def test_a_link_in_a_results_folder_is_not_written_through(working, folder, run, there, name):
+    victim = Path("victim")
+    if there:
+        victim.touch()
+    Path("out").mkdir()
+    (Path("out") / name).symlink_to(working / victim)
+    refused(
+        run("eval", folder, "--skip", "attention:1", *QUICK, "--out", "out"), f"{name} is a link: ", "choose another"
+    )
+    assert victim.exists() == there
+    assert not there or not victim.read_bytes()
+
+
+def test_a_link_that_is_made_meanwhile_is_not_written_through(working, monkeypatch):
+    monkeypatch.setattr(records_lines, "refuse_link", lambda _: None)  # it was none a moment ago
+    Path("results.jsonl").symlink_to(working / "victim")
+    with pytest.raises(UsageError, match=r"cannot write results\.jsonl"):
+        records_lines.append(Path("results.jsonl"), {"a": 1})
+    assert not Path("victim").exists()
+
+
+def test_a_lock_of_the_user_is_not_emptied(working):
+    """Releases of filelock before 4 do so."""
+    Path(".lock").write_text("of the user")
+    with pytest.raises(UsageError, match="lock is there, and notall did not write it: choose another folder"):
+        records_lines.lock(Path(".")).__enter__()
+    assert Path(".lock").read_text() == "of the user"
+
+
+HOSTILE = '<img src=x onerror="alert(1)"> [here](javascript:alert(1)) ![](http://t.example/x) `a` **b** | &lt;script>'
+
+
+def test_a_note_is_no_markup_in_a_card(tiny, tmp_path):
+    plan = Plan([1], [1], note=HOSTILE)
+    about = {"measured": {HOSTILE: HOSTILE}}
+    card = (notall.export(tiny, plan, "hf", tmp_path / "out", verify=False, **about) / "README.md").read_text()
+    shown = re.sub(r"\\.", "", card)  # without what is escaped
+    assert "alert" in card
+    for markup in ("<img", "](", "![", "**b", "&lt", "<script"):
+        assert markup not in shown, markup
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_partial_file(working, name):
+    number = getattr(signal, name)
+
+    def work():
+        with cli._own_manners(), files.beside(Path("o")) as partial:
+            partial.mkdir()
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended:
+        work()
+    assert ended.value.code == 128 + number
+    assert not [*working.iterdir()]
+
+
+def test_under_nohup_a_run_goes_on_when_its_terminal_goes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._own_manners():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+LONG = "x" * 5_000
+NAMED = {
+    "plan": ("plan", "MODEL", "--skip", "mlp:1", "-o", "NAME"),
+    "search": ("search", "MODEL", "--skip", "mlp:1", "-o", "NAME"),
+    "eval": ("eval", "MODEL", "--plan", "NAME"),
+    "heal": ("heal", "MODEL", "--plan", "NAME", "--out", "healed"),
+    "text": ("eval", "MODEL", "--skip", "mlp:1", "--text", "NAME"),
+    "held out": ("search", "MODEL", "--skip", "mlp:1", "--held-out", "NAME"),
+    "tasks": ("eval", "MODEL", "--skip", "mlp:1", "--task-path", "NAME", "--tasks", "passkey"),
+    "prompts": ("search", "MODEL", "--skip", "mlp:1", "--objective", "answers", "--prompts", "NAME"),
+    "model": ("inspect", "NAME"),
+    "shape": ("bench", "--shape", "NAME", "--dummy-weights"),
+    "results": ("report", "NAME"),
+    "page": ("report", "results", "-o", "NAME"),
+    "again": ("reproduce", "NAME"),
+    "functions": ("reproduce", "results", "--functions", "NAME"),
+    "offload": ("repair", "MODEL", "--skip", "mlp:1", "--offload", "NAME", "--text", "t"),
+    "export": ("export", "MODEL", "--plan", "plan.json", "--to", "hf", "--out", "NAME"),
+    "out": ("sweep", "MODEL", "--out", "NAME"),
+    "also": ("pareto", "MODEL", "--engine", "transformers", "--also", "NAME", "--skip", "mlp:1"),
+    "join": ("report", "results", "--join", "NAME"),
+    "criterion": ("search", "MODEL", "--skip", "mlp:1", "--criterion", "NAME:f"),
+}
+
+
+@pytest.mark.parametrize("given", NAMED)
+@pytest.mark.parametrize("name", [LONG, f"{LONG}/x", "half \udcff"], ids=["long", "long folder", "no UTF-8"])
+def test_names_that_no_file_can_have_are_one_line(working, folder, run, own_tasks_only, given, name):
+    recorded(Path("results"), f"notall search {folder} --skip mlp:1 --criterion mine:f")
+    Plan([1]).save("plan.json")
+    Path("t").write_text("a bird sings under the winter light of an old stone; " * 9)
+    words = [word.replace("NAME", name).replace("MODEL", str(folder)) for word in NAMED[given]]
+    said = refused(run(*words))
+    assert len(said) < 700
+    assert name.isascii() or "is not UTF-8: rename" in said

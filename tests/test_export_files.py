@@ -126,7 +126,7 @@ def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path)
 def test_a_note_of_anyone_steers_no_terminal_that_shows_the_card(dense, tmp_path):
     plan = Plan(attention=[1], mlp=[1], note="found \x1b[31mby chance")
     card = (export(dense, plan, "hf", tmp_path / "out", verify=False) / "README.md").read_text()
-    assert r"Plan: found \x1b[31mby chance." in card
+    assert r"Plan: found \x1b\[31mby chance." in card
     assert "\x1b" not in card
 
 

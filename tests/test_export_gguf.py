@@ -329,6 +329,11 @@ def test_attentions_without_rope_stay_where_llamacpp_looks_for_them():
         cut(sketch("smollm3"), Plan([4], [4]))
 
 
+def test_a_plan_for_another_model_names_the_fix():
+    with pytest.raises(UsageError, match=r"qwen2-28x1536, but .* is \d+x\d+; make a plan for this model, or copy"):
+        cut(sketch("gemma2", depth=4), Plan([0], fingerprint="qwen2-28x1536"))
+
+
 def test_a_depth_that_llamacpp_reads_more_from_is_refused():
     with pytest.raises(UsageError, match="gemma2 of 46 layers"):
         cut(sketch("gemma2", depth=46), Plan([0, 1], [0, 1]))

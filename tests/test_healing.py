@@ -393,7 +393,7 @@ def test_a_healing_in_float16_that_goes_on_scales_its_loss_as_before(tmp_path):
 
     def run(name, **more):
         model = llama().half()
-        model.lm_head.weight.data.mul_(2**6)
+        model.lm_head.weight.data.mul_(2**8)
         return heal(model, PLAN, TRAINED * 2, HELD_OUT, TrainConfig(rate=3e-3), out=tmp_path / name, **more)
 
     def fail(done, *_):

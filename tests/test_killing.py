@@ -56,6 +56,7 @@ def test_cases_are_shared_out():
     cases = killing.cases(["sweep", "pareto"], 22)
     assert [name for name, _ in cases].count("pareto") == 2
     assert len(set(cases)) == len(cases) == 22
+    assert {name for name, _ in killing.cases([*killing.COMMANDS], 1)} == {*killing.COMMANDS}
 
 
 def test_it_is_killed_before_the_event_that_is_asked_for(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import torch
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
+from lm_eval.api.instance import Instance
+
 from api import (
     CONTEXTS,
     FITTED,
@@ -19,6 +21,7 @@ from api import (
     Recovery,
     TaskShelf,
     checks,
+    continue_prompts,
     episode,
     harness,
     prompts,
@@ -220,6 +223,41 @@ def test_answers_are_of_weights_dtype_config_and_tokenizer(model, tokenizer):
     whole = half.to(torch.float32)  # of the same values
     known.add(mix.origin(whole, tokenizer))
     assert len(known) == 5
+
+
+# Of a checkpoint's generation_config.json: each changes what `generate` writes where nothing else is said.
+NOT_GREEDY = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+
+
+@pytest.mark.parametrize("setting", NOT_GREEDY)
+def test_a_chat_is_greedy_whatever_the_checkpoint_says(setting, model, tokenizer, monkeypatch):
+    """As the own answers are: by the likeliest token alone."""
+    (doc,), how = checks.made("written", 1).docs, {"until": [], "max_gen_toks": 40}
+    (expected,) = continue_prompts(model, tokenizer, Plan(), [f"{doc['prompt']}\n\n"], 40)
+    monkeypatch.setattr(model.generation_config, setting, NOT_GREEDY[setting])
+    ((_, dense),) = harness.PlansLM(model, tokenizer, []).chat([Instance("chat", doc, (doc["prompt"], how), 0)])
+    assert dense == expected
+    assert getattr(model.generation_config, setting) == NOT_GREEDY[setting]
+
+
+def test_answers_are_of_the_settings_by_which_they_are_generated(model, tokenizer, monkeypatch):
+    known = {mix.origin(model, tokenizer)}
+    for setting, value in {**NOT_GREEDY, "eos_token_id": 7}.items():
+        with monkeypatch.context() as changed:
+            changed.setattr(model.generation_config, setting, value)
+            known.add(mix.origin(model, tokenizer))
+    assert len(known) == len(NOT_GREEDY) + 2
+    assert mix.origin(model, tokenizer) in known
+
+
+def test_a_chat_is_no_answer_to_a_task_that_asks_the_same(model, tokenizer, tmp_path, monkeypatch):
+    """Tasks of the harness generate as the checkpoint says."""
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)
+    how = {"until": [], "max_gen_toks": 8}
+    lm = harness.PlansLM(model, tokenizer, [], tmp_path)
+    ((said, _),) = lm.chat([Instance("chat", {}, ("one one one one", how), 0)])
+    (task,) = lm.generate_until([Instance("generate_until", {}, ("one one one one\n\n", how), 0)])
+    assert said != task
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The package as people install it: what is in it, that it works on its own, and what it does without its extras."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +50,29 @@ def test_the_sdist_holds_what_the_tests_need(dist):
     assert {"pyproject.toml", "README.md", "CHANGELOG.md", "tests/test_package.py", "docs/commands.py"} <= names
     assert "benchmarks/engines/load.py" in names
     assert not any(name.startswith((".venv", "results", "site")) for name in names)
+
+
+BROUGHT = {"pydantic_core": "pydantic", "datasets": "lm_eval"}  # what is never without the other
+ENGINES = {"vllm", "executorch", "torchao", "mlx", "mlx_lm"}  # imported where a user has them
+
+
+def imported(file):
+    """The packages that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).partition(".")[0]
+
+
+def test_what_is_imported_is_declared():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    words = [*project["dependencies"], *(word for extra in project["optional-dependencies"].values() for word in extra)]
+    declared = {re.split(r"[^A-Za-z0-9_-]", word)[0].replace("-", "_").lower() for word in words}
+    files = [*(ROOT / "src" / "notall").rglob("*.py")]
+    found = {BROUGHT.get(name, name) for file in files for name in imported(file)}
+    names = {name.removesuffix("_python") for name in declared} | ENGINES | {"notall"}
+    assert found - sys.stdlib_module_names - names == set()
 
 
 @pytest.mark.slow

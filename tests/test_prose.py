@@ -111,6 +111,7 @@ ALWAYS_MORE = {  # or none, or a word
     "{period} blocks",
     "{} layers",
     "{LEAST_DOCUMENTS} documents",
+    "{LEAST_LAYERS} layers",
     "{LEAST_WINDOWS} windows",
     "{self.kind} sublayers",
     "{folder} holds records",

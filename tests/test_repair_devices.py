@@ -239,14 +239,17 @@ def expected(name, case, dtype=torch.float32):
     return outcome(case, on_cpu(name, dtype))
 
 
-def is_quick(name, place):
-    return (name, place) in (("llama", "two"), ("gemma3", "two"), ("llama", "one"))
+# Of what differs by device: all of it where a plain model is split, repairs of one with norms behind.
+QUICK = {
+    ("llama", "two"): {*CASES},
+    ("gemma3", "two"): {case for case in CASES if case.startswith(("repair", "by"))},
+    ("llama", "one"): {"repair in files", "repair of one's own", "heal outputs"},
+}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("name", "place"), [
-    pytest.param(name, place, marks=[] if is_quick(name, place) else pytest.mark.slow)
-    for name in NAMES for place in PLACES
+@pytest.mark.parametrize(("name", "place", "case"), [
+    pytest.param(*one, marks=[] if one[2] in QUICK.get(one[:2], ()) else pytest.mark.slow)
+    for one in itertools.product(NAMES, PLACES, CASES)
 ])  # fmt: skip
 def test_it_comes_to_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
@@ -285,6 +288,18 @@ def test_random_numbers_of_each_device_go_on_as_if_none_were_drawn():
     before = states()
     heal(model, PLAN, TRAINED[:2], HELD_OUT, TrainConfig("lora"))
     assert all(map(torch.equal, states(), before))
+
+
+def embedding_apart(model):
+    """Every layer on another device than the inputs."""
+    layers = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), TWO)
+    return dispatch_model(model, {"model.embed_tokens": ONE} | layers, force_hooks=True)
+
+
+@pytest.mark.parametrize("case", ["repair", "repair in files", "by replaceme", "heal in a warm-up"])
+def test_inputs_may_be_where_no_layer_is(case):
+    model = embedding_apart(copy.deepcopy(on_cpu("llama")))
+    assert_equal(outcome(case, model), expected("llama", case))
 
 
 # --- offloaded by accelerate

@@ -40,7 +40,7 @@ MADE = {
     "drafted": "draft tiny --plan plan.json --text a.txt --sequences 2 --prompt-tokens 4 --generation-tokens 4 "
     "--most 2 --rounds 1 --dtype float32 --out drafted",
 }
-ROW = "mine:by_depth, refit: 2 attention"
+ROW = "mine:by_depth, refit: 2 attentions"
 OWN = ("--functions", ".")  # `compared` names functions of mine.py
 
 

@@ -72,7 +72,8 @@ def own_file(folder: Path, name: str) -> Path | None:
         if not (folder / name).is_file():
             return None
     except OSError as error:  # a name that is too long
-        raise UsageError(f"{folder.name} names {shortened(name)}: {error.strerror}; download it again") from None
+        told = f"{shortened(folder.name)} names {shortened(name)}"
+        raise UsageError(f"{told}: {error.strerror}; download it again") from None
     place, home = (folder / name).resolve(), folder.resolve()
     cached = home.parent.name == "snapshots" and "--" in home.parent.parent.name  # models--org--name/snapshots/commit
     if not place.is_relative_to(home) and not (cached and place.parent == home.parent.parent / "blobs"):
@@ -180,7 +181,7 @@ def writing(what: object, fix: str = "make room or give access, or choose anothe
     try:
         yield
     except OSError as error:
-        raise UsageError(f"cannot write {what}: {error.strerror}; {fix}") from None
+        raise UsageError(f"cannot write {shortened(what, 200)}: {error.strerror}; {fix}") from None
 
 
 # Of what is being written: its name, where processes have their numbers, the process, and a random word.
@@ -242,8 +243,11 @@ def saving() -> Iterator[None]:
 
 def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> None:
     """Raise `UsageError` where a folder is, or a file that is neither empty nor ours; of a link only itself goes."""
-    if path.is_symlink() or not path.exists():
-        return
+    try:
+        if path.is_symlink() or not path.exists():
+            return
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
     with contextlib.suppress(UsageError):  # what readers of ours say of others' files
         if path.is_file() and (not path.stat().st_size or is_ours(path)):
             return

@@ -27,6 +27,7 @@ KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block":
 SET_NAMES = KIND_NAMES | {"portable": "portable sublayer"}  # of what a set is made of; a kind of mixer by its own
 
 IN_BOTH = "a block is named in both"
+FOR_THIS_MODEL = "make a plan for this model, or copy this one without its fingerprint if you are sure"
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_TOKENS = 1 << 31  # of a prompt
 MOST_BYTES = 1 << 20  # of a plan file
@@ -296,8 +297,7 @@ class Plan(Layers, frozen=True, extra="forbid"):
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
             told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
-            fix = "make a plan for this model, or copy this one without its fingerprint if you are sure"
-            raise UsageError(f"{told}; {fix}")
+            raise UsageError(f"{told}; {FOR_THIS_MODEL}")
         self.check_depth(len(structure.blocks))
         for part in (self, self.prefill):
             for kind in ("attention", "mlp"):

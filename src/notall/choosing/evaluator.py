@@ -60,7 +60,7 @@ class Evaluator:
         self.structure = locate(self.model)
         self.all = objective.part(1.0)
         self.tokens = sum(batch.tokens for batch in objective.batches)
-        self.spent = SearchCost(evaluations=0, executions=0, seconds=0)
+        self.spent = SearchCost()
         self._counted = set[Key]()
         self._known: dict[Key, tuple[float, SearchCost]] = {}
         self._prefix = self._steps(frozenset())
@@ -128,7 +128,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
-        start = time.process_time()
+        start, began = time.process_time(), time.monotonic()
         replay = Replay(self.model, [self._plan(skipped) for skipped in sets])
         losses: list[dict[int, list[float]]] = [{} for _ in sets]
         ran = 0.0
@@ -142,8 +142,12 @@ class Evaluator:
                 for place in places:
                     losses[place][number] = items
             ran += (replay.ran - before) * (batch.tokens / self.tokens)
-        seconds = time.process_time() - start
-        each = SearchCost(evaluations=1, executions=ran / len(sets), seconds=seconds / len(sets))
+        each = SearchCost(
+            evaluations=1,
+            executions=ran / len(sets),
+            seconds=(time.process_time() - start) / len(sets),
+            wall_seconds=(time.monotonic() - began) / len(sets),
+        )
         self._note(numbers, {skipped: self.objective.total(found) for skipped, found in zip(sets, losses)}, each)
 
     def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
@@ -221,7 +225,7 @@ class AfterRepair(Evaluator):
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         part = numbers if len(numbers) > 1 else frozenset([0, 1])  # one to fit to, one to judge
         for skipped in sets:
-            start = time.process_time()
+            start, began = time.process_time(), time.monotonic()
             text, heads = self._text(part)
             losses, ran = {place: [0.0] for place in heads}, 0.0
             if skipped:
@@ -230,7 +234,12 @@ class AfterRepair(Evaluator):
                     rows = repair.states[place][:, :-1].flatten(0, 1)
                     losses[place] = [float(self._scorer.score(rows, None, dense).kl.mean())]
                 ran = repair.ran * (len(part) / len(self.all))
-            spent = SearchCost(evaluations=1, executions=ran, seconds=time.process_time() - start)
+            spent = SearchCost(
+                evaluations=1,
+                executions=ran,
+                seconds=time.process_time() - start,
+                wall_seconds=time.monotonic() - began,
+            )
             self._note(numbers, {skipped: self.objective.total(losses)}, spent)
 
     def _repair(self, text: DenseStream, skipped: Skipped, numbers: frozenset[int]) -> Repair:

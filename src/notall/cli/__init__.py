@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NoReturn
@@ -33,6 +33,7 @@ def main() -> None:
     drop_chatter()
     CLOCK.begin()
     try:
+        _refuse_names(sys.argv[1:])
         with _own_manners():
             sys.exit(app(prog_name="notall", standalone_mode=False))
     except UsageError as error:
@@ -45,6 +46,8 @@ def main() -> None:
             raise
         _fail(f"this needs {error.name}: pip install 'notall[{extra}]'")
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            _fail(f"{shortened(str(error.filename))}: {os.strerror(error.errno)}; give another name")
         if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
@@ -64,6 +67,16 @@ def _is_news(words: tuple[str, ...], record: logging.LogRecord) -> bool:
     return not any(word in record.getMessage() for word in words)
 
 
+def _refuse_names(words: Sequence[str]) -> None:
+    """Raise `UsageError` for words that are not UTF-8: safetensors, tokenizers and records cannot hold them."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            fix = "rename the file or folder, or write the text again"
+            raise UsageError(f"{shortened(word)} is not UTF-8: {fix}") from None
+
+
 def _told(error: Any) -> str:
     """What Typer says of a command, an option or a value that it cannot read, and where the right ones are."""
     said = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
@@ -75,13 +88,20 @@ def _told(error: Any) -> str:
 
 @contextmanager
 def _own_manners() -> Iterator[None]:
-    """Inside, SIGTERM ends by an exception, so that half-written folders are taken away, and a warning is one line."""
+    """Inside, signals end by an exception, so that half-written folders are taken away, and a warning is one line.
+
+    SIGTERM and, where the terminal goes, SIGHUP; one that is ignored, as under nohup, still is.
+    """
 
     def end(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
     is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
-    handler, told = signal.signal(signal.SIGTERM, end) if is_main else None, warnings.formatwarning
+    caught = [signal.SIGTERM] if is_main else []
+    if is_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in caught}
+    told = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(printable(str(message)).split())}\n"
     try:
         with warnings.catch_warnings():
@@ -89,8 +109,8 @@ def _own_manners() -> Iterator[None]:
             yield
     finally:
         warnings.formatwarning = told
-        if is_main:
-            signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> None:

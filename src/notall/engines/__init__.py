@@ -1,5 +1,6 @@
 """Engines that run models: each scores, times and quantises its checkpoints, in a process of its own (see `worker`)."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import psutil
 
@@ -22,6 +23,7 @@ ENGINES = {
 }
 
 Tokens = Sequence[int]
+Memory = Literal["process", "devices"]
 
 
 def engine_named(name: str) -> "type[Engine]":
@@ -31,11 +33,12 @@ def engine_named(name: str) -> "type[Engine]":
 
 @dataclass(frozen=True)
 class Timing:
-    """One prompt and some new tokens; `memory_bytes` is by how much the process grew for that."""
+    """One prompt and some new tokens, and the memory that took: of the process or of devices (see `medians`)."""
 
     prefill_ms: float
     decode_ms_per_token: float
     memory_bytes: int
+    memory_of: Memory = "process"
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,24 @@ def weight_bytes(checkpoint: Path) -> int:
 
 
 def medians(once: Callable[[], tuple[float, float]], before: int) -> Timing:
-    """Of three calls after one to warm up: (prefill ms, decode ms a token) each; `before` is the process in bytes."""
+    """Of three calls after one to warm up: (prefill ms, decode ms a token) each; `before` is the process in bytes.
+
+    Memory is the most that torch allocated on CUDA devices, if any, else by how much the process grew.
+    """
     once()
     prefill, decode = zip(*(once() for _ in range(3)), strict=True)
-    return Timing(median(prefill), median(decode), resident_bytes() - before)
+    times = median(prefill), median(decode)
+    if on_devices := allocated_bytes():
+        return Timing(*times, on_devices, "devices")
+    return Timing(*times, resident_bytes() - before)
+
+
+def allocated_bytes() -> int:
+    """The most that torch allocated on CUDA devices at once, added up; 0 where it used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
 
 
 def resident_bytes() -> int:

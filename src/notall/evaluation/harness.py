@@ -39,7 +39,7 @@ from ..progress import Progress, Stages, silent
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
-from ..running.generating import as_asked, greedy_each, reporting
+from ..running.generating import as_asked, greedily, greedy_each, reporting
 from ..running.skipping import skip
 from ..structure.undoing import Undo
 from .scoring import BatchSize, Request, Scorer, unless_out_of_memory
@@ -225,10 +225,11 @@ class PlansLM(HFLM):
     def chat(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[str, str]]:
         """What the plan says to a user, greedy, and what the original model says."""
         asked = self._as_chat(requests)
-        with Undo() as undo, undo.put(vars(self), "number", 0):
-            undo.put(vars(self), "progress", silent)  # which would begin anew
-            dense = self.generate_until(asked)
-        return list(zip(self.generate_until(asked), dense))
+        with greedily(self.model):
+            with Undo() as undo, undo.put(vars(self), "number", 0):
+                undo.put(vars(self), "progress", silent)  # which would begin anew
+                dense = self._written("chat", asked)
+            return list(zip(self._written("chat", asked), dense))
 
     def first_choices(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """The share, 0 to 1, of the tokens of the original model's own greedy answer that are the first choice."""
@@ -264,10 +265,14 @@ class PlansLM(HFLM):
         return [self.answers.get(key, self.number, float) for key in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        return self._written("generate_until", requests)
+
+    def _written(self, kind: str, requests: list[Instance]) -> list[str]:
+        """What the plan writes, by the settings that the model has now; it is kept as of this kind of request."""
         asked: Counter[str] = Counter()  # the same request asked again (a task that samples) has another key each time
         keys = []
         for request in requests:
-            key = self.answers.key("generate_until", *request.args)
+            key = self.answers.key(kind, *request.args)
             asked[key] += 1
             keys.append(key if asked[key] == 1 else f"{key}-{asked[key]}")
         waiting = [(key, request) for key, request in zip(keys, requests) if not self.answers.has(key, self.number)]

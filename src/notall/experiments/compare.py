@@ -146,6 +146,7 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
         number("evaluations", lambda one: one.spent.evaluations, ",d"),
         FORWARDS,
         number("CPU s", lambda one: one.spent.seconds, ",.1f"),
+        number("wall s", lambda one: one.spent.wall_seconds or None, ",.1f"),
         number("on the text it chose by", lambda one: one.calibration_delta, "+.3f"),
         number("calibration tokens", lambda one: one.calibration_tokens if one.spent.evaluations else None, ",d"),
     )

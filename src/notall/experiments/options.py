@@ -301,10 +301,14 @@ def refuse_judging(tasks: TaskChoice, sources: Sequence[str], prompts: Path | No
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of a file, an export, or the folder of a repair, with its weights."""
-    if (path / MANIFEST).is_file():
+    """The plan of a file, an export, or the folder of a repair, with its weights. Raises `UsageError` as they do."""
+    try:
+        is_export, is_folder = (path / MANIFEST).is_file(), path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"cannot read the plan {shortened(path)}: {error.strerror}; give another name") from None
+    if is_export:
         return plan_of(path)
-    if path.is_dir():
+    if is_folder:
         from ..running.repaired import RepairedPlan
 
         return RepairedPlan.load(path)

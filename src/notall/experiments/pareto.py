@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from ..engines import Engine, engine_named, weight_bytes, worker
+from ..engines import Engine, Memory, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
 from ..files import Settings, beside, write_whole
@@ -84,7 +84,8 @@ class EngineTimesRecord(Record, Represented, kind="engine_times", key=(*NAMED, "
     round: Count = Field(description="its number, from 0")
     prefill_ms: Positive = Field(description="milliseconds from the prompt to the first new token")
     decode_ms_per_token: Positive = Field(description="milliseconds")
-    memory_bytes: Count = Field(description="by which the engine's process grew")
+    memory_bytes: Count = Field(description="by which the engine's process grew, or most on devices")
+    memory_of: Memory = Field("process", description="whose memory that is: the process's, or that of CUDA devices")
 
 
 class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
@@ -102,7 +103,8 @@ class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     windows: Count | None = Field(None, description="of held-out text")
     tokens: Count | None = Field(None, description="predicted, of all windows")
     file_bytes: Count | None = Field(None, description="of weights on disk")
-    memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
+    memory_bytes: Count | None = Field(None, description="see `memory_of`; median of the rounds")
+    memory_of: Memory | None = Field(None, description="the process: by how much it grew; devices: most allocated")
     times: Times | None = Field(None, description="speedups over the plain original, alike for models of one shape")
     rounds: Count | None = Field(None, description="in which it was timed")
     round_ms: tuple[Positive, ...] = Field((), description="of a decode step in each round, as all of its shape")
@@ -130,6 +132,7 @@ COLUMNS: tuple[Column[ParetoRecord], ...] = (
     words("on the Pareto front", lambda one: "yes" if one.best else ""),
     size("file", lambda one: one.file_bytes),
     size("memory", lambda one: one.memory_bytes),
+    words("memory of", lambda one: one.memory_of if one.memory_of != "process" else ""),
     with_error("bits per byte", lambda one: (one.bits_per_byte, one.bits_per_byte_se)),
     DELTA_BITS,
     with_error("NLL", lambda one: (one.nll, one.nll_se), unit="nats per token"),
@@ -456,6 +459,7 @@ class _Run:
             tokens=sum(scores.tokens),
             file_bytes=scores.file_bytes,
             memory_bytes=round(median(one.memory_bytes for one in rounds)),
+            memory_of=rounds[0].memory_of,
             times=self._times(variant),
             rounds=len(rounds),
             round_ms=self._round_ms(variant),

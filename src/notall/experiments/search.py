@@ -92,6 +92,7 @@ COLUMNS: tuple[Column[SearchRecord], ...] = (
     number("forward passes", lambda one: one.forwards, ",.1f"),
     number("evaluations", lambda one: one.spent.evaluations, ",d"),
     number("CPU s", lambda one: one.spent.seconds, ",.1f"),
+    number("wall s", lambda one: one.spent.wall_seconds or None, ",.1f"),
     words("missed", lambda one: one.missed),
 )
 

@@ -27,7 +27,7 @@ from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
 from ..files import beside
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
-from ..plan import Fingerprint, Plan, several
+from ..plan import FOR_THIS_MODEL, Fingerprint, Plan, several
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
@@ -209,7 +209,8 @@ def _check(source: GGUF, plan: Plan) -> None:
             f"{source.path.name} has {several(len(numbers), 'block')}, and says {source.depth}; download it again"
         )
     if shape and (shape.layers, shape.hidden_size) != ours:
-        raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
+        told = f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}"
+        raise UsageError(f"{told}; {FOR_THIS_MODEL}")
     plan.check_depth(source.depth)
     name = source.architecture
     if name not in ORDINARY | HYBRIDS:

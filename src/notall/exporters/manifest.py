@@ -1,6 +1,7 @@
 """What an export says of itself: `notall.json` for programs, a model card for people."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,18 +145,20 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
     data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
     skipped = [(name, ", ".join(map(str, plan[name.lower()])) or "none") for name in ("attention", "MLP")]
+    model, revision = literal(dense["model"]), literal(dense["revision"])
     sections = [
-        f"# {dense['model']} without some of its sublayers",
-        f"Written by notall {manifest['notall']} from `{dense['model']}` ({dense['revision']}), which has "
+        f"# {model} without some of its sublayers",
+        f"Written by notall {manifest['notall']} from {model} ({revision}), which has "
         f"{several(dense['layers'], 'layer')}. What is left out is in no file, takes no time and holds no cache.",
         _table(("sublayer", "left out of these layers of the original model, from 0"), skipped),
-        *([f"Plan: {plan['note']}."] if plan["note"] else []),
+        *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),
         *(_on_repair(manifest["repair"]) if "repair" in manifest else []),
         export.use,
         f"Check: {verdict}.",
     ]
     if measured:
-        rows = [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in measured.items()]
+        values = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in measured.items()}
+        rows = [(literal(name), literal(value)) for name, value in values.items()]
         sections += ["## Measured", _table(("what", "value"), rows)]
     card = f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
     return "\n".join(map(printable, card.split("\n")))  # notes are anyone's
@@ -163,16 +166,21 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
 
 def _on_repair(repair: Settings) -> Iterator[str]:
     """That weights are not the original model's, by what they were made, and what is left of the error."""
-    steps = "; then ".join(step["told"] for step in repair["history"])
+    steps = "; then ".join(literal(step["told"]) for step in repair["history"])
     made = f" They were {steps}." if steps else ""
     yield "## Repaired"
     yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
-    rows = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
+    rows = [(literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
     if refit:
         yield f"{len(rows)} of {several(len(refit), 'refit step')} left at most {1 - LITTLE:.0%} of the error."
     if rows:
         yield _table(("refit, in the original model's numbers", "error left on text that it was not fitted to"), rows)
+
+
+def literal(text: object) -> str:
+    """`text` as Markdown shows it as it is, and not as HTML or other markup: it may be anyone's."""
+    return re.sub(r"[\\`*<>\[\]&|]", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def _terms(dense_card: Path | None) -> Settings:

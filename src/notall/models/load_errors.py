@@ -34,6 +34,7 @@ FIXES = (
     ("No such file or directory", "a file is missing; fetch or save the model again"),
     ("safetensors", SAFETENSORS_ONLY),
     ("attn_implementation", "give sdpa or eager"),
+    ("surrogates not allowed|not valid UTF-8", "rename the file or folder: its name is no UTF-8"),
 )
 
 

@@ -22,7 +22,7 @@ from ..files import cache_folder, contents, keep
 from ..integrity import sealed, unsealed
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
-from ..running.generating import as_asked, greedy_each, prompt_tokens, reporting, sample
+from ..running.generating import as_asked, greedy_each, prompt_tokens, reporting, sample, settings_of
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
 from .names import USE
@@ -135,10 +135,14 @@ def episodes(hay: str) -> str:
 
 
 def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of what an answer depends on beside request and plan: config, weights (a sample of each), tokenizer."""
+    """A digest of what an answer depends on, but for request and plan.
+
+    Config, settings of generation, weights (a sample of each), and tokenizer.
+    """
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for settings in (config, settings_of(model)):
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         if type(weight.data) is Tensor and weight.device.type != "meta":
             flat = weight.detach().flatten()

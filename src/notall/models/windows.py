@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
 from ..options import check_sizes
+from ..plan import several
 from ..structure.model_structure import inputs_device
 from .texts import Text, start_tokens, token_ids
 
@@ -117,15 +118,15 @@ def _first(count: int, places: Tensor, wanted: Callable[[Tensor], Tensor]) -> Te
 
 def _too_short(text: Text, tokens: int, sequences: int, length: int, start: int, left: str) -> str:
     """That a text has too few windows, and how many or how long ones it has."""
-    told = f"the text {shortened(text.name)} has {tokens} tokens"
+    told = f"the text {shortened(text.name)} has {several(tokens, 'token')}"
     if left:
-        told += f", which are {tokens // (length - start)} windows of {length}, and {left}"
+        told += f", which are {several(tokens // (length - start), 'window')} of {length}, and {left}"
         return f"{told}, where {sequences} are needed: lower --sequences, or give another text to measure on"
     windows, fitting = tokens // (length - start), tokens // sequences + start
     fits = [f"lower sequences to {windows} or "] if windows else []
     fits += [f"lower length to {fitting} or "] if fitting >= 2 else []
-    need = f"{sequences} sequences of {length} need {sequences * (length - start)}"
-    return f"{told}, and {need}: {''.join(fits)}give a longer text"
+    asked = f"{several(sequences, 'sequence')} of {length} ({sequences * (length - start):,})"
+    return f"{told}, too few for {asked}: {''.join(fits)}give a longer text"
 
 
 def _shared(windows: Drawn, apart: Sequence[Drawn]) -> Tensor:

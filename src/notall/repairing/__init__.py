@@ -1,1 +1,1 @@
-"""Weights of what is kept are refit, in closed form, to make up for what is skipped."""
+"""What makes up for what is skipped: refits of kept weights in closed form, published methods, and training."""

@@ -235,9 +235,9 @@ class _Loop:
         self.model = self.accelerator.prepare(self.student)
         self.trained = [*self.student.trained.values()]
         self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        # float16 has no room for small gradients: the loss is scaled, by as much as it has room for
-        needed = teacher.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(teacher.device.type, enabled=needed)
+        # float16 has no room for small gradients, nor for large ones: the default model's begin at about 2
+        is_needed = teacher.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(teacher.device.type, init_scale=2.0**13, enabled=is_needed)
         self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the original says of them
         for ids in training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
             targets = ids[:, training.start + 1 :].flatten()

@@ -100,6 +100,8 @@ class Student(nn.Module):
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
         self.trained = {path: _exact(one) for path, one in self.running.items()}
+        pairs = zip(self.trained.values(), self.running.values())
+        self.rounded = [(own, running) for own, running in pairs if own is not running]
 
     def forward(self, input_ids: Tensor, targets: tuple[Recording, list[Tensor]] | None = None) -> Tensor:
         """What the head's matrix is given, (tokens, width); with targets the loss of the layers, (1,)."""
@@ -113,13 +115,13 @@ class Student(nn.Module):
 
     def take_gradients(self) -> None:
         """Move the gradients of what runs to what is trained."""
-        for own, running in zip(self.trained.values(), self.running.values()):
-            if own is not running and running.grad is not None:
-                own.grad, running.grad = running.grad.to(own.dtype), None
+        for own, running in self.rounded:
+            own.grad = None if running.grad is None else running.grad.to(own.dtype)
+            running.grad = None
 
     def follow(self) -> None:
         """Run what was trained by now."""
-        for own, running in zip(self.trained.values(), self.running.values()):
+        for own, running in self.rounded:
             running.data.copy_(own.data)
 
     @torch.no_grad()

@@ -126,6 +126,7 @@ class SearchCost(Added):
     evaluations: Count = Field(0, description="sets of sublayers that were evaluated")
     executions: Amount = Field(0.0, description="sublayers run, in passes over the whole calibration text")
     seconds: Amount = Field(0.0, description="CPU seconds of all threads")
+    wall_seconds: Amount = Field(0.0, description="of the clock: on a GPU it is the measure; 0 where none was kept")
 
 
 class Configured(Skips):

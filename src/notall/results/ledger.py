@@ -121,9 +121,10 @@ def check_same(held: About, wanted: About, out: Path, fix: str = GO_ON, found: C
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
-    """Raise `UsageError` when `folder` holds what another command wrote, or, without records, what is written over."""
+    """Raise `UsageError` when `folder` holds results of another command, links to some, or what would be replaced."""
     is_ours = False
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
+        lines.refuse_link(path)
         kind = kind_at(path)
         if kind and command not in (commands := HOMES[kind][1]):
             told = f"{folder} holds results of notall {commands[0]} ({path.name})"

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..files import Settings, read_json, refuse_endless, writing
 from ..integrity import sealed, unsealed
 
@@ -22,12 +22,23 @@ MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 
 
 def append(path: Path, *lines: Settings) -> None:
-    """Add `lines` to a file, on disk when this returns. Raises `UsageError` where it stays as it was."""
+    """Add `lines` to a file, on disk when this returns. Raises `UsageError` where it stays as it was, as for a link."""
+    refuse_link(path)
     text = b"".join(sealed(json.dumps(finite(line), allow_nan=False).encode()) + b"\n" for line in lines)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b", buffering=0) as file:
+        with open(path, "a+b", buffering=0, opener=_open_no_link) as file:
             _write(file, text)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `UsageError` for a link: the file that it leads to, if there is one, may be anything."""
+    if path.is_symlink():
+        raise UsageError(f"{shortened(path)} is a link: put the file itself there, or choose another folder")
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def read(path: Path) -> list[Settings]:
@@ -54,7 +65,8 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
+        told = f"cannot read {shortened(path, 200)}: {error.strerror}"
+        raise UsageError(f"{told}; give another file or folder") from None
 
 
 def parsed(path: Path, number: int, text: bytes) -> Settings:
@@ -80,7 +92,11 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises `UsageError` when another has it, and when it can't be written.
     """
-    held, made = FileLock(folder / ".lock", timeout=0), [*takewhile(_is_absent, (folder, *folder.parents))]
+    place = folder / ".lock"
+    refuse_link(place)
+    if place.is_file() and place.stat().st_size:  # some releases of filelock would empty it
+        raise UsageError(f"{shortened(place)} is there, and notall did not write it: choose another folder")
+    held, made = FileLock(place, timeout=0), [*takewhile(_is_absent, (folder, *folder.parents))]
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)

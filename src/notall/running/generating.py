@@ -104,15 +104,32 @@ def greedy(
 ) -> list[list[int]]:
     """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), up to the one that ends it.
 
-    Of the checkpoint's own settings, which may penalise repetition or search with beams, it takes that token alone.
     `mask` is 0 where rows are padded, on the left; `options` are more of `generate`, such as a streamer.
     """
+    with greedily(model):
+        rows = _generate(model, ids, mask, max_new_tokens=new_tokens, **options)[:, ids.shape[1] :]
+    return [up_to_end(model, row) for row in rows.tolist()]
+
+
+@contextmanager
+def greedily(model: PreTrainedModel) -> Iterator[None]:
+    """For the time of the `with`, `model` generates the likeliest token each time.
+
+    Of the checkpoint's own settings, which may penalise repetition, sample or search with beams, the tokens
+    that end a text stay. All that notall generates goes this way, but for texts that are drawn (`sample`,
+    `generate_text` at a temperature) and tasks of lm-evaluation-harness, which take the checkpoint's.
+    """
     ends = ends_of(model)
-    until = {"max_new_tokens": new_tokens, "eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
-    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **until)
+    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0)
+    settings.eos_token_id, settings.pad_token_id = ends or None, next(iter(ends), 0)
     with Undo() as undo, _generating_by(settings, model, undo):
-        rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
-    return [up_to_end(model, row) for row in rows]
+        yield
+
+
+def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The checkpoint's own settings of generation, as JSON has them: what else decides an answer than weights."""
+    known = model.generation_config.to_diff_dict() if model.can_generate() else {}
+    return {name: value for name, value in sorted(known.items()) if name != "transformers_version"}
 
 
 def up_to_end(model: PreTrainedModel, row: list[int]) -> list[int]:

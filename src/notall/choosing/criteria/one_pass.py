@@ -64,10 +64,10 @@ def choose_angular(setting: Setting, budget: Budget) -> Choice:
 
 @torch.no_grad()
 def _walk(setting: Setting, look: Look) -> None:
-    start = time.process_time()
+    start = time.process_time(), time.monotonic()
     for tokens in setting.batches:
         walk(setting.model, look, input_ids=tokens)
-    setting.passed(1, start)
+    setting.passed(1, *start)
 
 
 def _measured(setting: Setting, measure: Measure) -> UnitScores:
@@ -104,7 +104,7 @@ def score_fisher(setting: Setting) -> UnitScores:
 
 def _gradients(setting: Setting) -> dict[Unit, Tensor]:
     """dL/dgate of each unit, by sequence: a block's gate is the gate of both its sublayers. (sequences,) each."""
-    start = time.process_time()
+    start = time.process_time(), time.monotonic()
     space, model = setting.space, base_model(setting.model)
     found: dict[Unit, list[Tensor]] = {unit: [] for unit in space.units}
     for ids in setting.batches:
@@ -117,7 +117,7 @@ def _gradients(setting: Setting) -> dict[Unit, Tensor]:
         by_gate = dict(zip(gates, torch.autograd.grad(loss, list(gates.values()))))
         for unit, parts in found.items():
             parts.append(torch.stack([by_gate[name].double().cpu() for name in unit]).sum(0))
-    setting.passed(3, start)  # a backward pass costs about two forward ones
+    setting.passed(3, *start)  # a backward pass costs about two forward ones
     return {unit: torch.cat(parts) for unit, parts in found.items()}
 
 

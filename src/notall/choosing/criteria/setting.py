@@ -53,12 +53,18 @@ class Setting:
         now = time.monotonic()
         return replace(self, deadline=now + share * max(0.0, self.deadline - now))
 
-    def passed(self, passes: float, since: float) -> None:
-        """Count passes over the calibration text that began at `since`, on the clock of `time.process_time`."""
+    def passed(self, passes: float, since: float, began: float | None = None) -> None:
+        """Count passes over the calibration text.
+
+        They began at `since` on the clock of `time.process_time`, and at `began` on `time.monotonic`'s.
+        """
         share = sum(tokens.numel() for tokens in self.batches) / self.evaluator.tokens
-        executions = passes * share * self.evaluator.forward
-        seconds = time.process_time() - since
-        self.evaluator.spent += SearchCost(evaluations=1, executions=executions, seconds=seconds)
+        self.evaluator.spent += SearchCost(
+            evaluations=1,
+            executions=passes * share * self.evaluator.forward,
+            seconds=time.process_time() - since,
+            wall_seconds=0.0 if began is None else time.monotonic() - began,
+        )
 
 
 @dataclass(frozen=True)
