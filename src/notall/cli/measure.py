@@ -19,7 +19,7 @@ from ..experiments import (
     sweep as sweeps,
 )
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
-from ..experiments.evaluate import QUALITIES, Evaluation, behind, mend_of
+from ..experiments.evaluate import QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
@@ -33,7 +33,7 @@ from ..plan import Plan, several
 from ..progress import Stages
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS
 from ..results.ledger import read
-from ..results.provenance import windows_in_words
+from ..results.provenance import behind, windows_in_words
 from ..results.table import table
 from ..results.terminal import next_report, progress_bar, show
 from .app import MISSED, app, command, conclude, options_in

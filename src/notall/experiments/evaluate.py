@@ -44,11 +44,6 @@ QUALITIES: tuple[Column[ModelQuality], ...] = (
 )
 
 
-def behind(prompt_tokens: int | None) -> str:
-    """In words that only what follows a prompt is scored; nothing where all of a text is."""
-    return f", behind a prompt of {prompt_tokens:,} tokens" if prompt_tokens else ""
-
-
 @dataclass(frozen=True)
 class Evaluated:
     """Of the original model and of each state of the plan the quality on a text, and of those its scores and checks."""

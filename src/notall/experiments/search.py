@@ -22,11 +22,11 @@ from ..progress import Progress, silent
 from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanScore, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
-from ..results.provenance import Provenance
+from ..results.provenance import Provenance, behind
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
 from ..results.repairs import MeasuredRecord, RepairStep, State
 from ..results.table import Column, number, table, within, words
-from .evaluate import behind, last_measured, tasks_section
+from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
 from .options import (
     LAST_TOKENS,
