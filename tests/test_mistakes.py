@@ -62,7 +62,7 @@ MISTAKES = {
     ),
     "a kind that plans do not have": (
         lambda m, s: Plan(block=[1]),
-        "attention, mlp, and no block; a block is named",
+        "attention, mlp, prefill, and no block; a block is named",
     ),
     "text for indices": (lambda m, s: Plan(attention="12"), "not '12'"),
     "a name to skip without": (lambda m, s: notall.skip("m", Plan([1])).__enter__(), "first the model, .* not str"),
@@ -95,7 +95,7 @@ MISTAKES = {
     ),
     "weights by another name": (
         lambda m, s: RepairedPlan.of(Plan([1]), weight={}),
-        r"it has attention, mlp, weights, .* no weight \(did you mean weights\?\)",
+        r"it has attention, mlp, prefill, weights, .* no weight \(did you mean weights\?\)",
     ),
     "a file for a folder": (
         lambda m, s: RepairedPlan.load(__file__),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .repairing.refitting import repair as repair
     from .repairing.students import TrainConfig as TrainConfig
     from .running.generating import generate_text as generate_text
+    from .running.prefill import prompt as prompt
     from .running.repaired import RepairedPlan as RepairedPlan
     from .running.skipping import draft_model as draft_model, remove as remove, skip as skip
     from .structure.locating import locate as locate
@@ -45,6 +46,7 @@ _HOMES = {
     "load": "models.loading",
     "locate": "structure.locating",
     "measure_similarity": "measuring.quality",
+    "prompt": "running.prefill",
     "register": "exporters.remote_code",
     "repair": "repairing.refitting",
 }

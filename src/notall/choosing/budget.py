@@ -76,6 +76,7 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
     if resource not in (known := get_args(Resource)):
         near = nearest(resource, known)
         raise UsageError(f"cannot save {shortened(repr(resource))}{near}: give one of {', '.join(known)}")
+    space.refuse_prefill(f"what the prompt alone skips saves no {resource}")
     sizes = {part.name: part for part in space.structure.sublayers}
     size = "parameters" if resource == "params" else resource
     saves = {name: float(getattr(sizes[name], size)) for name in space.names}

@@ -28,7 +28,7 @@ from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
 from .objective import Objective, kl
-from .space import Choice, Skipped, Space, Unit, names_in, plan_of
+from .space import Choice, Skipped, Space, Unit, names_in
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
@@ -105,21 +105,25 @@ def choose_plan(
     to which it was not fitted. A folder `out` keeps evaluations, and the same call with the same `provenance` resumes.
     The search ends after `max_minutes` by the clock, or `patience` evaluations that brought nothing. A plan for a
     speedup is timed, and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves
-    most within the limit (`missed`). With `recovering` it is the one that keeps enough. The windows `held_out`
-    measure it in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that
-    fails or does not suit the space, a budget that cannot be met, and held-out windows that overlap those that the
-    plan is chosen by.
+    most within the limit (`missed`). With `recovering` it is the one that keeps enough. Sets that a prompt alone skips
+    are judged by what follows half of each sequence, or the prompt of the `objective`. The windows `held_out` measure
+    it in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does
+    not suit the space, a budget that cannot be met, and held-out windows that overlap those that it is chosen by.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
     expect(budget, Budget, "a budget, such as notall.choosing.budget.by_count(space, 3)")
     way, batches, held_out = criterion_of(criterion), all_checked(batches, model), [*checked(held_out, model)]
-    objective = kl(batches) if objective is None else objective
+    if objective is None:
+        objective = kl(batches, prompt_tokens=batches[0].shape[1] // 2 if space.phase == "prefill" else None)
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
     refuse_overlap(held_out, [*batches, *objective.windows], "the plan is chosen by")
+    if space.phase == "prefill" and after_repair:
+        raise UsageError("a search after a repair is of every token: choose for the prompt without one")
     folder = None if out is None else Path(out)
     with working_in(folder, "search"):
-        make = partial(AfterRepair, model, batches) if after_repair else partial(Evaluator, model, objective)
+        plain = partial(Evaluator, model, objective, space=space)
+        make = partial(AfterRepair, model, batches) if after_repair else plain
         evaluator = make(states_bytes=states_bytes, folder=folder, settings=provenance)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         telling = by_the_clock(progress, deadline)
@@ -137,12 +141,20 @@ def choose_plan(
             spent=spent,
             forwards=spent.executions / evaluator.forward,
             in_time=not setting.late,
-            held_out=tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
+            held_out=_measured(model, plan, held_out, objective) if held_out else None,
             times=outcome.check,
             missed=outcome.missed,
             weighed=(footprint(model, Plan()), footprint(model, plan)),
             judged_by=evaluator.judged_by,
         )
+
+
+def _measured(
+    model: PreTrainedModel, plan: Plan, held_out: Sequence[Tensor], objective: Objective
+) -> tuple[Quality, Quality]:
+    """Of the original model and of the plan, behind a prompt as long as the objective's where that has one."""
+    dense, skipped = evaluate(model, [Plan(), plan], held_out, objective.prompt_tokens)
+    return dense, skipped
 
 
 def _recovered(recovering: Recovering, found: "Outcome", setting: Setting, budget: Budget) -> "tuple[Outcome, str]":
@@ -273,7 +285,7 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footp
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.target == math.inf or budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
-        plan, error = plan_of(choice.skipped), MOST_ERROR * budget.faster
+        plan, error = setting.space.plan(choice.skipped), MOST_ERROR * budget.faster
         if (left := footprint(setting.model, plan)) not in timed:
             timed[left] = check_times(setting.model, plan, budget.times, error=error, progress=setting.progress)
         ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed

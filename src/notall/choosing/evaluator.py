@@ -21,11 +21,11 @@ from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.record import Key, is_number
 from ..results.repairs import EvaluationRecord
-from ..running.replay import PrefixCache, Recording, Replay, live_steps, record, step_name
+from ..running.replay import PrefixCache, Recording, Replay, record
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .objective import Objective, kl
-from .space import Skipped, plan_of
+from .space import Skipped, Space, plan_of
 
 STATES_BYTES = 2 * 2**30
 WORDS = 8192  # of a larger vocabulary, for guesses
@@ -39,8 +39,8 @@ class Evaluator:
 
     Going on after a kill, it runs the states of its prefix again and counts them: up to one forward pass more.
     `states_bytes` bounds the states kept of the prefix: where all of them don't fit, every second, third... is kept.
-    `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. Raises
-    `UsageError` when it is another's.
+    `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. `space`
+    tells for which tokens sets are skipped: for every one without it. Raises `UsageError` when the folder is another's.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class Evaluator:
         folder: Path | None = None,
         name: str | None = None,
         settings: Provenance | Mapping[str, object] | None = None,
+        space: Space | None = None,
     ) -> None:
         self.model, self.objective = base_model(model), objective
+        self._plan: Callable[[Skipped], Plan] = space.plan if space else plan_of
         self.judged_by = objective.name
         self.structure = locate(self.model)
         self.all = objective.part(1.0)
@@ -68,7 +70,7 @@ class Evaluator:
         self._states_bytes = states_bytes
         about = Provenance.of(
             settings or {},
-            objective=objective.name,
+            objective=objective.name + (f" of {space.prefill_in_words}" if space and space.phase == "prefill" else ""),
             calibration=objective.digest(),
             fingerprint=self.structure.fingerprint,
             dtype=dtype_name(self.model),
@@ -86,7 +88,7 @@ class Evaluator:
     @cached_property
     @torch.inference_mode()
     def _recordings(self) -> list[Recording]:
-        return [record(self.model, **batch.inputs) for batch in self.objective.batches]
+        return [record(self.model, batch.prompt_tokens, **batch.inputs) for batch in self.objective.batches]
 
     @property
     def forward(self) -> int:
@@ -127,7 +129,7 @@ class Evaluator:
     @torch.inference_mode()
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         start, began = time.process_time(), time.monotonic()
-        replay = Replay(self.model, [plan_of(skipped) for skipped in sets])
+        replay = Replay(self.model, [self._plan(skipped) for skipped in sets])
         losses: list[dict[int, list[float]]] = [{} for _ in sets]
         ran = 0.0
         scorer = self._scorer if numbers == self.all else self._guesser(numbers)
@@ -176,7 +178,7 @@ class Evaluator:
         return self._prefix_caches[number]
 
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
-        return tuple(step_name(parts) for _, parts in live_steps(self.structure, plan_of(skipped)))
+        return Replay(self.model, [self._plan(skipped)]).path
 
     def _key(self, skipped: Skipped, numbers: frozenset[int]) -> Key:
         return skipped, "all" if numbers == self.all else len(numbers)

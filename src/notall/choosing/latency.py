@@ -206,6 +206,7 @@ class SpeedBudget(Budget):
 def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget:
     """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
     check_faster(faster)
+    space.refuse_prefill("no speedup is predicted of what the prompt alone skips")
     saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
     left = times.dense_ms - sum(saves.values())
     most = times.dense_ms / left if left > 0 else math.inf

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, nearest, shortened
+from ..measuring.quality import check_prompt
 from ..models.retrieval import FITTED, episode
 from ..models.texts import all_checked, read_prompts
 from ..plan import Plan
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 1024
 NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
+OF_TEXT = NAMES[:2]
 EPISODES, EPISODE_TOKENS = 8, 256  # of `retrieval`: how many, and about how many tokens each has
 T = TypeVar("T")
 Answered = tuple[list[int], list[int]]  # token ids of a context, and of what is judged behind it
@@ -41,6 +43,7 @@ class Batch:
     columns: Tensor  # (places,)
     items: Callable[[Tensor], Tensor]  # makes the losses of the items, (items,), of those of the places, (places,)
     targets: Tensor | None = None  # (places,) token ids whose NLL it is; else KL(dense || skipped) of the next token
+    prompt_tokens: int | None = None  # so many first ones of each sequence are a prompt, where that is known
 
     @property
     def tokens(self) -> int:
@@ -69,6 +72,11 @@ class Objective:
     @property
     def name(self) -> str:
         return " + ".join(t.name if t.weight == 1 else f"{t.weight:g}*{t.name}" for t in self.terms)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """The most of a batch; None where there is no prompt."""
+        return max(filter(None, (batch.prompt_tokens for batch in self.batches)), default=None)
 
     @property
     def batches(self) -> tuple[Batch, ...]:
@@ -102,17 +110,21 @@ class Objective:
     def digest(self) -> str:
         """A hash of what is measured: the terms, their weights and their inputs."""
         inputs = (part for batch in self.batches for pair in sorted(batch.inputs.items()) for part in pair)
-        return digest_of([self.name, *inputs])[:16]
+        prompts = (f"prompt {batch.prompt_tokens}" for batch in self.batches if batch.prompt_tokens)
+        return digest_of([self.name, *inputs, *prompts])[:16]
 
 
-def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
-    """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    return _by_text("nll", batches, weight)
+def nll(batches: Sequence[Tensor], weight: float = 1.0, prompt_tokens: int | None = None) -> Objective:
+    """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each.
+
+    With `prompt_tokens` so many first tokens of each sequence are its prompt, and what follows is judged.
+    """
+    return _by_text("nll", batches, weight, prompt_tokens)
 
 
-def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
-    """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    return _by_text("kl", batches, weight)
+def kl(batches: Sequence[Tensor], weight: float = 1.0, prompt_tokens: int | None = None) -> Objective:
+    """Mean KL(dense || skipped) of the next token, by sequence; `batches` and `prompt_tokens` are as for `nll`."""
+    return _by_text("kl", batches, weight, prompt_tokens)
 
 
 def mix(objectives: Sequence[Objective]) -> Objective:
@@ -120,17 +132,21 @@ def mix(objectives: Sequence[Objective]) -> Objective:
     return Objective(tuple(term for objective in objectives for term in objective.terms))
 
 
-def _by_text(name: str, batches: Sequence[Tensor], weight: float) -> Objective:
+def _by_text(name: str, batches: Sequence[Tensor], weight: float, prompt: int | None) -> Objective:
     """So few sequences at a time that a part of a short text can be judged."""
+    for ids in batches:
+        check_prompt([], ids.shape[1], prompt)
     few = [part for ids in all_checked(batches) for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1]))]
-    return Objective((Term(name, tuple(_text(ids, by_nll=name == "nll") for ids in few), weight),))
+    return Objective((Term(name, tuple(_text(ids, name == "nll", prompt) for ids in few), weight),))
 
 
-def _text(ids: Tensor, by_nll: bool) -> Batch:
-    """Judged by the mean over each sequence, (batch, tokens) token ids, at all places but its last."""
-    rows, columns = torch.ones_like(ids[:, 1:]).nonzero(as_tuple=True)
-    targets = ids[:, 1:].flatten() if by_nll else None
-    return Batch({"input_ids": ids}, rows, columns, lambda values: values.view(len(ids), -1).mean(1), targets)
+def _text(ids: Tensor, by_nll: bool, prompt: int | None) -> Batch:
+    """Judged by the mean over each sequence, (batch, tokens) token ids, at the places ahead of each judged token."""
+    start = prompt or 1
+    rows, columns = torch.ones_like(ids[:, start:]).nonzero(as_tuple=True)
+    targets = ids[:, start:].flatten() if by_nll else None
+    inputs, columns = {"input_ids": ids}, columns + start - 1
+    return Batch(inputs, rows, columns, lambda values: values.view(len(ids), -1).mean(1), targets, prompt)
 
 
 def build_objective(
@@ -142,17 +158,24 @@ def build_objective(
     prompts: Path | None = None,
     task_path: "Path | TaskShelf | None" = None,
     task_limit: int = 100,
+    prompt_tokens: int | None = None,
 ) -> Objective:
-    """What `wanted` is a sum of (see `terms_of`), on `batches`, (batch, tokens) ids each, or answers to `prompts`."""
+    """What `wanted` is a sum of (see `terms_of`), on `batches`, (batch, tokens) ids each, or answers to `prompts`.
+
+    With `prompt_tokens` it is of text alone, of which so many first tokens are the prompt.
+    """
 
     def term(weight: float, name: str) -> Objective:
+        if prompt_tokens and name not in OF_TEXT:
+            told = f"what a prompt skips is judged by the text behind it, and not by {shortened(name)}"
+            raise UsageError(f"{told}: give the objective {' or '.join(OF_TEXT)}")
         if name.startswith("task:"):
             return task(model, tokenizer, name[5:], task_path, task_limit, weight)
         if name == "answers" and prompts:
             return answers(model, tokenizer, read_prompts(prompts), weight)
         if name == "retrieval":
             return retrieval(model, tokenizer, weight)
-        return (nll if name == "nll" else kl)(batches, weight)
+        return (nll if name == "nll" else kl)(batches, weight, prompt_tokens)
 
     return mix([term(*each) for each in terms_of(wanted, prompts)])
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from ..errors import UsageError, expect, nearest, shortened
-from ..plan import Plan
+from ..plan import Phase, Plan, PromptSkips, bound_to_prompt
 from ..running.regrouping import is_portable
 from ..structure.model_structure import ModelStructure
 
@@ -27,6 +27,8 @@ class Space:
 
     `portable` leaves only sets whose result is an ordinary checkpoint: every maximal run of skipped sublayers has even
     length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
+
+    With the `phase` prefill sets are skipped for a prompt's tokens alone, but for its `last_tokens`.
     """
 
     structure: ModelStructure = field(repr=False)
@@ -34,6 +36,8 @@ class Space:
     portable: bool = False
     keep_first: int = 0
     keep_last: int = 0
+    phase: Phase = "all"
+    last_tokens: int = 1
 
     def __post_init__(self) -> None:
         expect(self.structure, ModelStructure, "the structure of a model: notall.locate(model)")
@@ -49,8 +53,18 @@ class Space:
         if self.portable and self.structure.in_place:
             told = f"layers of {self.structure.model_type} depend on each other, and keep their places"
             raise UsageError(f"no set is portable: {told}; choose among attention, mlp or block")
+        if self.phase == "prefill":
+            self._check_prefill()
         if not self.names:
             raise UsageError("every layer is preserved: keep fewer of the first and last layers")
+
+    def _check_prefill(self) -> None:
+        if self.portable or self.kind == "period":
+            told = f"a prompt that skips leaves the checkpoint whole, {self} or not"
+            raise UsageError(f"{told}: choose among attention, mlp, block or sublayer")
+        bound = [why for part in self.structure.sublayers if (why := bound_to_prompt(self.structure, part))]
+        if len(bound) == len(self.structure.sublayers):
+            raise UsageError(f"the prompt alone can skip nothing, as {bound[0]}: choose for every token")
 
     def __str__(self) -> str:
         return "portable" if self.portable and self.kind == "sublayer" else self.kind
@@ -74,6 +88,7 @@ class Space:
             part.name
             for part in self.structure.sublayers
             if part.index in inner and (all_kinds or self.kind in (part.kind, part.mixer))
+            if self.phase == "all" or not bound_to_prompt(self.structure, part)
         )
 
     @cached_property
@@ -123,6 +138,8 @@ class Space:
 
     def allows(self, skipped: Skipped) -> bool:
         """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model or whole periods."""
+        if self.phase == "prefill":  # whose keys and values are written, so that all are counted
+            return not skipped.issuperset(name for name in self.order if name.startswith("attn."))
         if skipped.issuperset(f"attn.{index}" for index in self.structure.counting):
             return False
         if self.kind == "period":
@@ -136,7 +153,20 @@ class Space:
 
     def plan(self, skipped: Iterable[str], note: str | None = None) -> Plan:
         """The plan that skips the sublayers of these names."""
-        return plan_of(skipped, self.structure.fingerprint, note)
+        plan = plan_of(skipped, self.structure.fingerprint, note)
+        if self.phase == "all":
+            return plan
+        prefill = PromptSkips(plan.attention, plan.mlp, last_tokens=self.last_tokens)
+        return Plan(prefill=prefill, fingerprint=plan.fingerprint, note=note)
+
+    @property
+    def prefill_in_words(self) -> str:
+        return f"sets that the prompt alone skips, but for its last {self.last_tokens}"
+
+    def refuse_prefill(self, why: str) -> None:
+        """Raise `UsageError`, and say `why`, where sets are for the prompt alone: their budget is another."""
+        if self.phase == "prefill":
+            raise UsageError(f"{why}: give how many to skip (--skip {self}:8), or most nats to lose (--max-kl)")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from ..experiments import compare as comparing
 from ..experiments.driver import Subject
 from ..experiments.folder import check_folder
 from ..experiments.options import (
+    LAST_TOKENS,
+    PHASE,
     HeldOutOptions,
     KeepLast,
     ModelOptions,
@@ -21,7 +23,7 @@ from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
-from ..plan import Plan, several
+from ..plan import Phase, Plan, several
 from ..results.facts import FOOTPRINT, Footprint
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
@@ -87,6 +89,7 @@ def _made(about: Provenance, split: Split, timed: Workload | None) -> str:
     return f"{made} Times of {asked}, {several(timed.rounds, 'round')}, on {place}."
 
 
+EXACT = "No answer reads what this leaves out of the prompt: it changes nothing but the time to the first token."
 PlanFile = Annotated[Path, Option("where to write the plan", ("--out", "-o"))]
 
 
@@ -138,19 +141,29 @@ def plan(
         str, Option("what to skip, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
     ] = "attention:0.33",
     keep_last: KeepLast = False,
+    phase: Annotated[Phase, Option(PHASE)] = "all",
+    last_tokens: Annotated[int, Option(LAST_TOKENS, least=1)] = 1,
     out: PlanFile = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
-    """Write the paper's plan, which skips the deepest: `search --criterion deepest`, from a config alone."""
+    """Write the paper's plan, which skips the deepest: `search --criterion deepest`, from a config alone.
+
+    With --phase prefill the plan skips them for a prompt's tokens alone, and decoding stays as it is. `--skip block:1`
+    then costs nothing: no answer reads what the last block makes of earlier tokens.
+    """
     from ..models.loading import dtype_name
     from ..running.skipping import footprint
+    from ..structure.locating import locate
 
-    net = model.empty()
-    chosen = PlanOptions(skip=skip, keep_last=keep_last).of(net)
+    net, asked = model.empty(), PlanOptions(None, skip, keep_last, phase, last_tokens)
+    asked.check()
+    chosen = asked.of(net)
     chosen.save(out)
     plans = {"dense": Plan(), "skipped": chosen}
     weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
-    show({"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}, as_json=as_json)
+    then = [EXACT] if locate(net).is_unread(chosen) else []
+    tables = {"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}
+    show(tables, as_json=as_json, then=then)
 
 
 class CriterionFact(Fact):

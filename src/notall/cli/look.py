@@ -18,7 +18,7 @@ from ..experiments.driver import write_similarity
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..files import contents, refuse_others
 from ..options import Json, Option, RunOptions, Seed
-from ..plan import Plan
+from ..plan import Plan, bound_to_prompt
 from ..progress import tracked
 from ..results.facts import SIMILARITY
 from ..results.lines import refuse_unwritable
@@ -40,6 +40,7 @@ class SublayerFact(Fact):
     state_bytes: Count | None
     read_by: str = Field("", description="sublayers that share its keys and values")
     mixer: str | None = Field(None, description="its kind, where the model has several, or states")
+    bound: str = Field("", description="why a plan cannot skip it in the prompt alone")
 
 
 COLUMNS: tuple[Column[SublayerFact], ...] = (
@@ -51,6 +52,7 @@ COLUMNS: tuple[Column[SublayerFact], ...] = (
     size("states", lambda one: one.state_bytes),
     words("mixer", lambda one: one.mixer),
     words("read by", lambda one: one.read_by),
+    words("in prompts", lambda one: "always runs" if one.bound else ""),
 )
 
 
@@ -79,6 +81,7 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
             state_bytes=part.state_bytes or None,
             read_by=" ".join(part.read_by),
             mixer=part.mixer if several else None,
+            bound=bound_to_prompt(structure, part),
         )
         for part in structure.sublayers
     ]

@@ -33,7 +33,7 @@ from ..plan import Plan, several
 from ..progress import Stages
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS
 from ..results.ledger import read
-from ..results.provenance import windows_in_words
+from ..results.provenance import behind, windows_in_words
 from ..results.table import table
 from ..results.terminal import next_report, progress_bar, show
 from .app import MISSED, app, command, conclude, options_in
@@ -52,13 +52,16 @@ def evaluate(
     tasks: RecoveryOptions,
     repair: RepairOptions,
     run: RunOptions,
+    prompt_tokens: options.PromptTokens = None,
     diagnostics: options.Diagnostics = False,
     out: KeepIn = None,
 ) -> None:
     """Measure the loss of a plan: NLL, KL to the original model and agreement on a text, and benchmarks.
 
-    Each figure comes with its standard error, and differences are paired with the original model's.
+    Each figure comes with its standard error, and differences are paired with the original model's. A plan
+    that skips in the prompt alone is scored on what follows the prompt.
     """
+    from ..measuring.quality import check_prompt
     from ..structure.locating import locate
 
     kept = out.with_name(f"{out.name}.repaired") if out else None
@@ -74,6 +77,8 @@ def evaluate(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
+    prompt = prompt_tokens or (text.length // 2 if wanted.prefill else None)
+    check_prompt([wanted], text.length, prompt)
     with progress_bar() as progress:
         apart = windows_of(uses_of(wanted, plan.plan), net, tokenizer, [text.text])
         if repair:
@@ -81,18 +86,19 @@ def evaluate(
             wanted = repair.apply(net, wanted, texts, kept, model.provenance(net), progress)
             apart += texts.fitted
         batches, described = text.windows(net, tokenizer, seed=run.seed, apart=apart)
+        described |= {"prompt_tokens": prompt} if prompt else {}
         windows = text.for_diagnostics(net, tokenizer, run.seed, apart) if diagnostics else None
         settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
-        evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, run.seed, progress)
+        evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, run.seed, progress, prompt)
         found = evaluation.run(batches)
     records = evaluation.records(found, batches, settings)
-    tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
+    tables = {"quality": table(f"skip {wanted}{behind(prompt)}", QUALITIES, found.quality)}
     if found.scores:
         tables["tasks"] = scores_table(found.scores)
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
-    verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
+    verdict = Verdict.on(net, wanted, found.quality[-1].quality, f"{described['text']}{behind(prompt)}")
     verdict = verdict.judged(found.scores, asked.recovery)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..measuring.quality import check_prompt
 from ..measuring.statistics import (
     jackknife_error,
     mean_and_error,
@@ -95,13 +96,17 @@ class _Read:
     correct: Tensor  # whether it came
 
 
-def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable[Tensor]) -> list[list[Check]]:
+def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence[Tensor]) -> list[list[Check]]:
     """NLL by position, in octaves of tokens, and the expected calibration error of the next token.
+
+    Where a plan skips in the prompt alone, the first half of each window is the prompt, and the rest is judged.
 
     Source of the latter: Guo et al. 2017, arXiv 1706.04599, equation 3, with 15 bins of equal width; its error by
     leaving out one window at a time, and its test Student's t with a degree of freedom less than windows.
     """
-    reads = [_reads(model, [Plan(), *plans], window) for window in windows]
+    by_prompt = any(plan.prefill for plan in plans)
+    prompts = [window.shape[1] // 2 if by_prompt else 1 for window in windows]
+    reads = [_reads(model, [Plan(), *plans], *each) for each in zip(windows, prompts)]
     if not reads:
         raise UsageError("the diagnostics needs text; give at least one window")
     dense, *others = zip(*reads)
@@ -110,7 +115,8 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
     while low < shortest:
         end = min(high, shortest)
         columns = [[float(read.nll[low:end].mean()) for read in some] for some in (dense, *others)]
-        found.append(_checks(f"NLL at {low} to {end - 1}", columns, higher_is_better=False))
+        behind = min(prompts) - 1  # positions that are not judged
+        found.append(_checks(f"NLL at {behind + low} to {behind + end - 1}", columns, higher_is_better=False))
         low, high = high, 2 * high
 
     calibration = []
@@ -138,13 +144,15 @@ def calibration_error(reads: Sequence[_Read]) -> float:
     return float(gaps.abs().sum() / len(confidence))
 
 
-def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor) -> Iterable[_Read]:
+def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor, prompt: int) -> Iterable[_Read]:
+    """Of the tokens behind the first `prompt` ones."""
+    check_prompt(plans, window.shape[1], prompt)
     replay, scorer = Replay(model, plans), TokenScorer(model)
-    targets = window[0, 1:].cpu()
+    targets = window[0, prompt:].cpu()
     found: dict[int, _Read] = {}
     with torch.inference_mode():
-        for numbers, hidden in replay.hidden_states(record(replay.model, input_ids=window)):
-            scores = scorer.score(hidden[0, :-1], targets, likeliest=True)
+        for numbers, hidden in replay.hidden_states(record(replay.model, prompt, input_ids=window)):
+            scores = scorer.score(hidden[0, prompt - 1 : -1], targets, likeliest=True)
             read = _Read(scores.nll.cpu(), scores.confidence.cpu(), scores.likeliest.cpu() == targets)
             found |= dict.fromkeys(numbers, read)
     return [found[number] for number in range(len(plans))]

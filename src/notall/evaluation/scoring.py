@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Literal, TypeVar
 
 import torch
@@ -41,6 +42,11 @@ class Request:
 
     sequence: tuple[int, ...]
     continuation: tuple[int, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens come ahead of the continuation."""
+        return len(self.sequence) + 1 - len(self.continuation)
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,21 @@ class Scorer:
     def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[RequestScores]:
         """In batches, the longest first. Raises `UsageError` where one sequence takes more memory than there is."""
         replay = Replay(self.model, plans)
-        about: Sequences = {}
+        by_prompt = any(plan.prefill for plan in plans)  # a plan skips what comes ahead of a continuation
+        groups: dict[int | None, Sequences] = {}
         for number, request in enumerate(requests):
+            about = groups.setdefault(request.prompt_tokens if by_prompt else None, {})
             about.setdefault(request.sequence, {})[number] = request.continuation
+        for prompt in sorted(groups, key=lambda tokens: -(tokens or 0)):
+            yield from self._score(replay, groups[prompt], prompt)
+
+    def _score(self, replay: Replay, about: Sequences, prompt: int | None) -> Iterator[RequestScores]:
+        """Of sequences whose prompts are of one length, or None: nothing needs to know it."""
         self.plain_tokens += sum(map(len, about))
-        waiting = deque(sorted(self._arrange(about), key=len, reverse=True))
+        waiting = deque(sorted(self._arrange(about, prompt), key=len, reverse=True))
         while waiting:
             batch = [waiting.popleft() for _ in range(self.fitting(len(waiting[0]), len(waiting)))]
-            scores = unless_out_of_memory(partial(self._run, replay, batch, about))
+            scores = unless_out_of_memory(partial(self._run, replay, batch, about, prompt))
             if scores is not None:
                 yield scores
             elif len(batch) == 1 and len(batch[0].paths) > 1:
@@ -111,15 +124,19 @@ class Scorer:
         else:
             self.most_packs = rows // 2
 
-    def _arrange(self, about: Sequences) -> "list[Pack]":
-        """All sequences in packs: of several where that is seen to change nothing, of one where it is not."""
-        short = [sequence for sequence in about if len(sequence) <= self.window]
-        packs = list(packed(short, self.context)) if self.packs else []
+    def _arrange(self, about: Sequences, prompt: int | None = None) -> "list[Pack]":
+        """All sequences in packs: of several where that is seen to change nothing, of one where it is not.
+
+        With a `prompt` of so many tokens a pack has sequences of one prompt, which is then its beginning.
+        """
+        short = sorted(sequence for sequence in about if len(sequence) <= self.window)
+        alike = groupby(short, key=lambda sequence: sequence[:prompt] if prompt else None)
+        packs = [pack for _, some in alike for pack in packed(some, self.context)] if self.packs else []
         lengths = [max(map(len, pack.paths)) if len(pack.paths) > 1 else 0 for pack in packs]
         if (longest := max(lengths, default=0)) > self.proved:
             complaint = self._prove(packs[lengths.index(longest)], about)
             if complaint:
-                warnings.warn(f"answers are computed one by one, not packed: {complaint}", stacklevel=4)
+                warnings.warn(f"answers are computed one by one, not packed: {complaint}", stacklevel=5)
                 self.packs = False
             self.proved = longest
         if not self.packs:
@@ -145,7 +162,7 @@ class Scorer:
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
-    def _run(self, replay: Replay, packs: "list[Pack]", about: Sequences) -> RequestScores:
+    def _run(self, replay: Replay, packs: "list[Pack]", about: Sequences, prompt: int | None = None) -> RequestScores:
         numbers: list[int] = []
         places: list[tuple[int, int, int, int]] = []  # which of `numbers`, row, column, token
         for row, pack in enumerate(packs):
@@ -159,7 +176,7 @@ class Scorer:
         likely = torch.empty(replay.plans, len(numbers), dtype=torch.float64)
         missed = torch.empty_like(likely)
         with torch.inference_mode():
-            for plans, hidden in replay.hidden_states(record(self.model, **inputs)):
+            for plans, hidden in replay.hidden_states(record(self.model, prompt, **inputs)):
                 judged = hidden[rows.to(hidden.device), columns.to(hidden.device)]
                 scores = self.token_scorer.score(judged, targets, likeliest=True)
                 likely[plans], missed[plans] = (

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from ..errors import UsageError, raised_by, shortened
 from ..files import Settings
 from ..options import Workload, option
-from ..plan import Plan, several
+from ..plan import Plan, refuse_prefill, several
 from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import SIGNIFICANT, Decoding
 from ..results.ledger import Ledger, working_in
@@ -135,6 +135,7 @@ def measure_draft(
     from ..running.skipping import draft_model
 
     how.check(model)
+    refuse_prefill(plan, "a draft model")
     asked = {"prompt_tokens": how.prompt_tokens, "generation_tokens": how.generation_tokens}
     source = Provenance.of(provenance, seed=seed, **asked)
     stages, draft, prompts = Stages(progress, 10), draft_model(model, plan), windows[:, : how.prompt_tokens]

@@ -57,7 +57,8 @@ class Evaluated:
 class Evaluation:
     """A plan to evaluate; a repaired one beside what it skips without its weights.
 
-    `diagnostics` are windows, None to leave them out. Answers to tasks are kept in the folder `out`.
+    `diagnostics` are windows, None to leave them out. Answers to tasks are kept in the folder `out`. Of each window of
+    the text the first `prompt_tokens` are its prompt, and only what follows is scored; None: all of it is.
     """
 
     model: "PreTrainedModel"
@@ -68,6 +69,7 @@ class Evaluation:
     out: Path | None = None
     seed: int = 0  # of what the diagnostics draw
     progress: Progress = silent
+    prompt_tokens: int | None = None
 
     @property
     def states(self) -> dict[State, Plan]:
@@ -87,7 +89,7 @@ class Evaluation:
         asked = sum(job.steps(len(plans) + 1) for job in jobs)
         stages = Stages(self.progress, words + asked)
         read = tracked(batches, "quality on the text", stages.stage(words))
-        qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read))
+        qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], read, self.prompt_tokens))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]
         stage = stages.stage(asked)
         scores = judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, stage)

@@ -12,7 +12,7 @@ from ..results import lines
 from ..results.facts import Footprint, Quality, Similarity, Times
 from ..results.ledger import refuse_foreign
 from ..results.provenance import Provenance
-from ..results.record import Command, Record, is_number
+from ..results.record import Command, Quartiles, Record, is_number
 from ..results.table import Table
 
 R = TypeVar("R", bound=Record)
@@ -51,6 +51,7 @@ class Folder:
     def plan_options(self) -> list[str]:
         words = self.provenance.command
         pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
+        pairs += [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--phase", "--last-tokens")]
         kept = ["--keep-last"] if "--keep-last" in words else []
         return [word for pair in pairs for word in pair] + kept or ["--plan", "plan.json"]
 
@@ -104,14 +105,23 @@ class Step:
     again: str = ""  # the command that makes its figures again
 
     @property
+    def faster(self) -> tuple[str, Quartiles]:
+        """What its times say of the plan, of one that skips in the prompt alone of reading it."""
+        assert self.times
+        reads = self.plan.prefill and not len(self.plan)
+        return ("reads a prompt", self.times.speedup_prefill) if reads else ("decodes", self.times.speedup_decode)
+
+    @property
     def told(self) -> str:
-        skipped = len(self.plan)
-        parts = [f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"]
-        if skipped and self.quality:
+        counts = [several(len(self.plan), "sublayer")] if len(self.plan) else []
+        if self.plan.prefill:
+            counts.append(f"{several(len(self.plan.prefill), 'sublayer')} in the prompt")
+        parts = [f"{' and '.join(counts)} skipped" if counts else "nothing is skipped"]
+        if self.plan and self.quality:
             parts.append(in_nats(self.quality))
-        if skipped and self.times:
-            speedup = self.times.speedup_decode
-            parts.append(f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
+        if self.plan and self.times:
+            verb, speedup = self.faster
+            parts.append(f"{verb} {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
         elif self.times:
             parts.append(f"{self.times.decode_ms_per_token.median:.1f} ms a token")
         if self.order:

@@ -17,7 +17,7 @@ from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, check_sizes, option
-from ..plan import Plan, several
+from ..plan import Phase, Plan, several
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
@@ -78,8 +78,9 @@ class ModelOptions:
             config = load_config(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         except UsageError:  # which loading the model tells, too
             return True
-        text, last = config.get_text_config(decoder=True), max([*plan.attention, *plan.mlp])
-        return last < text.num_hidden_layers and plan.fingerprint in (None, str(fingerprint(text)))
+        text = config.get_text_config(decoder=True)
+        named = (*plan.attention, *plan.mlp, *plan.prefill.attention, *plan.prefill.mlp)
+        return max(named) < text.num_hidden_layers and plan.fingerprint in (None, str(fingerprint(text)))
 
     def empty(self) -> PreTrainedModel:
         """The model of a config, without weights, in the dtype that is named, or else as its checkpoint is stored."""
@@ -322,6 +323,16 @@ def read_plan(path: Path) -> Plan:
 
 KeepFirst = Annotated[bool, Option("preserve the first layer")]
 KeepLast = Annotated[bool, Option("preserve the last layer")]
+PHASE = "skip for all tokens, or for a prompt's alone, whose keys and values are kept (prefill)"
+LAST_TOKENS = "with --phase prefill: how many last tokens of a prompt run whole"
+PromptTokens = Annotated[
+    int | None,
+    Option(
+        "score what follows the first N tokens of each window, its prompt (default: half, if only a prompt skips)",
+        least=1,
+        panel="Text",
+    ),
+]
 TaskPath = Annotated[Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")]
 
 
@@ -332,6 +343,8 @@ class PlanOptions:
     plan: Path | None = option(None, "plan file, folder of a repair, or published:NAME")
     skip: str | None = option(None, "instead of --plan: the deepest, such as attention:0.33", (), "KIND[:HOW MANY]")
     keep_last: bool = option(False, "with --skip: preserve the last layer")
+    phase: Phase = option("all", PHASE)
+    last_tokens: int = option(1, LAST_TOKENS, least=1)
 
     @property
     def amount(self) -> SkipAmount | None:
@@ -344,7 +357,10 @@ class PlanOptions:
 
     @property
     def words(self) -> dict[str, object]:
-        return {"skip": self.amount, "keep_last": self.keep_last or None} if self.skip else {"plan": self.plan}
+        if not self.skip:
+            return {"plan": self.plan}
+        of_prompt = {"phase": self.phase, "last_tokens": self.last_tokens} if self.phase != "all" else {}
+        return {"skip": self.amount, "keep_last": self.keep_last or None} | of_prompt
 
     def check(self, *, needed: bool = False, model: str = "") -> None:
         """Raise `UsageError` where two things are said, or too little for what is `needed` of `model`."""
@@ -352,6 +368,10 @@ class PlanOptions:
             raise UsageError("--plan and --skip both say what to leave out: give one of them")
         if self.keep_last and not self.skip:
             raise UsageError("--keep-last says which of what is left out: add --skip attention, mlp or block")
+        if self.phase != "all" and not self.skip:
+            raise UsageError(f"--phase {self.phase} says how --skip leaves out: add --skip block:8, or drop it")
+        if self.last_tokens != 1 and self.phase != "prefill":
+            raise UsageError("--last-tokens says how much of a prompt runs whole: add --phase prefill")
         if needed and not (self.plan or self.skip):
             if model and (Path(model) / MANIFEST).is_file():
                 beside, dense = shortened(weights_beside(Path(model)) or model), dense_of(Path(model))
@@ -376,7 +396,8 @@ class PlanOptions:
         if amount >= 1 and amount % 1:
             raise UsageError(f"--skip {skip} is no number of layers: give a whole one, or a share below 1")
         share, count = (amount, None) if amount < 1 else (None, int(amount))
-        found = deepest(structure, skip.kind, share, count=count, keep_last=self.keep_last)  # type: ignore[arg-type]
+        how = {"keep_last": self.keep_last, "phase": self.phase, "last_tokens": self.last_tokens}
+        found = deepest(structure, skip.kind, share, count=count, **how)  # type: ignore[arg-type]
         if amount and not found:
             raise UsageError(
                 f"{amount:g} of {several(len(structure.blocks), 'layer')} is none of them: give a larger number"
@@ -404,7 +425,14 @@ class SkipAmount:
         return ":".join([self.kind, *filter(None, [",".join(f"{amount:g}" for amount in self.amounts)])])
 
 
-def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_last: bool = False) -> Space:
+def space_of(
+    model: PreTrainedModel,
+    kind: str,
+    keep_first: bool = False,
+    keep_last: bool = False,
+    phase: Phase = "all",
+    last_tokens: int = 1,
+) -> Space:
     """What is chosen among: `portable` is any sublayers whose absence leaves an ordinary checkpoint."""
     from ..choosing.space import UNIT_KINDS, Space
     from ..structure.locating import locate
@@ -414,7 +442,8 @@ def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_l
     if kind not in names:
         near = nearest(kind, names)
         raise UsageError(f"--skip {shortened(kind)!r}{near} is nothing to choose among: give one of {', '.join(names)}")
-    return Space(structure, "sublayer" if portable else kind, portable, int(keep_first), int(keep_last))
+    among = "sublayer" if portable else kind
+    return Space(structure, among, portable, int(keep_first), int(keep_last), phase, last_tokens)
 
 
 @dataclass(frozen=True)

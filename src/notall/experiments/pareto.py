@@ -23,7 +23,7 @@ from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
 from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, Estimate, mean_and_error, of_rounds
 from ..options import Workload, option
-from ..plan import Plan, several, several_of
+from ..plan import Plan, refuse_prefill, several, several_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
 from ..results.ledger import Ledger, working_in
@@ -561,6 +561,8 @@ class ParetoPlans(SpaceOptions):
         given = {path.name.removeprefix("published:").removesuffix(".json"): read_plan(path) for path in self.plan}
         if len(given) < len(self.plan):
             raise UsageError("two of the plans have the same name: rename one")
+        for plan in given.values():
+            refuse_prefill(plan, "an engine")
         return given
 
     @property

@@ -17,18 +17,29 @@ from ..errors import UsageError, need, shortened
 from ..files import Settings, refuse_others
 from ..models.names import USE
 from ..options import Workload, option
-from ..plan import Plan
+from ..plan import Phase, Plan
 from ..progress import Progress, silent
 from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanScore, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
-from ..results.provenance import Provenance
+from ..results.provenance import Provenance, behind
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
 from ..results.repairs import MeasuredRecord, RepairStep, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
-from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, refuse_judging, space_of
+from .options import (
+    LAST_TOKENS,
+    PHASE,
+    HeldOutOptions,
+    KeepFirst,
+    KeepLast,
+    ModelOptions,
+    SkipAmount,
+    TaskChoice,
+    refuse_judging,
+    space_of,
+)
 from .pages import read_costs
 from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
 from .repair import RepairOptions
@@ -116,13 +127,15 @@ class SpaceOptions:
     )
     keep_first: KeepFirst = False
     keep_last: KeepLast = False
+    phase: Phase = option("all", PHASE)
+    last_tokens: int = option(1, LAST_TOKENS, least=1)
 
     @property
     def amount(self) -> SkipAmount:
         return SkipAmount.parse(self.skip)
 
     def of(self, model: PreTrainedModel) -> Space:
-        return space_of(model, self.amount.kind, self.keep_first, self.keep_last)
+        return space_of(model, self.amount.kind, self.keep_first, self.keep_last, self.phase, self.last_tokens)
 
 
 @dataclass(frozen=True)
@@ -281,6 +294,10 @@ class Search:
         refuse_unwritable(self.out.parent)
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
+        if self.repair and self.space.phase == "prefill":
+            raise UsageError("a search with --repair is of every token: search without it, and repair the plan")
+        if self.space.last_tokens != 1 and self.space.phase != "prefill":
+            raise UsageError("--last-tokens says how much of a prompt runs whole: add --phase prefill")
         self.by.check()
         check_minutes(self.by.max_minutes)
         wanted = self.budget.check(self.space.amount, self.tasks.recovery)
@@ -295,7 +312,8 @@ class Search:
         from ..repairing.texts import measure
 
         wanted = self.check()
-        judged_by = self.by.objective or wanted.objective(self.text.text)
+        of_prompt = self.space.phase == "prefill"
+        judged_by = self.by.objective or ("kl" if of_prompt else wanted.objective(self.text.text))
         tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
         own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
         refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
@@ -311,6 +329,9 @@ class Search:
         texts = self.repair.texts(net, tokenizer, progress, seed=self.seed, used=[split.own]) if self.repair else None
         split = split.apart_from(texts.fitted) if texts and self.text.held_out else split
         of: Settings = {"prompts": self.by.prompts, "task_path": tasks.shelf, "task_limit": tasks.questions}
+        prompt = self.text.length // 2 if of_prompt else None
+        of |= {"prompt_tokens": prompt}
+        about |= {"prompt_tokens": prompt} if prompt else {}
         goal = build_objective(judged_by, net, tokenizer, batches, **of)
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
@@ -333,8 +354,8 @@ class Search:
         )
         self._save(found.plan)
         record = keep_choice(self.folder, found, Provenance.of(settings, **other, fingerprint=found.plan.fingerprint))
-        verdict = Verdict.on(net, found.plan, record.quality, split.measured_on)
-        measured = list[MeasuredRecord]()
+        text = f"{split.measured_on}{behind(prompt)}"
+        verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
         plans: dict[State, Plan] = {"skipped": found.plan}
         if texts:
             plans["repaired"] = self.repair.apply(net, found.plan, texts, self.repaired, settings, progress)

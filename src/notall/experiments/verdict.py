@@ -90,10 +90,12 @@ class Verdict:
 
     @classmethod
     def of(cls, step: Step, folder: Folder, named: str = "") -> "Verdict":
+        verb, speedup = step.faster if step.times else ("decodes", None)
         return cls(
             step.plan,
             step.quality,
-            speedup=step.times.speedup_decode if step.times else None,
+            speedup=speedup,
+            verb=verb,
             footprint=step.footprint,
             dense=step.dense,
             model=folder.model,
@@ -226,6 +228,8 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     """What to do with the plan that is in `made`, and the command; `repair_text` is what a repair would fit it to."""
     if verdict.usable is None:
         return "see what that costs", next_command("eval", model, plan=made)
+    if verdict.usable and verdict.plan.prefill:  # no engine is written for it yet
+        return "see what that saves", next_command("bench", model, plan=made)
     if verdict.usable:
         pruned = {"to": "hf", "out": made.with_name(f"{made.stem}-pruned")}
         if verdict.state != "skipped":

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import UsageError, shortened
 from ..files import FULL, Settings, beside, writing
-from ..plan import Plan
+from ..plan import Plan, refuse_prefill
 from ..plugins import class_named
 from ..progress import Progress, silent
 from ..results.lines import refuse_unwritable
@@ -51,6 +51,7 @@ class Export(ABC):
     origin: Origin
     form: str  # the model type that is written
     use: str  # how to run it, for people
+    skips_prompts: ClassVar[bool] = False  # whether its engines skip what only a prompt does
     dense_bytes: int  # of weights
     written_bytes: int
 
@@ -107,7 +108,7 @@ def export(
         from ..running.repaired import refuse_maps
 
         refuse_maps(plan)
-    kind, source = target_named(target), Source(model, tokenizer, revision, trust_remote_code, dtype)
+    kind, source = _target_for(target, plan), Source(model, tokenizer, revision, trust_remote_code, dtype)
     out = Path(out)
     with appearing(out) as folder, kind.prepared(source, plan) as prepared:
         check_room(folder, prepared.written_bytes)
@@ -121,8 +122,16 @@ def export(
 def check_export(source: Source, plan: Plan, target: str, out: Path) -> None:
     """Raise `UsageError` as `export` does, as far as that is known without running a model, and write nothing."""
     check_absent(out)
-    with target_named(target).prepared(source, plan) as prepared:
+    with _target_for(target, plan).prepared(source, plan) as prepared:
         check_room(out, prepared.written_bytes)
+
+
+def _target_for(name: str, plan: Plan) -> type[Export]:
+    """As `target_named`. Raises `UsageError` where a prompt skips what this target has no form for."""
+    kind = target_named(name)
+    if not kind.skips_prompts:
+        refuse_prefill(plan, f"an export as {name}")
+    return kind
 
 
 @contextmanager

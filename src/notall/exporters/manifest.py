@@ -92,7 +92,7 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
         "notall": __version__,
         "model_type": form,
         "dense": {name: value for name, value in asdict(origin).items() if name != "card"},
-        "plan": {"attention": list(plan.attention), "mlp": list(plan.mlp), "note": plan.note},
+        "plan": {**plan.indices, "note": plan.note},
         **repair,
         "per_layer_config": {str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped},
     }
@@ -103,7 +103,8 @@ def plan_of(folder: Path) -> Plan:
     manifest = check_manifest(folder, strict=False)
     try:
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
-        is_repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
+        skipped = {"attention": plan["attention"], "mlp": plan["mlp"], "prefill": plan.get("prefill", {})}
+        is_repaired, found = "repair" in manifest, Plan(**skipped, note=plan.get("note"))
     except (KeyError, TypeError, AttributeError, UsageError):
         raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}") from None
     if is_repaired:

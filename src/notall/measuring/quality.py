@@ -27,35 +27,49 @@ from .statistics import mean_and_error
 from .token_scores import TokenScorer
 
 
-def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
+def evaluate(
+    model: PreTrainedModel,
+    plans: Sequence[Plan],
+    batches: Iterable[Tensor],
+    prompt_tokens: int | None = None,
+) -> list[Quality]:
     """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside the original model.
 
-    All plans run together, sharing the sublayers before the first that differs. Raises `UsageError` when a plan
-    does not fit, for what are no token ids of the model, and for a model inside a `skip`.
+    All plans run together, sharing the sublayers before the first that differs. With `prompt_tokens` so many first
+    tokens of each sequence are its prompt, and the tokens behind it alone are scored: a plan with a prefill part needs
+    it. Raises `UsageError` when a plan does not fit, for what are no token ids of the model, for a prompt that leaves
+    nothing to score or to skip, and for a model inside a `skip`.
     """
     expect(plans, Sequence, "a list of plans, such as [plan]")
     for plan in plans:
         expect(plan, Plan, "plans, such as notall.Plan(attention=[3])")
     together = Replay(model, [Plan(), *plans]), TokenScorer(model)
-    scores = [_scores(*together, tokens) for tokens in checked(batches, model)]
+    scores = [_scores(*together, tokens, plans, prompt_tokens) for tokens in checked(batches, model)]
     if not scores:
         raise UsageError(f"there is no text to measure on: give a list of {IDS}")
     return gather(scores)
 
 
-def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
-    """Scores of the original model, then of each plan, on one batch of token ids, (batch, tokens)."""
-    return _scores(Replay(model, [Plan(), *plans]), TokenScorer(model), tokens)
+def score(
+    model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None
+) -> list[Scores]:
+    """Scores of the original model, then of each plan, on one batch of token ids, (batch, tokens), as `evaluate`."""
+    return _scores(Replay(model, [Plan(), *plans]), TokenScorer(model), tokens, plans, prompt_tokens)
 
 
-def _scores(replay: Replay, scorer: TokenScorer, tokens: Tensor) -> list[Scores]:
-    """Those of the replay's plans, of which the original model is the first."""
-    targets = tokens[:, 1:].flatten()
+def _scores(
+    replay: Replay, scorer: TokenScorer, tokens: Tensor, plans: Sequence[Plan], prompt_tokens: int | None
+) -> list[Scores]:
+    """Those of the replay's plans, the original model and `plans`, on one batch of token ids, (batch, tokens)."""
+    check_prompt(plans, tokens.shape[1], prompt_tokens)
+    start = prompt_tokens or 1  # of what is scored: the first token is predicted from nothing
+    targets = tokens[:, start:].flatten()
+    recording = record(replay.model, prompt_tokens, input_ids=tokens)
     found: dict[int, Scores] = {}
     dense, likeliest = None, targets
     with torch.inference_mode():
-        for numbers, hidden in replay.hidden_states(record(replay.model, input_ids=tokens)):
-            rows = hidden[:, :-1].flatten(0, 1)
+        for numbers, hidden in replay.hidden_states(recording):
+            rows = hidden[:, start - 1 : -1].flatten(0, 1)
             if dense is None:  # the original model comes first
                 scores, dense = scorer.dense(rows, targets, likeliest=True)
                 likeliest = scores.likeliest
@@ -66,6 +80,22 @@ def _scores(replay: Replay, scorer: TokenScorer, tokens: Tensor) -> list[Scores]
             nll, kl, agreement = map(tuple, values.view(3, len(tokens), -1).mean(-1).tolist())  # of each sequence
             found |= dict.fromkeys(numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement))
     return [found[number] for number in range(replay.plans)]
+
+
+def check_prompt(plans: Sequence[Plan], tokens: int, prompt_tokens: int | None) -> None:
+    """Raise `UsageError` unless `prompt_tokens` of `tokens` leave something to score, and something to skip."""
+    needed = max((plan.prefill.last_tokens for plan in plans if plan.prefill), default=0)
+    if prompt_tokens is None:
+        if needed:
+            told = "a plan skips sublayers in the prompt alone, and nothing says which tokens are the prompt"
+            raise UsageError(f"{told}: give prompt_tokens (--prompt-tokens), such as {max(tokens // 2, 1)}")
+        return
+    if not 1 <= prompt_tokens < tokens:
+        told = f"a prompt of {prompt_tokens} tokens leaves nothing to score in windows of {tokens}"
+        raise UsageError(f"{told}: give 1 to {tokens - 1}, or longer windows")
+    if prompt_tokens <= needed:
+        told = f"of a prompt of {prompt_tokens} tokens nothing is skipped where its last {needed} run whole"
+        raise UsageError(f"{told}: give more than {needed} (--prompt-tokens)")
 
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:

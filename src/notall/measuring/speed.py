@@ -25,8 +25,10 @@ from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import Times
 from ..results.record import Quartiles
+from ..running.prefill import prompt as declared_prompt
 from ..running.skipping import skip
 from ..structure.model_structure import inputs_device
+from .quality import check_prompt
 
 Sample = TypeVar("Sample")
 
@@ -51,12 +53,16 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms, decode_ms_per_token), of all of them."""
+    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms, decode_ms_per_token), of all of them.
+
+    Inside a `skip` whose plan skips in the prompt alone, `prompt` is declared as such.
+    """
     devices = _accelerators(model)
     last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
     with torch.inference_mode():
         start = _now(devices)
-        output = model(input_ids=prompt, use_cache=True, **last_only)
+        with declared_prompt(model, prompt.shape[1]):
+            output = model(input_ids=prompt, use_cache=True, **last_only)
         token = output.logits[:, -1:].argmax(-1)  # (B, 1)
         prefilled = _now(devices)
         name = cache_name(output)
@@ -137,6 +143,7 @@ def time_plans(
     progress: Progress = silent,
 ) -> dict[str, Times]:
     """The times of the original and of each of `plans` by name, `dense` first. Raises as `skip` and `compare` do."""
+    check_prompt([*plans.values()], workload.prompt_tokens + 1, workload.prompt_tokens)
     variants = {name: partial(skip, model, plan) for name, plan in {"dense": Plan(), **plans}.items()}
     timings = compare(model, variants, workload, seed=seed, progress=progress)
     return {name: timing.beside(timings["dense"]) for name, timing in timings.items()}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UnsupportedModel, UsageError, expect
-from ..measuring.quality import evaluate
+from ..measuring.quality import check_prompt, evaluate
 from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
@@ -39,7 +39,7 @@ from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .checkpoints import Checkpoints
 from .refitting import about_weights
-from .students import Student, TrainConfig, rows_of, states_of
+from .students import PromptStudent, Student, TrainConfig, rows_of, states_of
 
 
 def heal(
@@ -77,6 +77,8 @@ def heal(
     if (workers or processes.num_processes > 1) and (not out or config.minutes):
         told = "do not train by time: drop --minutes or --ray" if out else "share a folder: give one"
         raise UsageError(f"workers {told}")
+    if plan.prefill and (workers or processes.num_processes > 1):
+        raise UsageError("keys and values of the prompt are trained in one process: drop --ray")
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
     about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
@@ -98,7 +100,9 @@ def heal(
         else:
             trained = training.run(inner, folder, ledger, progress)
         history = (*earlier.history, repaired.step_of("heal", about))
-        healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history).knowing(inner)
+        kind = "prompt_weights" if plan.prefill else "weights"
+        brought = {kind: {**getattr(earlier, kind), **trained}}
+        healed = RepairedPlan.of(plan, **brought, history=history).knowing(inner)
         if out and is_first:
             repaired.keep_whole(folder, healed, repaired.HEALED)
             checkpoints.remove()
@@ -111,6 +115,9 @@ def _settings(training: "Training", history: Sequence[RepairStep]) -> dict[str, 
     how["train_seed"] = how.pop("seed")  # that of the text has this name
     if training.config.train != "lora":
         del how["rank"]
+    del how["prompt_tokens"]
+    if training.prompt_tokens is not None:
+        how["prompt_tokens"] = training.prompt_tokens
     return how | {
         "repair": plan.digest if isinstance(plan, RepairedPlan) else "none",
         "training": digest_of(training.batches)[:16],
@@ -141,6 +148,8 @@ class Training:
             raise UsageError(f"{why}: load it on devices that hold all of it")
         structure = locate(model)
         self.plan.check(structure)
+        if self.plan.prefill:
+            self._check_prompt()
         structure.refuse_stubs("healing")
         if Head(model).projection is None:
             why = f"the head of {type(model).__name__} is no matrix, and cannot be aimed at"
@@ -150,6 +159,34 @@ class Training:
         refuse_overlap(self.held_out, self.batches, "is trained on")
         if len({batch.shape[1] for batch in self.batches}) > 1:
             raise UsageError("the windows to train on are of several lengths: give windows of one")
+
+    def _check_prompt(self) -> None:
+        """Raise `UsageError` for what cannot be trained of a plan that skips in the prompt alone."""
+        if len(self.plan):
+            told = "healing is of what is skipped for every token, or in the prompt alone, and this plan does both"
+            raise UsageError(f"{told}: heal a plan of each part")
+        if self.config.train != "outputs" or self.config.warm_up:
+            told = "of a plan that skips in the prompt alone, the prompt's keys and values are trained"
+            raise UsageError(f"{told}: leave train and warm_up (--train, --warm-up) as they are")
+        for batch in (*self.batches, *self.held_out):
+            check_prompt([self.plan], batch.shape[1], self.prompt_tokens)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """How many first tokens of each window are the prompt, of a plan that skips in it alone."""
+        if not self.plan.prefill:
+            return None
+        return self.config.prompt_tokens or self.batches[0].shape[1] // 2
+
+    @property
+    def start(self) -> int:
+        """The first token of each window from which something is predicted that counts."""
+        return 0 if self.prompt_tokens is None else self.prompt_tokens - 1
+
+    def student(self, model: PreTrainedModel) -> Student:
+        if self.prompt_tokens is None:
+            return Student(model, self.plan, self.config, self.batches[0])
+        return PromptStudent(model, self.plan, self.prompt_tokens)
 
     def run(
         self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
@@ -189,7 +226,7 @@ class _Loop:
         self.of = digest_of_json(_settings(training, ()))
         self.scorer, self.state, self.start = TokenScorer(teacher), _State(), training.clock()
         self.start -= max([training.spent, *(evaluation.seconds for evaluation in self.ledger)])
-        self.student = Student(teacher, training.plan, self.config, training.batches[0])
+        self.student = training.student(teacher)
         processes_of(teacher)  # before accelerate settles who they are without the model
         # what a batch does not need, such as an expert, waits for nobody
         spread = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -203,8 +240,8 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(teacher.device.type, init_scale=2.0**13, enabled=is_needed)
         self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the original says of them
         for ids in training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
-            targets = ids[:, 1:].flatten()
-            scores, dense = self.scorer.dense(rows_of(teacher, ids), targets, likeliest=True)
+            targets = ids[:, training.start + 1 :].flatten()
+            scores, dense = self.scorer.dense(rows_of(teacher, ids, training.start), targets, likeliest=True)
             self.held_out.append((ids, targets, scores.likeliest, dense))
 
     @property
@@ -258,7 +295,8 @@ class _Loop:
     def _begin(self) -> None:
         """Evaluate what the training begins with, and what a repair began with."""
         if self.training.spent:
-            (skipped,) = evaluate(self.teacher, [self.training.plan.unrepaired], self.training.held_out)
+            cut = {"prompt_tokens": self.training.prompt_tokens}
+            (skipped,) = evaluate(self.teacher, [self.training.plan.unrepaired], self.training.held_out, **cut)
             self._note("skipped", skipped.kl, skipped.nll, skipped.top1_agreement, 0.0)
         self._evaluate()
         self.state.begun, self.state.step_seconds = self.seconds, self.state.evaluation_seconds  # about as much work
@@ -293,7 +331,7 @@ class _Loop:
             targets = self.student.layerwise.targets(ids)
             return self.model(ids, targets).mean()
         with torch.no_grad():
-            dense = states_of(self.teacher, ids)
+            dense = states_of(self.teacher, ids, self.training.start)
         states: Tensor = self.model(ids)
         _, derivative = self.scorer.distance(states.detach(), dense)
         return (states * derivative).sum(-1).mean()
@@ -327,7 +365,7 @@ class _Loop:
         student = self.student.model
         found = [torch.zeros(4, 0, device=student.device)]
         for ids, targets, likeliest, dense in self.held_out:
-            scores = self.scorer.score(rows_of(student, ids), targets, dense, likeliest=True)
+            scores = self.scorer.score(self.student.rows(ids), targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.kl)
             found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]).to(student.device))
         return torch.cat(found, 1).sum(1)

@@ -22,7 +22,7 @@ from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import all_checked
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.ledger import Ledger, working_in
+from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
 from ..running import repaired
@@ -30,6 +30,8 @@ from ..running.repaired import RepairedPlan, file_of
 from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
+from .kept import Kept
+from .key_values import KeyValueRepair
 from .projections import READERS, features_of, reading_gains
 from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
@@ -53,6 +55,9 @@ def repair(
 ) -> RepairedPlan:
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
 
+    Of a plan that skips in the prompt alone, the skipped attentions get maps of keys and values for the prompt's tokens
+    (`KeyValueRepair`); all weights that an answer is made with stay as they are.
+
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
     eight is held out. `ridges` are the strengths to try, relative to each feature's mean square; `math.inf` leaves a
     sublayer unchanged. `ahead` is the share of the next gap's change that a sublayer aims at already. Streams and
@@ -75,7 +80,11 @@ def repair(
             found.check_replaced(inner)
         else:
             text = DenseStream(inner, batches, offload=offload)
-            found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress).knowing(inner)
+            if plan.prefill:
+                refit = KeyValueRepair(text, plan, ridges=ridges, kept=kept).run(progress)
+            else:
+                refit = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
+            found = refit.knowing(inner)
     if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
         why = f"what this plan keeps is quantised ({quantisation_name(told)})"
         fix = "repair the plan on the model that was quantised, export that, and quantise the export"
@@ -97,28 +106,15 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
         raise UsageError(f"{told}; {sequences} is too few: give 2 or more")
     structure = locate(model)
     plan.check(structure)
+    if plan.prefill and len(plan):
+        told = "a repair is of what is skipped for every token, or in the prompt alone, and this plan does both"
+        raise UsageError(f"{told}: repair a plan of each part")
     structure.refuse_stubs("a repair")
     refuse_skipping(model, "repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     if isinstance(plan, RepairedPlan):
         raise UsageError("the plan is repaired already: heal it, or repair the plan.json that it holds")
-
-
-class Kept:
-    """A repair under way in a folder: what was refit so far, and the weights, a file a step. Refuses other work."""
-
-    def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
-        self.folder = folder
-        self.refits = Ledger(folder, RefitRecord, about)
-        self.finished = repaired.refuse_other_work(folder, RefitRecord, plan) and (folder / repaired.PLAN).is_file()
-
-    def add(self, refit: RefitRecord, weights: dict[str, Tensor], model: PreTrainedModel) -> None:
-        if weights:  # first: a line says that they are there
-            brought = RepairedPlan(weights=weights).knowing(model)
-            digest = repaired.write_weights(self.folder / file_of(refit), brought)
-            refit = refit.model_copy(update={"sha256": digest})
-        self.refits.add(refit)
 
 
 @dataclass(eq=False)
@@ -174,9 +170,7 @@ class Repair:
         refits = tuple(refit for refit, _ in self.made)
         progress(sum(costs), sum(costs), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
-            files = {file_of(one): one.sha256 for one in self.kept.refits if one.ridge is not None}
-            repaired.seal(self.kept.folder, self.plan, files)
-            return RepairedPlan.load(self.kept.folder)
+            return self.kept.sealed(self.plan)
         weights = {path: weight for _, made in self.made for path, weight in made.items()}
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
@@ -199,11 +193,12 @@ class Repair:
             self.made.append((refit, weights))
         else:
             if (step.names,) not in self.kept.refits:
-                self.kept.add(*self._solve(step, target), self.text.model)
+                refit, weights = self._solve(step, target)
+                self.kept.add(refit, RepairedPlan(weights=weights), self.text.model)
             refit, weights = self.kept.refits[(step.names,)], {}
             self.made.append((refit, {}))
             if refit.ridge is not None:  # from the file, so that those of all steps are never in memory together
-                weights, _ = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256)
+                weights = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256).weights
         with repaired.with_weights(self.text.model, weights):
             return self._run(step)
 

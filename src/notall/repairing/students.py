@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
 from ..running.generating import seeded
+from ..running.prefill import prompt
 from ..running.repaired import RepairedPlan, placed_at
 from ..running.replay import Recording, live_steps, states_before_output
-from ..running.skipping import remove
+from ..running.skipping import remove, skip
+from ..structure.key_values import SomeOutputs
 from ..structure.locating import decoder_layers, locate
 from ..structure.model_structure import ModelStructure
 from ..structure.observation import first
@@ -39,6 +42,9 @@ class TrainConfig:
     the next token. The held-out text is looked at `evaluations` times, evenly; `patience` of them in a row without a
     gain end it: while the rate is high there may be none, and as it falls there are.
 
+    Of a plan that skips in the prompt alone, the prompt's own keys and values are trained, whatever `train` says, at
+    what follows the first `prompt_tokens` of each window (default: half of them).
+
     With `minutes` (of CPU time, of all threads of this process together) it trains for all of them, evaluations
     included, over the text as often as there is time: shares are of the time, and the rate is none when it is up.
     Raises `UsageError` for a time that is not positive and finite, and a warm-up that is no share.
@@ -52,6 +58,7 @@ class TrainConfig:
     evaluations: int = 10
     patience: int = 5
     minutes: float | None = None
+    prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.warm_up <= 1:
@@ -102,6 +109,10 @@ class Student(nn.Module):
             return states_of(self.model, input_ids)
         return self.layerwise.loss(*targets)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """What the last layer answers for all tokens that another one follows, (tokens, hidden)."""
+        return rows_of(self.model, ids)
+
     def take_gradients(self) -> None:
         """Move the gradients of what runs to what is trained."""
         for own, running in self.rounded:
@@ -127,25 +138,68 @@ class Student(nn.Module):
         return found
 
 
+class PromptStudent(Student):
+    """`model`, of which the prompt skips what `plan` says, with keys and values of the prompt to train.
+
+    `trained` are rows of projections and biases, as a plan's `prompt_weights` are; everything else is the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, prompt_tokens: int) -> None:
+        nn.Module.__init__(self)
+        own: dict[int, nn.Parameter | Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+        own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
+        self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
+        self.prompt_tokens, self.layerwise, self.adapters = prompt_tokens, None, {}
+        self.skipping = ExitStack()
+        self.skipping.enter_context(skip(self.model, plan))  # of a model of its own, as long as there is one
+        self.running = dict(_in_prompts(self.model, locate(model).layers))
+        self.trained = {path: _exact(one) for path, one in self.running.items()}
+
+    def forward(self, input_ids: Tensor, targets: object = None) -> Tensor:
+        """What the head's matrix is given from the last token of the prompt on, (tokens, width)."""
+        with prompt(self.model, self.prompt_tokens):
+            return states_of(self.model, input_ids, self.prompt_tokens - 1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """What the last layer answers from the last token of the prompt on, but for the last one, (tokens, hidden)."""
+        with prompt(self.model, self.prompt_tokens):
+            return rows_of(self.model, ids, self.prompt_tokens - 1)
+
+
+def _in_prompts(model: PreTrainedModel, layers: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """What makes keys and values of the prompt of a model that skips in it, made trainable, by its path."""
+    for layer in model.get_submodule(layers).children():
+        in_prompt = getattr(layer, "in_prompt", None)
+        for name, writer in in_prompt.writers.items() if in_prompt else ():
+            for path, projection in writer.named_modules():
+                if isinstance(projection, SomeOutputs) and projection.rows.any():
+                    made = projection.matrix
+                    bias = made.new_zeros(len(made)) if projection.bias is None else projection.bias
+                    projection.matrix, projection.bias = (nn.Parameter(one.detach().clone()) for one in (made, bias))
+                    where = f"{layers}.{name.removeprefix('attn.')}.{path}"
+                    yield f"{where}.weight", projection.matrix
+                    yield f"{where}.bias", projection.bias
+
+
 def _exact(parameter: nn.Parameter) -> nn.Parameter:
     """The parameter, or where it has fewer bits than float32 one that does."""
     exact = torch.promote_types(parameter.dtype, torch.float32)
     return parameter if parameter.dtype == exact else nn.Parameter(parameter.detach().to(exact))
 
 
-def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the head's matrix is given, (tokens, width)."""
-    return states_before_output(model, partial(model, input_ids=ids, use_cache=False)).flatten(0, 1)
+def states_of(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
+    """What the head's matrix is given, from token `start` of each sequence on, (tokens, width)."""
+    return states_before_output(model, partial(model, input_ids=ids, use_cache=False))[:, start:].flatten(0, 1)
 
 
 @torch.no_grad()
-def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the last layer answers for all tokens that another one follows, (tokens, hidden)."""
+def rows_of(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
+    """What the last layer answers for all tokens from `start` on that another one follows, (tokens, hidden)."""
     seen: list[Tensor] = []
     _, layers = decoder_layers(model)
     with layers[-1].register_forward_hook(lambda _, given, answer: seen.append(first(answer))):
         states_of(model, ids)
-    return seen[0][:, :-1].flatten(0, 1)
+    return seen[0][:, start:-1].flatten(0, 1)
 
 
 def _chosen(model: PreTrainedModel, plan: Plan, train: Trained, tokens: Tensor) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ..plan import Plan
 from ..progress import Progress, Stages, silent, tracked
 from ..results import lines
 from ..results.ledger import Ledger
-from ..results.provenance import Provenance
+from ..results.provenance import Provenance, behind
 from ..results.repairs import MeasuredRecord, State
 from ..running.generating import sample
 from ..running.repaired import Kept, kept_tensors
@@ -167,19 +167,23 @@ def measure(
 ) -> list[MeasuredRecord]:
     """A record a text and plan. Each is kept in `folder`, and not measured again for the same weights and windows.
 
-    `texts` are token ids, (batch, tokens), by the text's name. Raises `UsageError` for a folder in use or damaged.
+    `texts` are token ids, (batch, tokens), by the text's name. Where a plan skips in the prompt alone, half of each
+    window is the prompt, and what follows is measured. Raises `UsageError` for a folder in use or damaged.
     """
     found: list[MeasuredRecord] = []
+    by_prompt = any(plan.prefill for plan in plans.values())
     stages = Stages(progress, len(texts))
     with lines.lock(folder):
         kept = Ledger(folder, MeasuredRecord)
-        for text, batches in texts.items():
+        for name_of_text, batches in texts.items():
+            prompt = batches[0].shape[1] // 2 if by_prompt else None
+            text = f"{name_of_text}{behind(prompt)}"
             about = {name: about_measured(model, settings, plan, batches) for name, plan in plans.items()}
             lacking = {name: plan for name, plan in plans.items() if (text, name, about[name].key) not in kept}
             telling = stages.stage(1)
             if lacking:
                 read = tracked(batches, f"measuring on {text}", telling)
-                qualities = zip(lacking.items(), evaluate(model, [*lacking.values()], read))
+                qualities = zip(lacking.items(), evaluate(model, [*lacking.values()], read, prompt))
                 kept.add(
                     *(
                         MeasuredRecord(text=text, model=name, plan=plan, quality=quality, provenance=about[name])

@@ -70,6 +70,11 @@ def this_run() -> Settings:
     }
 
 
+def behind(prompt_tokens: int | None) -> str:
+    """In words that only what follows a prompt is scored; nothing where all of a text is."""
+    return f", behind a prompt of {prompt_tokens:,} tokens" if prompt_tokens else ""
+
+
 def windows_in_words(described: Settings) -> str:
     return (
         f"{several(described['sequences'], 'window')} of {described['length']} tokens of {shortened(described['text'])}"

@@ -54,17 +54,16 @@ LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 def _plausible(value: object) -> Plan:
     """In a record the fingerprint is the provenance's."""
     indices = value.indices if isinstance(value, Plan) else value
-    if not isinstance(indices, dict) or indices.keys() != {"attention", "mlp"}:
+    if not isinstance(indices, dict) or indices.keys() - {"prefill"} != {"attention", "mlp"}:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
     plan = Plan(**indices)
-    if max((*plan.attention, *plan.mlp), default=0) >= MOST_LAYERS:
+    named = (*plan.attention, *plan.mlp, *plan.prefill.attention, *plan.prefill.mlp)
+    if max(named, default=0) >= MOST_LAYERS:
         raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
     return plan
 
 
-Skipped = Annotated[
-    Plan, BeforeValidator(_plausible), PlainSerializer(lambda plan: plan.indices, return_type=dict[str, list[int]])
-]
+Skipped = Annotated[Plan, BeforeValidator(_plausible), PlainSerializer(lambda plan: plan.indices, return_type=Settings)]
 
 
 class Fact(BaseModel, frozen=True, defer_build=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -81,6 +80,9 @@ class Fact(BaseModel, frozen=True, defer_build=True, extra="forbid", strict=True
                 found |= value.figures()
             elif isinstance(value, Plan):
                 found["skipped"] = " ".join(value.names)
+                if value.prefill:
+                    found["skipped_in_the_prompt"] = " ".join(value.prefill.names)
+                    found["last_tokens_whole"] = value.prefill.last_tokens
             elif isinstance(value, float):
                 found[name] = finite(value)
             elif isinstance(value, int | str) and name != "record":

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import beside, contents, open_to_others, own_file, saving, take_name, write_whole, writing
+from ..files import Settings, beside, contents, open_to_others, own_file, saving, take_name, write_whole, writing
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
 from ..results.provenance import Provenance
 from ..results.record import Record
 from ..results.repairs import HealRecord, RefitRecord, RepairStep
+from ..structure.key_values import is_projection, matrix_of
 from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.undoing import Undo
 
@@ -38,6 +39,7 @@ MADE_BY: dict[str, type[Record]] = {"repair": RefitRecord, "heal": HealRecord}  
 FIX, AGAIN = "delete the folder, and repair the plan again", "delete it, and run again"
 DIGEST, OF = "sha256", "of"  # of the tensors, and of what they were made of, in the metadata of their file
 REPLACED = "replaced "  # the sample of a weight, beside the one that replaces it
+IN_PROMPT = "in the prompt "  # a weight that is used for a prompt's tokens alone
 SAMPLE = 16  # numbers of a weight that tell it from another model's
 ROUNDING = 2.0**-8  # between dtypes, of a number
 
@@ -74,6 +76,10 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     or exported, this one runs and is exported with them; the original keeps its own. `replaced` are a few numbers of
     those that they replace, and another model's are refused.
 
+    `prompt_weights` are used for those tokens of a prompt alone for which `prefill` skips the attention that they
+    belong to. They map the path of a projection's weight, (rows, inputs), or bias, (rows,), to the rows that keys and
+    values need of it; a projection without a bias may get one there.
+
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are
     there to be measured against: `evaluate` runs them; `skip`, `remove` and `export` refuse them.
     """
@@ -82,6 +88,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         super().__init__(attention, mlp, **fields)
 
     weights: Mapping[str, Tensor] = Field({}, exclude=True, repr=False)
+    prompt_weights: Mapping[str, Tensor] = Field({}, exclude=True, repr=False)
     replaced: Mapping[str, Tensor] = Field({}, exclude=True, repr=False, description="samples, by path")
     refits: tuple[RefitRecord, ...] = Field((), exclude=True, repr=False, description="how well, step by step")
     history: tuple[RepairStep, ...] = Field((), exclude=True, repr=False, description="what made the weights, in order")
@@ -90,17 +97,25 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     @classmethod
     def of(cls, plan: Plan, **fields: object) -> "RepairedPlan":
         """`plan` with these weights or maps."""
-        return cls(plan.attention, plan.mlp, fingerprint=plan.fingerprint, note=plan.note, **fields)
+        about = {"prefill": plan.prefill, "fingerprint": plan.fingerprint, "note": plan.note}
+        return cls(plan.attention, plan.mlp, **about, **fields)
 
     @cached_property
     def digest(self) -> str:
         """A hash of the weights and the maps, which tells repairs of one plan apart."""
-        named = [*self.weights.items(), *((name, part) for name, one in self.maps.items() for part in one.tensors)]
+        prompt = ((IN_PROMPT + path, weight) for path, weight in self.prompt_weights.items())
+        named = [
+            *self.weights.items(),
+            *prompt,
+            *((name, part) for name, one in self.maps.items() for part in one.tensors),
+        ]
         return digest_of(part for pair in sorted(named, key=itemgetter(0)) for part in pair)[:16]
 
     @property
     def added_bytes(self) -> int:
-        return sum(tensor.nbytes for one in self.maps.values() for tensor in one.tensors)
+        """Of what stays in memory beside the model's own weights: maps, and weights of the prompt."""
+        maps = (tensor for one in self.maps.values() for tensor in one.tensors)
+        return sum(tensor.nbytes for tensor in (*maps, *self.prompt_weights.values()))
 
     @property
     def state(self) -> Literal["repaired"]:
@@ -108,10 +123,12 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
 
     @property
     def unrepaired(self) -> Plan:
-        return Plan(self.attention, self.mlp, fingerprint=self.fingerprint, note=self.note)
+        about = {"fingerprint": self.fingerprint, "note": self.note}
+        return Plan(self.attention, self.mlp, prefill=self.prefill, **about)
 
     def __str__(self) -> str:
-        return f"{super().__str__()} (repaired)" if self.weights or self.maps else super().__str__()
+        has_own = self.weights or self.prompt_weights or self.maps
+        return f"{super().__str__()} (repaired)" if has_own else super().__str__()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan, its weights and its history to a new folder, which commands take as `--plan`.
@@ -145,7 +162,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 raise UsageError(f"{shortened(folder)} was not finished: run the command that began it again")
             raise UsageError(f"{shortened(folder)} is no repaired plan: give a plan file, or one that was repaired")
         check_files(folder, {name: d for name, d in seal.files.items() if not name.endswith(".safetensors")}, FIX)
-        weights, replaced = _sealed_weights(folder, seal)
+        tensors = _sealed_weights(folder, seal)
         plan = Plan.load(_file(folder, PLAN))
         if plan.indices != seal.plan:
             raise UsageError(f"{PLAN} of {shortened(folder)} is another plan than the one that was repaired: {FIX}")
@@ -156,18 +173,20 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                     history += [*HISTORY.validate_python(about.what.get(BEFORE, ())), step_of(by, about)]
                 except ValidationError:
                     raise UsageError(f"line 1 of {kind.file} in {shortened(folder)} is damaged: {FIX}") from None
-        return cls.of(plan, weights=weights, replaced=replaced, refits=refits, history=tuple(history))
+        return cls.of(plan, **tensors._asdict(), refits=refits, history=tuple(history))
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What it skips, and its weights."""
-        return self.attention, self.mlp, self.digest
+        skipped = self.unrepaired.identity
+        return (*skipped[:2], self.digest, *skipped[2:])
 
     def __or__(self, other: Plan) -> "RepairedPlan":
         both = super().__or__(other)
         theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
-        merged = {name: {**getattr(self, name), **getattr(theirs, name)} for name in ("weights", "replaced", "maps")}
-        return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, **merged)
+        fields = ("weights", "prompt_weights", "replaced", "maps")
+        merged = {name: {**getattr(self, name), **getattr(theirs, name)} for name in fields}
+        return RepairedPlan.of(both, **merged)
 
     __ror__ = __or__
 
@@ -175,13 +194,13 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
         super().check(structure)
         known = tuple(f"{structure.layers}.{p.index}.{name}." for p in structure.sublayers for name in p.modules)
-        for path in self.weights:
+        for path in (*self.weights, *self.prompt_weights):
             if not path.startswith(known):
                 raise UsageError(f"no sublayer of the model has {shortened(path)}, as the plan has; repair this model")
 
     def knowing(self, model: nn.Module) -> "RepairedPlan":
         """The same, with samples of `model`'s own weights, which these replace."""
-        return self.model_copy(update={"replaced": dict(_samples(model, self.weights))})
+        return self.model_copy(update={"replaced": dict(_samples(model, {**self.weights, **self.prompt_weights}))})
 
     def check_replaced(self, own: nn.Module | Mapping[str, Tensor]) -> None:
         """Raise `UsageError` where a model's own weights are not those that were replaced, in whatever dtype."""
@@ -194,16 +213,26 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     def placed(self, model: nn.Module) -> "RepairedPlan":
         """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and `check_replaced` do."""
         weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
+        prompt = {path: placed_in_prompt(model, path, weight) for path, weight in self.prompt_weights.items()}
         self.check_replaced(model)
-        found = self.model_copy(update={"weights": weights})
+        update = {"weights": weights, "prompt_weights": prompt}
+        found = self.model_copy(update=update)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
 
     def weights_of(self, structure: ModelStructure, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
         """Those of sublayers of one layer, by their paths below it."""
-        layer = f"{structure.layers}.{parts[0].index}."
-        modules = tuple(f"{layer}{module}." for part in parts for module in part.modules)
-        return {path.removeprefix(layer): weight for path, weight in self.weights.items() if path.startswith(modules)}
+        return _below(self.weights, structure, parts)
+
+    def prompt_weights_of(self, structure: ModelStructure, part: Sublayer) -> dict[str, Tensor]:
+        """Those of a sublayer that the prompt skips, by their paths below its layer."""
+        return _below(self.prompt_weights, structure, [part])
+
+
+def _below(weights: Mapping[str, Tensor], structure: ModelStructure, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
+    layer = f"{structure.layers}.{parts[0].index}."
+    modules = tuple(f"{layer}{module}." for part in parts for module in part.modules)
+    return {path.removeprefix(layer): one for path, one in weights.items() if path.startswith(modules)}
 
 
 def refuse_maps(plan: Plan) -> None:
@@ -238,10 +267,31 @@ def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, n
     return holder._parameters, name, nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
 
 
+def placed_in_prompt(model: nn.Module, path: str, weight: Tensor) -> Tensor:
+    """A weight of the prompt, in the dtype and on the device of the projection that it stands in for.
+
+    It has the rows that keys and values need of it, of a `bias` too where the projection has none. Raises `UsageError`
+    for a misfit.
+    """
+    above, _, name = path.rpartition(".")
+    try:
+        holder = model.get_submodule(above)
+    except AttributeError:
+        holder = model
+    if name not in ("weight", "bias") or not is_projection(holder):
+        raise UsageError(f"the model has no {path}, which the plan has weights of the prompt for; repair this model")
+    own = matrix_of(holder)  # (outputs, inputs)
+    fits = weight.dim() == (2 if name == "weight" else 1) and len(weight) <= len(own)
+    if not fits or weight.shape[1:] != (own.shape[1:] if name == "weight" else ()):
+        told = f"the prompt's {path} is {tuple(weight.shape)}, but the model's matrix is {tuple(own.shape)}"
+        raise UsageError(f"{told}; repair this model")
+    return weight if own.device.type == "meta" else weight.to(own.device, own.dtype)
+
+
 class Seal(BaseModel, frozen=True, extra="forbid"):
     """What a finished folder holds."""
 
-    plan: dict[str, list[int]]
+    plan: Settings  # its `indices`
     files: dict[str, str]  # their digests: of records the SHA-256, of weights as `digest_of_tensors`
 
 
@@ -278,17 +328,32 @@ def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
 
 def write_weights(path: Path, plan: RepairedPlan) -> str:
     """Write those of a plan to a file; its digest."""
-    return write_tensors(path, {**plan.weights, **{REPLACED + where: one for where, one in plan.replaced.items()}})
+    prompt = {IN_PROMPT + where: one for where, one in plan.prompt_weights.items()}
+    replaced = {REPLACED + where: one for where, one in plan.replaced.items()}
+    return write_tensors(path, {**plan.weights, **prompt, **replaced})
 
 
-def read_weights(folder: Path, name: str, digest: str) -> tuple[Tensors, Tensors]:
-    """Weights, and samples of those that they replace, by path. Raises `UsageError` for an absent or damaged file."""
-    weights, _ = read_tensors(_file(folder, name), digest, fix=FIX)
-    replaced = {path.removeprefix(REPLACED): weights.pop(path) for path in [*weights] if path.startswith(REPLACED)}
-    for path, weight in weights.items():
+class Weights(NamedTuple):
+    """What a file holds of a repaired plan, by path."""
+
+    weights: Tensors
+    prompt_weights: Tensors
+    replaced: Tensors  # samples
+
+
+def read_weights(folder: Path, name: str, digest: str) -> Weights:
+    """What `write_weights` wrote. Raises `UsageError` for an absent or damaged file."""
+    tensors, _ = read_tensors(_file(folder, name), digest, fix=FIX)
+    replaced, prompt = _taken(tensors, REPLACED), _taken(tensors, IN_PROMPT)
+    for path, weight in (*tensors.items(), *prompt.items()):
         if not weight.isfinite().all():
             raise UsageError(f"{path} in {name} of {shortened(folder)} has numbers that are not finite: {FIX}")
-    return weights, replaced
+    return Weights(tensors, prompt, replaced)
+
+
+def _taken(tensors: Tensors, prefix: str) -> Tensors:
+    """Out of `tensors` those whose names begin so, without it."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
 
 
 def _samples(own: nn.Module | Mapping[str, Tensor], paths: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -312,7 +377,7 @@ def _seal_of(folder: Path) -> Seal | None:
         raise UsageError(f"{SEAL} of {shortened(folder)} is damaged: {FIX}") from None
 
 
-def _sealed_weights(folder: Path, seal: Seal) -> tuple[Tensors, Tensors]:
+def _sealed_weights(folder: Path, seal: Seal) -> Weights:
     """As `read_weights`, of all files of a folder. Raises `UsageError` for others beside them, too."""
     records = {kind.file for kind in MADE_BY.values()}  # which tell the history of the weights
     for path in sorted(folder.iterdir()):
@@ -321,12 +386,12 @@ def _sealed_weights(folder: Path, seal: Seal) -> tuple[Tensors, Tensors]:
         if (is_weight or path.name in records) and path.name not in seal.files:
             told = f"{shortened(folder)} holds {shortened(path.name)}"
             raise UsageError(f"{told}, which is no part of its repair: move that file away")
-    weights, replaced = Tensors(), Tensors()
+    whole = Weights({}, {}, {})
     for name, digest in seal.files.items():
         if name.endswith(".safetensors"):
-            for held, found in zip((weights, replaced), read_weights(folder, name, digest)):
+            for held, found in zip(whole, read_weights(folder, name, digest)):
                 held.update(found)
-    return weights, replaced
+    return whole
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, UsageError
 from ..plan import Plan
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, inputs_device
 from ..structure.observation import Arguments, LayerCall, called_with, first, forward_of, run_branches, scaled
 from ..structure.undoing import Undo
+from .prefill import InPrompt, Prompt, in_prompts
 from .repaired import LinearMap, RepairedPlan, with_weights
 from .skipping import refuse_skipping, skip
 
@@ -31,6 +32,15 @@ class Recording:
     embedded: Tensor  # (batch, tokens, hidden)
     arguments: tuple[Arguments, ...]  # a layer each
     devices: tuple[torch.device, ...]  # where each layer runs
+    prompt_tokens: int | None = None  # the first ones of each sequence, where these are a prompt
+
+    def whole(self, last_tokens: int) -> int:
+        """How many last tokens run whole where those of the prompt do so but for `last_tokens`."""
+        if self.prompt_tokens is None:
+            told = "a plan skips sublayers in the prompt alone, and nothing says which tokens are the prompt"
+            raise UsageError(f"{told}: give prompt_tokens (--prompt-tokens), the first tokens of each window")
+        tokens = self.embedded.shape[1]
+        return min(tokens, tokens - self.prompt_tokens + last_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +56,7 @@ class Step:
     parts: tuple[Sublayer, ...]  # none where a `map` stands in for something skipped: no sublayer is counted
     weights: Mapping[str, Tensor]  # a repaired plan's own, by their paths below the layer, and part of the name
     map: LinearMap | None = None
+    in_prompt: InPrompt | None = None  # what of its parts the prompt skips, and part of the name
     scale: float = 1.0  # what the layers between the step before it and its own multiply the stream by
     after: "dict[str, Step]" = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
@@ -92,7 +103,8 @@ class Replay:
         self.first: dict[str, Step] = {}
         self.plans = len(plans)
         self.executions = 0  # sublayers run for one batch
-        self.ran = 0  # sublayers run so far, over all batches
+        # sublayers run so far, over all batches; one that the prompt skips counts as the share of tokens it runs
+        self.ran = 0.0
         self.alone: dict[Plan, list[int]] = {}  # plans that share nothing, with their numbers
         for number, plan in enumerate(plans):
             plan.check(self.structure)
@@ -110,6 +122,15 @@ class Replay:
                 self.executions += len(new.parts) if step is new else 0
             assert step is not None, "a plan keeps at least one attention"
             step.plans.append(number)
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The names of the steps of the first plan, in order; of one that shares nothing there are none."""
+        names, steps = list[str](), self.first
+        while step := next(iter(steps.values()), None):
+            names.append(step.name)
+            steps = step.after
+        return tuple(names)
 
     def hidden_states(
         self, recording: Recording, prefix: PrefixCache | None = None
@@ -149,17 +170,41 @@ class Replay:
 
     def _steps_of(self, plan: Plan) -> Iterator[Step]:
         maps = plan.maps if isinstance(plan, RepairedPlan) else {}
+        split = self._in_prompt(plan)
         for block, parts in live_steps(self.structure, plan, mapped=maps):
             name = step_name(parts)
             if name in maps:
                 yield Step(f"map of {name} {plan.digest}", block, (), {}, maps[name])
             else:
                 weights = plan.weights_of(self.structure, parts) if isinstance(plan, RepairedPlan) else {}
-                yield Step(f"{name} {plan.digest}" if weights else name, block, parts, weights)
+                name = f"{name} {plan.digest}" if weights else name
+                step = Step(name, block, parts, weights)
+                here = split.get(block.index)
+                if here and any(part.name in here.names for part in parts):
+                    step.in_prompt, step.name = here, f"{name} {self._prompt_name(plan, parts, here)}"
+                yield step
+
+    def _in_prompt(self, plan: Plan) -> dict[int, InPrompt]:
+        """Of each block, by its index, what of it the prompt skips."""
+        if not plan.prefill:
+            return {}
+        weights = plan.weights if isinstance(plan, RepairedPlan) else {}
+        with with_weights(self.model, weights):  # which keys and values of the prompt are made with, too
+            return in_prompts(self.model, self.structure, plan, Prompt(plan.prefill.last_tokens))
+
+    def _prompt_name(self, plan: Plan, parts: Sequence[Sublayer], here: InPrompt) -> str:
+        """What tells a step that the prompt skips from one that it doesn't: plans with such steps alike share them."""
+        skipped = [part for part in parts if part.name in here.names]
+        own = isinstance(plan, RepairedPlan) and any(plan.prompt_weights_of(self.structure, p) for p in skipped)
+        digest = f", {plan.digest}" if own else ""
+        return f"without {step_name(skipped)} in the prompt (last {plan.prefill.last_tokens}{digest})"
 
     def _run(self, step: Step, hidden: Tensor, recording: Recording) -> Tensor:
-        self.ran += len(step.parts)
         hidden = scaled(hidden.to(recording.devices[step.block.index]), step.scale)
+        whole = recording.whole(step.in_prompt.prompt.last_tokens) if step.in_prompt else None
+        if step.in_prompt and whole is not None and whole < hidden.shape[1]:
+            return self._run_split(step, step.in_prompt, hidden, recording, whole)
+        self.ran += len(step.parts)
         if step.map:
             step.map = step.map.like(hidden)
             return step.map.run(hidden)
@@ -170,8 +215,18 @@ class Replay:
                 return first(layer(hidden, **arguments))
             return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
 
+    def _run_split(self, step: Step, here: InPrompt, hidden: Tensor, recording: Recording, whole: int) -> Tensor:
+        """What the step makes of the stream, (batch, tokens, hidden), some of it for the `whole` last tokens alone."""
+        here.prompt.whole = whole
+        skipped = sum(part.name in here.names for part in step.parts)
+        self.ran += len(step.parts) - skipped + skipped * whole / hidden.shape[1]
+        call = LayerCall(recording.arguments[step.block.index])
+        layer = self.layers[step.block.index]
+        with with_weights(layer, step.weights):
+            return here.run(step.parts, layer, hidden, call)
 
-def step_name(parts: tuple[Sublayer, ...]) -> str:
+
+def step_name(parts: Sequence[Sublayer]) -> str:
     return "+".join(part.name for part in parts)
 
 
@@ -192,8 +247,11 @@ class Enough(Exception):
     """What a forward is run for was seen: raised inside of it, where the rest of it would be for nothing."""
 
 
-def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
-    """Run the embedding of `model` on `inputs` (as for its forward), and note what each layer is called with."""
+def record(model: PreTrainedModel, prompt_tokens: int | None = None, /, **inputs: Tensor) -> Recording:
+    """Run the embedding of `model` on `inputs` (as for its forward), and note what each layer is called with.
+
+    The first `prompt_tokens` of each sequence are a prompt, where that is said.
+    """
     inner = base_model(model)
     structure = locate(inner)
     inputs = {name: value.to(inputs_device(inner)) for name, value in inputs.items()}
@@ -208,7 +266,7 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
     with suppress(Enough), standing_in(inner, structure, partial(answering, answer=note)):
         inner(**inputs, use_cache=False)
     arguments, streams = zip(*calls)
-    return Recording(inputs, streams[0], arguments, tuple(hidden.device for hidden in streams))
+    return Recording(inputs, streams[0], arguments, tuple(hidden.device for hidden in streams), prompt_tokens)
 
 
 def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> Tensor:

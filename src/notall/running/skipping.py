@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, expect
-from ..plan import Fingerprint, Plan
+from ..plan import Fingerprint, Plan, refuse_prefill
 from ..results.facts import Footprint
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import LOCATED, locate
@@ -37,6 +37,7 @@ from ..structure.slicing import (
 )
 from ..structure.undoing import ABSENT, Undo
 from ..structure.weights import weights_of
+from .prefill import InPrompt, Prompt, declaring, in_prompts
 from .regrouping import Layer, layers_of
 from .repaired import RepairedPlan, placed_at, refuse_maps
 
@@ -124,6 +125,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     refuse_skipping(inner, "removing anything for good")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
+    refuse_prefill(plan, "removing for good")
     structure = locate(inner)
     plan.check(structure)
     if not plan:
@@ -235,19 +237,32 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: 
         if isinstance(parent := _place(model, structure)[0], PreTrainedModel):
             maybe_install_capturing_hooks(parent)
     undo.put(model.__dict__, "_cache", ABSENT)  # what `generate` keeps between calls counts layers
-    _cut(model, structure, plan, undo)
+    prompt = declaring(model, _place(model, structure)[0], plan, undo) if plan.prefill else None
+    _cut(model, structure, plan, undo, prompt=prompt)
     if _are_cut(model, structure):
         undo.put(model.__dict__, "save_pretrained", partial(_refuse_to_save, SKIPPED))
     undo.put(LOCATED, model, (_layers(model, structure), structure))
 
 
-def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: Undo, *, for_good: bool = False) -> None:
-    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them."""
+def _cut(
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    plan: Plan,
+    undo: Undo,
+    *,
+    for_good: bool = False,
+    prompt: Prompt | None = None,
+) -> None:
+    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them.
+
+    What it skips in the prompt alone stays in its layers, which ask `prompt` for how many tokens it runs.
+    """
     dense, configs = _layers(model, structure), _place(model, structure)[2]
     if isinstance(plan, RepairedPlan):
         plan.check_replaced(model)
     for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
         undo.put(*placed_at(model, path, weight.clone() if for_good else weight))
+    skipped = in_prompts(model, structure, plan, prompt) if prompt else {}  # of the weights that are there now
     for config in configs:
         undo.put_fields(config)
     if structure.in_place:
@@ -266,7 +281,7 @@ def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: Un
     else:
         merges = for_good and not structure.scaled
         groups = layers_of(structure, plan, lambda i, j: merges and _are_alike(dense[i], dense[j]))
-        layers = nn.ModuleList(regrouped_layer(structure, dense, group) for group in groups)
+        layers = nn.ModuleList(regrouped_layer(structure, dense, group, skipped) for group in groups)
         for config in configs:
             slice_config(config, [group.attention for group in groups])
         for index, layer in enumerate(layers):
@@ -322,14 +337,17 @@ def _refuse_cache(model: PreTrainedModel, args: object, arguments: Mapping[str, 
 class Holder(nn.Module):
     """The modules of one MLP that lost its attention, those of a dense layer."""
 
-    def __init__(self, source: nn.Module, mlp: Sublayer) -> None:
+    def __init__(self, source: nn.Module, mlp: Sublayer, in_prompt: InPrompt | None = None) -> None:
         super().__init__()
         self.sublayer, self.training = mlp, source.training
+        self.in_prompt = in_prompt
         for name in mlp.modules:
             set_child(self, name, child(source, name))
         move_inputs_like(source, self)
 
     def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        if self.in_prompt and self.in_prompt.splits:
+            return self.in_prompt.run([self.sublayer], self, hidden, call)
         return run_branches(self.sublayer.branches, self, hidden, call)
 
 
@@ -358,6 +376,7 @@ class RegroupedLayer(nn.Module):
     after: nn.ModuleList
     scales: Iterable[nn.Module]  # one for each part and one behind all, or none
     _layout: tuple[Block, Sublayer, bool]  # its own block, what it runs of it, and whether that is all of it
+    in_prompt: InPrompt | None  # what of its own block is skipped in the prompt
 
     def forward(self, *args: object, **kwargs: object) -> object:
         arguments, hidden = called_with(self, args, kwargs)
@@ -372,19 +391,40 @@ class RegroupedLayer(nn.Module):
         for holder in self.before:
             hidden = holder(scaled(hidden), call).to(here)
         hidden = scaled(hidden)
-        if whole:
+        splits = self.in_prompt is not None and self.in_prompt.splits
+        if whole and not splits:
             answer = super().forward(hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         else:
-            hidden = run_branches(own.branches, self, hidden, call)
+            run = self._run_split if splits else partial(run_branches, own.branches, self)
+            hidden = run(hidden, call)
             given = call.attention if isinstance(call.attention, tuple) else (call.attention,)
             places = block.answer or ()  # of what the dense layer answers beside, as far as the attention gave it
             as_asked = call.arguments.get("output_attentions")
-            rest = given[1:] if as_asked else tuple(None if at is None else given[at] for at in places)
+            if call.attention is None:  # it ran for no token
+                rest = tuple(None for _ in places)
+            else:
+                rest = given[1:] if as_asked else tuple(None if at is None else given[at] for at in places)
         for holder in self.after:
             hidden = holder(scaled(hidden), call).to(here)
         hidden = scaled(hidden)
         return hidden if block.answer is None else (hidden, *rest)
+
+    def _run_split(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        """What it runs of its own block on (batch, tokens, hidden), some of it for the last tokens alone."""
+        assert self.in_prompt is not None
+        block, own, whole = self._layout
+        if not whole:
+            lines: list[tuple[Sublayer, ...]] = [(own,)]
+        elif block.parallel:
+            lines = [block.sublayers]
+        else:
+            lines = [(part,) for part in block.sublayers]
+        for parts in lines:
+            hidden = self.in_prompt.run(parts, self, hidden, call)
+        if whole and block.scaled_by:
+            hidden = (hidden * getattr(self, block.scaled_by)).to(hidden.dtype)
+        return hidden
 
 
 @functools.cache
@@ -401,25 +441,31 @@ def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
     return type(name, bases, {"__module__": __name__, "forward": forward})
 
 
-def regrouped_layer(structure: ModelStructure, dense: nn.ModuleList, layer: Layer) -> nn.Module:
-    """The module that runs `layer`: the dense one itself where nothing in it changes."""
+def regrouped_layer(
+    structure: ModelStructure, dense: nn.ModuleList, layer: Layer, skipped: Mapping[int, InPrompt] = {}
+) -> nn.Module:
+    """The module that runs `layer`: the dense one itself where nothing in it changes.
+
+    `skipped` holds for dense blocks what of them is skipped in the prompt.
+    """
     source, block = dense[layer.attention], structure.blocks[layer.attention]
     after = [*([] if layer.whole or layer.mlp is None else [layer.mlp]), *layer.after]
-    if layer.is_ordinary and after:  # the MLP of another block, in the place of its own
+    is_split = not skipped.keys().isdisjoint([layer.attention, *after])
+    if layer.is_ordinary and after and not is_split:  # the MLP of another block, in the place of its own
         swapped = {name: child(dense[after[0]], name) for name in block.mlp.modules}
         return shallow_clone(source, dict(source.named_children()) | swapped, type(source))
     here, ways = layer.start, []  # the blocks that multiply the stream on its way to each part, and behind all of them
     for index in [*layer.before, layer.attention, *after, layer.end]:
         ways.append([between for between in range(here, index) if structure.blocks[between].scaled_by])
         here = index + (layer.whole and index == layer.attention)
-    if layer.whole and layer.is_ordinary and not any(ways):
+    if layer.whole and layer.is_ordinary and not any(ways) and not is_split:
         return source
     own = block.attention if "attention" in block.kinds else block.mlp
     parts = block.sublayers if layer.whole else (own,)
     children = {name: child(source, name) for part in parts for name in part.modules}
     made = shallow_clone(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
     made.before, made.after = (
-        nn.ModuleList(Holder(dense[index], structure.blocks[index].mlp) for index in indices)
+        nn.ModuleList(Holder(dense[index], structure.blocks[index].mlp, skipped.get(index)) for index in indices)
         for indices in (layer.before, after)
     )
     numbers = [[getattr(dense[index], structure.blocks[index].scaled_by or "") for index in way] for way in ways]
@@ -427,4 +473,5 @@ def regrouped_layer(structure: ModelStructure, dense: nn.ModuleList, layer: Laye
     for extras in (made.before, made.after):
         extras.training = source.training
     made._layout = block, own, layer.whole
+    made.in_prompt = skipped.get(layer.attention)
     return made

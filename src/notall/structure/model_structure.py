@@ -161,6 +161,15 @@ class ModelStructure:
                 running.add(part.name)
         return frozenset(running)
 
+    def is_unread(self, plan: Plan) -> bool:
+        """Whether nothing reads what `plan` leaves out of the prompt alone: its answers are then exact.
+
+        That is so behind the last mixer that it keeps: of what follows, only the last token's output goes on.
+        """
+        kept = (p.index for p in self.sublayers if p.kind == "attention" and p.index not in plan.attention)
+        skipped = (*plan.prefill.attention, *plan.prefill.mlp)
+        return bool(skipped) and min(skipped) >= max(kept)
+
     @property
     def stubbed(self) -> bool:
         """Whether there are sublayers that run only inside of their layers, or are whole ones."""

@@ -9,12 +9,14 @@ from typing import get_args
 from torch import nn
 
 from ...errors import UsageError, expect
-from ...plan import Plan, Skippable, several_of
+from ...files import Settings
+from ...plan import Phase, Plan, Skippable, several_of
 from ...results.facts import Configured
 from ...structure.model_structure import ModelStructure, base_model
 from .setting import Setting, UnitScores
 
 SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 FRACTIONS = (0.10, 0.25, 0.33)  # of the layers; the paper's
 
 
@@ -25,16 +27,22 @@ def deepest(
     *,
     count: int | None = None,
     keep_last: bool = False,
+    phase: Phase = "all",
+    last_tokens: int = 1,
 ) -> Plan:
     """The paper's rule: skip the last k = round(fraction x layers) of them; with `keep_last`, the k before the last.
 
-    Give `fraction`, or k itself as `count`. Where layers lack one of the two, as in hybrids, k is that part of those
-    that have what is skipped. Source: arXiv 2407.15516, sections 2 and 3. Raises `UsageError` for an unknown kind, a
-    fraction outside 0..1, a count of more than there are, and where no attention would be left.
+    With the `phase` prefill they are skipped for a prompt's tokens alone, but for its `last_tokens`; of blocks the
+    last one is then exact, as nothing reads it. Give `fraction`, or k itself as `count`. Where layers lack one of the
+    two, as in hybrids, k is that part of those that have what is skipped. Source: arXiv 2407.15516, sections 2 and 3.
+    Raises `UsageError` for an unknown kind or phase, a fraction outside 0..1, a count of more than there are, and where
+    no attention would be left.
     """
     expect(structure, ModelStructure, "the structure of a model: notall.locate(model)")
     if skip not in SKIPPABLE:
         raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
+    if phase not in PHASES:
+        raise UsageError(f"phase is {phase!r}: give one of {', '.join(PHASES)}")
     layers = [block for block in structure.blocks if skip == "block" or skip in block.kinds]
     last = len(layers) - keep_last
     if count is None:
@@ -46,12 +54,15 @@ def deepest(
         had = several_of(skip, last)
         raise UsageError(f"cannot skip {count} of {had}: give a fraction, or a count from 0 to {last}")
     chosen = layers[last - count : last]
-    plan = Plan(
-        attention=[block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
-        mlp=[block.index for block in chosen if skip != "attention" and "mlp" in block.kinds],
-        fingerprint=structure.fingerprint,
-        note=f"deepest {count} of {several_of(skip, len(layers))}{', last kept' if keep_last else ''}",
-    )
+    skipped: Settings = {
+        "attention": [block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
+        "mlp": [block.index for block in chosen if skip != "attention" and "mlp" in block.kinds],
+    }
+    if phase == "prefill":
+        skipped = {"prefill": skipped | {"last_tokens": last_tokens}}
+    in_words = ", last kept" * keep_last + ", in the prompt alone" * (phase == "prefill")
+    note = f"deepest {count} of {several_of(skip, len(layers))}{in_words}"
+    plan = Plan(**skipped, fingerprint=structure.fingerprint, note=note)
     plan.check(structure)
     return plan
 

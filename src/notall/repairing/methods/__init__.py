@@ -14,7 +14,7 @@ from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
 from ...models.loading import dtype_name
 from ...models.texts import checked
-from ...plan import Plan
+from ...plan import Plan, refuse_prefill
 from ...plugins import explained, first_line, named, source_of, takes
 from ...progress import Progress, silent
 from ...results.ledger import Ledger, read, working_in
@@ -149,6 +149,7 @@ def repair_into(
         raise UsageError(f"--repair {name} keeps its weights: give --out")
     structure = locate(base_model(model))
     plan.check(structure)
+    refuse_prefill(plan, f"a repair by {name}")
     way, how = method(name), {"calibration": digest_of(batches)[:16], "method": name}
     about = about_weights(settings, base_model(model), plan, **how, **source_of(name))
     with working_in(folder, "repair"):
