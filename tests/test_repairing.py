@@ -481,10 +481,10 @@ def goes_on(folder, elsewhere):
 def test_new_weights_lie_in_files_and_are_never_in_memory_together(tmp_path, monkeypatch):
     made, alive = [], []
 
-    def add(kept, refit, weights, model, add=Kept.add):
+    def add(kept, refit, brought, model, add=Kept.add):
         alive.append(sum(one() is not None for one in made))
-        made.extend(weakref.ref(weight) for weight in weights.values())
-        add(kept, refit, weights, model)
+        made.extend(weakref.ref(weight) for weight in brought.weights.values())
+        add(kept, refit, brought, model)
 
     monkeypatch.setattr(Kept, "add", add)
     run_repair(tmp_path)
