@@ -99,6 +99,10 @@ class Student(nn.Module):
         for parameter in self.running.values():
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
+        self._train()
+
+    def _train(self) -> None:
+        """Begin with what runs, of which a copy in more bits is trained where it has few."""
         self.trained = {path: _exact(one) for path, one in self.running.items()}
         pairs = zip(self.trained.values(), self.running.values())
         self.rounded = [(own, running) for own, running in pairs if own is not running]
@@ -153,7 +157,7 @@ class PromptStudent(Student):
         self.skipping = ExitStack()
         self.skipping.enter_context(skip(self.model, plan))  # of a model of its own, as long as there is one
         self.running = dict(_in_prompts(self.model, locate(model).layers))
-        self.trained = {path: _exact(one) for path, one in self.running.items()}
+        self._train()
 
     def forward(self, input_ids: Tensor, targets: object = None) -> Tensor:
         """What the head's matrix is given from the last token of the prompt on, (tokens, width)."""
