@@ -52,6 +52,7 @@ FAULTS = [
     Fault(REPLAY, "value.to(inputs_device(inner))", "value", "llama-one-score"),
     Fault(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
     Fault("measuring/token_scores.py", "expected.to(found.device)", "expected", "two-evaluate"),
+    Fault("measuring/token_scores.py", "one.to(here)", "one.to(likely.device)", "two and guesses"),
     Fault("structure/observation.py", "self.sharing.hand_on(args[0], result)", "pass", "two-locate"),
     Fault(SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"),
     Fault(SKIPPING, " and runs_on(one) == runs_on(other)", "", "llama-two-remove"),
