@@ -115,10 +115,15 @@ class Engine(ABC):
 
 
 def regrouped_base(checkpoint: Path) -> str | None:
-    """The model type that a regrouped checkpoint was made of, such as llama; None for any other."""
-    from ..models.own_exports import REGROUPED
+    """The model type that a regrouped checkpoint was made of, such as llama; None for any other.
 
-    form = str(read_json(contents(checkpoint / "config.json"))["model_type"])
+    Raises `UsageError` for one that skips in the prompt alone, which no engine runs.
+    """
+    from ..models.own_exports import REGROUPED, refuse_prompt_skips
+
+    settings = read_json(contents(checkpoint / "config.json"))
+    refuse_prompt_skips(checkpoint, settings)
+    form = str(settings["model_type"])
     return form.removeprefix(REGROUPED) if form.startswith(REGROUPED) else None
 
 

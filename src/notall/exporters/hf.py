@@ -1,11 +1,13 @@
 """transformers: an ordinary checkpoint where the plan is portable, else a regrouped one with its own modeling file."""
 
+import math
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import UsageError
 from ..files import Settings
@@ -14,16 +16,27 @@ from ..models.loading import reader_of
 from ..plan import Plan
 from ..running.regrouping import layers_of
 from ..running.skipping import skip
-from ..structure.model_structure import cache_argument
+from ..structure.model_structure import cache_argument, positions_of
 from ..structure.proving import relative_error, tolerance
 from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
 from .layout import build_of, check_built, cut_settings, moved_modules, moved_tensors
 from .manifest import NotVerified, Verdict, Verified
+from .prompt_code import CAUSAL, PromptCode, check_form
 from .quantisation import cut_quantisation, renamed_notes
-from .remote_code import FAMILIES, auto_map, classes_of, load_modeling, model_type_of, modeling_file, source_of
+from .remote_code import (
+    FAMILIES,
+    auto_map,
+    classes_of,
+    load_modeling,
+    model_type_of,
+    modeling_file,
+    run_source,
+    source_of,
+)
 from .tensors import check_copies, read_notes
 
 SUBLAYERS = ("attention", "mlp", "before", "after")  # of each layer, as config.json has them
+STEPS = 3  # behind a prompt that is compared
 TOKENS, PADDING = 12, 5  # of the sequences that are compared; and of these, on the left of the first
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the original loads this one, with no code of its own."
@@ -38,13 +51,31 @@ REGROUPED_USE = (
     "print(tokenizer.decode(tokens[0]))\n```"
 )
 
+PROMPT_USE = (
+    "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and their keys and values are written "
+    "all the same; the last ones and all that is generated run whole. This saves time to the first token, and neither "
+    "memory nor cache nor time of decoding. The modeling file beside the weights does it, with transformers alone; "
+    "no other engine does. `generate` knows its prompt; a forward outside of it runs whole, but inside of "
+    "`with model.prompt(tokens):`, whose first tokens are the prompt.\n\n"
+    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'folder = "."  # where this file lies, or its hub id\n'
+    "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+    "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+    'tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=16)\n'
+    "print(tokenizer.decode(tokens[0]))\n```"
+)
+
 
 class HFExport(CheckpointExport):
     """A folder that transformers loads."""
 
+    skips_prompts: ClassVar[bool] = True
+
     @classmethod
     def of(cls, dense: DenseModel, plan: Plan) -> "HFExport":
         """Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form."""
+        if plan.prefill:
+            return cls._of_prompts(dense, plan)
         layers, base = layers_of(dense.structure, plan), dense.config.model_type
         settings = cut_settings(dense, layers)
         files: dict[str, str] = {}
@@ -68,9 +99,27 @@ class HFExport(CheckpointExport):
             settings.pop("auto_map", None)  # the code that it names does not go along
         return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)
 
+    @classmethod
+    def _of_prompts(cls, dense: DenseModel, plan: Plan) -> "HFExport":
+        """Of a plan that skips in the prompt alone. Raises `UsageError` where it has no such form."""
+        check_form(dense, plan)
+        code = PromptCode(dense.config.model_type)
+        settings = {**dense.settings, **code.settings(dense, plan)}
+        tensors = code.tensors(dense, plan)
+        notes = read_notes(dense.folder / dense.origin.weights)
+        return cls(
+            dense,
+            plan,
+            settings,
+            tensors,
+            PROMPT_USE.format(last=plan.prefill.last_tokens),
+            {code.file: code.source},
+            notes,
+        )
+
     def verify(self, folder: Path) -> Verdict:
         """By its bytes, and by logits, one model at a time, unless it is quantised and not to be run here."""
-        dense, base = self.dense, self.dense.config.model_type
+        dense, base, logits_of = self.dense, self.dense.config.model_type, self._logits_of
         check_copies(folder, self.tensors, self.texts)
         try:
             model = dense.load()
@@ -79,15 +128,22 @@ class HFExport(CheckpointExport):
                 raise
             return NotVerified(f"{error}; each tensor is the original model's, bit for bit")
         with skip(model, self.plan):
-            expected = _logits_of(model)
+            expected = logits_of(model)
         del model
         loader = reader_of(dense.config)
         if self.form == model_type_of(base):
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
+        if self.plan.prefill:
+            code = PromptCode(base)
+            loader = getattr(run_source(folder / code.file, code.source), code.classes[CAUSAL])
         with explained(folder.name), quiet():
-            found = _logits_of(load_whole(loader, folder, dense.trusted))
+            found = logits_of(load_whole(loader, folder, dense.trusted))
         by, most = f"transformers {transformers.__version__}", tolerance(expected.dtype)
         return Verified(by, relative_error(found, expected), most, "of the largest logit").checked()
+
+    def _logits_of(self, model: PreTrainedModel) -> Tensor:
+        skips = self.plan.prefill
+        return _generated_logits(model, skips.last_tokens) if skips else _logits_of(model)
 
     @property
     def manifest(self) -> Settings:
@@ -124,3 +180,24 @@ def _logits_of(model: PreTrainedModel) -> Tensor:
         name = cache_argument(model)
         step = model(input_ids=tokens[:, TOKENS:], attention_mask=mask, use_cache=True, **{name: prompt[name]})
     return torch.cat([prompt.logits[mask[:, :TOKENS].bool()], step.logits[:, -1]])
+
+
+def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
+    """What `generate` makes of a prompt and given tokens that follow it: (2, tokens, vocabulary).
+
+    The prompt is longer than the tokens of it that run whole.
+    """
+    most = int(positions_of(model)) - STEPS if positions_of(model) < math.inf else math.inf
+    width = int(min(last_tokens + TOKENS, most))
+    tokens = probe_tokens(model, width + STEPS)
+    mask = torch.ones_like(tokens[:, :width])
+    mask[0, :PADDING] = 0
+
+    def following(row: int, before: Tensor) -> list[int]:
+        return [int(tokens[row, len(before)])]
+
+    how = GenerationConfig(max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options: Any = {"generation_config": how, "prefix_allowed_tokens_fn": following, "pad_token_id": 0}
+    with torch.inference_mode(), quiet():
+        found = model.generate(tokens[:, :width], attention_mask=mask, **options)
+    return torch.stack(found.logits, dim=1)

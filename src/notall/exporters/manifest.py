@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of a card: what its title adds to the model's name, what becomes of what is skipped, and the head of its table.
+OF_EVERY_TOKEN = (
+    "without some of its sublayers",
+    "What is left out is in no file, takes no time and holds no cache.",
+    "left out of these layers of the original model, from 0",
+)
+OF_PROMPTS = (
+    "whose prompts skip some of its sublayers",
+    "All of its weights are here.",
+    "skipped by a prompt's tokens in these layers, from 0",
+)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -144,15 +156,18 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     # A hub id is linked to; a folder's name would link to someone else's model.
     base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
     data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
-    skipped = [(name, ", ".join(map(str, plan[name.lower()])) or "none") for name in ("attention", "MLP")]
+    in_prompt = plan.get("prefill")
+    named = in_prompt or plan
+    skipped = [(name, ", ".join(map(str, named[name.lower()])) or "none") for name in ("attention", "MLP")]
+    title, told, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
     model, revision = literal(dense["model"]), literal(dense["revision"])
     sections = [
-        f"# {model} without some of its sublayers",
+        f"# {model} {title}",
         f"Written by notall {manifest['notall']} from {model} ({revision}), which has "
-        f"{several(dense['layers'], 'layer')}. What is left out is in no file, takes no time and holds no cache.",
-        _table(("sublayer", "left out of these layers of the original model, from 0"), skipped),
+        f"{several(dense['layers'], 'layer')}. {told}",
+        _table(("sublayer", head), skipped),
         *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),
-        *(_on_repair(manifest["repair"]) if "repair" in manifest else []),
+        *(_on_repair(manifest["repair"], in_prompt) if "repair" in manifest else []),
         export.use,
         f"Check: {verdict}.",
     ]
@@ -164,12 +179,15 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     return "\n".join(map(printable, card.split("\n")))  # notes are anyone's
 
 
-def _on_repair(repair: Settings) -> Iterator[str]:
+def _on_repair(repair: Settings, in_prompt: Settings | None) -> Iterator[str]:
     """That weights are not the original model's, by what they were made, and what is left of the error."""
     steps = "; then ".join(literal(step["told"]) for step in repair["history"])
     made = f" They were {steps}." if steps else ""
     yield "## Repaired"
-    yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
+    if in_prompt:
+        yield f"The tokens that skip have keys and values of their own weights; all others are the original's.{made}"
+    else:
+        yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
     rows = [(literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
     if refit:

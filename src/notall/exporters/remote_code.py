@@ -82,11 +82,15 @@ def check_code(folder: Path) -> None:
 
 def load_modeling(folder: Path, base: str) -> ModuleType:
     """The modeling file of `base`, whose place is in `folder`: its source is run, and not what lies there."""
-    path = folder / modeling_file(base)
+    return run_source(folder / modeling_file(base), source_of(base))
+
+
+def run_source(path: Path, source: str) -> ModuleType:
+    """The module that `source` makes, whose place is `path`; what lies there is not read."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    exec(compile(source_of(base), str(path), "exec"), vars(module))
+    exec(compile(source, str(path), "exec"), vars(module))
     return module
 
 

@@ -13,14 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engines.vllm import NATIVE
+from ..errors import UsageError
 from ..structure.undoing import Undo
+from .prompt_code import BASES as PROMPT_BASES, CAUSAL, PromptCode
 from .remote_code import FAMILIES, classes_of, model_type_of
 
 # The module of vLLM's in which the layers are made, where it is not the one named as the architecture.
 LAYERS_IN = {"mistral": "llama", "qwen3": "qwen2", "phi3": "llama"}
 # The modules of an MLP, where vLLM calls them otherwise than transformers.
 MLP_IN = {"phi3": ("post_attention_layernorm", "mlp"), "mixtral": ("post_attention_layernorm", "block_sparse_moe")}
-CAUSAL = "AutoModelForCausalLM"
 
 
 def register() -> None:
@@ -34,6 +35,9 @@ def register() -> None:
         config = type(name["AutoConfig"], (CONFIG_MAPPING[base],), {"model_type": model_type})
         AutoConfig.register(model_type, config, exist_ok=True)
         ModelRegistry.register_model(name[CAUSAL], f"{__name__}:{name[CAUSAL]}")
+    for base in PROMPT_BASES:
+        refused = PromptCode(base).classes[CAUSAL]
+        ModelRegistry.register_model(refused, f"{__name__}:{refused}")
 
 
 def __getattr__(name: str) -> Any:
@@ -41,6 +45,9 @@ def __getattr__(name: str) -> Any:
     for base in NATIVE:
         if classes_of(base)[CAUSAL] == name:
             return _model(base)
+    for base in PROMPT_BASES:
+        if PromptCode(base).classes[CAUSAL] == name:
+            return _refusing(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -55,6 +62,20 @@ def _model(base: str) -> type:
 
     Model.__name__ = Model.__qualname__ = classes_of(base)[CAUSAL]
     return Model
+
+
+@functools.cache
+def _refusing(base: str) -> type:
+    """A class of vLLM's that is never built: it would run what a prompt skips for every token."""
+    stock: Any = getattr(_vllm_module(base), f"{FAMILIES[base].name}ForCausalLM")
+
+    class Refused(stock):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            told = "this checkpoint skips sublayers in the prompt alone, which notall does not run in vLLM"
+            raise UsageError(f"{told}; serve the original model, or load this one with transformers")
+
+    Refused.__name__ = Refused.__qualname__ = PromptCode(base).classes[CAUSAL]
+    return Refused
 
 
 def _vllm_module(base: str) -> Any:

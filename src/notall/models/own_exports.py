@@ -17,6 +17,7 @@ from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
+PROMPT_SKIPS = f"{REGROUPED}prefill_"  # what an export that skips in the prompt alone begins with
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
 TENSOR = re.compile(r"(?P<start>.*\blayers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)")
 REDONE = "export it anew from the original model"
@@ -88,11 +89,19 @@ def shard_index(path: Path) -> dict[str, str]:
 
 def own_export(name: str | Path, settings: Settings) -> OwnExport:
     """The layers that config.json of an export tells. Raises `UsageError` where it tells none that can be built."""
+    refuse_prompt_skips(name, settings)
     try:
         return _regrouped(settings) if settings["model_type"] != NEMOTRON_NAS else _nemotron_nas(settings)
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         said = shortened(f"{type(error).__name__}: {error}")
         raise UsageError(f"the config of {shortened(name)} is none that notall writes ({said}); {REDONE}") from error
+
+
+def refuse_prompt_skips(name: str | Path, settings: Settings) -> None:
+    """Raise `UsageError` for an export that skips in the prompt alone, which its own code in transformers runs."""
+    if str(settings.get("model_type")).startswith(PROMPT_SKIPS):
+        told = f"{shortened(name)} skips sublayers in the prompt alone, and only transformers runs it, by its own code"
+        raise UsageError(f"{told} (trust_remote_code=True); give the original model and the plan")
 
 
 def _regrouped(settings: Settings) -> OwnExport:
