@@ -15,7 +15,7 @@ from ..files import Settings
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
 from ..models.names import USE
-from ..models.texts import Text, windows_in
+from ..models.texts import Text
 from ..models.windows import Drawn, draw
 from ..plan import Plan
 from ..progress import Progress, Stages, silent, tracked
@@ -80,16 +80,12 @@ class RepairTexts:
         shared = {text.sha256: text for text in own if text.sha256 in judged}  # a held-out file may be a copy of one
         judged |= shared
         window = partial(draw, tokenizer, length=length, seed=seed)
-        each = -(-(sequences or most or SEQUENCES) // len(texts))
-        if sequences is None:
-            left = MEASURED + STOPS * training
-            room = (windows_in(tokenizer, text, length) - left * (text.sha256 in shared) for text in own)
-            each = max(1, min(each, *room))
         judging = partial(_judging, window, [*judged.values()], training, used)
-        fitted = [window(text, sequences=each) for text in own]
-        while sequences is None and each > 1 and (lacking := _lacking(*judging(fitted, fewer=True))):
-            each = max(1, each - lacking)
-            fitted = [one[:each] for one in fitted]
+        each = -(-(sequences or most or SEQUENCES) // len(texts))
+        fitted = [window(text, sequences=each, fewer=sequences is None) for text in own]
+        if sequences is None:
+            each = _left_by(judging, fitted)
+            fitted = [window(text, sequences=each) for text in own]
         other, stops = judging(fitted)
         told = [{"text": text.name, "text_sha256": text.sha256} for text in own]
         return cls(
@@ -127,9 +123,16 @@ def _judging(
     return other, [window(text, sequences=STOPS, apart=[*fitted, *other], fewer=fewer) for text in texts]
 
 
-def _lacking(other: Sequence[Drawn], stops: Sequence[Drawn]) -> int:
-    """How many windows a text has too few, at most."""
-    return max(MEASURED - len(one) for one in other) + max((STOPS - len(one) for one in stops), default=0)
+def _left_by(judging: Callable[..., tuple[list[Drawn], list[Drawn]]], fitted: Sequence[Drawn]) -> int:
+    """How many of the windows of each text may be fitted to, so that there are enough to judge by; at least one."""
+    each = max(1, min(map(len, fitted)))
+    while each > 1:
+        other, stops = judging([one[:each] for one in fitted], fewer=True)
+        lacking = max(MEASURED - len(one) for one in other) + max((STOPS - len(one) for one in stops), default=0)
+        if not lacking:
+            break
+        each = max(1, each - lacking)
+    return each
 
 
 def sampled(
