@@ -148,7 +148,7 @@ def test_search_refuses_in_one_line(run, folder, text, tmp_path):
         "--skip sublayer:inf is no kind and number": ["--skip", "sublayer:inf"],
         "--skip sublayer:1e300 is no kind and number": ["--skip", "sublayer:1e300"],
         "cannot skip 2.5 of them": ["--skip", "sublayer:2.5"],
-        "is out of reach": ["--skip", "sublayer:999999999"],
+        "a budget of 999,999,999 sublayers is out of reach": ["--skip", "sublayer:999999999"],
         "cannot save nan params": ["--params", "nan"],
         "cannot save inf weight_bytes": ["--weights", "inf"],
         "cannot save -1.0 kv_bytes_per_token": ["--kv", "-1"],

@@ -278,10 +278,23 @@ def test_a_pipe_gets_everything_a_row_a_line(name, monkeypatch):
 @pytest.mark.parametrize("width", [40, *WIDTHS])
 def test_a_pipe_keeps_to_columns_if_set_and_still_gets_everything(name, width, monkeypatch):
     table = replace(TABLES[name][0], title="t")
-    text = printed(io.StringIO(), lambda: print_table(table), monkeypatch, width)
-    assert seen(text, table)[1] == []
-    if "┃" in text:
-        assert all(len(line) <= width for line in text.splitlines())
+    title, *parts = printed(io.StringIO(), lambda: print_table(table), monkeypatch, width).split("┏")
+    assert all(len(line) <= width for part in parts for line in part.splitlines())
+    if len(parts) < 2:
+        assert seen("┏".join([title, *parts]), table)[1] == []
+        return
+    headings = [joined(line for line in part.splitlines() if line.startswith("┃")) for part in parts]
+    shown = [read_back(f"t\n┏{part}", names, len(table.rows))[0] for part, names in zip(parts, headings)]
+    for place, row in enumerate(table.rows):
+        whole = {heading: cell for records in shown for heading, cell in records[place].items()}
+        assert whole == dict(zip(table.headings, map(str, row)))
+
+
+def test_a_long_table_in_a_pipe_is_parts_below_each_other_that_each_name_the_rows(monkeypatch):
+    found = replace(TABLES["sweep"][0], title="t")
+    text = printed(io.StringIO(), lambda: print_table(found), monkeypatch, 100)
+    assert 1 < text.count("┏") < 4
+    assert text.count("fraction") == text.count("┏")
 
 
 @pytest.mark.parametrize("count", [1, 2])

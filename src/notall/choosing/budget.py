@@ -128,5 +128,6 @@ def _possible(space: Space, budget: Budget) -> Budget:
         stay = [unit for unit in space.units if counting.intersection(unit)]
         most = max(budget.saved(set(space.names).difference(unit)) for unit in stay)  # one attention stays
     if not 0 <= budget.target <= most * (1 + 1e-9):
-        raise UsageError(f"{budget.description} is out of reach: ask for at most {most:,.0f}, all that may be skipped")
+        told = f"a budget of {budget.description} is out of reach"
+        raise UsageError(f"{told}: ask for at most {most:,.0f}, all that may be skipped")
     return budget

@@ -60,23 +60,29 @@ def print_table(table: Table) -> None:
     strips = _strips(table, console.encoding)
     if not (screen or os.environ.get("COLUMNS")):
         console.size = ConsoleDimensions(sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1)
-    laid_out = _laid_out(strips, console.width, whole=not screen)
+    laid_out = _laid_out(strips, console.width)
+    parts = ([laid_out] if laid_out else None) if screen else _in_parts(strips, console.width)
     console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
-    if laid_out is None:  # each heading with what stands below it, row after row
+    if parts is None:  # each heading with what stands below it, row after row
         named = [[(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]] for cells, _ in strips]
         console.print(Text("\n\n".join("\n".join(map(" ".join, row)) for row in zip(*named))), soft_wrap=True)
         return
+    for part in parts:
+        console.print(_drawn(part))
+    if screen and len(table.rows) > TURNED and len(parts[0]) < len(strips):
+        left_out = [" ".join(strip.cells[0]) for strip in strips[len(parts[0]) :]]
+        console.print(Text(f"also measured: {', '.join(left_out)}; see --json or a wider terminal"))
+
+
+def _drawn(laid_out: Sequence["Strip"]) -> RichTable:
+    """Each piece is on a line of its own; with rules between the rows where that takes several lines."""
     headings, *rows = zip(*(strip.cells for strip in laid_out))
-    # Each piece is on a line of its own; with rules between the rows where that takes several lines.
     drawn = RichTable(show_lines=any(len(cell) > 1 for row in rows for cell in row))
     for heading, strip in zip(headings, laid_out):
         drawn.add_column(Text("\n".join(heading)), justify="right" if strip.right else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*(Text("\n".join(cell)) for cell in row))
-    console.print(drawn)
-    if len(table.rows) > TURNED and len(laid_out) < len(strips):
-        left_out = [" ".join(strip.cells[0]) for strip in strips[len(laid_out) :]]
-        console.print(Text(f"also measured: {', '.join(left_out)}; see --json or a wider terminal"))
+    return drawn
 
 
 class Strip(NamedTuple):
@@ -110,15 +116,38 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
     return [strip(place, column) for place, column in enumerate(table.columns)]
 
 
-def _laid_out(strips: Sequence[Strip], width: int, *, whole: bool = False) -> list[Strip] | None:
+def _in_parts(strips: Sequence[Strip], width: int) -> list[list[Strip]] | None:
+    """All columns, in tables of `width` cells below each other, which each begin with what names the rows.
+
+    None where a list is all that fits.
+    """
+    parts, named = list[list[Strip]](), strips[: _naming(strips)]
+    while part := _laid_out(strips, width):
+        parts.append(part)
+        if len(part) == len(strips) or _is_short(strips):
+            return parts
+        if len(part) == len(named):
+            return None
+        strips = [*named, *strips[len(part) :]]
+    return None
+
+
+def _is_short(strips: Sequence[Strip]) -> bool:
+    return len(strips[0].cells) - 1 <= TURNED
+
+
+def _naming(strips: Sequence[Strip]) -> int:
+    """How many columns name the rows: to the first with numbers, which comes along."""
+    return next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
+
+
+def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     """The table in `width` cells, its headings in several lines, then its cells; None where a list is all that fits.
 
     Then few rows become columns; of more the last columns go, but not the first, nor the first with numbers after it.
-    None goes of a `whole` table.
     """
-    turns = len(strips[0].cells) - 1 <= TURNED
-    answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
-    fewest = len(strips) if turns or whole else answer
+    turns = _is_short(strips)
+    fewest = len(strips) if turns else _naming(strips)
     for count in range(len(strips), fewest - 1, -1):
         for start in (0, 1, len(strips[0].cells)):  # the first cell that stands in one line
             cells = [(*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:])) for one in strips[:count]]
