@@ -12,6 +12,7 @@ from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
 from ..files import Settings
+from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan
@@ -139,7 +140,8 @@ def plan(
     chosen.save(out)
     plans = {"dense": Plan(), "skipped": chosen}
     weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
-    show({"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}, as_json=as_json)
+    title, notes = f"{out}: skip {chosen}, in {dtype_name(net)}", size_notes(model.model, chosen)
+    show({"plan": table(title, WEIGHED, weighed)}, as_json=as_json, then=notes)
 
 
 class CriterionFact(Fact):

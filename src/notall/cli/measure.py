@@ -26,6 +26,7 @@ from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import NONE, RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
+from ..exporters.manifest import check_verified
 from ..models.names import model_in_words
 from ..options import Json, KeepIn, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan, several
@@ -33,7 +34,7 @@ from ..progress import Stages
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS
 from ..results.ledger import read
 from ..results.provenance import windows_in_words
-from ..results.table import table
+from ..results.table import in_bytes, table
 from ..results.terminal import next_report, progress_bar, show
 from .app import MISSED, app, command, conclude
 
@@ -87,7 +88,7 @@ def evaluate(
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
-    verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
+    verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"], spec=model.model)
     verdict = verdict.judged(found.scores, asked.recovery)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)
@@ -228,19 +229,27 @@ def pareto(
     """Compare skipping with quantising in the engine that serves the model: loss, speed and size.
 
     This measures the original model and each plan, with and without a repair, in each type: NLL by the engine, times
-    in turn, and bytes. It repairs, then quantises. If you interrupt it, the same command continues where it stopped.
+    in turn, and bytes. It repairs, then quantises. A plan is measured once its export answers as the pruned model.
+    If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "pareto")
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    if text.sequences < FEWEST:
+    fits = bool(counts or speedups) or (
+        plans.repair != NONE and not all(one.state == "repaired" for one in given.values())
+    )
+    if fits and text.sequences < FEWEST:
         raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
         engine.of().check(spec)
+        check_verified(spec)
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(options.words_of(engine.types))
-    own, others, described = text.both(net, tokenizer, seed=run.seed)
+    if text.held_out and not fits:  # `--text`, which may have to be written first, is not read
+        own, (others, described) = [], fronts.held_out(text, net, tokenizer, seed=run.seed)
+    else:
+        own, others, described = text.both(net, tokenizer, seed=run.seed)
     windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"
@@ -269,7 +278,8 @@ def pareto(
     title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
     fronts.write_pareto(records, out, title)
     said = fronts.sentence(records)
-    where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
+    held = fronts.checkpoint_bytes(out)
+    where = f"The table is in {out / 'table.md'}, the checkpoints ({in_bytes(held)}) in {out / 'checkpoints'}."
     tables = {"pareto": table(f"{title}: {out}", fronts.COLUMNS, records)}
     show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
 

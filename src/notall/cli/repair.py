@@ -132,7 +132,7 @@ class Asked:
         if scores:
             tables["tasks"] = scores_table(scores)
         last = measured[-1]
-        verdict = Verdict.on(self.net, last.plan, last.quality, last.text, last.model)
+        verdict = Verdict.on(self.net, last.plan, last.quality, last.text, last.model, self.spec)
         verdict = verdict.judged(scores, self.tasks.recovery)
         verdict = replace(verdict, next=what_next(verdict, self.spec, out)[1])
         conclude(verdict, tables, measured, as_json=as_json)

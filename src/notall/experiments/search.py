@@ -323,13 +323,15 @@ class Search:
         self._save(found.plan)
         record = keep_choice(self.folder, found, Provenance.of(settings, **other, fingerprint=found.plan.fingerprint))
         text = str(other.get("held_out")) if self.text.held_out else f"other windows of {about['text']}"
-        verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
+        spec, measured = self.model.model, list[MeasuredRecord]()
+        verdict = Verdict.on(net, found.plan, record.quality, text, spec=spec)
         plans: dict[State, Plan] = {"skipped": found.plan}
         if self.repair:
             plans["repaired"], own = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
             windows = {text: others} if self.text.held_out else own
             measured = measure(net, plans, windows, self.folder, settings, progress)
-            verdict = Verdict.on(net, plans["repaired"], measured[-1].quality, measured[-1].text)
+            last = measured[-1]
+            verdict = Verdict.on(net, plans["repaired"], last.quality, last.text, spec=spec)
         asked = tasks or self._retrieval(net, found.plan)
         scores = judged(net, tokenizer, plans, asked, self.folder, settings, progress)
         missed = found.missed and f"{budget.description}: {found.missed}"
