@@ -233,6 +233,8 @@ NAMES = {
     "exporters.gguf_weights": ["with_weights as gguf_with_weights"],
     "exporters.layout": ["_is_divided_by_weights", "moved_modules"],
     "exporters.manifest": [
+        "NotAsSkipped",
+        "check_verified",
         "NotVerified",
         "Origin",
         "Verified",

@@ -24,6 +24,8 @@ RECORDED = Path(__file__).with_name("gguf_headers.json")
 
 WIDE = {"sliding_window": 64}  # than any prompt of the tests: llama.cpp has no window here, or in other layers
 DELTA = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+# transformers reads these sizes from no header, and takes its own.
+QWEN2_MOE = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
 SECTIONS = {
     "rope_parameters": {
         "rope_type": "default",
@@ -42,9 +44,9 @@ BUILT: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "mixtral": WIDE,
     "qwen2": {},
-    "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1},
-    "qwen3": {},
-    "qwen3_moe": {"mlp_only_layers": [], "norm_topk_prob": True},
+    "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1} | QWEN2_MOE,
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"mlp_only_layers": [], "norm_topk_prob": True, "head_dim": 128, "moe_intermediate_size": 768},
     "qwen3_next": DELTA | {"mlp_only_layers": [], "decoder_sparse_step": 1},
     "qwen3_5_text": DELTA | SECTIONS,
     "qwen3_5_moe_text": DELTA | SECTIONS,
@@ -53,7 +55,7 @@ BUILT: dict[str, dict[str, Any]] = {
     "gemma3": WIDE | {"layer_types": ["sliding_attention"] * 4},
     "gemma4_text (experts)": WIDE | {"final_logit_softcapping": 30.0},
     "gemma4_text (nothing shared)": WIDE | {"final_logit_softcapping": 30.0},
-    "gpt2": {},
+    "gpt2": {"n_positions": 1024},
     "gpt_bigcode": {},
     "bloom": {},
     "mpt": {},

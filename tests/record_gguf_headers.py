@@ -27,7 +27,7 @@ from tiny_gguf import WORDS, add_tokenizer
 
 # As configs on the hub word what transformers names otherwise, or leaves out.
 HUB: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_ctx": 64},
+    "gpt2": {"n_ctx": 1024},
     "gpt_neox": {"rotary_pct": 0.5},
     "cohere2": {"rotary_pct": 1.0},
     "falcon (parallel)": {"num_kv_heads": 1},

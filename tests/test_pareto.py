@@ -24,19 +24,26 @@ from api import (
     EngineFailed,
     EngineTimesRecord,
     LlamaCpp,
+    NotAsSkipped,
     ParetoRecord,
     Provenance,
     Quartiles,
+    RepairedPlan,
     Subject,
     Transformers,
+    UnknownArchitecture,
     Windows,
     by_another,
     call,
     check_manifest,
+    check_verified,
     engine_named,
     engine_Timing as Timing,
     engines_worker,
+    export,
+    exporters_gguf,
     facts_Times as Times,
+    gguf_layout,
     llamacpp,
     measure_pareto,
     options_Workload as Workload,
@@ -44,11 +51,13 @@ from api import (
     pareto_front,
     read_folder,
     read_gguf,
+    read_text,
     records_lines as lines,
     remote_code,
     render,
     sentence,
     shown_pareto,
+    texts_mix,
     weight_bytes,
     write_pareto,
     write_plain,
@@ -214,7 +223,8 @@ def test_engines_and_types_are_named():
         engine_named("llamacpp")
     assert engine_named("vllm") is VLLM
     assert VLLM(1, "bfloat16").checked_types([]) == ["bfloat16", "int8"]
-    assert LlamaCpp(1).checked_types(["Q8_0"]) == ["F16", "Q8_0"]
+    assert LlamaCpp(1).checked_types(["Q8_0", "F16", "Q8_0"]) == ["Q8_0", "F16"]
+    assert LlamaCpp(1).checked_types([])[0] == "F16"
     with pytest.raises(UsageError, match=r"no type 'Q4_K' .*Q4_K_M"):
         LlamaCpp(1).checked_types(["Q4_K"])
     with pytest.raises(UsageError, match=r"needs a \.gguf file"):
@@ -515,6 +525,86 @@ def test_what_an_engine_cannot_run_is_told_and_tried_again(asked, tmp_path):
         measured(tmp_path / "other")
 
 
+def test_plans_are_measured_in_the_types_that_were_asked_for(asked, tmp_path):
+    """The plain weights that a type is made of are neither scored nor timed, and don't stay."""
+    models = subjects(Subject("other", "n", Plan(), OWN))
+    about = Provenance(what={"model": "m"})
+    found = measure_pareto(Fake(1), models, ("small",), Workload(4, 2, rounds=1), tmp_path, about)
+    assert [(one.model, one.type) for one in found] == [
+        ("dense", "plain"),
+        ("dense", "small"),
+        ("less", "small"),
+        ("other", "small"),
+    ]
+    assert {name for question, name in asked if question != "quantise"} == {
+        "dense-plain",
+        "dense-small",
+        "less-small",
+        "other-small",
+    }
+    held = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+    assert held == ["dense-plain", "dense-small", "less-small", "other-small"]
+    assert found[2].delta_nll == pytest.approx(0.15)
+
+
+def test_a_plain_checkpoint_is_written_once_for_all_types(asked, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(
+        pareto, "write_plain", lambda *given, **how: written.append(given[3].name) or write_text(*given)
+    )
+    monkeypatch.setattr(Fake, "types", ("plain", "small", "smaller"))
+    for name in ("dense", "less"):
+        monkeypatch.setitem(ANSWERS, f"{name}-smaller", (1.5, 4.0))
+    about = Provenance(what={"model": "m"})
+    measure_pareto(Fake(1), subjects(), ("small", "smaller"), Workload(4, 2, rounds=1), tmp_path, about)
+    assert written == ["dense-plain", "less-plain"]
+
+
+def test_what_does_not_answer_as_the_skipped_model_is_not_scored(asked, monkeypatch, tmp_path):
+    def write(engine, spec, plan, *rest, **loading):
+        if plan:
+            raise NotAsSkipped("fake answers differently from the skipped model")
+        write_text(engine, spec, plan, *rest, **loading)
+
+    monkeypatch.setattr(pareto, "write_plain", write)
+    found = measured(tmp_path)
+    assert found["less", "plain"].failed == found["less", "small"].failed
+    assert found["less", "plain"].failed == "fake answers differently from the skipped model"
+    assert not any(name.startswith("less") for _, name in asked)
+    assert found["dense", "small"].times
+
+
+@needs_llamacpp
+def test_a_plain_file_is_verified_before_it_is_measured(dense, monkeypatch, tmp_path):
+    """Trap: rows of queries and keys in another order, and what no engine of the export has run."""
+    model, _ = load(dense, dtype="float32", device="cpu")
+    queries = {name: torch.randn_like(one) for name, one in model.named_parameters() if "q_proj" in name}
+    changed = RepairedPlan.of(MIXED, weights=queries)
+    write_plain(LlamaCpp(1), dense, changed, tmp_path / "right.gguf")
+    monkeypatch.setattr(gguf_layout, "ROTATES_NEIGHBOURS", set())
+    with pytest.raises(NotAsSkipped, match="answers differently from the skipped model"):
+        write_plain(LlamaCpp(1), dense, changed, tmp_path / "wrong.gguf")
+    monkeypatch.undo()
+    monkeypatch.setattr(exporters_gguf.GGUFExport, "_gaps", unreadable)
+    with pytest.raises(EngineFailed, match="not compared with the skipped model: transformers has no mumble"):
+        write_plain(LlamaCpp(1), dense, MIXED, tmp_path / "unseen.gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["right.gguf"]
+
+
+def unreadable(*_):
+    raise UnknownArchitecture("transformers has no mumble")
+
+
+def test_an_export_that_was_not_verified_is_refused(dense, tmp_path):
+    out = export(dense, Plan([1], [1]), "gguf", tmp_path / "unseen", verify=False)
+    for spec in (out, next(out.glob("*.gguf"))):
+        with pytest.raises(UsageError, match=r"not compared with the skipped model: .*--no-verify.*: export it again"):
+            check_verified(spec)
+    check_verified(dense)
+    if LlamaCpp(1).is_installed():
+        check_verified(export(dense, Plan([1], [1]), "gguf", tmp_path / "seen"))
+
+
 def test_a_folder_of_other_work_is_refused(asked, tmp_path):
     measured(tmp_path, text="prose")
     with pytest.raises(UsageError, match="results with text"):
@@ -635,18 +725,42 @@ def test_the_command_measures_plans_as_they_are_and_repaired(dense, run, tmp_pat
     assert code == 0, err
     found = json.loads(out)["pareto"]
     assert [(one["model"], one["repaired"], one["type"]) for one in found] == [
-        (name, repaired, kind)
-        for name, repaired in (("dense", False), ("less 1 attention", False), ("less 1 attention", True))
-        for kind in ("F16", "Q8_0")
+        ("dense", False, "F16"),  # what the others are compared with
+        ("dense", False, "Q8_0"),
+        ("less 1 attention", False, "Q8_0"),
+        ("less 1 attention", True, "Q8_0"),
     ]
-    assert len({one["nll"] for one in found}) == 6
-    assert (tmp_path / "out" / "checkpoints" / "less-1-attention-repaired-Q8_0.gguf").is_file()
+    assert len({one["nll"] for one in found}) == 4
+    names = ("dense-F16", "dense-Q8_0", "less-1-attention-Q8_0", "less-1-attention-repaired-Q8_0")
+    assert sorted(file.name for file in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        f"{one}.gguf" for one in names
+    ]
     assert run(*words)[1] == out
     code, _, err = run(*words, "--held-out-sequences", "3")
     assert (code, "results with held_out_sequences 2, not 3" in err) == (2, True)
     told = run(*words[: -len(SMALL)], *SMALL[:-1])[1]  # without --json
     folder = tmp_path / "out"
     assert f"Next: notall report {folder} -o {folder / 'report.html'}" in " ".join(told.split())
+
+
+@needs_llamacpp
+def test_the_mix_is_not_written_where_nothing_is_fitted(dense, run, monkeypatch, tmp_path):
+    """A repaired plan with evaluation data of its own needs no calibration data."""
+    monkeypatch.setattr(texts_mix, "text_of", lambda *given, **_: reads_all_but_the_mix(*given))
+    (tmp_path / "held.txt").write_text("the quick brown fox jumps over the other one. " * 40)
+    LESS.save(tmp_path / "less.json")
+    words = ["pareto", dense, "--plan", tmp_path / "less.json", "--repair", "none", "--types", "Q8_0"]
+    words += ["--held-out", tmp_path / "held.txt", "--out", tmp_path / "out", *SMALL, "--sequences", "2"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    found = json.loads(out)["pareto"]
+    assert [(one["model"], one["type"]) for one in found] == [("dense", "F16"), ("dense", "Q8_0"), ("less", "Q8_0")]
+    assert found[0]["windows"] == 2
+
+
+def reads_all_but_the_mix(model, tokenizer, source, *_):
+    assert source != "mix", "the mix is written"
+    return read_text(source)
 
 
 @needs_llamacpp

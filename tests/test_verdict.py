@@ -206,6 +206,16 @@ def test_what_comes_next_goes_by_what_the_plan_costs_and_what_was_done_about_it(
     assert what_next(verdict, "m", Path("p.json"), "a.txt")[1] == f"notall {command}"
 
 
+@pytest.mark.parametrize("state", ["skipped", "repaired", "healed"])
+def test_of_a_gguf_file_the_next_export_is_one_too(state):
+    """transformers has no checkpoint of it: `hf` would be a copy in 16 bits."""
+    verdict = Verdict(PLAN, quality(0.1), state=state)
+    for model, form in (("a b/m.Q4_K_M.gguf", "gguf"), ("smollm2", "hf"), ("gguf", "hf")):
+        command = shlex.split(what_next(verdict, model, Path("p.json"))[1])
+        assert command[:3] == ["notall", "export", model]
+        assert command[command.index("--to") + 1] == form
+
+
 # --- how commands end -------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from ..experiments.options import (
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
+from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Phase, Plan, several
@@ -162,6 +163,7 @@ def plan(
     plans = {"dense": Plan(), "skipped": chosen}
     weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
     then = [EXACT] if locate(net).is_unread(chosen) else []
+    then += size_notes(model.model, chosen)
     tables = {"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}
     show(tables, as_json=as_json, then=then)
 

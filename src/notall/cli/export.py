@@ -168,4 +168,5 @@ def _measured(
     scores = judge(net, tokenizer, plans, tasks.jobs(), tasks, None, progress)
     recovered = [one for one in last_state(scores) if one.recovery]
     card |= {f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one) for one in recovered}
-    return card, Verdict.on(net, plan, quality, named).judged(scores, tasks.recovery)
+    verdict = Verdict.on(net, plan, quality, named, spec=model.model)
+    return card, verdict.judged(scores, tasks.recovery)

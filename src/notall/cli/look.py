@@ -17,6 +17,7 @@ from ..errors import FIGURES, need, printable
 from ..experiments.driver import write_similarity
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..files import contents, refuse_others
+from ..models.gguf_sizes import size_notes
 from ..options import Json, Option, RunOptions, Seed
 from ..plan import Plan, bound_to_prompt
 from ..progress import tracked
@@ -89,7 +90,7 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
     states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
     sizes = f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a token{states}"
     title = f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in {dtype_name(net)}"
-    show({"sublayers": table(title, COLUMNS, found)}, as_json=as_json)
+    show({"sublayers": table(title, COLUMNS, found)}, as_json=as_json, then=size_notes(model.model, Plan()))
 
 
 @command(example="notall similarity smollm2 --out similarity")

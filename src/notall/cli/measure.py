@@ -27,6 +27,7 @@ from ..experiments.repair import NONE, RepairOptions
 from ..experiments.search import uses_of
 from ..experiments.used import windows_of
 from ..experiments.verdict import Verdict, next_command
+from ..exporters.manifest import check_verified
 from ..models.names import model_in_words
 from ..options import Json, KeepIn, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan, several
@@ -34,7 +35,7 @@ from ..progress import Stages
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS
 from ..results.ledger import read
 from ..results.provenance import behind, windows_in_words
-from ..results.table import table
+from ..results.table import in_bytes, table
 from ..results.terminal import next_report, progress_bar, show
 from .app import MISSED, app, command, conclude, options_in
 
@@ -98,7 +99,8 @@ def evaluate(
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
-    verdict = Verdict.on(net, wanted, found.quality[-1].quality, f"{described['text']}{behind(prompt)}")
+    judged_on = f"{described['text']}{behind(prompt)}"
+    verdict = Verdict.on(net, wanted, found.quality[-1].quality, judged_on, spec=model.model)
     verdict = verdict.judged(found.scores, asked.recovery)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)
@@ -241,16 +243,21 @@ def pareto(
     """Compare skipping with quantising in the engine that serves the model: loss, speed and size.
 
     This measures the original model and each plan, with and without a repair, in each type: NLL by the engine, times
-    in turn, and bytes. It repairs, then quantises. If you interrupt it, the same command continues where it stopped.
+    in turn, and bytes. It repairs, then quantises. A plan is measured once its export answers as the pruned model.
+    If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "pareto")
     fronts.Written.of(out).check()
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    if text.sequences < FEWEST:
+    fits = bool(counts or speedups) or (
+        plans.repair != NONE and not all(one.state == "repaired" for one in given.values())
+    )
+    if fits and text.sequences < FEWEST:
         raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
         engine.of().check(spec)
+        check_verified(spec)
     text.check()
     for one in given.values():
         model.check_plan(one)
@@ -259,7 +266,7 @@ def pareto(
     types = runs.checked_types(options.words_of(engine.types))
     used = [use for path, one in zip(plans.plan, given.values()) for use in uses_of(one, path)]
     apart = windows_of(used, net, tokenizer, [text.held_out or text.text])
-    split = text.split(net, tokenizer, seed=run.seed, apart=apart)
+    split = text.split(net, tokenizer, seed=run.seed, apart=apart, calibrates=fits)
     windows = fronts.Windows.of(tokenizer, split.held_out.rows.tolist())
     about = model.provenance(net, **split.described, seed=run.seed)
     with progress_bar() as progress:
@@ -284,7 +291,8 @@ def pareto(
     title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {split.measured_on}"
     fronts.write_pareto(records, out, title)
     said = fronts.sentence(records)
-    where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
+    held = fronts.checkpoint_bytes(out)
+    where = f"The table is in {out / 'table.md'}, the checkpoints ({in_bytes(held)}) in {out / 'checkpoints'}."
     tables = {"pareto": table(f"{title}: {out}", fronts.COLUMNS, records)}
     show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
 

@@ -135,7 +135,7 @@ class Asked:
         if scores:
             tables["tasks"] = scores_table(scores)
         first, *others = (one for one in measured if one.model == measured[-1].model)  # a text each
-        verdict = Verdict.on(self.net, first.plan, first.quality, first.text, first.model)
+        verdict = Verdict.on(self.net, first.plan, first.quality, first.text, first.model, self.spec)
         verdict = replace(verdict, also={one.text: one.quality for one in others})
         verdict = verdict.judged(scores, self.tasks.recovery)
         verdict = replace(verdict, next=what_next(verdict, self.spec, out)[1])

@@ -99,11 +99,11 @@ class Engine(ABC):
         return ""
 
     def checked_types(self, wanted: Sequence[str]) -> list[str]:
-        """Those wanted, else the usual ones, and the plain one first. Raises `UsageError` for an unknown one."""
+        """Those wanted, else the usual ones, each once. Raises `UsageError` for an unknown one."""
         for kind in [kind for kind in wanted if kind not in self.types]:
             near = nearest(kind, self.types)
             raise UsageError(f"{self.name} has no type {kind!r}{near}: give {', '.join(self.types)}")
-        return list(dict.fromkeys([self.plain, *(wanted or self.usual)]))
+        return list(dict.fromkeys(wanted or self.usual))
 
     @property
     def version(self) -> str:

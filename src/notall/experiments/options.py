@@ -209,20 +209,26 @@ class HeldOutOptions(TextOptions):
         seed: int = 0,
         apart: Sequence[Drawn] = (),
         fewer: bool = False,
+        calibrates: bool = True,
     ) -> Split:
         """Windows to calibrate on, and others to measure on, drawn `apart` from more; a short text may have `fewer`.
 
-        A held-out text of the same content as the other is that text: others of its windows are measured on.
+        A held-out text of the same content as the other is that text: others of its windows are measured on. Where
+        nothing `calibrates`, the text for that, which may have to be written first, is not read if there is another.
         """
         from ..models.windows import draw
 
         self.check_size(model)
         count, is_same = self.held_out_sequences or self.sequences, self.held_out in (None, self.text)
-        text = _read(model, tokenizer, self.text, (self.sequences + count * is_same) * self.length)
-        judged = text if is_same else _read(model, tokenizer, str(self.held_out), count * self.length)
-        is_same |= judged.sha256 == text.sha256
         window = partial(draw, tokenizer, length=self.length, seed=seed)
-        own = window(text, sequences=self.sequences)
+        if calibrates or is_same:
+            text = _read(model, tokenizer, self.text, (self.sequences + count * is_same) * self.length)
+            judged = text if is_same else _read(model, tokenizer, str(self.held_out), count * self.length)
+            is_same |= judged.sha256 == text.sha256
+            own = window(text, sequences=self.sequences)
+        else:
+            judged = _read(model, tokenizer, str(self.held_out), count * self.length)
+            own = window(judged, sequences=1)[:0]
         others = partial(window, judged, sequences=count, fewer=fewer and not self.held_out)
         apart = [own, *apart]
         return Split(own.on(model), others(apart=apart).on(model), is_same, self.batch_size, others, apart)
@@ -255,6 +261,8 @@ class Split:
         text, judged = self.own.text, self.held_out.text
         size = {"sequences": len(self.own), "length": self.own.rows.shape[1]}
         held_out = {"held_out": judged.name, "held_out_sha256": judged.sha256}
+        if not len(self.own):
+            return {"length": size["length"], **held_out}
         if self.is_same:
             held_out = {"held_out": "other windows"} if len(self.held_out) else {}
         return {"text": text.name, "text_sha256": text.sha256, **size, **held_out}

@@ -19,6 +19,7 @@ from pydantic import Field
 from ..engines import Engine, Memory, engine_named, weight_bytes, worker
 from ..errors import FIGURES, UsageError, installed, shortened
 from ..exporters import export
+from ..exporters.manifest import NotAsSkipped, NotVerified, read_manifest, verdict_of
 from ..files import Settings, beside, write_whole
 from ..integrity import check_manifest
 from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS, Estimate, mean_and_error, of_rounds
@@ -256,6 +257,11 @@ class Finding:
         return both
 
 
+def checkpoint_bytes(out: Path) -> int:
+    """Of the weights that a run left in its folder."""
+    return sum(map(weight_bytes, (out / "checkpoints").iterdir()))
+
+
 def file_name(name: str) -> str:
     return name.replace("/", "-").replace(" ", "-")
 
@@ -315,8 +321,9 @@ def measure_pareto(
     *,
     progress: Progress = silent,
 ) -> list[ParetoRecord]:
-    """Measure each subject in each type; the first subject is the original model, and the first type plain.
+    """Measure each subject in each of `types`, and the first one, the original model, in plain weights too.
 
+    A plain checkpoint that is not asked for goes once the quantised ones are made of it.
     Records are written to `out` as they come, and the same call goes on where one that was killed stopped. What an
     engine cannot run is in the records with what it said, and is tried again by the next call. Raises `EngineFailed`
     where that is the plain original model, and `UsageError` where `out` is in use or holds other work.
@@ -325,7 +332,9 @@ def measure_pareto(
     names = [(subject.name, subject.plan.state) for subject in subjects]
     if twice := next((name for name, state in names if names.count((name, state)) > 1), None):
         raise UsageError(f"two of the models are called {twice}: rename the file or folder of one")
-    variants = [Variant(one, kind) for one in subjects for kind in ((one.stored,) if one.stored else types)]
+    dense = Variant(subjects[0], engine.plain)
+    asked = [Variant(one, kind) for one in subjects for kind in ((one.stored,) if one.stored else types)]
+    variants = [dense, *(one for one in asked if one.key != dense.key)]
     with working_in(out, "pareto"):
         return _Run(engine, variants, workload, out, provenance, progress).records()
 
@@ -343,6 +352,7 @@ class _Run:
         self.dense = self.variants[0]
         self.failed: dict[Key, str] = {}
         self.written = Written.of(self.out)
+        self.sources: dict[Key, Path] = {}
         self.scores = Ledger(self.out, EngineScoresRecord, self._source)
         self.times = Ledger(self.out, EngineTimesRecord, self._source)
 
@@ -352,6 +362,8 @@ class _Run:
             self.written.check_own(self._place_of(variant))
         for number, variant in enumerate(self.variants):
             self._trying(variant, partial(self._score, variant, SCORING * number))
+            if all(later.key[:2] != variant.key[:2] for later in self.variants[number + 1 :]):
+                self._drop_source(variant)
         for number in range(self.workload.rounds):
             self._round(number)
         found = [self._compared(variant) for variant in self.variants]
@@ -370,7 +382,7 @@ class _Run:
     def _trying(self, variant: Variant, work: Callable[[], None]) -> None:
         try:
             work()
-        except worker.EngineFailed as error:
+        except (worker.EngineFailed, NotAsSkipped) as error:
             if variant is self.dense:
                 raise
             self.failed[variant.key] = str(error)
@@ -378,7 +390,7 @@ class _Run:
     def _score(self, variant: Variant, step: float) -> None:
         if variant.key in self.scores:
             return
-        self._tell(step, f"writing {variant}")
+        self._tell(step, f"writing and verifying {variant}" if variant.subject.plan else f"writing {variant}")
         checkpoint = self._written(variant)
         self._tell(step + 0.5, f"scoring {variant}")
         windows = variant.subject.windows
@@ -416,11 +428,28 @@ class _Run:
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
             write_plain(self.engine, of.spec, of.plan, checkpoint, bool(of.stored), **loading)
             return checkpoint
-        plain = self._written(Variant(of, self.engine.plain))
+        plain = self._source_of(variant)
         with beside(checkpoint) as partial_one:
             worker.call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
             partial_one.rename(checkpoint)
         return checkpoint
+
+    def _source_of(self, variant: Variant) -> Path:
+        """The plain checkpoint of its model, which stays until all types are made of it."""
+        plain = replace(variant, type=self.engine.plain)
+        if plain.key not in self.sources:
+            self.sources[plain.key] = self._written(plain)
+        return self.sources[plain.key]
+
+    def _drop_source(self, variant: Variant) -> None:
+        """Unless it was asked for."""
+        plain = replace(variant, type=self.engine.plain)
+        checkpoint = self.sources.pop(plain.key, None)
+        if checkpoint is None or plain.key in [one.key for one in self.variants]:
+            return
+        if checkpoint.is_dir():
+            shutil.rmtree(checkpoint)
+        checkpoint.unlink(missing_ok=True)
 
     def _round(self, number: int) -> None:
         running = [variant for variant in self.variants if variant.key not in self.failed]
@@ -495,7 +524,11 @@ class _Run:
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored: bool = False, **loading: Any) -> None:
-    """Write the model without what the plan skips, plain or as it is `stored`, as the engine reads it; whole or not."""
+    """Write the model without what the plan skips, plain or as it is `stored`, as the engine reads it; whole or not.
+
+    An export is run, and compared with the skipped model. Raises `NotAsSkipped` where it answers differently,
+    and `EngineFailed` where that cannot be seen: what is not verified is not measured.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with beside(out) as scratch:
         scratch.mkdir()
@@ -504,7 +537,9 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored:
             source = shutil.copytree(source, scratch / "copy")
         elif plan or source == spec:
             dtype = engine.dtype if engine.plain == engine.dtype and not stored else None
-            folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, verify=False, **loading)
+            folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, **loading)
+            if isinstance(verdict := verdict_of(read_manifest(folder)), NotVerified):
+                raise worker.EngineFailed(str(verdict))
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
         Path(source).rename(out)
 
@@ -519,7 +554,8 @@ class EngineOptions:
     types: Words = option(
         (),
         "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
-        "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
+        "transformers, int8 in vllm (default: all that usually run). The original model is measured in plain weights "
+        "too, and the plans' plain weights are deleted once they are quantised",
         metavar="TYPE",
     )
     threads: int | None = option(None, "threads of the engine (default: one for each core)", least=1)

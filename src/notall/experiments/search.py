@@ -355,13 +355,15 @@ class Search:
         self._save(found.plan)
         record = keep_choice(self.folder, found, Provenance.of(settings, **other, fingerprint=found.plan.fingerprint))
         text = f"{split.measured_on}{behind(prompt)}"
-        verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
+        spec, measured = self.model.model, list[MeasuredRecord]()
+        verdict = Verdict.on(net, found.plan, record.quality, text, spec=spec)
         plans: dict[State, Plan] = {"skipped": found.plan}
         if texts:
             plans["repaired"] = self.repair.apply(net, found.plan, texts, self.repaired, settings, progress)
             windows = {split.measured_on: split.evaluation} if self.text.held_out else texts.other
             measured = measure(net, plans, windows, self.folder, settings, progress)
-            verdict = Verdict.on(net, plans["repaired"], measured[-1].quality, measured[-1].text)
+            last = measured[-1]
+            verdict = Verdict.on(net, plans["repaired"], last.quality, last.text, spec=spec)
         asked = tasks or self._retrieval(net, found.plan)
         scores = judged(net, tokenizer, plans, asked, self.folder, settings, progress)
         missed = found.missed and f"{budget.description}: {found.missed}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import shortened
 from ..files import Settings
+from ..models.gguf_sizes import StoredSizes, stored_sizes
 from ..models.names import DEFAULT_TEXT, USE
 from ..plan import Plan, several
 from ..results.facts import RECOVERY, Footprint, PlanScore, Quality
@@ -63,6 +64,7 @@ class Verdict:
     verb: str = "decodes"
     footprint: Footprint | None = None  # with the plan
     dense: Footprint | None = None
+    stored: StoredSizes | None = None  # of the model's GGUF file
     model: str = ""
     named: str = ""  # how the plan came to be
     state: str = ""  # repaired or healed, where it is
@@ -76,8 +78,15 @@ class Verdict:
 
     @classmethod
     def on(
-        cls, model: "PreTrainedModel", plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
+        cls,
+        model: "PreTrainedModel",
+        plan: Plan,
+        quality: Quality | None = None,
+        text: str = "",
+        state: str = "",
+        spec: str = "",
     ) -> "Verdict":
+        """Of a `model` in memory; with the `spec` that it was loaded by, its file's sizes are told too."""
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
@@ -86,7 +95,9 @@ class Verdict:
         among = {kind: kinds.count(kind) for kind in ("attention", "mlp")}
         among["block"] = len(structure.blocks)
         left, dense = footprint(model, plan), footprint(model, Plan())
-        return cls(plan, quality, text, footprint=left, dense=dense, among=among, state=state or plan.state)
+        stored = stored_sizes(spec, plan) if spec else None
+        state = state or plan.state
+        return cls(plan, quality, text, footprint=left, dense=dense, stored=stored, among=among, state=state)
 
     @classmethod
     def of(cls, step: Step, folder: Folder, named: str = "") -> "Verdict":
@@ -162,7 +173,10 @@ class Verdict:
             "speedup": self.speedup.median if self.speedup else None,
         }
         kinds = "weight_bytes", "kv_bytes_per_token", "state_bytes"
-        return finite(told | {kind: {"dense": dense[kind], "skipped": left[kind]} for kind in kinds})
+        sizes = {kind: {"dense": dense[kind], "skipped": left[kind]} for kind in kinds}
+        if stored := self.stored:
+            sizes["file_bytes"] = {"dense": stored.whole, "skipped": stored.left}
+        return finite(told | sizes)
 
     def _said(self) -> Iterator[str]:
         if not self.plan:
@@ -195,8 +209,9 @@ class Verdict:
             spread = "of one round, which has no spread" if self.speedup.n == 1 else spread
             yield f"{self.verb} {self.speedup.median:.2f}× as fast ({spread})"
         if self.footprint and self.dense:
+            packed = f" unpacked, {in_bytes(self.stored.left)} in the file's types" if self.stored else ""
             for what, unit, dense, left in (
-                ("weights", "", self.dense.weight_bytes, self.footprint.weight_bytes),
+                ("weights", packed, self.dense.weight_bytes, self.footprint.weight_bytes),
                 ("KV cache", " a token", self.dense.kv_bytes_per_token, self.footprint.kv_bytes_per_token),
                 ("states", "", self.dense.state_bytes, self.footprint.state_bytes or 0),
             ):
@@ -231,7 +246,8 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     if verdict.usable and verdict.plan.prefill:  # no engine is written for it yet
         return "see what that saves", next_command("bench", model, plan=made)
     if verdict.usable:
-        pruned = {"to": "hf", "out": made.with_name(f"{made.stem}-pruned")}
+        form = "gguf" if model.endswith(".gguf") else "hf"  # a file in few bits is no checkpoint of transformers
+        pruned = {"to": form, "out": made.with_name(f"{made.stem}-pruned")}
         if verdict.state != "skipped":
             return "write that model", next_command("export", model, plan=made, **pruned)
         mend = {"repair": "refit", "repair_text": repair_text}

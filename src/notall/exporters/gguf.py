@@ -26,12 +26,23 @@ from ..digests import digest_of_file
 from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
 from ..files import beside
-from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
+from ..models.gguf_file import (
+    ARCHITECTURE,
+    BLOCK,
+    EMBEDDING,
+    GGUF,
+    Field,
+    Fields,
+    GGUFTensor,
+    Tensors,
+    read_gguf,
+    write_gguf,
+)
 from ..plan import FOR_THIS_MODEL, Fingerprint, Plan, several
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
-from .gguf_layout import EMBEDDING, halves_paired
+from .gguf_layout import halves_paired
 from .gguf_weights import with_weights
 from .manifest import NotVerified, Origin, Verdict, Verified
 
@@ -162,12 +173,13 @@ class GGUFExport(Export):
             return ""
         from ..models.gguf_copies import read_model
 
-        with beside(folder / f"{self.dense.stem}.gguf") as file:
+        with beside(folder.parent / self.dense.name) as file:
             write_gguf(file, self.source, self.whole.fields, self.whole.tensors)
             try:
                 read = dict(read_model(file).named_parameters())
-            except UnknownArchitecture as reason:
-                return f"; its weights were not read back: {reason}"
+            except UsageError as reason:
+                said = str(reason).replace(str(file), self.dense.name)
+                return f"; its weights were not read back: {said}"
         if unknown := weights.keys() - read.keys():
             return f"; its weights were not read back: transformers reads no {min(unknown)} from it"
         by = f"transformers {version('transformers')}, which reads the weights back,"

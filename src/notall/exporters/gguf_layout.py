@@ -13,12 +13,11 @@ import numpy as np
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from ..errors import UsageError
-from ..models.gguf_file import BLOCK, GGUF
+from ..models.gguf_file import BLOCK, EMBEDDING, GGUF, HEAD
 
 Values = np.ndarray[Any, Any]
 Parts = dict[str, Values]  # by the names of tensors in a block
 
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 FIX = "export the plan to hf, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 # llama.cpp rotates neighbours of a head, and transformers its halves.

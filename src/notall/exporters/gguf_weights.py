@@ -10,8 +10,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
 from ..errors import UsageError
-from ..models.gguf_file import GGUF, Field, Fields, GGUFTensor
-from .gguf_layout import EMBEDDING, HEAD, Place, Values, places, setting_of
+from ..models.gguf_file import EMBEDDING, GGUF, HEAD, Field, Fields, GGUFTensor
+from .gguf_layout import Place, Values, places, setting_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import UsageError, printable, shortened
-from ..files import Settings
+from ..files import Settings, expanded
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan, several
@@ -145,6 +145,17 @@ def dense_of(folder: Path) -> str:
 def verdict_of(manifest: Settings) -> Verdict:
     found = manifest["verified"]
     return NotVerified(**found) if "not_run" in found else Verified(**found)
+
+
+def check_verified(spec: str | Path) -> None:
+    """Raise `UsageError` for an export that was never compared with the model that it was made of."""
+    path = expanded(spec)
+    folder = path.parent if path.is_file() else path
+    if not (folder / MANIFEST).is_file() or "verified" not in (manifest := read_manifest(folder)):
+        return
+    if isinstance(verdict := verdict_of(manifest), NotVerified):
+        told = f"{shortened(path.name)} is an export that was {verdict}"
+        raise UsageError(f"{told}: export it again with that comparison, and measure what passes it")
 
 
 def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:

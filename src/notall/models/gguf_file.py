@@ -17,6 +17,7 @@ from ..progress import Progress, silent
 
 BLOCK, ARCHITECTURE = "blk.", "general.architecture"
 BLOCK_NUMBER = re.compile(r"blk\.([0-9]{1,9})\.")
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # What readers raise over a damaged file.
 DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError, MemoryError, RecursionError)
 MOST_READS = 1 << 23  # of one header: a vocabulary has a quarter of a million words
