@@ -1,4 +1,4 @@
-"""Weights of a repaired plan in GGUF files: each kind of tensor of each family, as llama.cpp and transformers read it."""
+"""Weights of a repaired plan in GGUF files: each tensor of each family, as llama.cpp and transformers read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 
 import engines
 from api import (
@@ -16,10 +16,13 @@ from api import (
     GGUFTensor,
     LlamaCpp,
     RepairedPlan,
+    TrainConfig,
     export,
     gguf_layout,
     gguf_with_weights,
+    heal,
     read_gguf,
+    write_gguf,
 )
 from gguf_families import BUILT, built, parameters, write_skeleton
 from notall import Plan, UsageError, load
@@ -74,13 +77,12 @@ def not_run(out):
 
 
 @pytest.mark.parametrize("name", cases(READ_BACK))
-def test_transformers_reads_back_every_weight_to_the_last_bit(name, without_llamacpp, tmp_path):
+def test_transformers_reads_back_every_weight(name, without_llamacpp, tmp_path):
     _, plan = every_weight(name)
     dense = write_skeleton(name, tmp_path / "dense.gguf")
     told = not_run(export(dense, plan, "gguf", tmp_path / "out"))
-    recurrent = name == "mamba"  # the logarithm of what was an exponential
     assert "its weights, read back by transformers, are the plan's within " in told
-    assert float(told.rpartition(" ")[2]) <= (1e-6 if recurrent else 0)
+    assert float(told.rpartition(" ")[2]) < 1e-6  # 1 was added and taken away again, or exp and log
 
 
 def test_weights_in_another_order_are_refused_without_an_engine(without_llamacpp, monkeypatch, tmp_path):
@@ -110,8 +112,6 @@ def filled(name, tmp_path, kind=Kind.F32):
     tensors = dict(whole.tensors)
     for tensor, held in whole.tensors.items():
         if tensor.startswith("blk.") and held.data.ndim > 1 and held.data.shape[-1] % 32 == 0:
-            from gguf.quants import quantize
-
             tensors[tensor] = GGUFTensor(quantize(held.data, kind), kind)
     return model, GGUF(whole.path, whole.fields, tensors, whole.endianness)
 
@@ -183,13 +183,9 @@ def test_what_the_converter_makes_of_more_than_the_file_holds_is_refused(tmp_pat
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_healing_of_all_weights_is_verified(train, tmp_path):
     """Queries and keys among them, which llama.cpp has in another order."""
-    from api import TrainConfig, heal
-
     if train == "lora":
         pytest.importorskip("peft")
-    model, file = filled("llama", tmp_path)
-    from api import write_gguf
-
+    _, file = filled("llama", tmp_path)
     dense = tmp_path / "dense.gguf"
     write_gguf(dense, file, file.fields, file.tensors)
     net, _ = load(dense, dtype="float32", device="cpu")
