@@ -7,10 +7,12 @@ import shutil
 import sys
 
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
-from api import side_by_side
+from api import in_bytes, read_gguf, side_by_side
 from command_line import MLPS, QUICK
 from families import family
+from tiny_gguf import WORDS, write_gguf as write_tiny
 from tiny_tasks import TASKS, write_tasks
 
 pytestmark = pytest.mark.usefixtures("short_prose")
@@ -31,6 +33,32 @@ def test_inspect_needs_only_a_config(run, folder, tmp_path):
             model.model.layers[0].post_attention_layernorm.weight,
         )
     )
+
+
+def test_sizes_of_a_gguf_file_are_shown_with_those_of_the_unpacked_model(run, tmp_path):
+    """Its types, its bytes, and a head that a model of tied embeddings does not count."""
+    file, (code, out, _) = inspected(run, tmp_path)
+    held = sum(tensor.size for tensor in file.tensors.values())
+    shown = " ".join(out.split())
+    assert code == 0
+    assert f"m.gguf holds {in_bytes(held)} of weights in F32, Q8_0; the table has the sizes" in shown
+    assert f"{len(WORDS) * 64:,} of the parameters are the output head's" in shown
+    shown = " ".join(run("plan", file.path, "--skip", "block:1", "-o", tmp_path / "plan.json")[1].split())
+    block = sum(tensor.size for tensor in file.block(3).values())
+    assert f"{in_bytes(held)} of weights in F32, Q8_0, and {in_bytes(held - block)} without what is skipped" in shown
+    assert "sublayers" in json.loads(run("inspect", file.path, "--json")[1])
+
+
+def test_a_head_that_is_the_embeddings_counts_once(run, tmp_path):
+    file, (_, out, _) = inspected(run, tmp_path, without="output.weight")
+    assert "output.weight" not in file.tensors
+    assert "output head's" not in " ".join(out.split())
+
+
+def inspected(run, tmp_path, **how):
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    path = write_tiny(family("llama").build(**sizes), tmp_path / "m.gguf", kind=Kind.Q8_0, **how)
+    return read_gguf(path), run("inspect", path)
 
 
 def test_similarity_prints_and_draws(run, folder, tmp_path):

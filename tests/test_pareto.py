@@ -543,7 +543,7 @@ def test_plans_are_measured_in_the_types_that_were_asked_for(asked, tmp_path):
         "other-small",
     }
     held = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
-    assert held == ["dense-plain", "dense-small", "less-small", "other-small"]
+    assert held == ["dense-plain", "dense-small", "less-small", "other-small", "written.jsonl"]
     assert found[2].delta_nll == pytest.approx(0.15)
 
 

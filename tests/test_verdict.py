@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from gguf import GGMLQuantizationType as Kind
 
 from api import (
     Quality,
@@ -23,11 +24,13 @@ from api import (
     mending,
     mildest,
     next_command,
+    read_gguf,
     what_next,
 )
 from command_line import FAST, QUICK
 from families import family
 from notall import Plan
+from tiny_gguf import WORDS, write_gguf as write_tiny
 
 pytestmark = pytest.mark.any_transformers  # it says what was measured
 
@@ -78,6 +81,18 @@ def test_a_model_that_is_of_no_use_is_said_to_be_so(model, nats, agreement, says
     warnings = [line for line in verdict.lines() if line.startswith("Warning")]
     assert warnings == ([f"Warning: the model is no longer usable: {says}."] if says else [])
     assert verdict.usable == verdict.in_numbers()["usable"] == (says is None)
+
+
+def test_a_verdict_on_a_gguf_file_has_the_sizes_of_its_types_too(tmp_path):
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    net = family("llama").build(**sizes)
+    file = read_gguf(write_tiny(net, tmp_path / "m.gguf", kind=Kind.Q8_0))
+    verdict = Verdict.on(net, Plan([1], [1]), quality(0.1), "book.txt", spec=str(file.path))
+    whole = sum(tensor.size for tensor in file.tensors.values())
+    left = whole - sum(tensor.size for tensor in file.block(1).values())
+    assert verdict.in_numbers()["file_bytes"] == {"dense": whole, "skipped": left}
+    assert f"unpacked, {in_bytes(left)} in the file's types)" in verdict.said
+    assert "file_bytes" not in Verdict.on(net, Plan([1], [1])).in_numbers()
 
 
 def test_a_verdict_for_programs_has_what_was_said_in_numbers(model):
