@@ -75,6 +75,12 @@ def pytest_sessionfinish(session):
         process.stop()
 
 
+@pytest.fixture(autouse=True)
+def _lines_of_any_width(monkeypatch):
+    """Tables in a pipe are as wide as they are: not as COLUMNS says, which libraries set as well."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def default_model():
     """The real default model in float32, with its tokenizer."""
