@@ -23,7 +23,7 @@ from api import (
     write_gguf,
 )
 from gguf_families import BUILT, built, parameters, write_skeleton
-from notall import Plan, UsageError, load
+from notall import Plan, TrainConfig, UsageError, heal, load
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 QUICK = {"llama", "gpt2", "qwen3_moe"}
