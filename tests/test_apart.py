@@ -176,6 +176,22 @@ def test_a_search_that_repairs_keeps_apart_what_it_draws_by_its_seed(run, folder
     assert_apart(roles, files["text"].read_text())
 
 
+def test_a_seed_draws_all_windows_of_a_command(run, folder, roles, files, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(diagnostics, "run_diagnostics", lambda *_, seed, **__: seeds.append(seed) or [])
+    repaired = f"{DEEPEST} --repair refit --repair-text TEXT --repair-sequences 4 --text OTHER"
+    evaluated = "eval --plan PLAN --sequences 4 --repair refit --repair-text TEXT --repair-sequences 4 --diagnostics"
+    for name, words in (("search", repaired), ("eval", evaluated)):
+        drawn = []
+        for seed in (0, 3):
+            roles.clear()
+            succeeds(run, [*typed(words, folder, files, tmp_path / f"{name}{seed}"), "--seed", seed])
+            drawn.append({role: {*map(tuple, rows)} for role, rows in roles.items()})
+        assert drawn[0].keys() == drawn[1].keys() >= {FITTED, MEASURED}
+        assert all(drawn[0][role] != drawn[1][role] for role in drawn[0])
+    assert seeds == [0, 3]
+
+
 def test_a_search_that_repairs_on_the_mix_keeps_it_apart(run, folder, roles, files, tmp_path):
     """The default texts, of which the choice reads a beginning."""
     succeeds(run, [*typed(f"{DEEPEST} --repair refit", folder, files, tmp_path / "out.json"), "--seed", 1])
