@@ -215,6 +215,8 @@ class Recovery(Fact):
         apart = abs(self.share - least)
         if apart <= 1e-3:
             return None
+        if self.share == 1 > least and self.low > 0:  # of n that are all alike the lower end is n / (n + a constant)
+            return math.ceil(self.items * max(1.0, (side / self.low) / (apart / least)))
         return math.ceil(self.items * max(1.0, side / apart) ** 2)
 
 
