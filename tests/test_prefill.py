@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from api import cache_argument
-from families import FAMILIES, each_structure, family as named, silenced
+from families import FAMILIES, REFUSED_IN_4, TRANSFORMERS_5, each_structure, family as named, silenced
 from notall import Plan, UnsupportedModel, UsageError, locate, prompt, skip
 
 TOKENS, NEW = 14, 6
@@ -68,7 +68,13 @@ def close(found, expected):
     return float((found - expected).abs().max() / expected.abs().max()) < ROUNDING
 
 
-each_family = each_structure([one for one in FAMILIES if one.exists])
+KNOWN = [one for one in FAMILIES if one.exists and (TRANSFORMERS_5 or one.name not in REFUSED_IN_4)]
+each_family = each_structure(KNOWN)
+
+
+def begins_again(model):
+    """Whether transformers 4 counts positions from 0 behind a cache, unless `generate` says them."""
+    return not TRANSFORMERS_5 and hasattr(model.base_model, "rope_deltas")
 
 
 @each_family
@@ -91,6 +97,8 @@ def test_one_pass_is_two_calls_and_leaving_restores_the_model(family):
     assert torch.equal(model(ids, attention_mask=mask).logits, original)
     with skip(model, plan), prompt(model, TOKENS):
         assert torch.equal(model(ids, attention_mask=mask).logits[:, -3:], changed)
+    if begins_again(model):
+        return
     two = in_two_calls(model, plan, ids, mask, family)
     assert close(changed, two.logits)
     for found, expected in zip(tensors(model, one), tensors(model, two)):
@@ -104,6 +112,8 @@ def test_prompt_in_chunks_is_the_prompt_at_once(family):
     if family.name in WITHOUT:
         pytest.skip("its keys and values cannot be written alone")
     model = family.build()
+    if begins_again(model):
+        pytest.skip("its chunks are apart without a skip, too")
     ids, mask = ids_and_mask()
     with skip(model, deep(model, last_tokens=2)), prompt(model, TOKENS):
         whole = model(ids, attention_mask=mask).logits[:, -2:]
@@ -177,6 +187,10 @@ def test_generate_declares_its_prompt():
 @torch.no_grad()
 def test_caches_and_ways_to_generate_agree(how):
     model, (ids, mask) = tiny(), ids_and_mask()
+    if "prefill_chunk_size" in how and not TRANSFORMERS_5:
+        mask = torch.ones_like(mask)  # there a padded prompt in chunks is another one, without a skip too
+    if "prompt_lookup_num_tokens" in how and not TRANSFORMERS_5:
+        pytest.skip("transformers 4 wants a token that ends texts")
     if "prompt_lookup_num_tokens" in how:
         ids, mask = ids[:1, PADDING:], mask[:1, PADDING:]
         ids = torch.cat([ids, ids], 1)  # something to look up

