@@ -18,11 +18,13 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import write_tasks
 
 pytestmark = [
-    pytest.mark.devices(count=2),
+    pytest.mark.devices,
     pytest.mark.usefixtures("short_prose", "own_tasks_only"),
 ]
 
 PLACES = {"one": ["--device", "cuda:0"], "two": ["--device-map", "balanced"]}
+TWICE = pytest.mark.devices(count=2)
+on_each = pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE)])
 SKIP = ["--skip", "attention:0.5"]
 READ = ["--text", "prose", *QUICK]
 MEND = ["--plan", "plan.json", "--text", "prose", "--length", "16", "--batch-size", "4", "--dtype", "float32"]
@@ -98,12 +100,13 @@ def every_command():
         yield pytest.param(words, id=name, marks=marks)
 
 
+@TWICE
 def test_two_devices_are_used(folder):
     model, _ = notall.load(folder, device_map="balanced")
     assert devices_of(model) == {"cuda:0", "cuda:1"}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 @pytest.mark.parametrize("words", every_command())
 def test_prints_what_it_prints_on_the_cpu(typed, words, place):
     found, expected = typed(words, *PLACES[place]), typed(words, "--device", "cpu")
@@ -118,7 +121,7 @@ def test_prints_what_it_prints_on_the_cpu(typed, words, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 @pytest.mark.parametrize("words", TIMED.values(), ids=TIMED)
 def test_times_what_runs_on_devices(typed, words, place, tmp_path):
     found = json.dumps(typed(words, *PLACES[place], "--out", tmp_path / "out"))

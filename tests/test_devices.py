@@ -15,10 +15,13 @@ from contextlib import suppress
 import pytest
 import torch
 from accelerate import dispatch_model
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 import notall
 from api import (
+    Evaluator,
     LinearMap,
     Request,
     Scorer,
@@ -28,26 +31,33 @@ from api import (
     by_speedup,
     check_texts,
     check_writing,
+    evaluator,
     every_criterion,
     footprint,
     measure_times,
     medians,
     objective_module as objective,
+    ray_workers,
     speed,
     time_plans,
 )
-from devices import ONE, TWO, devices_of, on_one, on_two
+from devices import ONE, devices_of, on_one, on_two
 from families import FAMILIES as PLAIN, family
 from hybrid_families import HYBRIDS
 from notall import Plan, RepairedPlan, Space, UnsupportedModel, UsageError
 from notall.options import Workload
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_gguf import WORDS, write_gguf
 from tiny_tasks import byte_tokenizer
 
-pytestmark = pytest.mark.devices(count=2)
+pytestmark = pytest.mark.devices
 
 PLACES = {"one": on_one, "two": on_two}
+TWICE = pytest.mark.devices(count=2)
+on_each = pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE)])
 VOCABULARY = 280  # of the tokenizer of bytes
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
+GGUF_SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}
 SHORT = Workload(prompt_tokens=8, generation_tokens=2, rounds=1)
 
 # A plain model, tied embeddings, windows and norms behind, experts, a hybrid, and shared KV.
@@ -260,7 +270,8 @@ def every_case():
     """All of one family in each run, and of the others what is quick."""
     for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
         is_quick = name == "llama" or case in COMMON
-        yield pytest.param(name, place, case, marks=() if is_quick else pytest.mark.slow)
+        marks = [] if is_quick else [pytest.mark.slow]
+        yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))
 
 
 @pytest.mark.parametrize(("name", "place", "case"), every_case())
@@ -273,7 +284,7 @@ def test_is_what_the_cpu_finds(name, place, case):
 # --- what else matters there
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_transformers_drafts(place):
     assert torch.equal(drafted(placed("llama", place)), drafted(on_cpu("llama")))
 
@@ -288,7 +299,7 @@ def drafted(model):
     return plain.cpu()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_matrices_that_stay_run_where_the_stream_is_and_are_copied_once(place):
     def mapped(model):
         return notall.evaluate(model, [RepairedPlan.of(Plan([1, 2]), maps=maps)], TEXT)
@@ -315,16 +326,17 @@ class Copies(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_random_numbers_go_on_as_if_nothing_was_drawn(place):
     model = placed("llama", place)
-    states = [torch.cuda.get_rng_state(device) for device in (ONE, TWO)]
+    devices = range(torch.cuda.device_count())
+    states = [torch.cuda.get_rng_state(device) for device in devices]
     notall.generate_text(model, byte_tokenizer(), Plan(), "Hello", temperature=0.7, max_new_tokens=3)
-    for device, state in zip((ONE, TWO), states):
+    for device, state in zip(devices, states):
         assert torch.equal(torch.cuda.get_rng_state(device), state)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 def test_plans_with_weights_run_where_their_layers_do(place):
     def repaired(model):
         path = "model.layers.{}.self_attn.o_proj.weight"
@@ -354,6 +366,67 @@ def test_a_layer_that_accelerate_fetches_counts_as_any_other():
         assert_equal(outcome(model, case), expected("llama", case))
 
 
+@on_each
+def test_a_search_guesses_on_a_part_of_the_vocabulary(place, monkeypatch):
+    monkeypatch.setattr(evaluator, "WORDS", 20)
+    found, model = [], placed("llama", place)
+    for one in (model, on_cpu("llama")):
+        space = Space(notall.locate(one), "sublayer")
+        for goal in (objective.nll, objective.kl):
+            costs = Evaluator(one, goal(TEXT)).costs([frozenset(unit) for unit in space.units], 0.5)
+            found.append(costs)
+    assert_equal(found[:2], found[2:])
+
+
+NAMES = ("moved", "plain")
+
+
+@on_each
+def test_a_live_model_is_exported_as_from_the_cpu(place, tmp_path):
+    """Portable, regrouped, and with weights of the plan's own, which are on devices too."""
+    path = "model.layers.3.self_attn.o_proj.weight"
+    for number, plan in enumerate((Plan([1], [1]), Plan([1], [2]))):
+        for name, model in zip(NAMES, (placed("llama", place), on_cpu("llama"))):
+            own = 2 * model.get_parameter(path).detach()
+            repaired = RepairedPlan.of(plan, weights={path: own})
+            out = tmp_path / f"{name} {number}"
+            notall.export(model, repaired, "hf", out, tokenizer=byte_tokenizer())
+        written = [load_file(tmp_path / f"{name} {number}" / "model.safetensors") for name in NAMES]
+        assert written[0].keys() == written[1].keys()
+        assert all(torch.equal(written[0][key], written[1][key]) for key in written[1])
+
+
+@on_each
+def test_weights_of_a_plan_are_kept_and_read(place, tmp_path):
+    path = "model.layers.3.self_attn.o_proj.weight"
+    model = placed("llama", place)
+    plan = RepairedPlan.of(Plan([1]), weights={path: 2 * model.get_parameter(path).detach()})
+    plan.knowing(model).save(tmp_path / "kept")
+    found = values(notall.evaluate(model, [RepairedPlan.load(tmp_path / "kept")], TEXT))
+    assert_equal(found, values(notall.evaluate(model, [plan], TEXT)))
+
+
+@on_each
+def test_a_gguf_file_is_read_onto_devices(place, tmp_path):
+    made = family("llama").build(vocab_size=len(WORDS), **GGUF_SIZES)
+    file = write_gguf(made, tmp_path / "tiny.gguf", kind=Kind.Q8_0)
+    where = {"device": "cuda:0"} if place == "one" else {"device_map": "balanced"}
+    moved, plain = (notall.load(file, dtype="float32", **how)[0] for how in (where, {"device": "cpu"}))
+    assert len(devices_of(moved)) == (1 if place == "one" else 2)
+    assert_equal(evaluated(moved, None), evaluated(plain, None))
+
+
+def test_a_worker_of_a_cluster_takes_ids_of_the_cpu(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "tiny")
+    ids = TEXT[0] % 200
+    plans = [Plan([1])]
+    found = []
+    for device in ("cuda:0", "cpu"):
+        worker = ray_workers._Worker(spec=str(folder), dtype="float32", device=device)
+        found.append([list(one.nll) for one in worker.score(plans, ids)])
+    assert_equal(*found)
+
+
 def test_an_engine_tells_the_memory_of_devices():
     def once():
         held = torch.zeros(1 << 20, device=ONE)  # 4 MiB
@@ -365,7 +438,7 @@ def test_an_engine_tells_the_memory_of_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@on_each
 @pytest.mark.parametrize("tested", [one for one in [*PLAIN, *HYBRIDS] if one.exists], ids=str)
 def test_each_family(tested, place):
     """All of them are found, skipped, evaluated and compared by layer on devices as on the CPU."""

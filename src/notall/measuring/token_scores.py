@@ -165,8 +165,8 @@ class TokenScorer:
         if not self.is_matrix or 2 * words > len(self.weight):  # that would save less than half
             return self
         likely = torch.stack([self._mass(rows) for rows in hidden]).sum(0).topk(words).indices
-        part = copy(self)
-        part.words = torch.cat([likely, *(one.to(likely.device) for one in targets)]).unique()
+        part, here = copy(self), self.weight.device
+        part.words = torch.cat([one.to(here) for one in (likely, *targets)]).unique()
         part.weight, part.bias = self.weight[part.words], None if self.bias is None else self.bias[part.words]
         return part
 

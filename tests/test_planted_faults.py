@@ -1,0 +1,105 @@
+"""Faults about devices, planted one by one in a copy of the package: the tests see each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "notall"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.devices,  # skipped where none can be simulated
+    pytest.mark.any_transformers,
+]
+
+PROGRAM = """
+import sys
+
+import pytest
+import torch
+from simulated_devices import simulate
+
+if not torch.cuda.is_available():
+    simulate()
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    file: str  # below the package
+    right: str  # a piece of it, once
+    wrong: str
+    seen_by: str  # tests of the file, as for pytest -k
+    tests: str = "test_devices.py"
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.seen_by}"
+
+
+REPLAY, SKIPPING = "running/replay.py", "running/skipping.py"
+MLP_AHEAD = "hidden = holder(scaled(hidden), call){}\n        hidden = scaled(hidden)\n        if"
+FAULTS = [
+    Fault("models/texts.py", "yield batch.to(device=device)", "yield batch", "one-similarity"),
+    Fault(REPLAY, "hidden.to(recording.devices[step.block.index])", "hidden", "llama-two-evaluate"),
+    Fault(REPLAY, "value.to(inputs_device(inner))", "value", "llama-one-score"),
+    Fault(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
+    Fault("measuring/token_scores.py", "expected.to(found.device)", "expected", "two-evaluate"),
+    Fault("measuring/token_scores.py", "one.to(here)", "one.to(likely.device)", "two and guesses"),
+    Fault("structure/observation.py", "self.sharing.hand_on(args[0], result)", "pass", "two-locate"),
+    Fault(SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"),
+    Fault(SKIPPING, " and runs_on(one) == runs_on(other)", "", "llama-two-remove"),
+    Fault("running/generating.py", "inputs_device(model)", "model.device", "embedding"),
+    Fault("running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"),
+    Fault("measuring/speed.py", 'if device.type != "cpu"]', "if False]", "llama-one-times"),
+    Fault("engines/__init__.py", "not torch.cuda.is_initialized()", "torch", "engine_tells"),
+]
+
+STREAMS, SOLVING = "repairing/streams.py", "repairing/solving.py"
+PROJECTIONS, PUBLISHED = "repairing/projections.py", "repairing/methods/published.py"
+HEALING = "repairing/healing.py"
+BEFORE = "stream.before(step.line, step.behind)"
+AT_LAYER = f"(stream.at_layer(step, states) for states in {BEFORE})"
+ON_DEVICE, LIKE_FEATURES = "torch.empty(0, dtype=self.exact, device=self.device)", "self.features[0].new_empty(0)"
+FAULTS += [
+    Fault(file, right, wrong, seen_by, "test_repair_devices.py")
+    for file, right, wrong, seen_by in (
+        (STREAMS, "hidden.to(recording.devices[index])", "hidden", "llama-two-repair"),
+        (STREAMS, "scaled(behind, self.scale).to(hidden.device)", "scaled(behind, self.scale)", "llama-two-by"),
+        (STREAMS, "one.embedded.to(one.device)", "one.embedded", "no_layer"),
+        (SOLVING, ON_DEVICE, LIKE_FEATURES, "one-repair"),
+        (SOLVING, "stream.to(self.device, self.exact)", "stream.to(self.exact)", "one-repair"),
+        (SOLVING, "self.metric.to(self.device, self.exact)", "self.metric.to(self.exact)", "llama-two-repair"),
+        (SOLVING, "dtype=self.before[0].dtype, device=self.device", "dtype=self.before[0].dtype", "gemma3-two-repair"),
+        (PROJECTIONS, "self.probe.embedded.to(self.probe.devices[part.index])", "self.probe.embedded", "two-repair"),
+        (PROJECTIONS, "gain.to(ones.device)", "gain", "llama-two-repair"),
+        (PROJECTIONS, "device=inputs_device(model)", "device=next(layers[0].parameters()).device", "no_layer"),
+        (PUBLISHED, AT_LAYER, BEFORE, "llama-two-by"),
+        ("repairing/methods/__init__.py", "[*checked(batches, model)]", "[*batches]", "one-repair"),
+        (HEALING, "torch.ones_like(same)]).to(student.device)", "torch.ones_like(same)])", "llama-two-heal"),
+        (HEALING, "seeded(self.config.seed)", "torch.random.fork_rng([self.teacher.device])", "random_numbers"),
+        (HEALING, "any(one.is_meta for one in model.parameters())", "False", "offloaded"),
+    )
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_is_seen(fault, tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "notall", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "notall" / fault.file
+    content = file.read_text(encoding="utf-8")
+    assert content.count(fault.right) == 1, "it is written in another way now: plant the fault there"
+    file.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
+    command = [sys.executable, "-c", PROGRAM, str(TESTS / fault.tests), "-k", fault.seen_by]
+    path = os.pathsep.join(map(str, (tmp_path, TESTS)))
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "1 failed" in run.stdout
