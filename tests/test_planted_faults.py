@@ -38,7 +38,8 @@ class Fault:
     file: str  # below the package
     right: str  # a piece of it, once
     wrong: str
-    seen_by: str  # tests of test_devices.py, as for pytest -k
+    seen_by: str  # tests of the file, as for pytest -k
+    tests: str = "test_devices.py"
 
     def __str__(self) -> str:
         return f"{self.file}: {self.seen_by}"
@@ -57,9 +58,36 @@ FAULTS = [
     Fault(SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"),
     Fault(SKIPPING, " and runs_on(one) == runs_on(other)", "", "llama-two-remove"),
     Fault("running/generating.py", "inputs_device(model)", "model.device", "embedding"),
-    Fault("running/generating.py", "fork_rng(seeded)", "fork_rng(())", "random_numbers"),
+    Fault("running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"),
     Fault("measuring/speed.py", 'if device.type != "cpu"]', "if False]", "llama-one-times"),
     Fault("engines/__init__.py", "not torch.cuda.is_initialized()", "torch", "engine_tells"),
+]
+
+STREAMS, SOLVING = "repairing/streams.py", "repairing/solving.py"
+PROJECTIONS, PUBLISHED = "repairing/projections.py", "repairing/methods/published.py"
+HEALING = "repairing/healing.py"
+BEFORE = "stream.before(step.line, step.behind)"
+AT_LAYER = f"(stream.at_layer(step, states) for states in {BEFORE})"
+ON_DEVICE, LIKE_FEATURES = "torch.empty(0, dtype=self.exact, device=self.device)", "self.features[0].new_empty(0)"
+FAULTS += [
+    Fault(file, right, wrong, seen_by, "test_repair_devices.py")
+    for file, right, wrong, seen_by in (
+        (STREAMS, "hidden.to(recording.devices[index])", "hidden", "llama-two-repair"),
+        (STREAMS, "scaled(behind, self.scale).to(hidden.device)", "scaled(behind, self.scale)", "llama-two-by"),
+        (STREAMS, "one.embedded.to(one.device)", "one.embedded", "no_layer"),
+        (SOLVING, ON_DEVICE, LIKE_FEATURES, "one-repair"),
+        (SOLVING, "stream.to(self.device, self.exact)", "stream.to(self.exact)", "one-repair"),
+        (SOLVING, "self.metric.to(self.device, self.exact)", "self.metric.to(self.exact)", "llama-two-repair"),
+        (SOLVING, "dtype=self.before[0].dtype, device=self.device", "dtype=self.before[0].dtype", "gemma3-two-repair"),
+        (PROJECTIONS, "self.probe.embedded.to(self.probe.devices[part.index])", "self.probe.embedded", "two-repair"),
+        (PROJECTIONS, "gain.to(ones.device)", "gain", "llama-two-repair"),
+        (PROJECTIONS, "device=inputs_device(model)", "device=next(layers[0].parameters()).device", "no_layer"),
+        (PUBLISHED, AT_LAYER, BEFORE, "llama-two-by"),
+        ("repairing/methods/__init__.py", "[*checked(batches, model)]", "[*batches]", "one-repair"),
+        (HEALING, "torch.ones_like(same)]).to(student.device)", "torch.ones_like(same)])", "llama-two-heal"),
+        (HEALING, "seeded(self.config.seed)", "torch.random.fork_rng([self.teacher.device])", "random_numbers"),
+        (HEALING, "any(one.is_meta for one in model.parameters())", "False", "offloaded"),
+    )
 ]
 
 
@@ -70,7 +98,7 @@ def test_is_seen(fault, tmp_path):
     content = file.read_text(encoding="utf-8")
     assert content.count(fault.right) == 1, "it is written in another way now: plant the fault there"
     file.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
-    command = [sys.executable, "-c", PROGRAM, str(TESTS / "test_devices.py"), "-k", fault.seen_by]
+    command = [sys.executable, "-c", PROGRAM, str(TESTS / fault.tests), "-k", fault.seen_by]
     path = os.pathsep.join(map(str, (tmp_path, TESTS)))
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout[-2000:] + run.stderr[-2000:]
