@@ -259,7 +259,7 @@ class Finding:
 
 def checkpoint_bytes(out: Path) -> int:
     """Of the weights that a run left in its folder."""
-    return sum(map(weight_bytes, (out / "checkpoints").iterdir()))
+    return sum(map(weight_bytes, (out / "checkpoints").glob("*")))
 
 
 def file_name(name: str) -> str:
