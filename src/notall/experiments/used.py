@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,10 +58,10 @@ def windows_of(
 def _versions(
     use: Use, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]
 ) -> Iterator[Text]:
-    """A text that the model made, by its name in a record: the first part of it, which may be enough, and all."""
-    from ..models.mix import name_of, text_of
+    """What the model made under the name of a record: the beginning that short windows are of, and all of it."""
+    from ..models.mix import kept_texts, name_of
     from ..models.texts import MIX
 
     source = next((one for one in sources if name_of(one) == use.text), use.text)
     if source in sources or source in (*MIX, USE):
-        yield from (text_of(model, tokenizer, source, tokens=tokens) for tokens in (1, math.inf))
+        yield from kept_texts(model, tokenizer, source)

@@ -9,7 +9,8 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +64,27 @@ def name_of(source: str) -> str:
     return re.sub(r":.*[/\\]", ":", source)
 
 
+def kept_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[Text]:
+    """Of what the model made under a name, the beginning, which may be all that was read, and the whole, if kept."""
+    for parts in (1, None):
+        with suppress(_NotKept):
+            content = _Author(model, tokenizer, silent, parts, writes=False).text(source)
+            yield Text(name_of(source), digest_of([content]), content)
+
+
+class _NotKept(Exception):
+    """A part of a text is not in the cache."""
+
+
 @dataclass(frozen=True)
 class _Author:
-    """Writes what the original model says: the first `parts` of each text, or all."""
+    """Writes what the original model says: the first `parts` of each text, or all; or only reads what it wrote."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     progress: Progress
     parts: int | None = None
+    writes: bool = True
 
     def text(self, source: str) -> str:
         if source == "answers":
@@ -116,6 +130,8 @@ class _Author:
         paths = [folder / f"{digest_of([by, kind, str(part), str(new)])[:24]}.json" for part in enumerate(some)]
         kept = [unsealed(contents(path)) if path.is_file() else None for path in paths]  # None, too, of damage
         known = {number: str(json.loads(table)["text"]) for number, table in enumerate(kept) if table}
+        if len(known) < len(some) and not self.writes:
+            raise _NotKept
         stages = Stages(self.progress, len(some) - len(known))
         for number in (number for number in range(len(some)) if number not in known):
             content = write(number, some[number], stages.stage(1)).replace("\r\n", "\n").replace("\r", "\n")

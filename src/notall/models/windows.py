@@ -157,13 +157,13 @@ def refuse_overlap(held_out: Sequence[Tensor], others: Sequence[Tensor], use: st
 
     Both are batches of token ids, (batch, tokens) each.
     """
-    before = 0
-    for batch in held_out:
-        found = overlapping(batch, others).nonzero()
-        if len(found):
-            told = f"window {before + int(found[0])} of held_out overlaps one that {use}"
+    windows = [row for batch in held_out for row in batch]
+    for length in {len(row) for row in windows}:
+        alike = [number for number, row in enumerate(windows) if len(row) == length]
+        found = overlapping(torch.stack([windows[number] for number in alike]), others)
+        if found.any():
+            told = f"window {alike[int(found.nonzero()[0])]} of held_out overlaps one that {use}"
             raise UsageError(f"{told}, by half of its tokens or more: hold out windows of other text")
-        before += len(batch)
 
 
 def _sharing(rows: Tensor, others: Tensor, size: int, *, once: bool = False) -> Tensor:
