@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import py_compile
 import re
 import signal
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from shutil import copytree
@@ -23,23 +26,27 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import notall
 import result_folders
 from api import (
     Field,
     Provenance,
+    TaskShelf,
     cli,
+    exporters,
     files,
     gguf_copies,
     healing,
     loading,
     methods,
     read_gguf,
+    read_plan,
     records_lines,
     remote_code,
     sealed,
+    tasks,
     write_gguf as write_fields,
     write_tensors,
 )
@@ -537,3 +544,313 @@ def test_names_that_no_file_can_have_are_one_line(working, folder, run, own_task
     said = refused(run(*words))
     assert len(said) < 700
     assert name.isascii() or "is not UTF-8: rename" in said
+
+
+# --- a model's folder ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(tiny, working):
+    """A model's folder, to plant in."""
+    return copytree(tiny, working / "theirs")
+
+
+def settings_of(file: Path, **more: Any) -> None:
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | more))
+
+
+class Marks:
+    """What leaves a mark when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.command = f"touch {folder / MARK}"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def plant_config(folder: Path, working: Path) -> None:
+    (folder / "evil.py").write_text(marking(working))
+    settings_of(folder / "config.json", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+
+
+def plant_model_type(folder: Path, working: Path) -> None:
+    plant_config(folder, working)
+    settings_of(folder / "config.json", model_type="evil")
+
+
+def plant_tokenizer(folder: Path, working: Path) -> None:
+    (folder / "evil.py").write_text(marking(working))
+    settings_of(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T")
+
+
+def plant_generation(folder: Path, working: Path) -> None:
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(marking(working))
+
+
+def plant_pickle(folder: Path, working: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Marks(working)))
+
+
+def plant_index(folder: Path, working: Path) -> None:
+    plant_pickle(folder, working)
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def plant_named_weights(folder: Path, working: Path) -> None:
+    plant_pickle(folder, working)
+    settings_of(folder / "config.json", transformers_weights="pytorch_model.bin")
+
+
+def plant_adapter(folder: Path, working: Path) -> None:
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Marks(working)))
+    settings_of(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path=str(folder))
+
+
+def plant_tokenizer_pickle(folder: Path, working: Path) -> None:
+    (folder / "vocab.pkl").write_bytes(pickle.dumps(Marks(working)))
+    settings_of(folder / "tokenizer_config.json", tokenizer_class="TransfoXLTokenizer", vocab_file="vocab.pkl")
+
+
+def plant_quantisation(folder: Path, working: Path) -> None:
+    how = {"default": {"_type": "os.system", "_data": f"touch {working / MARK}"}}
+    settings_of(folder / "config.json", quantization_config={"quant_method": "torchao", "quant_type": how})
+
+
+def plant_template(folder: Path, working: Path) -> None:
+    """Jinja's ways out of a template."""
+    command = f"touch {working / MARK}"
+    ways = [
+        f"{{{{ cycler.__init__.__globals__.os.system('{command}') }}}}",
+        f"{{{{ lipsum.__globals__['os'].popen('{command}').read() }}}}",
+        f"{{% for c in ''.__class__.__mro__[1].__subclasses__() %}}{{{{ c('{command}', shell=True) }}}}{{% endfor %}}",
+    ]
+    settings_of(folder / "tokenizer_config.json", chat_template="".join(ways))
+
+
+def plant_card(folder: Path, working: Path) -> None:
+    command = f"!!python/object/apply:os.system ['touch {working / MARK}']"
+    (folder / "README.md").write_text(f"---\nlicense: {command}\n---\n")
+
+
+PLANTS = [
+    plant_config,
+    plant_model_type,
+    plant_tokenizer,
+    plant_generation,
+    plant_pickle,
+    plant_index,
+    plant_named_weights,
+    plant_adapter,
+    plant_tokenizer_pickle,
+    plant_quantisation,
+    plant_template,
+    plant_card,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_no_code_of_a_model_runs(theirs, working, run, plant):
+    plant(theirs, working)
+    Plan([1], [1]).save("plan.json")
+    answers = ("--text", "answers:prompts.txt", "--sequences", "1", "--length", "8", "--dtype", "float32")
+    Path("prompts.txt").write_text("Who sings?\n")
+    for words in (
+        ("inspect", theirs),
+        ("eval", theirs, "--skip", "attention:1", *answers),  # asks by the chat template
+        ("export", theirs, "--plan", "plan.json", "--to", "hf", "--out", "out", "--no-verify"),
+    ):
+        code, _, err = run(*words)
+        assert code in (0, 2), err
+        assert not ran(working), words
+    assert not [*Path("out").glob("*.py")]
+
+
+@pytest.mark.parametrize("names", ["pytorch_model.bin", "model.pt", "weights"])
+def test_an_index_of_safetensors_names_no_pickles(theirs, working, run, names):
+    plant_index(theirs, working)
+    index = theirs / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("pytorch_model.bin", names))
+    with pytest.raises(UsageError, match=rf"names {re.escape(names)}, and only safetensors are read: save the model"):
+        notall.load(theirs)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernel", "kernels-community/flash-attn", {"": "someone/kernel"}])
+def test_a_config_does_not_choose_attention_code_of_the_hub(theirs, key, value):
+    """transformers would fetch it, where kernels is installed: no trust_remote_code, which is for other files."""
+    settings_of(theirs / "config.json", **{key: value})
+    said = r"asks for attention code of the hub \(.*\), which is not run: take attn_implementation out"
+    for read in (notall.load, lambda folder: loading.load_empty(folder, None), loading.load_config):
+        with pytest.raises(UsageError, match=said):
+            read(theirs)
+
+
+def test_a_config_with_a_doubled_key_is_refused(theirs, run):
+    """Of which transformers takes the last, and who reads it the first."""
+    config = theirs / "config.json"
+    config.write_text(config.read_text().replace("{", '{"num_hidden_layers": 2,', 1))
+    for words in (("inspect", theirs), ("generate", theirs, "a")):
+        refused(run(*words), "config.json of ", '"num_hidden_layers" twice: take one away')
+
+
+# --- the working folder ----------------------------------------------------------------------------------------------
+
+
+def test_a_distribution_in_the_working_folder_adds_nothing(working, folder, run):
+    """Its entry points would be found where that folder is on the path, as for `module:function`."""
+    Path("mine.py").write_text("def f(setting):\n    return dict.fromkeys(setting.space.units, 1.0)\n")
+    Path("planted.py").write_text(marking(working, "def g(setting):\n    return {}\n"))
+    Path("planted-1.0.dist-info").mkdir()
+    Path("planted-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
+    Path("planted-1.0.dist-info/entry_points.txt").write_text("[notall.criteria]\nplanted = planted:g\n")
+    named = ("--criterion", "mine:f", "--criterion", "planted")
+    refused(run("compare", folder, "--skip", "mlp:1", *named, "--out", "out"), "there is no criterion 'planted'")
+    assert not ran(working)
+
+
+def test_a_published_plan_is_that_of_the_package(working, export_of, run):
+    name = "published:smollm2-attention-8-by-mix"
+    copytree(export_of["ordinary"], name)
+    assert read_plan(Path(name)) == Plan.load(name) != Plan([1], [1])
+
+
+def stock_task(working: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> TaskShelf:
+    """A shelf of the harness's own tasks, one of which, `stock`, reads data of the hub."""
+    from lm_eval.tasks import TaskManager
+
+    about = {"task": "stock", "dataset_path": "someone/data", "output_type": "multiple_choice", "test_split": "test"}
+    about |= {"doc_to_text": "{{q}}", "doc_to_target": "0", "doc_to_choice": "{{['a', 'b']}}"}
+    (working.parent / "harness").mkdir()
+    (working.parent / "harness" / "stock.yaml").write_text(json.dumps(about | more))
+    own = partial(TaskManager, include_path=str(working.parent / "harness"), include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path=None: own())
+    return TaskShelf()
+
+
+def test_data_of_a_task_of_the_harness_is_not_taken_from_the_working_folder(working, monkeypatch):
+    Path("someone/data").mkdir(parents=True)
+    Path("someone/data/test.jsonl").write_text('{"q": "planted"}\n' * 4)
+    with pytest.raises(UsageError, match="cannot read the data of stock: the hub is out of reach"):
+        stock_task(working, monkeypatch).build("stock")
+    assert Path.cwd() == working
+
+
+def test_a_metric_of_a_task_of_the_harness_is_not_run_from_the_working_folder(working, monkeypatch):
+    Path("planted").mkdir()
+    Path("planted/planted.py").write_text(marking(working))
+    shelf = stock_task(working, monkeypatch, metric_list=[{"metric": "planted", "hf_evaluate": True}])
+    with pytest.raises(UsageError, match="of stock"):
+        shelf.build("stock")
+    assert not ran(working)
+
+
+# --- what is written, and where --------------------------------------------------------------------------------------
+
+
+OURS = {
+    "sweep": ("out/similarity.csv", "out/similarity.html", "out/table.md", "out/tradeoff.png", "out/results.jsonl"),
+    "compare": ("out/table.csv", "out/front.svg", "out/comparison.jsonl"),
+    "similarity": ("out.csv", "out.tex", "out.png", "out.svg", "out.html"),
+    "paper": ("out/paper.md", "out/claims.csv", "out/similarity.png", "out/claims.jsonl"),
+    "pareto": ("out/table.md", "out/pareto.html", "out/checkpoints/dense-float32", "out/checkpoints/written.jsonl"),
+    "report": ("out.html",),
+    "export": ("out", "out.repaired/plan.json"),
+}
+ASKED = {
+    "compare": ("--skip", "mlp:1"),
+    "pareto": PARETO,
+    "report": ("-o", "out.html"),
+    "export": ("--plan", "plan.json", "--to", "hf", "--repair", "refit"),
+}
+
+
+@pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in OURS.items() for name in names])
+def test_a_file_of_the_user_is_not_replaced(working, tiny, run, own_tasks_only, command, name):
+    """It is refused before any work: there is no such model."""
+    Plan([1]).save("plan.json")
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("of the user\n")
+    model = "absent" if command not in ("report", "export") else tiny
+    words = ("out",) if command == "report" else (model, "--out", "out")
+    said = refused(run(command, *words, *ASKED.get(command, ())))
+    assert "absent" not in said
+    assert Path(name).read_text() == "of the user\n"
+
+
+WEIGHTS = {
+    "weights.safetensors": lambda out: methods.repair_into(out, "replaceme", *plainly()),
+    "attn.2.safetensors": lambda out: methods.repair_into(out, "refit", *plainly()),
+    "healed.safetensors": healed,
+}
+
+
+def plainly() -> tuple[Any, ...]:
+    return family("llama").build(), Plan([1]), TEXTS, result_folders.ABOUT
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_the_user_are_not_replaced(working, name):
+    Path("out").mkdir()
+    save_file({"w": torch.ones(2)}, f"out/{name}")
+    before = contents_of(working)
+    with pytest.raises(UsageError, match=rf"{re.escape(name)} is there, and notall did not write it: move it away, or"):
+        WEIGHTS[name](Path("out"))
+    assert contents_of(working)[f"out/{name}"] == before[f"out/{name}"]
+
+
+def test_a_link_that_is_made_while_an_export_is_written_is_not_followed(tiny, working, monkeypatch):
+    Path("elsewhere").mkdir()
+
+    def late(*_: Any) -> None:
+        Path("out").symlink_to(working / "elsewhere")
+
+    monkeypatch.setattr(exporters, "describe", late)
+    with pytest.raises(UsageError, match="out was made by someone else meanwhile; choose another folder"):
+        notall.export(tiny, Plan([1], [1]), "hf", "out", verify=False)
+    assert {path.name for path in working.iterdir()} == {"elsewhere", "out"}
+    assert not [*Path("elsewhere").iterdir()]
+
+
+def test_a_link_in_place_of_a_partial_file_is_not_written_through(working, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0a1b2c")
+    Path("victim").write_text("of the user")
+    with files.beside(Path("plan.json")) as partial:
+        partial.symlink_to("victim")
+        monkeypatch.setattr(files, "beside", lambda _: nullcontext(partial))
+        with pytest.raises(FileExistsError):
+            files.write_whole(Path("plan.json"), "{}")
+    assert Path("victim").read_text() == "of the user"
+
+
+@pytest.mark.parametrize("process", ["99999999999999999999", "4294967297", "\u0663\u0664", "-1", "0x1"])
+def test_names_that_are_like_partial_files_stay(working, process):
+    theirs = Path(f".plan.json.{files._numbering()}.{process}.0a1b2c")
+    theirs.write_text("of the user")
+    Plan([1]).save("plan.json")
+    assert theirs.read_text() == "of the user"
+
+
+@pytest.mark.parametrize("name", ["../plan.json", "/etc/hostname", "a/b.safetensors", "x\0y", "." * 300, "..", ""])
+def test_a_repair_names_no_file_elsewhere(working, name):
+    Plan([1]).save("plan.json")
+    RepairedPlan.of(Plan([1])).save("repair")
+    seal = Path("repair/finished.json")
+    told = json.loads(seal.read_text())
+    del told["sealed"]
+    told["files"][name] = sha256(Path("plan.json"))
+    seal.write_bytes(sealed(json.dumps(told).encode()))
+    with pytest.raises(UsageError, match=r"download it again|delete the folder, and repair"):
+        RepairedPlan.load("repair")
+
+
+def test_a_page_runs_no_function_that_a_record_names(working, run):
+    Path("mine.py").write_text(marking(working, "def f(setting):\n    return {}\n"))
+    result_folders.write(Path("r"), result_folders.compared("mine:f", "mlp", 1, 0.1, repair="mine:f"))
+    assert run("report", "r", "-o", "page.html")[0] == 0
+    assert not ran(working)

@@ -158,7 +158,8 @@ def keep(path: Path, content: str | bytes) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: what is there already, a link too, is replaced, or stays."""
     with beside(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("xb") as file:  # never through what somebody put there
+            file.write(content.encode() if isinstance(content, str) else content)
         take_name(partial, path)
 
 
@@ -255,7 +256,8 @@ def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> N
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write the cache folder {folder} ({error.strerror}): set NOTALL_CACHE to another")
+    told = f"cannot write the cache folder {shortened(folder, 200)} ({error.strerror})"
+    return UsageError(f"{told}: set NOTALL_CACHE to another")
 
 
 class DoubledKey(ValueError):

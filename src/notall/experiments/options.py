@@ -17,7 +17,7 @@ from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, option
-from ..plan import Plan
+from ..plan import PUBLISHED_AS, Plan
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
@@ -199,6 +199,8 @@ def check_texts(*sources: str | None) -> None:
 
 def read_plan(path: Path) -> Plan:
     """The plan of a file, an export, or the folder of a repair, with its weights. Raises `UsageError` as they do."""
+    if str(path).startswith(PUBLISHED_AS):  # whatever lies in the working folder
+        return Plan.load(path)
     try:
         is_export, is_folder = (path / MANIFEST).is_file(), path.is_dir()
     except OSError as error:  # a name that is too long

@@ -32,6 +32,7 @@ from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.undoing import Undo
 
 PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", "weights.safetensors"
+WRITTEN = (WHOLE, HEALED, "attn.", "mlp.")  # how names of files of weights begin
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 MADE_BY: dict[str, type[Record]] = {"repair": RefitRecord, "heal": HealRecord}  # what writes weights, and its records
@@ -264,6 +265,9 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
 
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     """Whether the command that writes `kind` has finished `plan` in `folder`. Raises `UsageError` for others' work."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name.startswith(WRITTEN):
+            _refuse_replacing(path)
     seal = _seal_of(folder)
     if seal and kind.file not in seal.files:
         raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")
@@ -313,7 +317,7 @@ def _sealed_weights(folder: Path, seal: Seal) -> tuple[Tensors, Tensors]:
     records = {kind.file for kind in MADE_BY.values()}  # which tell the history of the weights
     for path in sorted(folder.iterdir()):
         # nothing reads such weights; but who put them there thinks otherwise
-        is_weight = path.suffix == ".safetensors" and path.name.startswith((WHOLE, HEALED, "attn.", "mlp."))
+        is_weight = path.suffix == ".safetensors" and path.name.startswith(WRITTEN)
         if (is_weight or path.name in records) and path.name not in seal.files:
             told = f"{shortened(folder)} holds {shortened(path.name)}"
             raise UsageError(f"{told}, which is no part of its repair: move that file away")
@@ -339,7 +343,11 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
-    """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
+    """Write a file, in place of an earlier one; its `digest_of_tensors`. Raises `UsageError` where that fails.
+
+    And where what is there is not ours: people call their files so, too.
+    """
+    _refuse_replacing(path)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = digest_of_tensors(held, notes or {})
     with writing(shortened(path), "make room, or choose another folder"):
@@ -365,6 +373,13 @@ def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None
     if digest not in (None, found) or of not in (None, notes.get(OF)):
         raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")
     return tensors, notes
+
+
+def _refuse_replacing(path: Path) -> None:
+    """Raise `UsageError` where a file or folder of others is in the way; a link is replaced."""
+    if path.exists() and not path.is_symlink() and not is_tensors(path):
+        fix = "move it away, or choose another folder"
+        raise UsageError(f"{shortened(path)} is there, and notall did not write it: {fix}")
 
 
 def is_tensors(path: Path) -> bool:
