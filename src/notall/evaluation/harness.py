@@ -106,7 +106,8 @@ def evaluate_job(lm: "PlansLM", job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
     place = in_empty_folder() if job.is_stock else nullcontext()
-    with quiet(), no_bars(), place, raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
+    named = raised_by("lm_eval", f"cannot score {job.name}", "check its data")
+    with quiet(), no_bars(), place, named:
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
             outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=1000))  # where there is no mean
@@ -127,7 +128,8 @@ class Answers:
         self.names = [digest_of_json(plan.identity)[:24] for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._known: dict[tuple[str, str], Said] = {}  # by request and plan
-        self._ledger = Ledger(folder.absolute(), AnswersRecord) if folder else None  # the working folder may change
+        # absolute, since tasks of the harness run in another working folder
+        self._ledger = Ledger(folder.absolute(), AnswersRecord) if folder else None
         for record in self._ledger or ():
             self._note(record.plans, record.answers)
 

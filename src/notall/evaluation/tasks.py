@@ -227,7 +227,8 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
 def in_empty_folder() -> Iterator[None]:
     """Inside, the working folder is an empty one.
 
-    datasets and evaluate take a folder there for the hub's of that name, and evaluate runs the code that it holds.
+    datasets and evaluate take a folder there for the hub's of that name, and evaluate runs the
+    code that it holds.
     """
     before = os.getcwd()
     with TemporaryDirectory(prefix="notall-") as empty:

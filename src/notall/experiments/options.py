@@ -198,13 +198,17 @@ def check_texts(*sources: str | None) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of a file, an export, or the folder of a repair, with its weights. Raises `UsageError` as they do."""
+    """The plan of a file, an export, or the folder of a repair, with its weights.
+
+    Raises `UsageError` as their readers do.
+    """
     if str(path).startswith(PUBLISHED_AS):  # whatever lies in the working folder
         return Plan.load(path)
     try:
         is_export, is_folder = (path / MANIFEST).is_file(), path.is_dir()
     except OSError as error:  # a name that is too long
-        raise UsageError(f"cannot read the plan {shortened(path)}: {error.strerror}; give another name") from None
+        told = f"cannot read the plan {shortened(path)}: {error.strerror}"
+        raise UsageError(f"{told}; give another name") from None
     if is_export:
         return plan_of(path)
     if is_folder:

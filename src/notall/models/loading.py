@@ -16,7 +16,16 @@ from transformers.utils import find_adapter_config_file
 
 from ..digests import digest_of, digest_of_file
 from ..errors import UsageError, expect, nearest, shortened
-from ..files import INDEX, DoubledKey, Settings, contents, expanded, named_weights, read_json, refuse_adapter
+from ..files import (
+    INDEX,
+    DoubledKey,
+    Settings,
+    contents,
+    expanded,
+    named_weights,
+    read_json,
+    refuse_adapter,
+)
 from ..integrity import LITTLE, check_manifest
 from ..plan import Plan
 from ..running.skipping import without
@@ -72,7 +81,7 @@ def load(
     with explained(spec):
         file = named_gguf(spec)
         if file:
-            check_manifest(file.parent, strict=False)  # other files may lie beside the one that is read
+            check_manifest(file.parent, strict=False)  # no other file is read
         else:
             check_manifest(expanded(spec))
         settings = _settings_of_export(spec, revision)
@@ -266,7 +275,7 @@ def _load_plain(
 
 
 def _refuse_pickles(source: Path | str, named: str | None, revision: str | None) -> None:
-    """Raise `UsageError` where an index names files that transformers would unpickle, though it is of safetensors."""
+    """Raise `UsageError` where an index of safetensors names files that would be unpickled."""
     if isinstance(source, Path):
         weight_files(first_file(source, named))
         return
@@ -308,7 +317,8 @@ def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | No
         except UsageError:
             raise
         except DoubledKey as error:  # of which transformers takes the last, and people the first
-            raise UsageError(f"config.json of {shortened(path)} has {shortened(error)} twice: take one away") from None
+            told = f"config.json of {shortened(path)} has {shortened(error)} twice"
+            raise UsageError(f"{told}: take one away") from None
         except (ValueError, OSError):  # for transformers to complain of
             return None
     else:
@@ -364,10 +374,11 @@ def _attentions_in(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _refuse_misread(spec: str | Path, config: PretrainedConfig) -> None:
-    """A damaged config may ask for layers or experts that would take hours to lay out, and any for code of the hub."""
+    """A damaged config may ask for layers that would take hours, and any for code of the hub."""
     if kernels := sorted(name for name in _attentions_in(config) if "/" in name):
-        told = f"the config of {shortened(str(spec))} asks for attention code of the hub ({shortened(kernels[0])})"
-        raise UsageError(f"{told}, which is not run: take attn_implementation out of config.json")
+        asks = f"asks for attention code of the hub ({shortened(kernels[0])}), which is not run"
+        fix = "take attn_implementation out of config.json"
+        raise UsageError(f"the config of {shortened(str(spec))} {asks}: {fix}")
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         count = getattr(text, name, None)

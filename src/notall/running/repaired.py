@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import beside, contents, open_to_others, own_file, saving, take_name, write_whole, writing
+from ..files import (
+    beside,
+    contents,
+    open_to_others,
+    own_file,
+    saving,
+    take_name,
+    write_whole,
+    writing,
+)
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -265,10 +274,11 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
 
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     """Whether the command that writes `kind` has finished `plan` in `folder`. Raises `UsageError` for others' work."""
-    for path in sorted(folder.glob("*.safetensors")):
+    seal = _seal_of(folder)
+    is_begun = (folder / kind.file).is_file()  # then what is there is read, and checked
+    for path in () if is_begun else sorted(folder.glob("*.safetensors")):
         if path.name.startswith(WRITTEN):
             _refuse_replacing(path)
-    seal = _seal_of(folder)
     if seal and kind.file not in seal.files:
         raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")
     if (folder / PLAN).is_file() and Plan.load(folder / PLAN).indices != plan.indices:
@@ -343,9 +353,9 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
-    """Write a file, in place of an earlier one; its `digest_of_tensors`. Raises `UsageError` where that fails.
+    """Write a file, in place of an earlier one; its `digest_of_tensors`.
 
-    And where what is there is not ours: people call their files so, too.
+    Raises `UsageError` where that fails, and for a file of others, who use such names, too.
     """
     _refuse_replacing(path)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
