@@ -35,6 +35,7 @@ MODULES = {
     "paper_module": "experiments.paper",
     "pareto": "experiments.pareto",
     "verdict_module": "experiments.verdict",
+    "exporters": "exporters",
     "exporters_dense": "exporters.dense",
     "executorch": "exporters.executorch",
     "exporters_gguf": "exporters.gguf",
@@ -176,6 +177,7 @@ NAMES = {
         "RayOptions",
         "TaskChoice",
         "TaskOptions",
+        "read_plan",
     ],
     "experiments.paper": [
         "CLAIMS as CLAIM_COLUMNS",

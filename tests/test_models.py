@@ -207,7 +207,7 @@ def test_a_missing_shard_is_named_and_is_no_pickle(folder):
     victim.unlink()
     said = refused(models.load, folder)
     assert victim.name in said
-    assert "a file is missing; fetch or save the model again" in said
+    assert "download it again" in said
     assert "pickle" not in said
 
 

@@ -102,15 +102,15 @@ def refuse_adapter(spec: str | Path, found: object) -> None:
 
 
 def cache_folder(*parts: str) -> Path:
-    """`$NOTALL_CACHE` or `~/.cache/notall`, made for its owner alone if absent, or a folder in it, absent or not.
+    """`$NOTALL_CACHE` or `~/.cache/notall`, made for its owner alone if absent, or a folder in it.
 
     Raises `UsageError` where it can't be made, and where others can write what is read from it.
     """
     try:
         folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
         make_private(folder)
-        for one in (folder, *(folder.joinpath(*parts[:count]) for count in range(1, len(parts) + 1))):
-            if one.exists():
+        for count in range(len(parts) + 1):
+            if (one := folder.joinpath(*parts[:count])).exists():
                 _refuse_open(one)
     except RuntimeError:
         raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
@@ -120,14 +120,14 @@ def cache_folder(*parts: str) -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those that it is in, for their owner alone; those that are there stay as they are."""
+    """Make a folder, and those that it is in, for their owner alone; what is there stays."""
     if not folder.is_dir():
         make_private(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _refuse_open(folder: Path) -> None:
-    """Raise `UsageError` for a folder of the cache that others can write; a group of its owner alone is nobody else."""
+    """Raise `UsageError` for a folder of the cache that others than its owner can write."""
     state = folder.stat()
     is_open = state.st_mode & stat.S_IWOTH
     if state.st_mode & stat.S_IWGRP:
@@ -138,7 +138,7 @@ def _refuse_open(folder: Path) -> None:
 
 
 def _is_private_group(user: int, group: int) -> bool:
-    """Whether a group is a user's own, by the custom of systems that make one of the same name for each user."""
+    """Whether a group is a user's own: many systems make one of the same name for each user."""
     with contextlib.suppress(ImportError, KeyError):
         import grp
         import pwd
@@ -158,12 +158,13 @@ def keep(path: Path, content: str | bytes) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: what is there already, a link too, is replaced, or stays."""
     with beside(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("xb") as file:  # never through what somebody put there
+            file.write(content.encode() if isinstance(content, str) else content)
         take_name(partial, path)
 
 
 def take_name(partial: Path, path: Path) -> None:
-    """Rename a file that is finished; it is on disk before it has its name, so that no power cut leaves a part."""
+    """Rename a finished file. It is on disk before: a power cut leaves the old one or the new."""
     with partial.open("r+b") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -184,12 +185,12 @@ def writing(what: object, fix: str = "make room or give access, or choose anothe
         raise UsageError(f"cannot write {shortened(what, 200)}: {error.strerror}; {fix}") from None
 
 
-# Of what is being written: its name, where processes have their numbers, the process, and a random word.
-PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<process>[0-9]{1,9})\.[0-9a-f]{6}", re.DOTALL)
+# Of what is being written: its name, the numbering of processes, the process, and a random word.
+PARTIAL = re.compile(r"(?s)\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<process>[0-9]{1,9})\.[0-9a-f]{6}")
 
 
 def is_partial(path: Path, names: Container[str]) -> bool:
-    """Whether a path is what `beside` called a file or folder of one of these names while it was written."""
+    """Whether `beside` called a file or folder of one of these names so while it was written."""
     match = PARTIAL.fullmatch(path.name)
     return match is not None and match["name"] in names
 
@@ -247,7 +248,8 @@ def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> N
         if path.is_symlink() or not path.exists():
             return
     except OSError as error:  # a name that is too long
-        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
+        told = f"cannot write {shortened(path)}: {error.strerror}"
+        raise UsageError(f"{told}; choose another -o") from None
     with contextlib.suppress(UsageError):  # what readers of ours say of others' files
         if path.is_file() and (not path.stat().st_size or is_ours(path)):
             return
@@ -255,7 +257,8 @@ def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> N
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write the cache folder {folder} ({error.strerror}): set NOTALL_CACHE to another")
+    told = f"cannot write the cache folder {shortened(folder, 200)} ({error.strerror})"
+    return UsageError(f"{told}: set NOTALL_CACHE to another")
 
 
 class DoubledKey(ValueError):

@@ -16,7 +16,7 @@ from .files import Settings, contents, own_file, read_json, write_whole
 MANIFEST = "notall.json"  # of a checkpoint
 REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"
 UNLISTED = (".md", ".py")  # a card that people go on writing, and code that notall never reads
-UNREAD = ("__pycache__", "LICENSE", "NOTICE")  # what else may be added, and names with a dot in front
+UNREAD = ("__pycache__", "LICENSE", "NOTICE")  # may be added, too, and names with a dot in front
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
 LITTLE = 1 << 20  # bytes that are read sooner than it is found out whether they were changed
 
@@ -59,16 +59,22 @@ def read_manifest(folder: Path, fix: str = REDONE) -> Settings:
     with suppress(ValueError, OSError):
         if (table := unsealed(contents(folder / MANIFEST))) and isinstance(told := read_json(table), dict):
             files = told.get("files")
-            if isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values()):
+            if isinstance(files, dict) and all(isinstance(one, str) for one in files.values()):
                 return told
     raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
 
 
-def check_manifest(folder: Path, fix: str = REDONE, *, most: float = math.inf, strict: bool = True) -> Settings:
-    """As `read_manifest`, and for a folder that is not what its manifest says; without one it is as it is: {}.
+def check_manifest(
+    folder: Path,
+    fix: str = REDONE,
+    *,
+    most: float = math.inf,
+    strict: bool = True,
+) -> Settings:
+    """As `read_manifest`, and for a folder that is not as its manifest says; {} without one.
 
-    Of files of more than `most` bytes it is only seen that they are there. Files that are not listed are refused, since
-    transformers reads whatever has one of its names; not so where `strict` is false, as nothing else is read there.
+    Of files of more than `most` bytes it is only seen that they are there. Files that are not
+    listed are refused, as by `refuse_unlisted`, unless `strict` is false.
     """
     if not own_file(folder, MANIFEST):
         return {}
@@ -80,9 +86,14 @@ def check_manifest(folder: Path, fix: str = REDONE, *, most: float = math.inf, s
 
 
 def refuse_unlisted(folder: Path, files: Container[str]) -> None:
-    """Raise `UsageError` where a folder holds what its manifest does not list, but for what nothing reads."""
+    """Raise `UsageError` where a folder holds what its manifest does not list.
+
+    transformers reads whatever has one of its names. What nothing reads may be there.
+    """
     for path in sorted(folder.iterdir()):
-        is_read = path.suffix not in UNLISTED and path.name not in UNREAD and not path.name.startswith(".")
-        if is_read and path.name not in files and path.name != MANIFEST:
-            told = f"{shortened(folder)} holds {shortened(path.name)}, which {MANIFEST} does not list"
-            raise UsageError(f"{told}: move that file away, or delete {MANIFEST} to take the folder as it is")
+        name = path.name
+        is_unread = path.suffix in UNLISTED or name in UNREAD or name.startswith(".")
+        if not is_unread and name not in files and name != MANIFEST:
+            told = f"{shortened(folder)} holds {shortened(name)}, which {MANIFEST} does not list"
+            fix = f"move that file away, or delete {MANIFEST} to take the folder as it is"
+            raise UsageError(f"{told}: {fix}")

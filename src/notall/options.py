@@ -40,7 +40,7 @@ option = _as_field(Option)  # of a dataclass a field with this default, whose `O
 
 
 class Asked(NamedTuple):
-    """An option of a command: its field, its flag ("" of an argument), and its value (None of a flag alone)."""
+    """An option of a command: field, flag ("" of an argument), value (None of a flag alone)."""
 
     name: str
     flag: str

@@ -32,6 +32,7 @@ MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_TOKENS = 1 << 31  # of a prompt
 MOST_BYTES = 1 << 20  # of a plan file
 PUBLISHED = Path(__file__).parent / "published"  # the plans of docs/results.md, taken by `published:NAME`
+PUBLISHED_AS = "published:"
 
 
 class Layers(BaseModel, frozen=True, extra="forbid"):
@@ -267,7 +268,7 @@ class Plan(Layers, frozen=True, extra="forbid"):
         """Read a plan file, or `published:NAME`. Raises `UsageError` when it is missing, truncated or malformed."""
         path = Path(path)
         where = shortened(path)
-        if (name := str(path).removeprefix("published:")) != str(path):
+        if (name := str(path).removeprefix(PUBLISHED_AS)) != str(path):
             path, known = PUBLISHED / f"{name}.json", [one.stem for one in PUBLISHED.glob("*.json")]
             if name not in known:
                 raise UsageError(f"no published plan {shortened(name)}{nearest(name, known)}; see docs/plans.md")

@@ -30,26 +30,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Permitted:
-    """The functions that a record may run: of modules in `folder`, as their files were when it was written."""
+    """The functions that a record may run: of modules in `folder`, in files of these SHA-256."""
 
     folder: Path | None
     sha256: Mapping[str, str]  # of the file of each module:function
 
     def check(self, name: str) -> Path:
-        """The file of `module:function`, before it is imported. Raises `UsageError` for another than was recorded."""
+        """The file of `module:function`, not yet imported.
+
+        Raises `UsageError` for any without a folder, and for another file than was recorded.
+        """
         if self.folder is None:
             fix = "read its file, and give the folder that it is in (--functions DIR)"
-            raise UsageError(f"a record does not run functions, and this one names {shortened(name)}: {fix}")
+            told = f"a record does not run functions, and this one names {shortened(name)}"
+            raise UsageError(f"{told}: {fix}")
         file = _file_in(self.folder, name.partition(":")[0])
         if file is None:
-            raise UsageError(f"{shortened(self.folder)} has no module of {shortened(name)}: give another --functions")
+            told = f"{shortened(self.folder)} has no module of {shortened(name)}"
+            raise UsageError(f"{told}: give another --functions")
         if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256.get(name):
             fix = "give the folder with the file as it was (--functions DIR)"
-            raise UsageError(f"{shortened(file)} is not the file that {shortened(name)} was recorded with: {fix}")
+            told = f"{shortened(file)} is not the file that {shortened(name)} was recorded with"
+            raise UsageError(f"{told}: {fix}")
         return file
 
 
-PERMITTED = ContextVar[Permitted | None]("to functions that a record names; None: the user names them", default=None)
+# None where the user names the functions, and no record does.
+PERMITTED = ContextVar[Permitted | None]("what a record may run", default=None)
 
 
 def installed_names(group: str) -> list[str]:
@@ -81,9 +88,9 @@ def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, b
 
 
 def find(name: str, group: str) -> Any | None:
-    """What an entry point of `group` or `module:function`, which is run, names; None for other names.
+    """What an entry point of `group` or `module:function` names, imported; None for other names.
 
-    Raises `UsageError` for what is not there, for a module that fails, and for what a record may not run.
+    Raises `UsageError` for what is not there or fails, and for what a record may not run.
     """
     for point in entry_points(group=group):
         if point.name == name:
@@ -96,7 +103,8 @@ def find(name: str, group: str) -> Any | None:
     with importing_from(permitted.folder if permitted and permitted.folder else Path.cwd()):
         found = _loaded(name, shortened(name))
     if file and _source_file(name) != file.resolve():
-        raise UsageError(f"{shortened(name)} is of another module than {shortened(file)}: rename that file")
+        told = f"{shortened(name)} is of another module than {shortened(file)}"
+        raise UsageError(f"{told}: rename that file")
     _NAMED.add(name)
     return found
 
@@ -111,19 +119,20 @@ def source_of(name: str) -> dict[str, str]:
 
 
 def functions_in(words: Sequence[str]) -> dict[str, str]:
-    """Each `module:function` that words of a command name, once it is imported, with the SHA-256 of its file."""
+    """Each imported `module:function` that a command names, with the SHA-256 of its file."""
     named = (name for name in sorted(_NAMED) if any(word.endswith(name) for word in words))
     return {name: sha256 for name in named for sha256 in source_of(name).values()}
 
 
 @contextmanager
 def importing_from(folder: Path) -> Iterator[None]:
-    """Inside, Python looks for modules in a folder, too, behind all else: one called datasets hides no library.
+    """Inside, Python looks for modules in a folder, too, behind all else: it hides no library.
 
-    Its files run as they are written: no bytecode beside them is read, which may be of something else.
+    Its files run as they are written: bytecode beside them, which may be other code, is not read.
     """
     here, is_new = str(folder.absolute()), str(folder.absolute()) not in sys.path
-    finder = FileFinder.path_hook((_AsWritten, SOURCE_SUFFIXES), (ExtensionFileLoader, EXTENSION_SUFFIXES))
+    kinds = (_AsWritten, SOURCE_SUFFIXES), (ExtensionFileLoader, EXTENSION_SUFFIXES)
+    finder = FileFinder.path_hook(*kinds)
 
     def hook(path: str) -> PathEntryFinder:
         if not Path(path).is_relative_to(here):
@@ -184,12 +193,14 @@ def first_line(function: object) -> str:
 def _file_in(folder: Path, module: str) -> Path | None:
     """The source of a module that a folder holds; nothing is imported."""
     place = folder.joinpath(*module.split("."))
-    return next(filter(Path.is_file, (place / "__init__.py", place.with_name(f"{place.name}.py"))), None)
+    files = (place / "__init__.py", place.with_name(f"{place.name}.py"))
+    return next(filter(Path.is_file, files), None)
 
 
 def _source_file(name: str) -> Path | None:
     """The file of `module:function`, once it is imported."""
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) if ":" in name else None
+    module, colon, _ = name.partition(":")
+    file = getattr(sys.modules.get(module), "__file__", None) if colon else None
     return Path(file).resolve() if file else None
 
 

@@ -47,7 +47,8 @@ def main() -> None:
         _fail(f"this needs {error.name}: pip install 'notall[{extra}]'")
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            _fail(f"{shortened(str(error.filename))}: {os.strerror(error.errno)}; give another name")
+            name = shortened(str(error.filename))
+            _fail(f"{name}: {os.strerror(error.errno)}; give another name")
         if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
@@ -68,7 +69,7 @@ def _is_news(words: tuple[str, ...], record: logging.LogRecord) -> bool:
 
 
 def _refuse_names(words: Sequence[str]) -> None:
-    """Raise `UsageError` for words that are not UTF-8: safetensors, tokenizers and records cannot hold them."""
+    """Raise `UsageError` for words that are not UTF-8: safetensors and records cannot hold them."""
     for word in words:
         try:
             word.encode()
@@ -88,9 +89,9 @@ def _told(error: Any) -> str:
 
 @contextmanager
 def _own_manners() -> Iterator[None]:
-    """Inside, signals end by an exception, so that half-written folders are taken away, and a warning is one line.
+    """Inside, a warning is one line, and signals end by an exception: half-written folders go.
 
-    SIGTERM and, where the terminal goes, SIGHUP; one that is ignored, as under nohup, still is.
+    SIGTERM and, where the terminal goes, SIGHUP, unless that is ignored, as under nohup.
     """
 
     def end(number: int, frame: object) -> NoReturn:
@@ -98,8 +99,8 @@ def _own_manners() -> Iterator[None]:
 
     is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
     caught = [signal.SIGTERM] if is_main else []
-    if is_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        caught.append(signal.SIGHUP)
+    if is_main and (hangup := getattr(signal, "SIGHUP", None)):
+        caught += [hangup] if signal.getsignal(hangup) is not signal.SIG_IGN else []
     before = {number: signal.signal(number, end) for number in caught}
     told = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(printable(str(message)).split())}\n"

@@ -116,14 +116,18 @@ _LOADED: dict[str, typer.Typer] = {}  # by the names of COMMANDS, once their fil
 
 
 def options_in(words: Sequence[str]) -> list[Asked]:
-    """What the words of a command ask for, as its own parser reads them. Raises `UsageError` where it cannot."""
+    """What the words of a command ask for, as its own parser reads them.
+
+    Raises `UsageError` where it cannot.
+    """
     name, *rest = words
     parsed = Listed(name).loaded()
     context = parsed.context_class(parsed, info_name=name)
     try:
         values, others, order = parsed.make_parser(context).parse_args([*rest])
     except MISTYPED as error:
-        raise UsageError(shortened(error.format_message(), 200)) from None  # type: ignore[attr-defined]
+        said: str = error.format_message()  # type: ignore[attr-defined]
+        raise UsageError(shortened(said, 200)) from None
     if others:
         raise UsageError(f"notall {name} takes no {shortened(others[0])}")
     found = list[Asked]()
@@ -132,7 +136,7 @@ def options_in(words: Sequence[str]) -> list[Asked]:
         for value in values[one.name] if isinstance(values[one.name], list) else [values[one.name]]:
             if isinstance(value, str):
                 found.append(Asked(one.name, "" if is_argument else one.opts[0], value))
-            elif not is_argument:  # an absent one has no value, and a flag the one that it stands for
+            elif not is_argument:  # an absent argument has no value, and a flag none of its own
                 found.append(Asked(one.name, one.opts[0], None))
     return sorted(found, key=lambda one: one.flag != "")
 

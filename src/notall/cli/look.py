@@ -107,6 +107,8 @@ def similarity(
         need(*FIGURES)
         refuse_unwritable(out.parent)
         refuse_others(Path(f"{out}.csv"), lambda csv: b"layer,kind," in contents(csv), "table of similarities")
+        for suffix in () if Path(f"{out}.csv").exists() else (".tex", ".png", ".svg", ".html"):
+            refuse_others(Path(f"{out}{suffix}"), lambda _: False, "figure of similarities")
     text.check()
     net, tokenizer = model.load()
     batches, described = text.windows(net, tokenizer, seed=run.seed)

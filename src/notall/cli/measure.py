@@ -346,7 +346,7 @@ def reproduce(
     ] = (),
     functions: Annotated[
         Path | None,
-        Option("run the functions that the command names, of modules in this folder (default: none is run)", (), "DIR"),
+        Option("folder of modules whose functions the command may run (default: it runs none)", (), "DIR"),
     ] = None,
     out: OutFolder = Path("reproduced"),
     as_json: Json = False,

@@ -76,7 +76,8 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
     module, _, name = request["engine"].partition(":")
-    is_installed = find_spec(module.partition(".")[0]) is not None  # else it was named in place, as module:Class
+    # else it was named in place, as module:Class
+    is_installed = find_spec(module.partition(".")[0]) is not None
     with nullcontext() if is_installed else importing_from(Path(request["folder"])):
         engine = getattr(import_module(module), name)(**request["settings"])
     try:

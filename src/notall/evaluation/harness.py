@@ -8,6 +8,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -52,7 +53,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    from .tasks import Job, no_bars
+    from .tasks import Job, in_empty_folder, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
@@ -119,7 +120,9 @@ def run_tasks(
 def evaluate_job(lm: "PlansLM", job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
-    with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
+    place = in_empty_folder() if job.is_stock else nullcontext()
+    named = raised_by("lm_eval", f"cannot score {job.name}", "check its data")
+    with quiet(), no_bars(), place, named:
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
             outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=1000))  # where there is no mean
@@ -140,7 +143,8 @@ class Answers:
         self.names = [digest_of_json(plan.identity)[:24] for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._known: dict[tuple[str, str], Said] = {}  # by request and plan
-        self._ledger = Ledger(folder, AnswersRecord) if folder else None
+        # absolute, since tasks of the harness run in another working folder
+        self._ledger = Ledger(folder.absolute(), AnswersRecord) if folder else None
         for record in self._ledger or ():
             self._note(record.plans, record.answers)
 

@@ -1,13 +1,15 @@
 """The harness's tasks: which ones the paper's leaderboard holds, finding others, and building their requests once."""
 
 import difflib
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -99,6 +101,7 @@ class Job:
     loaded: Any  # a TaskDict of the harness
     metric: str | None
     limit: int | None
+    is_stock: bool = False  # whether it is the harness's own, whose data and metrics are on the hub
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -132,6 +135,7 @@ class TaskShelf:
 
     def __init__(self, task_path: str | Path | None = None) -> None:
         give = "give a folder with the harness's YAML files"
+        self.folder = Path(task_path).resolve() if task_path else None
         if task_path and not Path(task_path).is_dir():
             raise UsageError(f"no task folder {task_path}: {give}")
         files = [*Path(task_path).rglob("*")] if task_path else []
@@ -199,7 +203,8 @@ class TaskShelf:
         random.seed(DEFAULT_RANDOM_SEED)  # as the harness does: some tasks draw their documents or choices
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
-        with quiet(), no_bars():
+        is_stock = not is_check(name) and self._is_stock(name)
+        with quiet(), no_bars(), in_empty_folder() if is_stock else nullcontext():
             try:
                 seed = CHOOSING if choosing else SEED
                 loaded = self.manager.load([made(name, limit or ITEMS, seed) if is_check(name) else name])
@@ -207,7 +212,12 @@ class TaskShelf:
                     _build_requests(task, num_fewshot, limit)
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise
                 raise UsageError(_complaint(name, error)) from error
-        return Job(name, loaded, benchmark.metric if benchmark else None, limit)
+        return Job(name, loaded, benchmark.metric if benchmark else None, limit, is_stock)
+
+    def _is_stock(self, name: str) -> bool:
+        """Whether a task is the harness's own, and not one of the user's folder."""
+        file = getattr(self.manager.task_index.get(name), "yaml_path", None)
+        return not (self.folder and file and Path(file).resolve().is_relative_to(self.folder))
 
 
 def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> None:
@@ -224,6 +234,22 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
             instance.resps, instance.filtered_resps = [], {}
 
     task.build_all_requests = renew
+
+
+@contextmanager
+def in_empty_folder() -> Iterator[None]:
+    """Inside, the working folder is an empty one.
+
+    datasets and evaluate take a folder there for the hub's of that name, and evaluate runs the
+    code that it holds.
+    """
+    before = os.getcwd()
+    with TemporaryDirectory(prefix="notall-") as empty:
+        os.chdir(empty)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 @contextmanager

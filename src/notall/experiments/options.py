@@ -17,7 +17,7 @@ from ..files import Settings, expanded, named_weights
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, check_sizes, option
-from ..plan import Phase, Plan, several
+from ..plan import PUBLISHED_AS, Phase, Plan, several
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
@@ -315,11 +315,17 @@ def refuse_judging(tasks: TaskChoice, sources: Sequence[str], prompts: Path | No
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of a file, an export, or the folder of a repair, with its weights. Raises `UsageError` as they do."""
+    """The plan of a file, an export, or the folder of a repair, with its weights.
+
+    Raises `UsageError` as their readers do.
+    """
+    if str(path).startswith(PUBLISHED_AS):  # whatever lies in the working folder
+        return Plan.load(path)
     try:
         is_export, is_folder = (path / MANIFEST).is_file(), path.is_dir()
     except OSError as error:  # a name that is too long
-        raise UsageError(f"cannot read the plan {shortened(path)}: {error.strerror}; give another name") from None
+        told = f"cannot read the plan {shortened(path)}: {error.strerror}"
+        raise UsageError(f"{told}; give another name") from None
     if is_export:
         return plan_of(path)
     if is_folder:

@@ -31,16 +31,19 @@ GIVEN = (MeasuredRecord, recovery.JudgedRecord, bench.BenchRecord, draft.DraftRe
 CHOSEN = (ComparisonRecord, sweep.SweepRecord, search.SearchRecord)
 # Without those of sublayers left out alone, whose errors are of two windows.
 KINDS: tuple[type[Record], ...] = (*CHOSEN, *GIVEN, driver.SimilarityRecord)
-# The options that a record may ask for, by name. What is absent is refused: code and machines of others, such as
-# trust_remote_code, attn_implementation, task_path and ray, and files elsewhere than in --out, such as offload.
+# The options that a record may ask for, by name. What is absent is refused: code and machines of
+# others, such as trust_remote_code, attn_implementation, task_path and ray, and files elsewhere
+# than in --out, such as offload.
 ALLOWED = {
     *("model", "revision", "dtype", "device", "device_map", "shape", "dummy_weights"),
-    *("text", "sequences", "length", "batch_size", "held_out", "held_out_sequences", "prompts", "sample", "tokens"),
-    *("skip", "keep_first", "keep_last", "plan", "criterion", "objective", "patience", "max_minutes"),
+    *("text", "sequences", "length", "batch_size", "held_out", "held_out_sequences", "prompts"),
+    *("sample", "tokens", "skip", "keep_first", "keep_last", "plan"),
+    *("criterion", "objective", "patience", "max_minutes"),
     *("params", "weights", "kv", "speedup", "max_nll", "max_kl", "recovery"),
     *("tasks", "limit", "num_fewshot", "truncate", "task_batch_size", "diagnostics"),
     *("repair", "repair_text", "repair_sequences", "train", "rank", "rate", "warm_up", "minutes"),
-    *("prompt_tokens", "generation_tokens", "concurrency", "rounds", "most", "seed", "as_json", "out"),
+    *("prompt_tokens", "generation_tokens", "concurrency", "rounds", "most"),
+    *("seed", "as_json", "out"),
 }
 FOUND = ("plan", "weights")  # among settings what a run chose or fitted, which is compared as figures are
 # No figures of a plan: times, what depends on which draft is the fastest, and what follows from other figures.
@@ -68,7 +71,7 @@ COLUMNS: tuple[Column[Remade], ...] = tuple(
 
 
 class CommandLine(NamedTuple):
-    """What reads the words of a command, and what runs them; both raise as the command line does."""
+    """What reads the words of a command, and what runs them."""
 
     read: Callable[[Sequence[str]], list[Asked]]
     run: Callable[[list[str]], object]
@@ -84,8 +87,9 @@ def reproduce(
 ) -> list[Remade]:
     """Make `folder`, or these rows, again in `out`, and compare.
 
-    `functions` is a folder with the modules that a command may name as module:function; without it none is run. Raises
-    `UsageError` where the inputs changed, and where a record asks for what it may not.
+    `functions` is a folder with the modules that a command may name as module:function; without it
+    none is run. Raises `UsageError` where the inputs changed, and where a record asks for what it
+    may not.
     """
     if out.resolve() == folder.resolve():
         raise UsageError(f"{out} is what is to be made again: choose another folder (--out)")
@@ -113,7 +117,7 @@ def reproduce(
 
 @contextmanager
 def _made_again(record: Record, folder: Path, functions: Path | None) -> Iterator[None]:
-    """Inside, a run with other settings than the record's is refused, and functions but those that were recorded."""
+    """Inside, a run of other settings than the record's is refused, and so are other functions."""
     known = record.provenance.functions if record.provenance else {}
     recorded, permitted = RECORDED.set((record, folder)), PERMITTED.set(Permitted(functions, known))
     try:
@@ -166,7 +170,7 @@ def _line(
         own |= {"skip": f"{record.space}:{record.count}", "criterion": record.criterion}
         own |= {"objective": record.objective, "repair": record.repair}
     kept = [one for one in line if one.name not in {*own, "out"}]
-    swapped = [one._replace(value=swaps.get(one.value, one.value) if one.value else one.value) for one in kept]
+    swapped = [one._replace(value=swaps.get(one.value or "", one.value)) for one in kept]
     return given[1], swapped + [Asked(name, f"--{name}", value) for name, value in own.items()]
 
 

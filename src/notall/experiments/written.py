@@ -26,26 +26,28 @@ class Written:
         return self.folder / "written.jsonl"
 
     def check(self) -> None:
-        """Raise `UsageError` where the folder is a link, is none, or holds only what others wrote."""
+        """Raise `UsageError` where the folder is a link or a file, or holds others' files alone."""
         self._refuse_link(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{shortened(self.folder)} is a file: {FIX}")
         held = [*self.folder.iterdir()] if self.folder.is_dir() else []
-        if held and self._list not in held:
+        listed = lines.read(self._list) if self._list in held else []
+        if held and not (listed and all(line.keys() == {"checkpoint"} for line in listed)):
             raise UsageError(f"{shortened(min(held))} is there, and notall did not write it: {FIX}")
 
     def check_own(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is there. Raises `UsageError` where it is a link, or others wrote it."""
+        """Whether a checkpoint is there. Raises `UsageError` for a link, and for one of others."""
         self._refuse_link(self.folder)
         self._refuse_link(checkpoint)
         if not checkpoint.exists():
             return False
         if {"checkpoint": checkpoint.name} not in lines.read(self._list):
-            raise UsageError(f"{shortened(checkpoint)} is there, and notall did not write it: {FIX}")
+            told = f"{shortened(checkpoint)} is there, and notall did not write it"
+            raise UsageError(f"{told}: {FIX}")
         return True
 
     def make_way(self, checkpoint: Path) -> None:
-        """Remove an own checkpoint, if there is one, and list what will be written. Raises as `check_own` does."""
+        """Remove an own checkpoint, or list what will be written. Raises as `check_own` does."""
         if self.check_own(checkpoint):
             remove(checkpoint)
         else:

@@ -147,7 +147,7 @@ def appearing(out: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno in FULL:
                 raise UsageError(f"no space left for {out}; free some, or choose another disk") from None
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise UsageError(f"{out} was made by someone else meanwhile; choose another folder") from None
             raise
 

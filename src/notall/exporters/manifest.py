@@ -183,8 +183,10 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
         f"Check: {verdict}.",
     ]
     if measured:
-        values = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in measured.items()}
-        rows = [(literal(name), literal(value)) for name, value in values.items()]
+        rows = [
+            (literal(name), literal(f"{value:.4g}" if isinstance(value, float) else value))
+            for name, value in measured.items()
+        ]
         sections += ["## Measured", _table(("what", "value"), rows)]
     card = f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
     return "\n".join(map(printable, card.split("\n")))  # notes are anyone's
@@ -200,7 +202,8 @@ def _on_repair(repair: Settings, in_prompt: Settings | None) -> Iterator[str]:
     else:
         yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
-    rows = [(literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
+    mended = [one for one in refit if one["left"] <= 1 - LITTLE]
+    rows = [(literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in mended]
     if refit:
         yield f"{len(rows)} of {several(len(refit), 'refit step')} left at most {1 - LITTLE:.0%} of the error."
     if rows:

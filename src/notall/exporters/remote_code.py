@@ -97,8 +97,8 @@ def run_source(path: Path, source: str) -> ModuleType:
 def register(*bases: str) -> None:
     """Make this process's transformers know regrouped checkpoints, with no `trust_remote_code`.
 
-    Of the model types `bases`, such as llama, or of all that have such a form. Their classes are written to a folder
-    first, so that `save_pretrained` can copy them beside the weights.
+    Of the model types `bases`, such as llama, or of all that have such a form. Their classes are
+    written to a folder first, so that `save_pretrained` can copy them beside the weights.
     """
     for base in bases or FAMILIES:
         if model_type_of(base) in CONFIG_MAPPING:
@@ -114,7 +114,7 @@ def register(*bases: str) -> None:
 
 
 def _folder_with(base: str) -> Path:
-    """A folder with the modeling file: of the cache, or where that has another and cannot be written, a new one."""
+    """A folder with the modeling file: in the cache, or a new one if the cache holds another."""
     source, folder = source_of(base).encode(), cache_folder("modeling", __version__)
     path = folder / modeling_file(base)
     keep(path, source)

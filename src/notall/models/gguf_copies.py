@@ -30,7 +30,8 @@ COPY_FORMAT = 2  # one more whenever the copy of the same file comes out otherwi
 def converted_folder(gguf: Path) -> Path:
     """Where the plain copy of a GGUF file is, or would be."""
     # The two lines of transformers write configs that the other misreads in silence (the RoPE base, for one).
-    return cache_folder("gguf") / f"{digest_of_file(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
+    made_by = f"{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
+    return cache_folder("gguf") / f"{digest_of_file(gguf)[:16]}-{made_by}"
 
 
 def convert_gguf(gguf: Path) -> Path:

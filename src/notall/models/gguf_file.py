@@ -12,7 +12,6 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, quant_shape_from_byte_shape
 
 from ..errors import UsageError, shortened
-from ..plan import several
 from ..progress import Progress, silent
 
 BLOCK, ARCHITECTURE = "blk.", "general.architecture"
@@ -144,21 +143,23 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def _check_room(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
-    """Raise `EOFError` for more layers or experts than there can be: readers would build each that is counted."""
+    """Raise `EOFError` for more layers or experts than there can be: readers would build each."""
     longest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
-    for ending, what, room in (".block_count", "layers", len(reader.tensors)), (".expert_count", "experts", longest):
+    rooms = {".block_count": ("layers", len(reader.tensors)), ".expert_count": ("experts", longest)}
+    for ending, (what, room) in rooms.items():
         count = max((value for name, value in scalars.items() if name.endswith(ending)), default=0)
         if count > room:
-            raise EOFError(f"its header counts {count} {what}, and its tensors have room for {room}")
+            told = f"its header counts {count} {what}"
+            raise EOFError(f"{told}, and its tensors have room for {room}")
 
 
 def _check_depth(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for fewer layers than there are tensors of: readers would pass over the others."""
+    """Raise `ValueError` for fewer layers than there are tensors of: readers would skip those."""
     numbers = (match for tensor in reader.tensors if (match := BLOCK_NUMBER.match(tensor.name)))
     held = max((int(match[1]) + 1 for match in numbers), default=0)
     count = scalars.get(f"{scalars.get(ARCHITECTURE)}.block_count", held)
     if not isinstance(count, int) or count < held:
-        raise ValueError(f"its header says block_count {count}, and it has tensors of {several(held, 'layer')}")
+        raise ValueError(f"its header counts {count} layers, and it has tensors of {held}")
 
 
 def read_gguf(path: Path) -> GGUF:

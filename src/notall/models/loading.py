@@ -1,5 +1,7 @@
 """From a spec (default model, hub id, folder, GGUF file, own export, shape) to a model, and where it comes from."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,13 +9,23 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..digests import digest_of, digest_of_file
 from ..errors import UsageError, expect, nearest, shortened
-from ..files import Settings, contents, expanded, named_weights, read_json, refuse_adapter
+from ..files import (
+    INDEX,
+    DoubledKey,
+    Settings,
+    contents,
+    expanded,
+    named_weights,
+    read_json,
+    refuse_adapter,
+)
 from ..integrity import LITTLE, check_manifest
 from ..plan import Plan
 from ..running.skipping import without
@@ -21,7 +33,15 @@ from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
 from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
-from .own_exports import NEMOTRON_NAS, REGROUPED, OwnExport, own_export
+from .own_exports import (
+    NEMOTRON_NAS,
+    REGROUPED,
+    OwnExport,
+    first_file,
+    own_export,
+    shard_names,
+    weight_files,
+)
 from .quantisation import quantisation_name, quantisation_of, why_not_here
 
 if TYPE_CHECKING:
@@ -61,7 +81,7 @@ def load(
     with explained(spec):
         file = named_gguf(spec)
         if file:
-            check_manifest(file.parent, strict=False)  # other files may lie beside the one that is read
+            check_manifest(file.parent, strict=False)  # no other file is read
         else:
             check_manifest(expanded(spec))
         settings = _settings_of_export(spec, revision)
@@ -96,6 +116,7 @@ def load_empty(
                 del config.quantization_config  # unpacked, as it were
             return build_empty(config, dtype or own_dtype(config))
         export = own_export(spec, settings)
+        _refuse_misread(spec, export.config)
         model = build_empty(export.config, dtype or own_dtype(export.config))
         without(model, Plan(**export.missing))
         return model
@@ -242,7 +263,7 @@ def _load_plain(
     refuse_adapter(spec, find_adapter_config_file(source, **where))
     with quiet():
         config = AutoConfig.from_pretrained(source, **options)
-    named_weights(spec, config)
+    _refuse_pickles(source, named_weights(spec, config), revision)
     told = quantisation_of(config)
     if told is not None and (reason := why_not_here(told)):
         raise UsageError(f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and export do without")
@@ -262,11 +283,22 @@ def _load_plain(
     return model.eval(), tokenizer
 
 
+def _refuse_pickles(source: Path | str, named: str | None, revision: str | None) -> None:
+    """Raise `UsageError` where an index of safetensors names files that would be unpickled."""
+    if isinstance(source, Path):
+        weight_files(first_file(source, named))
+        return
+    if (index := named or INDEX).endswith(".json"):
+        with suppress(EntryNotFoundError, OSError):  # of one file, without an index
+            shard_names(Path(hf_hub_download(source, index, revision=revision)))
+
+
 def _load_export(
     spec: str | Path, export: OwnExport, revision: str | None, how: Options
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Refuses a checkpoint that lacks more than it says, and code beside it."""
     folder = expanded(spec)
+    _refuse_misread(spec, export.config)
     if not folder.exists():
         no_code = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=no_code))
@@ -293,6 +325,9 @@ def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | No
             settings = read_json(contents(path / "config.json" if path.is_dir() else path))
         except UsageError:
             raise
+        except DoubledKey as error:  # of which transformers takes the last, and people the first
+            told = f"config.json of {shortened(path)} has {shortened(error)} twice"
+            raise UsageError(f"{told}: take one away") from None
         except (ValueError, OSError):  # for transformers to complain of
             return None
     else:
@@ -337,8 +372,21 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -
         return model
 
 
+def _attentions_in(config: PretrainedConfig) -> Iterator[str]:
+    """The attention implementations that a config names, for itself and for its parts."""
+    named = getattr(config, "_attn_implementation_internal", None)
+    yield from (str(name) for name in (named.values() if isinstance(named, dict) else [named]))
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            yield from _attentions_in(part)
+
+
 def _refuse_misread(spec: str | Path, config: PretrainedConfig) -> None:
-    """A damaged config may ask for layers or experts that would take hours to lay out."""
+    """A damaged config may ask for layers that would take hours, and any for code of the hub."""
+    if kernels := sorted(name for name in _attentions_in(config) if "/" in name):
+        asks = f"asks for attention code of the hub ({shortened(kernels[0])}), which is not run"
+        fix = "take attn_implementation out of config.json"
+        raise UsageError(f"the config of {shortened(str(spec))} {asks}: {fix}")
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         count = getattr(text, name, None)

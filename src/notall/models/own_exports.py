@@ -65,12 +65,22 @@ def weight_files(file: Path) -> list[Path]:
     if file.suffix == ".safetensors":
         return [file]
     found = []
-    for name in sorted(set(shard_index(file).values())):
+    for name in shard_names(file):
         shard = own_file(file.parent, name)
         if shard is None:
             raise UsageError(f"{file.parent.name} lacks {shortened(name)}; download it again")
         found.append(shard)
     return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names. Raises `UsageError` for others than safetensors: pickles."""
+    names = sorted(set(shard_index(index).values()))
+    if others := [name for name in names if not name.endswith(".safetensors")]:
+        told = f"{index.name} of {shortened(index.parent.name)} names {shortened(others[0])}"
+        fix = "save the model with save_pretrained"
+        raise UsageError(f"{told}, and only safetensors are read: {fix}")
+    return names
 
 
 class _Index(BaseModel):

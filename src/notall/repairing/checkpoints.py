@@ -1,4 +1,4 @@
-"""The folder in which a healing keeps how far it is: what it wrote there goes in the end, and nothing else."""
+"""The folder in which a healing keeps how far it is: what it wrote there goes in the end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,7 +49,7 @@ class Checkpoints:
             raise UsageError(f"{shortened(others[0])} is there, and no healing wrote it: {fix}")
 
     def remove(self) -> None:
-        """Remove what a healing wrote, and the folder if nothing else is in it; a link is not followed."""
+        """Remove what a healing wrote, and the folder if it is empty then; no link is followed."""
         if self.folder.is_symlink() or not self.folder.is_dir():
             return
         for path in filter(_is_ours, [*self.folder.iterdir()]):

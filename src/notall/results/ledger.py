@@ -121,7 +121,10 @@ def check_same(held: About, wanted: About, out: Path, fix: str = GO_ON, found: C
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
-    """Raise `UsageError` when `folder` holds results of another command, links to some, or what would be replaced."""
+    """Raise `UsageError` when `folder` holds what another command wrote, or links.
+
+    Without records, also for what is written over.
+    """
     is_ours = False
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         lines.refuse_link(path)

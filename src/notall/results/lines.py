@@ -22,7 +22,10 @@ MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 
 
 def append(path: Path, *lines: Settings) -> None:
-    """Add `lines` to a file, on disk when this returns. Raises `UsageError` where it stays as it was, as for a link."""
+    """Add `lines` to a file, on disk when this returns.
+
+    Raises `UsageError` where it stays as it was, as it does for a link.
+    """
     refuse_link(path)
     text = b"".join(sealed(json.dumps(finite(line), allow_nan=False).encode()) + b"\n" for line in lines)
     with writing(path):
@@ -32,9 +35,10 @@ def append(path: Path, *lines: Settings) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise `UsageError` for a link: the file that it leads to, if there is one, may be anything."""
+    """Raise `UsageError` for a link: the file that it leads to may be anything."""
     if path.is_symlink():
-        raise UsageError(f"{shortened(path)} is a link: put the file itself there, or choose another folder")
+        fix = "put the file itself there, or choose another folder"
+        raise UsageError(f"{shortened(path)} is a link: {fix}")
 
 
 def _open_no_link(path: str, flags: int) -> int:

@@ -15,14 +15,15 @@ from ..files import Settings
 from ..plan import several
 from ..plugins import functions_in
 
-PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")  # told, and never compared
+# What is told, and never compared.
+PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")
 
 
 class Provenance(BaseModel, frozen=True, extra="forbid"):
     """`what` decides whether a folder's records belong to a run; `where` is told beside them, and never compared."""
 
     what: Settings = Field(description="model, text, dtype, seed, settings: what to repeat it with")
-    where: Settings = Field({}, description="machine, threads, versions, command and its functions, date")
+    where: Settings = Field({}, description="machine, versions, command and its functions, date")
 
     @classmethod
     def of(cls, about: "Provenance | Mapping[str, object]", **more: object) -> "Provenance":
@@ -47,7 +48,7 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def functions(self) -> dict[str, str]:
-        """Each `module:function` that the command named, with the SHA-256 of its file; {} where that is not known."""
+        """Each `module:function` that the command named, with the SHA-256 of its file."""
         known = self.where.get("functions")
         return known if isinstance(known, dict) else {}
 
@@ -59,8 +60,10 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
 
 
 def this_run() -> Settings:
-    """The command as it was typed, without the folders of a machine; the SHA-256 of the functions that it names, by
-    module:function; and the date, in UTC to the minute."""
+    """The command as it was typed, without the folders of a machine, its functions, and the date.
+
+    The SHA-256 of their files is by `module:function`; the date is in UTC, to the minute.
+    """
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     functions = functions_in(words)
     return {

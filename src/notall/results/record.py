@@ -141,7 +141,7 @@ HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
 }
 # What commands write beside their records, and over again.
 BESIDE: dict[Command, tuple[str, ...]] = {
-    "sweep": ("table.*", "tradeoff.*"),
+    "sweep": ("table.*", "tradeoff.*", "similarity.*"),
     "compare": ("table.*", "front.*"),
     "paper": ("*.tex", "*.csv", "paper.md", "similarity.*"),
     "pareto": ("table.md", "pareto.*"),

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import Settings, beside, contents, open_to_others, own_file, saving, take_name, write_whole, writing
+from ..files import (
+    Settings,
+    beside,
+    contents,
+    open_to_others,
+    own_file,
+    saving,
+    take_name,
+    write_whole,
+    writing,
+)
 from ..integrity import check_files, sealed, unsealed
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
@@ -33,6 +43,7 @@ from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.undoing import Undo
 
 PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", "weights.safetensors"
+WRITTEN = (WHOLE, HEALED, "attn.", "mlp.")  # how names of files of weights begin
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 MADE_BY: dict[str, type[Record]] = {"repair": RefitRecord, "heal": HealRecord}  # what writes weights, and its records
@@ -319,6 +330,10 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     """Whether the command that writes `kind` has finished `plan` in `folder`. Raises `UsageError` for others' work."""
     seal = _seal_of(folder)
+    is_begun = (folder / kind.file).is_file()  # then what is there is read, and checked
+    for path in () if is_begun else sorted(folder.glob("*.safetensors")):
+        if path.name.startswith(WRITTEN):
+            _refuse_replacing(path)
     if seal and kind.file not in seal.files:
         raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")
     if (folder / PLAN).is_file() and Plan.load(folder / PLAN).indices != plan.indices:
@@ -382,7 +397,7 @@ def _sealed_weights(folder: Path, seal: Seal) -> Weights:
     records = {kind.file for kind in MADE_BY.values()}  # which tell the history of the weights
     for path in sorted(folder.iterdir()):
         # nothing reads such weights; but who put them there thinks otherwise
-        is_weight = path.suffix == ".safetensors" and path.name.startswith((WHOLE, HEALED, "attn.", "mlp."))
+        is_weight = path.suffix == ".safetensors" and path.name.startswith(WRITTEN)
         if (is_weight or path.name in records) and path.name not in seal.files:
             told = f"{shortened(folder)} holds {shortened(path.name)}"
             raise UsageError(f"{told}, which is no part of its repair: move that file away")
@@ -408,7 +423,11 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
-    """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
+    """Write a file, in place of an earlier one; its `digest_of_tensors`.
+
+    Raises `UsageError` where that fails, and for a file of others, who use such names, too.
+    """
+    _refuse_replacing(path)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = digest_of_tensors(held, notes or {})
     with writing(shortened(path), "make room, or choose another folder"):
@@ -434,6 +453,13 @@ def read_tensors(path: Path, digest: str | None = None, *, of: str | None = None
     if digest not in (None, found) or of not in (None, notes.get(OF)):
         raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")
     return tensors, notes
+
+
+def _refuse_replacing(path: Path) -> None:
+    """Raise `UsageError` where a file or folder of others is in the way; a link is replaced."""
+    if path.exists() and not path.is_symlink() and not is_tensors(path):
+        fix = "move it away, or choose another folder"
+        raise UsageError(f"{shortened(path)} is there, and notall did not write it: {fix}")
 
 
 def is_tensors(path: Path) -> bool:
