@@ -235,9 +235,8 @@ def pareto(
     check_folder(out, "pareto")
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    fits = bool(counts or speedups) or (
-        plans.repair != NONE and not all(one.state == "repaired" for one in given.values())
-    )
+    repairs = plans.repair != NONE and any(one.state != "repaired" for one in given.values())
+    fits = bool(counts or speedups or repairs)
     if fits and text.sequences < FEWEST:
         raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
@@ -246,10 +245,7 @@ def pareto(
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(options.words_of(engine.types))
-    if text.held_out and not fits:  # `--text`, which may have to be written first, is not read
-        own, (others, described) = [], fronts.held_out(text, net, tokenizer, seed=run.seed)
-    else:
-        own, others, described = text.both(net, tokenizer, seed=run.seed)
+    own, others, described = fronts.windows(text, net, tokenizer, seed=run.seed, fits=fits)
     windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"
@@ -259,7 +255,7 @@ def pareto(
         finding = fronts.Finding(net, plans.of(net), own, out / "plans", about, run.seed)
         wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
         for one in wanted.values():
-            one.check(finding.space.structure)
+            finding.check(one)
             warn_of_own_text(one, measured_on)
         variants = [*wanted.items()]
         if plans.repair != NONE:

@@ -196,6 +196,14 @@ class Finding:
     provenance: Provenance
     seed: int = 0
 
+    def check(self, plan: Plan) -> None:
+        """Raise `UsageError` where it is a plan, or a repair, of another model."""
+        from ..running.repaired import RepairedPlan
+
+        plan.check(self.space.structure)
+        if isinstance(plan, RepairedPlan):
+            plan.check_replaced(self.model)
+
     def found(
         self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
     ) -> dict[str, Plan]:
@@ -237,15 +245,20 @@ class Finding:
         return both
 
 
-def held_out(
-    text: HeldOutOptions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> tuple[list[Tensor], Settings]:
-    """Batches of the evaluation data alone, and what they are, for the record."""
+def windows(
+    text: HeldOutOptions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, fits: bool
+) -> tuple[list[Tensor], list[Tensor], Settings]:
+    """As `text.both`; where nothing `fits`, evaluation data of its own is read alone.
+
+    Calibration data may be a text that the model has to write first, for minutes.
+    """
+    if fits or not text.held_out:
+        return text.both(model, tokenizer, seed=seed)
     count = text.held_out_sequences or text.sequences
     other = replace(text, text=str(text.held_out), sequences=count)
     batches, about = other.windows(model, tokenizer, seed=seed)
     named = {"held_out": about["text"], "held_out_sha256": about["text_sha256"], "length": about["length"]}
-    return batches, named
+    return [], batches, named
 
 
 def checkpoint_bytes(out: Path) -> int:
@@ -514,6 +527,8 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored:
         if stored and Path(source).is_dir():
             source = shutil.copytree(source, scratch / "copy")
         elif plan or source == spec:
+            if source != spec and plan.state == "repaired":  # whose weights are not told by rounded ones
+                plan = plan.model_copy(update={"replaced": {}})
             dtype = engine.dtype if engine.plain == engine.dtype and not stored else None
             folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, **loading)
             if isinstance(verdict := verdict_of(read_manifest(folder)), NotVerified):

@@ -104,7 +104,7 @@ def _read(gguf: Path) -> PreTrainedModel:
     check_weights(gguf, report)
     if hasattr(model.config, "quantization_config"):  # with it, save_pretrained refuses
         del model.config.quantization_config
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _source(gguf: Path) -> Settings:
