@@ -16,7 +16,6 @@ from api import (
     GGUFTensor,
     LlamaCpp,
     RepairedPlan,
-    TrainConfig,
     export,
     gguf_layout,
     gguf_with_weights,
@@ -25,7 +24,7 @@ from api import (
     write_gguf,
 )
 from gguf_families import BUILT, built, parameters, write_skeleton
-from notall import Plan, UsageError, load
+from notall import Plan, TrainConfig, UsageError, load
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 QUICK = {"llama", "gpt2", "qwen3_moe"}
