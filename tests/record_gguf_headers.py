@@ -25,18 +25,19 @@ from api import gguf_with_weights, read_gguf
 from gguf_families import BUILT, RECORDED, built, folded, parameters, recorded, write_skeleton
 from tiny_gguf import WORDS, add_tokenizer
 
+NO_EXPERTS = dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group"))
 # As configs on the hub word what transformers names otherwise, or leaves out.
 HUB: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 1024},
     "gpt_neox": {"rotary_pct": 0.5},
     "cohere2": {"rotary_pct": 1.0},
     "falcon (parallel)": {"num_kv_heads": 1},
-    "nemotron_h": {"num_hidden_layers": 6, "hybrid_override_pattern": "M*-M-*", "num_experts_per_tok": None},
+    "nemotron_h": {"num_hidden_layers": 6, "hybrid_override_pattern": "M*-M-*"} | NO_EXPERTS,
     "nemotron_h (experts)": {"num_hidden_layers": 6, "hybrid_override_pattern": "M*EME*"},
     "glm4_moe": {"num_nextn_predict_layers": 0},
     "granitemoehybrid": {"layer_types": ["attention", "mamba", "mamba", "attention"]},
     "granitemoehybrid (dense)": {"layer_types": ["mamba", "attention"] * 2},
-    "dots1": {"scoring_func": "noaux_tc"},
+    "dots1": {"scoring_func": "sigmoid"},
     "gemma4_text (experts)": {"global_head_dim": 16},
     "gemma4_text (nothing shared)": {"global_head_dim": 16},
     "deepseek_v3": {"scoring_func": "sigmoid"},

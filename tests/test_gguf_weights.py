@@ -19,11 +19,12 @@ from api import (
     export,
     gguf_layout,
     gguf_with_weights,
+    llamacpp,
     read_gguf,
     write_gguf,
 )
 from gguf_families import BUILT, built, parameters, write_skeleton
-from notall import Plan, TrainConfig, UsageError, heal, load
+from notall import Plan, TrainConfig, UsageError, heal, load, skip
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 QUICK = {"llama", "gpt2", "qwen3_moe"}
@@ -55,13 +56,26 @@ def test_llamacpp_answers_as_the_model_whose_every_weight_is_another(name, tmp_p
     model, plan = every_weight(name)
     dense = write_skeleton(name, tmp_path / "dense.gguf")
     out = export(dense, plan, "gguf", tmp_path / "out", verify=False)
-    (likeliest,) = LlamaCpp(1).likeliest(next(out.glob("*.gguf")), [TOKENS])  # in this process: quick
-    found = dict(likeliest)
+    (found,) = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), TOKENS)
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
     off = max(abs(value - float(expected[token])) for token, value in found.items())
     assert off < 0.03  # llama.cpp keeps keys and values in float16
     assert max(found.values()) - min(found.values()) > 10 * off
+
+
+@needs_llamacpp
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["apertus", "granitemoehybrid", "olmo", "qwen2_moe"])
+def test_llamacpp_answers_so_without_a_block_too(name, tmp_path):
+    """Of Apertus the header has numbers of each MLP."""
+    model, plan = every_weight(name)
+    plan = RepairedPlan.of(Plan([1], [1]), weights=plan.weights)
+    out = export(write_skeleton(name, tmp_path / "dense.gguf"), plan, "gguf", tmp_path / "out", verify=False)
+    (found,) = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), TOKENS)
+    with skip(model, plan.unrepaired), torch.no_grad():
+        expected = model(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
+    assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.03
 
 
 # --- without llama.cpp ------------------------------------------------------------------------------------------------

@@ -250,9 +250,8 @@ def pareto(
     fronts.Written.of(out).check()
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    fits = bool(counts or speedups) or (
-        plans.repair != NONE and not all(one.state == "repaired" for one in given.values())
-    )
+    repairs = plans.repair != NONE and any(one.state != "repaired" for one in given.values())
+    fits = bool(counts or speedups or repairs)
     if fits and text.sequences < FEWEST:
         raise UsageError(f"--sequences {shortened(text.sequences)} is too few to repair by: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
@@ -274,7 +273,7 @@ def pareto(
         finding = fronts.Finding(net, plans.of(net), split.calibration, out / "plans", about, run.seed)
         wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
         for one in wanted.values():
-            one.check(finding.space.structure)
+            finding.check(one)
         variants = [*wanted.items()]
         if plans.repair != NONE:
             variants = finding.repaired(wanted, plans.repair, stages.stage(1))

@@ -216,6 +216,14 @@ class Finding:
     provenance: Provenance
     seed: int = 0
 
+    def check(self, plan: Plan) -> None:
+        """Raise `UsageError` where it is a plan, or a repair, of another model."""
+        from ..running.repaired import RepairedPlan
+
+        plan.check(self.space.structure)
+        if isinstance(plan, RepairedPlan):
+            plan.check_replaced(self.model)
+
     def found(
         self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
     ) -> dict[str, Plan]:
@@ -536,6 +544,8 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, out: Path, stored:
         if stored and Path(source).is_dir():
             source = shutil.copytree(source, scratch / "copy")
         elif plan or source == spec:
+            if source != spec and plan.state == "repaired":  # whose weights are not told by rounded ones
+                plan = plan.model_copy(update={"replaced": {}})
             dtype = engine.dtype if engine.plain == engine.dtype and not stored else None
             folder = export(source, plan, engine.target, scratch / "export", dtype=dtype, **loading)
             if isinstance(verdict := verdict_of(read_manifest(folder)), NotVerified):
