@@ -49,7 +49,7 @@ step_tests() {
 step_readme() {
   local model=smollm2
   [ -z "$smoke" ] || model=$(tiny_model)
-  "$python" -m notall generate "$model" "Water boils at" --skip attention:4 --beside
+  "$python" -m notall generate "$model" "Water boils at" --skip attention:4 --beside || return
   "$python" - "$model" "$out" <<'END'
 import re
 import shutil
@@ -98,12 +98,15 @@ step_paper() {
 
 tiny_model() {  # a checkpoint folder, for the smoke test
   local folder="$out/tiny-model"
-  [ -d "$folder" ] || (cd tests && "$python" -c '
+  [ -d "$folder" ] || "$python" -c '
 import sys
 from pathlib import Path
+
+sys.path.insert(0, "tests")
 from tiny_checkpoint import save_tiny_checkpoint
-save_tiny_checkpoint(Path(sys.argv[1]), num_hidden_layers=12)
-' "$(realpath -m "../$folder")") > /dev/null
+
+save_tiny_checkpoint(Path(sys.argv[1]), num_hidden_layers=12, max_position_embeddings=512)
+' "$folder" > /dev/null
   echo "$folder"
 }
 

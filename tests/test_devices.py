@@ -25,6 +25,7 @@ from api import (
     LinearMap,
     Request,
     Scorer,
+    TaskShelf,
     by_count,
     by_footprint,
     by_limit,
@@ -38,6 +39,7 @@ from api import (
     medians,
     objective_module as objective,
     ray_workers,
+    run_tasks,
     speed,
     time_plans,
 )
@@ -48,7 +50,7 @@ from notall import Plan, RepairedPlan, Space, UnsupportedModel, UsageError
 from notall.options import Workload
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
-from tiny_tasks import byte_tokenizer
+from tiny_tasks import byte_tokenizer, write_tasks
 
 pytestmark = pytest.mark.devices
 
@@ -349,10 +351,30 @@ def test_plans_with_weights_run_where_their_layers_do(place):
     assert_equal(repaired(placed("llama", place)), repaired(on_cpu("llama")))
 
 
+def fetched(path):
+    """The model with a part on the CPU, from where accelerate fetches it: it is shown on `meta`."""
+    places = {path: "cpu", "model": 0, "lm_head": 0}
+    return dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE), "fetched"])
+@pytest.mark.parametrize("name", ["tiny_choice", "tiny_words"])
+def test_tasks_are_answered_as_on_the_cpu(place, name, tmp_path):
+    """By log-likelihoods, and by what the model writes."""
+
+    def answered(model):
+        job = TaskShelf(write_tasks(tmp_path / "tasks", 6)).build(name, 0, 4)
+        results = run_tasks(model, byte_tokenizer(), [Plan([1])], [job])
+        return [[sample.answers for sample in result.samples] for result in results]
+
+    is_fetched = place == "fetched"
+    model = fetched("model.embed_tokens") if is_fetched else placed("llama", place)
+    assert_equal(answered(model), answered(on_cpu("llama")))
+
+
 def test_an_embedding_that_accelerate_fetches_takes_ids_of_the_cpu():
-    """Where memory is short, accelerate keeps some weights on the CPU, and shows them on `meta`."""
-    places = {"model.embed_tokens": "cpu", "model": 0, "lm_head": 0}
-    model = dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
+    model = fetched("model.embed_tokens")
     assert model.device.type == "meta"
     for case in ("evaluate", "similarity", "generate", "score", "times", "by search", "diagnostics"):
         assert_equal(outcome(model, case), expected("llama", case))
@@ -360,8 +382,7 @@ def test_an_embedding_that_accelerate_fetches_takes_ids_of_the_cpu():
 
 
 def test_a_layer_that_accelerate_fetches_counts_as_any_other():
-    places = {"model.layers.3": "cpu", "model": 0, "lm_head": 0}
-    model = dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
+    model = fetched("model.layers.3")
     for case in ("locate", "skip", "evaluate", "similarity", "generate", "times", "by search"):
         assert_equal(outcome(model, case), expected("llama", case))
 

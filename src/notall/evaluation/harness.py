@@ -31,6 +31,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
 from ..running.generating import as_asked, greedy_each, reporting
 from ..running.skipping import skip
+from ..structure.model_structure import inputs_device
 from ..structure.undoing import Undo
 from .scoring import BatchSize, Request, Scorer, unless_out_of_memory
 
@@ -181,6 +182,7 @@ class PlansLM(HFLM):
     ) -> None:
         with quiet():  # batches are cut here, not in HFLM
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK)
+        self._device = inputs_device(self.model)  # HFLM takes the first weight's, which may be elsewhere
         self.plans = (Plan(), *plans)  # the dense one is first
         self.scorer = Scorer(model, batch_size)
         self.score = partial(workers.score_requests, batch_size=batch_size) if workers else self.scorer.score
