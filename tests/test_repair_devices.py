@@ -49,7 +49,7 @@ NAMES = {
     "gemma4_text": {},
     "gemma4_text (nothing shared)": {},
 }
-PLAN = Plan(attention=[1, 2], mlp=[1])
+PLAN = Plan(attention=[2, 3], mlp=[1])  # a gap from one device to the other, and one on the second
 
 
 def windows(count, rows=4, tokens=16, seed=0):
