@@ -9,6 +9,8 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/DispatchStub.h>
 #include <ATen/native/transformers/attention.h>
+#include <ATen/ops/_softmax.h>
+#include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/histc.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/CPUAllocator.h>
@@ -341,6 +343,22 @@ static Tensor product_as(const Tensor& self, const Tensor& other, ScalarType dty
   return mm(self.to(dtype), other.to(dtype));
 }
 
+// of half numbers in float: two kernels of a CPU
+static Tensor softmax(const Tensor& self, int64_t dim, bool in_float) {
+  Twins twins;
+  Tensor given = twins.cpu(self);
+  return twins.back(_softmax(in_float ? given.to(kFloat) : given, dim, false), self.device());
+}
+
+static Tensor softmax_backward(
+    const Tensor& slope, const Tensor& made, int64_t dim, ScalarType dtype) {
+  TORCH_CHECK(slope.device() == made.device(), "Expected all tensors to be on the same device");
+  Twins twins;
+  ScalarType own = made.scalar_type();
+  Tensor back = _softmax_backward_data(twins.cpu(slope), twins.cpu(made), dim, own);
+  return twins.back(back.to(dtype), slope.device());
+}
+
 static int64_t plain_attention(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
     std::optional<double>, bool) {
@@ -360,6 +378,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   for (const char* op : {"convolution", "convolution_backward"})  // they choose kernels by device
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("mm.dtype", product_as);
+  m.impl("_softmax", softmax);
+  m.impl("_softmax_backward_data", softmax_backward);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole);
   m.impl("set_.source_Tensor", set_tensor);

@@ -49,7 +49,7 @@ NAMES = {
     "gemma4_text": {},
     "gemma4_text (nothing shared)": {},
 }
-PLAN = Plan(attention=[1, 2], mlp=[1])
+PLAN = Plan(attention=[2, 3], mlp=[1])  # a gap from one device to the other, and one on the second
 
 
 def windows(count, rows=4, tokens=16, seed=0):
@@ -257,7 +257,25 @@ def test_it_comes_to_what_the_cpu_finds(name, place, case):
     assert_equal(outcome(case, model), expected(name, case))
 
 
-IN_HALF = ["repair", "repair in files", "repair saved", "by replaceme", "heal outputs", "heal all"]
+IN_HALF = {
+    "repair": lambda model: repair(model, PLAN, TEXT),
+    "replaceme": lambda model: method("replaceme").repair(model, PLAN, TEXT),
+    "ghosted": lambda model: method("ghosted").repair(model, PLAN, TEXT),
+    **{
+        f"heal {train}": lambda model, train=train: heal(model, PLAN, TRAINED, HELD_OUT, TrainConfig(train, rate=1e-3))
+        for train in ("outputs", "all", "lora")
+    },
+}
+
+
+@functools.cache
+def lost_in_half(name, place, dtype, case):
+    """What it loses in so few bits, on the CPU where there is no place."""
+    model = placed(name, place, HALF[dtype]) if place else on_cpu(name, HALF[dtype])
+    found = IN_HALF[case](model)
+    assert {weight.dtype for weight in found.weights.values()} <= {HALF[dtype]}
+    (quality,) = evaluate(model, [found], HELD_OUT)
+    return [quality.nll, quality.kl]
 
 
 @pytest.mark.slow
@@ -265,9 +283,10 @@ IN_HALF = ["repair", "repair in files", "repair saved", "by replaceme", "heal ou
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
-def test_in_half_precision_too(name, dtype, place, case):
-    found = outcome(case, placed(name, place, HALF[dtype]))
-    assert_equal(found, expected(name, case, HALF[dtype]), rounding=1e-2)
+def test_in_half_precision_it_loses_about_as_much(name, dtype, place, case):
+    """Other kernels than the CPU's round otherwise, and a token may go to another expert."""
+    found, on_the_cpu = (lost_in_half(name, where, dtype, case) for where in (place, ""))
+    assert found == pytest.approx(on_the_cpu, rel=0.03, abs=0.01)
 
 
 @pytest.mark.slow
@@ -276,8 +295,12 @@ def test_every_family_is_repaired_where_it_is_split(family):
     if not family.exists:
         pytest.skip(f"this transformers has no {family.model_type}")
     model = family.build()
-    by_hand = outcome("repair", model)
-    assert_equal(outcome("repair", on_two(model)), by_hand)
+    try:
+        locate(model)
+    except UnsupportedModel as refusal:
+        pytest.skip(str(refusal))
+    whole = outcome("repair", model)
+    assert_equal(outcome("repair", on_two(model)), whole)
 
 
 def test_random_numbers_of_each_device_go_on_as_if_none_were_drawn():

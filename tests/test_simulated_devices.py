@@ -192,3 +192,15 @@ def test_memory_is_counted():
     assert torch.cuda.max_memory_allocated(HERE) - before == 2 * held.nbytes
     del held, view
     assert torch.cuda.memory_allocated(HERE) == before
+
+
+def test_softmax_of_half_numbers_in_float():
+    """As routers of experts take it: one kernel of CUDA."""
+    given = [torch.tensor([[1.0, 2.0, 4.0]]).half().to(device).requires_grad_() for device in ("cpu", HERE)]
+    made = [one.softmax(-1, dtype=torch.float32) for one in given]
+    for one in made:
+        assert one.dtype == torch.float32
+        one[0, 1].backward()
+    assert torch.equal(made[1].cpu(), made[0])
+    assert given[1].grad.dtype == torch.float16
+    assert torch.equal(given[1].grad.cpu(), given[0].grad)
