@@ -93,7 +93,8 @@ def inputs(model):
 
 def plans_for(structure):
     """One of each kind; two blocks; the last ones; MLPs that go with attentions of other layers."""
-    plans = [Plan([1], [2]), Plan([1, 2], [1, 2]), Plan([2, 3], [2, 3]), Plan([0, 2], [1])]
+    plans = [Plan([1], [2]), Plan([1, 2], [1, 2]), Plan([2, 3], [2, 3])]
+    plans += [Plan([0, 2], [1]), Plan([1], [0])]
     has_mlps = any(part.kind == "mlp" for part in structure.sublayers)
     return plans if has_mlps else [Plan(plan.attention) for plan in plans]
 
