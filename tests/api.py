@@ -268,7 +268,7 @@ NAMES = {
     "models.texts": ["Text", "read_prompts", "read_text"],
     "models.windows": ["RUN", "draw", "overlapping", "token_batches"],
     "options": ["Workload", "Workload as options_Workload"],
-    "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill"],
+    "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill", "several_of"],
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],

@@ -136,7 +136,7 @@ def costs() -> Costs:
 def compared(ways: Sequence[str] = ("search by kl", "cosine", "deepest"), spaces: Sequence[str] = ("attention", "mlp")):
     """As of a comparison: a panel for each space."""
     found = [
-        (space, deepest(count, 0.1 * count * (place + 1), f"{way}: {count} {space}"))
+        (space, deepest(count, 0.1 * count * (place + 1), f"{way}: {count} {space}s"))
         for space in spaces
         for place, way in enumerate(ways)
         for count in (2, 4)

@@ -342,7 +342,7 @@ def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
 @pytest.mark.any_transformers  # it is about what checks tell apart; what they compute is tested on both
 def test_each_check_sees_what_it_is_for(default_model):
     """One attention of the default model is needed for passkeys, one for facts alone, and one for answers alone."""
-    asked = {"passkey_256": (12, 16, 23, 24), "retrieval_facts": (8, 23, 24), "answers": (8, 24)}
+    asked = {"passkey_256": (12, 16, 23, 24), "retrieval_facts": (48, 23, 24), "answers": (24, 24)}
     found = {}
     for name, (items, *layers) in asked.items():
         plans = [Plan(attention=[layer]) for layer in layers]

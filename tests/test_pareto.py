@@ -732,7 +732,7 @@ def test_the_command_measures_plans_as_they_are_and_repaired(dense, run, tmp_pat
     ]
     assert len({one["nll"] for one in found}) == 4
     names = ("dense-F16", "dense-Q8_0", "less-1-attention-Q8_0", "less-1-attention-repaired-Q8_0")
-    assert sorted(file.name for file in (tmp_path / "out" / "checkpoints").iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / "out" / "checkpoints").glob("*.gguf")) == [
         f"{one}.gguf" for one in names
     ]
     assert run(*words)[1] == out

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from api import Layer, is_portable, regroup
+from api import Layer, is_portable, regroup, several_of
 from families import family
 from notall import Plan, RepairedPlan, UsageError, deepest, locate
 
@@ -239,3 +239,9 @@ def test_portable_is_an_even_length_of_every_skipped_run(structure):
 
 def test_a_complaint_is_one_line_whatever_it_quotes():
     assert str(UsageError("blk.0.\nattn_q\r\nis\u2028odd")) == "blk.0. attn_q is odd"
+
+
+def test_a_whole_number_is_written_as_one_whatever_its_type():
+    assert several_of("attention", 2.0) == "2 attentions"
+    assert several_of("mlp", 1.0) == "1 MLP"
+    assert several_of("block", 1.5) == "1.5 blocks"

@@ -355,7 +355,8 @@ def _first(error: ValidationError, kind: type[Layers]) -> str:
 
 def several(count: float, name: str) -> str:
     """`1 block`, `2 blocks`."""
-    return f"{count:,} {name}" + ("s" if count != 1 else "")
+    whole = int(count) if count == int(count) else count
+    return f"{whole:,} {name}" + ("s" if count != 1 else "")
 
 
 def several_of(kind: str, count: float) -> str:
