@@ -165,8 +165,11 @@ def _unfolded(shapes: Mapping[str, Any]) -> dict[str, list[int]]:
     return found
 
 
-def write_skeleton(name: str, path: Path) -> Path:
-    """The family's file, with zeros for every number of a parameter."""
+def write_skeleton(name: str, path: Path, *, requantised: bool = False) -> Path:
+    """The family's file, with zeros for every number of a parameter.
+
+    `requantised`: with shapes as llama-quantize writes them again, without ones at the front.
+    """
     fields, tensors = recorded()[name]["fields"], recorded()[name]["tensors"]
     writer = GGUFWriter(path, fields["general.architecture"][1])
     for key, (kind, value) in fields.items():
@@ -178,6 +181,8 @@ def write_skeleton(name: str, path: Path) -> Path:
             writer.add_key_value(key, value, GGUFValueType[kind])
     add_tokenizer(writer)
     for key, shape in _unfolded(tensors).items():
+        while requantised and len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
         numbers = recorded()[name]["numbers"].get(key)
         values = np.zeros(shape, np.float32) if numbers is None else np.float32(numbers)
         writer.add_tensor(key, values, raw_dtype=Kind.F32)

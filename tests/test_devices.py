@@ -95,8 +95,16 @@ def plans_for(structure):
     """One of each kind; two blocks; the last ones; MLPs that go with attentions of other layers."""
     plans = [Plan([1], [2]), Plan([1, 2], [1, 2]), Plan([2, 3], [2, 3])]
     plans += [Plan([0, 2], [1]), Plan([1], [0])]
-    has_mlps = any(part.kind == "mlp" for part in structure.sublayers)
-    return plans if has_mlps else [Plan(plan.attention) for plan in plans]
+    return [fitting(plan, structure) for plan in plans]
+
+
+def fitting(plan, structure):
+    """What of it this model has: layers may have one sublayer alone."""
+
+    def there(kind):
+        return [layer for layer in getattr(plan, kind) if kind in structure.kinds[layer]]
+
+    return Plan(there("attention"), there("mlp"))
 
 
 # --- what is done, to something that can be compared

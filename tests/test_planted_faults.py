@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import forked
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "notall"
@@ -20,8 +19,14 @@ pytestmark = [
     pytest.mark.any_transformers,
 ]
 
+# In a fork of a process that has imported the package as it is, and all that is slow to import.
 PROGRAM = """
 import sys
+
+sys.path.insert(0, sys.argv[1])
+for name in [*sys.modules]:
+    if name.partition(".")[0] == "notall":
+        del sys.modules[name]
 
 import pytest
 import torch
@@ -29,7 +34,7 @@ from simulated_devices import simulate
 
 if not torch.cuda.is_available():
     simulate()
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
 """
 
 
@@ -46,7 +51,7 @@ class Fault:
 
 
 REPLAY, SKIPPING = "running/replay.py", "running/skipping.py"
-MLP_AHEAD = "hidden = holder(scaled(hidden), call){}\n        hidden = scaled(hidden)\n        if"
+MLP_AHEAD = "in self.before:\n            hidden = holder(scaled(hidden), call){}"
 FAULTS = [
     Fault("models/texts.py", "yield batch.to(device=device)", "yield batch", "one-similarity"),
     Fault(REPLAY, "hidden.to(recording.devices[step.block.index])", "hidden", "llama-two-evaluate"),
@@ -91,15 +96,17 @@ FAULTS += [
 ]
 
 
+def copied(folder):
+    """The package in a folder of its own, which comes first on the path."""
+    return shutil.copytree(SOURCE, folder / "notall", ignore=shutil.ignore_patterns("__pycache__"))
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_is_seen(fault, tmp_path):
-    shutil.copytree(SOURCE, tmp_path / "notall", ignore=shutil.ignore_patterns("__pycache__"))
-    file = tmp_path / "notall" / fault.file
+    file = copied(tmp_path) / fault.file
     content = file.read_text(encoding="utf-8")
     assert content.count(fault.right) == 1, "it is written in another way now: plant the fault there"
     file.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
-    command = [sys.executable, "-c", PROGRAM, str(TESTS / fault.tests), "-k", fault.seen_by]
-    path = os.pathsep.join(map(str, (tmp_path, TESTS)))
-    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    run = forked.run(PROGRAM, tmp_path, TESTS / fault.tests, "-k", fault.seen_by)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout[-2000:] + run.stderr[-2000:]
     assert "1 failed" in run.stdout

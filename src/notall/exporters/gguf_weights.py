@@ -48,6 +48,8 @@ def _put(source: GGUF, changed: dict[str, Values], path: str, place: Place) -> N
     values = place.values
     if shape and place.tensor in (EMBEDDING, HEAD):
         values = values[: shape[0]]  # a file may lack the rows that no token has
+    if shape and values.shape == (1, *shape):
+        values = values[0]  # llama-quantize leaves it out
     if values.shape != shape:
         raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
     if place.part is None:
