@@ -101,6 +101,14 @@ def copied(folder):
     return shutil.copytree(SOURCE, folder / "notall", ignore=shutil.ignore_patterns("__pycache__"))
 
 
+@pytest.mark.parametrize("tests", ["test_devices.py", "test_repair_devices.py"])
+def test_without_a_fault_the_same_tests_pass(tests, tmp_path):
+    copied(tmp_path)
+    select = "llama-two-evaluate or llama-two-repair or llama-two-heal or no_layer"
+    run = forked.run(PROGRAM, tmp_path, TESTS / tests, "-k", select)
+    assert run.returncode == pytest.ExitCode.OK, run.stdout[-2000:] + run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_is_seen(fault, tmp_path):
     file = copied(tmp_path) / fault.file

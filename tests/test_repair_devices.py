@@ -254,7 +254,9 @@ QUICK = {
 def test_it_comes_to_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
     assert len(devices_of(model)) == (1 if place == "one" else 2)
-    assert_equal(outcome(case, model), expected(name, case))
+    # Adam divides gradients by their size, so that rounding moves a weight by a part of a step of 1e-3.
+    rounding = 5e-4 if case.startswith("heal") else 1e-4
+    assert_equal(outcome(case, model), expected(name, case), rounding)
 
 
 IN_HALF = {

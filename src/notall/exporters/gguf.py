@@ -254,7 +254,7 @@ def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     start = f"{source.architecture}."
     fields = dict(source.fields)
     for name, field in source.fields.items():
-        if name.startswith(start) and isinstance(field.value, list) and len(field.value) == source.depth:
+        if name.startswith((start, "xielu.")) and isinstance(field.value, list) and len(field.value) == source.depth:
             by_mlp = any(word in name for word in ("feed_forward", "expert", "xielu", "swiglu"))
             fields[name] = Field([field.value[index] for index in (mlps if by_mlp else attentions)], field.kind)
     fields[f"{start}block_count"] = Field.of(len(layers))
