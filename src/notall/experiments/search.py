@@ -129,8 +129,8 @@ class SpaceOptions:
     )
     keep_first: KeepFirst = False
     keep_last: KeepLast = False
-    phase: Phase | None = option(None, PHASE)
-    last_tokens: int | None = option(None, LAST_TOKENS, least=1)
+    phase: Phase | None = option(None, f"{PHASE} (default: all; of a search by --recovery alone both)")
+    last_tokens: int | None = option(None, f"{LAST_TOKENS} (default: 1, or of a search what lowers the KL)", least=1)
 
     @property
     def amount(self) -> SkipAmount:
