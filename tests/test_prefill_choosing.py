@@ -142,6 +142,9 @@ def test_what_is_refused(model):
         "nothing says which tokens are the prompt": lambda: choose_plan(
             model, "search", among, by_count(among, 1), BATCHES, kl(BATCHES)
         ),
+        "a plan skips sublayers in the prompt alone, and nothing says": lambda: choose_plan(
+            model, "search", among, by_count(among, 1), BATCHES, kl(BATCHES), after_repair=True
+        ),
         "leaves nothing to score in windows of 16": lambda: kl(BATCHES, prompt_tokens=16),
         "the prompt alone can skip nothing, as sublayers of": lambda: Space(
             locate(family("zamba2").build()), phase="prefill"
@@ -404,6 +407,7 @@ def test_a_recovery_without_a_phase_is_answered_for_every_token_and_for_the_prom
     assert {one["task"] for one in told["tasks_prefill"]} == {"answers"}
     (score,) = read(tmp_path / "plan-prefill.search" / JudgedRecord.file, JudgedRecord)
     assert score.plan == prompt
+    assert not (tmp_path / "plan-prefill.search" / "answers").exists()  # the original model answers once
     assert code == (3 if told["verdict"]["missed"] or told["verdict_prefill"]["missed"] else 0)
     code, shown, err = run(*words, "--phase", "prefill", "-o", tmp_path / "other.json")
     assert Plan.load(tmp_path / "other.json").prefill.indices == prompt.prefill.indices, err

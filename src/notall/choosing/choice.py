@@ -128,7 +128,7 @@ def choose_plan(
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
     refuse_overlap(held_out, [*batches, *objective.windows], "the plan is chosen by")
     prompt = objective.prompt_tokens if space.phase == "prefill" else None
-    repairing = PromptRepair.of(model, batches, prompt) if prompt and after_repair else None
+    repairing = PromptRepair.of(model, batches, prompt) if space.phase == "prefill" and after_repair else None
     if repairing:
         objective, after_repair = repairing.objective, False
         recovering = recovering or _after(repairing, budget)

@@ -28,10 +28,10 @@ class PromptRepair:
     model: PreTrainedModel
     fitted: Sequence[Tensor]  # token ids, (batch, tokens) each
     judged: Sequence[Tensor]
-    prompt_tokens: int
+    prompt_tokens: int | None  # None is refused as soon as a set is evaluated
 
     @classmethod
-    def of(cls, model: PreTrainedModel, batches: Sequence[Tensor], prompt_tokens: int) -> "PromptRepair":
+    def of(cls, model: PreTrainedModel, batches: Sequence[Tensor], prompt_tokens: int | None) -> "PromptRepair":
         """Every second sequence is fitted to. Raises `UsageError` for fewer than four."""
         rows = [row for batch in batches for row in batch.split(1)]
         if len(rows) < 4:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,7 +41,7 @@ from .options import (
     space_of,
 )
 from .pages import read_costs
-from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
+from .recovery import TASKS, RecoveryOptions, judge, keep_scores, last_state, scores_of
 from .repair import REFIT, RepairOptions
 from .used import Use
 from .verdict import LITTLE, Verdict, next_command, what_next
@@ -283,10 +282,15 @@ class Search:
     tasks: RecoveryOptions
     out: Path
     seed: int = 0
+    shared: Path | None = None  # the folder of answers to tasks of another search, which asked the original model
 
     @property
     def folder(self) -> Path:
         return self.out.with_name(f"{self.out.stem}.search")
+
+    @property
+    def answers(self) -> Path:
+        return self.shared or self.folder / "answers"
 
     @property
     def repaired(self) -> Path:
@@ -312,42 +316,62 @@ class Search:
         self.repair.check(self.repaired)
         return wanted
 
-    @property
-    def of_every_token_alone(self) -> bool:
-        """Whether what is asked for is not to be had of the prompt, too: it is told beside it for a recovery alone."""
-        savings = self.budget.check(self.space.amount, self.tasks.recovery).saving
-        judged = set(re.findall(r"[a-z]\w+", self.by.objective or "kl")) - {"kl", "nll"}
-        others = self.repair and self.repair.repair != REFIT
-        asked = self.space.phase or not self.tasks.recovery or savings or judged or others
-        return bool(asked) or self.space.amount.kind in ("portable", "period")
+    def asks_for_both(self, wanted: BudgetChoice) -> bool:
+        """Whether the answer is one for every token and one for the prompt alone: a recovery, and nothing else."""
+        from ..choosing.objective import OF_TEXT, terms_of
+
+        if self.space.phase or not self.tasks.recovery or wanted.saving:
+            return False
+        terms = terms_of(self.by.objective, self.by.prompts) if self.by.objective else []
+        by_text = all(name in OF_TEXT for _, name in terms)
+        refits = not self.repair or self.repair.repair == REFIT
+        return by_text and refits and self.space.amount.kind not in ("portable", "period")
 
     @property
     def in_the_prompt(self) -> Search:
-        """The same for the prompt's tokens alone, in files of its own; each has half of the minutes."""
+        """The same for the prompt's tokens alone, in files of its own."""
         out = self.out.with_name(f"{self.out.stem}-prefill{self.out.suffix}")
-        return replace(self, space=replace(self.space, phase="prefill"), out=out)
+        return replace(self, space=replace(self.space, phase="prefill"), out=out, shared=self.answers)
 
     def run(self, progress: Progress) -> list[Searched]:
         """Load the model, choose, repair where that is wanted, and measure. Raises as `choose_plan` does.
 
         A recovery without a phase is answered twice: for every token, and then for the prompt's alone.
         """
-        self.check()
-        asked = [self]
-        if not self.of_every_token_alone:
-            minutes = self.by.max_minutes
-            half = replace(self, by=replace(self.by, max_minutes=minutes / 2 if minutes is not None else None))
-            asked = [half, half.in_the_prompt]
-            half.in_the_prompt.check()
+        wanted, asked = self.check(), [self]
+        if self.asks_for_both(wanted):
+            each = self._with_minutes(0.5)
+            asked = [each, each.in_the_prompt]
+            each.in_the_prompt.check()
+        tasks = self._tasks(wanted)  # once: to read those of the harness takes half a minute
         net, tokenizer = self.model.load()
         if len(asked) > 1 and (why := _not_in_the_prompt(asked[1].space, net)):
             print(f"note: for every token alone: {why}", file=sys.stderr)
             asked = [self]
         stages = Stages(progress, len(asked))
-        return [one.found(net, tokenizer, stages.stage(1)) for one in asked]
+        return [one.found(net, tokenizer, tasks, stages.stage(1)) for one in asked]
 
-    def found(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Searched:
-        """As `run`, of one phase."""
+    def _with_minutes(self, share: float) -> Search:
+        """The same in a share of the minutes, where they are limited."""
+        most = self.by.max_minutes
+        return self if most is None else replace(self, by=replace(self.by, max_minutes=share * most))
+
+    def _judged_by(self, wanted: BudgetChoice) -> str:
+        """The objective; the mix's retrieval has no prompt."""
+        return self.by.objective or wanted.objective("" if self.space.phase == "prefill" else self.text.text)
+
+    def _tasks(self, wanted: BudgetChoice) -> TaskChoice:
+        """Those that judge, none of which asks for what is chosen by or fitted to."""
+        judged_by = self._judged_by(wanted)
+        tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
+        own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
+        refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
+        return tasks
+
+    def found(
+        self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskChoice, progress: Progress
+    ) -> Searched:
+        """As `run`, of one phase, judged by `tasks`."""
         from ..choosing.choice import choose_plan
         from ..choosing.in_prompts import LAST_TOKENS as TRIED
         from ..choosing.objective import build_objective
@@ -355,10 +379,7 @@ class Search:
 
         wanted = self.check()
         of_prompt = self.space.phase == "prefill"
-        judged_by = self.by.objective or wanted.objective("" if of_prompt else self.text.text)
-        tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
-        own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
-        refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
+        judged_by = self._judged_by(wanted)
         among = self.space.of(net)
         wanted.check(net, among, self.workload)
         twice = 2 if self.repair else 1  # half of them to fit to
@@ -407,7 +428,8 @@ class Search:
             last = measured[-1]
             verdict = Verdict.on(net, plans["repaired"], last.quality, last.text, spec=spec)
         asked = tasks or self._retrieval(net, found.plan)
-        scores = judged(net, tokenizer, plans, asked, self.folder, settings, progress)
+        scores = judge(net, tokenizer, plans, asked.jobs(), asked, self.answers, progress)
+        keep_scores(self.folder, plans, scores, settings)
         missed = found.missed and f"{budget.description}: {found.missed}"
         speedup = found.times.measured_speedup if found.times else None
         verb = READS if of_prompt else "runs"
@@ -440,7 +462,7 @@ class Search:
                 out = Path(folder) / "repaired"
                 if texts:
                     plan = self.repair.apply(net, plan, texts, out, settings, progress)
-                found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
+                found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.answers, progress)
             return min((one.recovery.low if one.recovery else 0.0 for one in last_state(found)), default=0.0)
 
         return Recovering(kept, tasks.recovery)
