@@ -57,6 +57,7 @@ MODULES = {
     "texts": "models.texts",
     "plugins": "plugins",
     "healing": "repairing.healing",
+    "in_prompts": "choosing.in_prompts",
     "methods": "repairing.methods",
     "refitting": "repairing.refitting",
     "streams": "repairing.streams",
@@ -95,6 +96,7 @@ NAMES = {
     "choosing.criteria.quadratic": ["QuadraticProgram", "measure as quadratic_measure"],
     "choosing.criteria.setting": ["Setting"],
     "choosing.evaluator": ["AfterRepair", "Evaluator", "ONE_IN", "RIDGES as after_repair_RIDGES"],
+    "choosing.in_prompts": ["PromptRepair", "running_last", "with_last_tokens"],
     "choosing.latency": [
         "SublayerTimes",
         "_alike",

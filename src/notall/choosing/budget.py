@@ -120,6 +120,12 @@ def contiguous_runs(space: Space, budget: Budget) -> dict[int, tuple[Unit, ...]]
     return found
 
 
+def deepest_run(space: Space, budget: Budget) -> tuple[Unit, ...]:
+    """The shortest run of units up to the last one that meets the budget; none where no run does."""
+    tails = (space.units[first:] for first in reversed(range(len(space.units))))
+    return next((run for run in tails if budget.met(names_in(run)) and space.allows(names_in(run))), ())
+
+
 def _possible(space: Space, budget: Budget) -> Budget:
     """`budget`, unless all that may be skipped, but one attention, saves less than it asks for."""
     most = budget.saved(space.names)

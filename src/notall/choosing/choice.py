@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..running.skipping import footprint
-from .budget import Budget
+from .budget import Budget, deepest_run
 from .criteria import CriterionLike, Setting, choose, criterion as criterion_of
 from .criteria.search import SCREENED
 from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
-from .latency import MOST_ERROR, SpeedBudget, check_times
+from .in_prompts import WIDER, PromptRepair, fitting, with_last_tokens
+from .latency import MOST_ERROR, SpeedBudget, check_times, saved_alike
 from .objective import Objective, kl
 from .space import Choice, Skipped, Space, Unit, names_in
 
@@ -38,10 +39,14 @@ GROWING, SWAPPING, TIMING, AGAIN = 4, 3, 0.5, 0.1  # shares of the time, about: 
 
 @dataclass(frozen=True)
 class Recovering:
-    """How much a plan keeps of what the original model can do, from 0 on, and how much it is to keep."""
+    """How much a plan keeps of what the original model can do, as a number, and how much it is to keep.
+
+    `as_long_as` is that in words, for a limit alone.
+    """
 
     kept: Callable[[Plan], float]
     least: float
+    as_long_as: str = "recovery is kept"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def choose_plan(
     held_out: Sequence[Tensor] = (),
     after_repair: bool = False,
     recovering: Recovering | None = None,
+    last_tokens: Sequence[int] = (),
     progress: Progress = silent,
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
@@ -106,9 +112,12 @@ def choose_plan(
     The search ends after `max_minutes` by the clock, or `patience` evaluations that brought nothing. A plan for a
     speedup is timed, and chosen anew where it is too slow; with a limit too, where both cannot be met, it saves
     most within the limit (`missed`). With `recovering` it is the one that keeps enough. Sets that a prompt alone skips
-    are judged by what follows half of each sequence, or the prompt of the `objective`. The windows `held_out` measure
-    it in the end. Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does
-    not suit the space, a budget that cannot be met, and held-out windows that overlap those that it is chosen by.
+    are judged by what follows half of each sequence, or the prompt of the `objective`; `after_repair` then compares the
+    best of them by the KL after a refit of keys and values, to which a limit applies, and of `last_tokens` so many last
+    tokens of the prompt run whole as lower the KL. The windows `held_out` measure it in the end.
+
+    Raises `UsageError` for a folder that holds other work or is in use, a criterion that fails or does not suit the
+    space, a budget that cannot be met, and held-out windows that overlap those that it is chosen by.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -118,8 +127,11 @@ def choose_plan(
         objective = kl(batches, prompt_tokens=batches[0].shape[1] // 2 if space.phase == "prefill" else None)
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
     refuse_overlap(held_out, [*batches, *objective.windows], "the plan is chosen by")
-    if space.phase == "prefill" and after_repair:
-        raise UsageError("a search after a repair is of every token: choose for the prompt without one")
+    prompt = objective.prompt_tokens if space.phase == "prefill" else None
+    repairing = PromptRepair.of(model, batches, prompt) if space.phase == "prefill" and after_repair else None
+    if repairing:
+        objective, after_repair = repairing.objective, False
+        recovering = recovering or _after(repairing, budget)
     folder = None if out is None else Path(out)
     with working_in(folder, "search"):
         plain = partial(Evaluator, model, objective, space=space)
@@ -128,11 +140,17 @@ def choose_plan(
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         telling = by_the_clock(progress, deadline)
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, telling)
-        outcome = choose_within(way, setting, budget)
+        wide = replace(budget, limit=WIDER * budget.limit) if repairing and budget.target == math.inf else budget
+        outcome = choose_within(way, setting, wide)
         spent = evaluator.spent  # for the choice, and not for the record
         outcome, how = _recovered(recovering, outcome, setting, budget) if recovering else (outcome, "")
         skipped = outcome.choice.skipped
-        plan = space.plan(skipped, f"{way.name} by {evaluator.judged_by}: {budget.description}{how}")
+        note = f"{way.name} by {evaluator.judged_by}: {budget.description}{how}"
+        if prompt and skipped and len(tried := fitting(last_tokens, prompt)) > 1:
+            space, outcome = _running_last(space, outcome, setting, budget, tried, repairing)
+        if space is not setting.space:
+            evaluator = plain(space=space)
+        plan = space.plan(skipped, note)
         return ChosenPlan(
             plan=plan,
             order=outcome.choice.order,
@@ -157,6 +175,36 @@ def _measured(
     return dense, skipped
 
 
+def _after(repairing: PromptRepair, budget: Budget) -> Recovering:
+    """What compares sets after a repair: all of them, or for a limit alone those that keep it."""
+    least = -budget.limit if budget.target == math.inf else math.inf
+    return Recovering(repairing.kept, least, "the KL after a refit allows")
+
+
+def _running_last(
+    space: Space,
+    found: "Outcome",
+    setting: Setting,
+    budget: Budget,
+    tried: Sequence[int],
+    repairing: PromptRepair | None,
+) -> "tuple[Space, Outcome]":
+    """As many last tokens as are worth it run whole, and what was found with them, timed where it is to be fast."""
+    checked = dict[int, Outcome]()
+
+    def reached(plan: Plan) -> bool:
+        more = replace(setting, space=replace(space, last_tokens=plan.prefill.last_tokens))
+        checked[plan.prefill.last_tokens] = outcome = _outcome(found.choice, more, budget, {})
+        return outcome.met
+
+    goal, plan = setting.evaluator.objective, space.plan(found.choice.skipped)
+    plan = repairing.repaired(plan) if repairing else plan
+    assert goal.prompt_tokens
+    best = with_last_tokens(setting.model, plan, tried, goal.windows, goal.prompt_tokens, reached)
+    last = best.prefill.last_tokens
+    return (space if last == space.last_tokens else replace(space, last_tokens=last)), checked.get(last, found)
+
+
 def _recovered(recovering: Recovering, found: "Outcome", setting: Setting, budget: Budget) -> "tuple[Outcome, str]":
     """What is chosen of what was found by what it keeps, and how that is told.
 
@@ -165,7 +213,7 @@ def _recovered(recovering: Recovering, found: "Outcome", setting: Setting, budge
     """
     if budget.target == math.inf:
         kept = _as_long_as(recovering, found.choice, setting.space)
-        told = f"; the first {len(kept.order)} of {len(found.choice.order)}, as far as recovery is kept"
+        told = f"; the first {len(kept.order)} of {len(found.choice.order)}, as far as {recovering.as_long_as}"
         return replace(found, choice=kept), told
     if not found.met:
         return found, ""
@@ -182,9 +230,12 @@ def _keeping_most(recovering: Recovering, first: "Outcome", setting: Setting, bu
         is_met = budget.met(skipped) and space.allows(skipped) and evaluator.cost(skipped) <= most
         return is_met and skipped != first.choice.skipped
 
-    others = [Choice(one, tuple(filter(one.issuperset, space.units))) for one in evaluator.cheapest(is_other)]
+    tail = names_in(deepest_run(space, budget)) if space.phase == "prefill" else Skipped()
+    sets = dict.fromkeys([*filter(is_other, [tail] if tail else []), *evaluator.cheapest(is_other)])
+    others = [Choice(one, tuple(filter(one.issuperset, space.units))) for one in sets]
+    timed = {saved_alike(space.structure, first.choice.skipped): first.check} if first.check else {}
     for choice in (first.choice, *others[:BESIDE]):
-        outcome = first if choice is first.choice else _outcome(choice, setting, budget, {})
+        outcome = first if choice is first.choice else _outcome(choice, setting, budget, timed)
         if outcome.met:
             kept = recovering.kept(space.plan(choice.skipped))
             found.append((kept, outcome))
@@ -250,7 +301,7 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -
         return _outcome(choose(criterion, setting, budget), setting, budget, {})
     if not isinstance(setting.evaluator, AfterRepair):  # a part of its text is too little to fit to
         setting = replace(setting, grown_on=SCREENED)  # swaps and corrected times may change it
-    tried, timed, following = list[Outcome](), dict[Footprint, SpeedCheck](), budget
+    tried, timed, following = list[Outcome](), dict[Hashable, SpeedCheck](), budget
     stages = Stages(setting.progress, GROWING + SWAPPING + 2 * (TIMING + AGAIN))
     for asked, most in ((replace(setting, patience=0), CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):
@@ -281,12 +332,12 @@ def _beside(progress: Progress, budget: Budget, tried: Sequence[Outcome]) -> Pro
     return lambda done, total, doing: progress(done, total, f"{doing}; {last}")
 
 
-def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Footprint, SpeedCheck]) -> Outcome:
+def _outcome(choice: Choice, setting: Setting, budget: Budget, timed: dict[Hashable, SpeedCheck]) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.target == math.inf or budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
         plan, error = setting.space.plan(choice.skipped), MOST_ERROR * budget.faster
-        if (left := footprint(setting.model, plan)) not in timed:
+        if (left := saved_alike(setting.space.structure, choice.skipped)) not in timed:
             timed[left] = check_times(setting.model, plan, budget.times, error=error, progress=setting.progress)
         ms = budget.times.predicted_ms(plan)  # by these times, whenever it was timed
         check = timed[left].model_copy(update={"predicted_ms": ms, "predicted_speedup": budget.times.dense_ms / ms})

@@ -3,7 +3,8 @@
 import math
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from ..files import Settings, cache_folder, contents, keep, read_json
 from ..integrity import sealed, unsealed
 from ..measuring.speed import compare, devices_of, machine, speedup
 from ..options import Workload
-from ..plan import Plan
+from ..plan import Phase, Plan, bound_to_prompt
 from ..progress import Progress, Stages, silent
 from ..results.facts import SpeedCheck
 from ..running.skipping import skip
@@ -37,26 +38,35 @@ MOST_CHANGED = 0.1  # how far the original model's time may be from the kept one
 
 @dataclass(frozen=True)
 class SublayerTimes:
-    """Milliseconds of a workload: of the original model, and of each sublayer by name (prefill and all new tokens)."""
+    """Milliseconds of a workload: of the original model, and of each sublayer by name (prefill and all new tokens).
+
+    With the `phase` prefill they are of the prompt alone, up to the first new token; those of an attention are what
+    it takes beyond its keys and values, which are written all the same.
+    """
 
     workload: Workload
     dense_ms: float
     sublayer_ms: Mapping[str, float]
+    phase: Phase = "all"
 
     def predicted_ms(self, plan: Plan) -> float:
         """The original's time less what the skipped sublayers take, which were timed apart: they may sum to more."""
-        return max(self.dense_ms - sum(self.sublayer_ms[name] for name in plan.names), self.dense_ms / 1000)
+        skipped = plan.prefill.names if self.phase == "prefill" else plan.names
+        return max(self.dense_ms - sum(self.sublayer_ms[name] for name in skipped), self.dense_ms / 1000)
 
 
 def measure_times(
     model: PreTrainedModel,
     workload: Workload,
     *,
+    phase: Phase = "all",
     wanted: tuple[Space, float] | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> SublayerTimes:
     """What each sublayer takes, by leaving out half of those that are alike, interleaved with the original model.
+
+    With the `phase` prefill they are left out of the prompt alone, and the time to the first new token counts.
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the original
     takes what it took, to a tenth. Of more than 16 new tokens 16 are decoded, and counted as many times as needed.
@@ -65,12 +75,15 @@ def measure_times(
     """
     structure = locate(model)
     about: dict[str, object] = {"fingerprint": structure.fingerprint, "dtype": str(model.dtype), **asdict(workload)}
+    if phase == "prefill":
+        about |= {"phase": phase, "generation_tokens": 0}
     about["machine"] = machine(*devices_of(model))
     about["attention"] = text_config(model)._attn_implementation
     path = cache_folder("times") / f"{digest_of_json(about)[:24]}.json"
-    known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
+    names = {part.name for part in structure.sublayers}
+    known = _read(path, about, workload, names, phase) if path.exists() else None
     if known:
-        (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]
+        (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed, phase)["dense"]
         if abs(now / known.dense_ms - 1) <= MOST_CHANGED:
             return known
         then = f"the original model took {known.dense_ms:.0f} ms then and takes {now:.0f} ms now"
@@ -78,15 +91,16 @@ def measure_times(
     if wanted:
         _refuse_far(model, workload, *wanted, seed)
     groups = {str(number): group for number, group in enumerate(_alike(model))}
-    halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure))}
+    halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure, phase))}
     plans = {"dense": Plan(), **halves}
-    took = _compare(model, plans, workload, seed, lambda done, total, _: progress(done, total, "timing the sublayers"))
+    telling = lambda done, total, _: progress(done, total, "timing the sublayers")  # noqa: E731
+    took = _compare(model, plans, workload, seed, phase, telling)
     each: dict[str, float] = {}
     for name, group in groups.items():
         differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
-        saved = statistics.median(differences) / len(halves.get(name, group))
+        saved = statistics.median(differences) / len(_names(halves[name]) if name in halves else group)
         each |= {part.name: saved for part in group}
-    times = SublayerTimes(workload, statistics.median(took["dense"]), each)
+    times = SublayerTimes(workload, statistics.median(took["dense"]), each, phase)
     stored = _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each)
     keep(path, sealed(stored.model_dump_json().encode()))
     return times
@@ -95,7 +109,7 @@ def measure_times(
 def _refuse_far(model: PreTrainedModel, workload: Workload, space: Space, faster: float, seed: int) -> None:
     kept = min(locate(model).counting, default=None)  # of attentions that count tokens one stays
     plan = space.plan(name for name in space.names if name != f"attn.{kept}")
-    took = _compare(model, {"dense": Plan(), "emptiest": plan}, replace(workload, rounds=1), seed)
+    took = _compare(model, {"dense": Plan(), "emptiest": plan}, replace(workload, rounds=1), seed, space.phase)
     most = took["dense"][0] / took["emptiest"][0]
     if faster > FAR * most:
         told = f"without all that may be skipped the model is {most:.1f} times as fast"
@@ -110,13 +124,15 @@ class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     sublayer_ms: dict[str, float]
 
 
-def _read(path: Path, about: Mapping[str, object], workload: Workload, names: set[str]) -> SublayerTimes | None:
+def _read(
+    path: Path, about: Mapping[str, object], workload: Workload, names: set[str], phase: Phase
+) -> SublayerTimes | None:
     """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
         stored = _Stored.model_validate(read_json(unsealed(contents(path)) or b""))
         plausible = all(abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values())
         if plausible and stored.about == about and stored.sublayer_ms.keys() == names:
-            return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)
+            return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms, phase)
     warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
     return None
 
@@ -137,7 +153,7 @@ def check_times(
     dense, skipped = list[float](), list[float]()
     plans, stages = {"dense": Plan(), "skipped": plan}, Stages(progress, MOST_TIMES)
     for _ in range(MOST_TIMES):
-        took = _compare(model, plans, replace(times.workload, rounds=rounds), 0, stages.stage(1))
+        took = _compare(model, plans, replace(times.workload, rounds=rounds), 0, times.phase, stages.stage(1))
         dense, skipped = dense + took["dense"], skipped + took["skipped"]
         if (measured := speedup(dense, skipped)).error <= error:
             break
@@ -147,30 +163,53 @@ def check_times(
     )
 
 
+def _likeness(part: Sublayer) -> Hashable:
+    """Kind, size and window: sublayers that have these in common take the same time."""
+    sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.read_by)
+    return part.kind, part.mixer, *sizes
+
+
+def saved_alike(structure: ModelStructure, skipped: Iterable[str]) -> Hashable:
+    """What tells sets of skipped sublayers apart by the time that they save: how many there are of each likeness."""
+    gone = set(skipped)
+    return frozenset(Counter(_likeness(part) for part in structure.sublayers if part.name in gone).items())
+
+
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
-    """The sublayers in groups of the same kind, size and window, which take the same time."""
-    groups: dict[tuple[object, ...], list[Sublayer]] = {}
+    """The sublayers in groups, which take the same time each."""
+    groups: dict[Hashable, list[Sublayer]] = {}
     for part in locate(model).sublayers:
-        sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.read_by)
-        groups.setdefault((part.kind, part.mixer, *sizes), []).append(part)
+        groups.setdefault(_likeness(part), []).append(part)
     return list(groups.values())
 
 
-def _half(group: list[Sublayer], structure: ModelStructure) -> Plan:
+def _half(group: list[Sublayer], structure: ModelStructure, phase: Phase = "all") -> Plan:
     """The plan that skips every second one of a group; the only attention that counts tokens stays."""
-    chosen = [part.index for part in group[::2]]
-    if group[0].kind == "mlp":
-        return Plan(mlp=chosen)
-    return Plan(chosen[1:] if structure.counting.issubset(chosen) else chosen)
+    kind, chosen = group[0].kind, [part.index for part in group[::2]]
+    if kind == "attention" and structure.counting.issubset(chosen):
+        chosen = chosen[1:]
+    if phase == "all":
+        return Plan(**{kind: chosen})
+    bound = any(bound_to_prompt(structure, part) for part in group)
+    return Plan() if bound else Plan(prefill={kind: chosen})
+
+
+def _names(plan: Plan) -> tuple[str, ...]:
+    return plan.names + plan.prefill.names
 
 
 def _compare(
-    model: PreTrainedModel, plans: Mapping[str, Plan], workload: Workload, seed: int, progress: Progress = silent
+    model: PreTrainedModel,
+    plans: Mapping[str, Plan],
+    workload: Workload,
+    seed: int,
+    phase: Phase,
+    progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Milliseconds of the whole workload, a round each, without what each of `plans` skips."""
-    tokens = workload.generation_tokens
+    """Milliseconds of the whole workload, or of its prompt, a round each, without what each of `plans` skips."""
+    tokens = 0 if phase == "prefill" else workload.generation_tokens
     variants = {name: partial(skip, model, plan) for name, plan in plans.items()}
-    decoded = replace(workload, generation_tokens=min(tokens, DECODED))
+    decoded = replace(workload, generation_tokens=min(tokens, DECODED) or 1)
     timings = compare(model, variants, decoded, seed=seed, progress=progress)
     samples = {name: zip(one.prefill_samples_ms, one.decode_samples_ms) for name, one in timings.items()}
     return {name: [prefill + tokens * decode for prefill, decode in pairs] for name, pairs in samples.items()}
@@ -206,14 +245,18 @@ class SpeedBudget(Budget):
 def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget:
     """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
     check_faster(faster)
-    space.refuse_prefill("no speedup is predicted of what the prompt alone skips")
+    if space.phase != times.phase:
+        raise UsageError(f"these times are of the phase {times.phase}: measure_times(..., phase={space.phase!r})")
     saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
     left = times.dense_ms - sum(saves.values())
     most = times.dense_ms / left if left > 0 else math.inf
     if faster > most:
         raise UsageError(f"a speedup of {faster:g} is out of reach: ask for at most {most:.2f}, without all of it")
     w = times.workload
-    described = f"{faster:g}x at prompt {w.prompt_tokens}, {w.generation_tokens} new, batch {w.concurrency}"
+    what = f"at prompt {w.prompt_tokens}, {w.generation_tokens} new"
+    if space.phase == "prefill":
+        what = f"to the first token at prompt {w.prompt_tokens}"
+    described = f"{faster:g}x {what}, batch {w.concurrency}"
     target = times.dense_ms * (1 - 1 / faster)
     return SpeedBudget(saves, target, described, faster=faster, space=space, times=times)
 

@@ -185,19 +185,23 @@ def conclude(
     tables: "Mapping[str, Table] | None" = None,
     measured: "Sequence[MeasuredRecord]" = (),
     *,
+    also: "Mapping[str, Verdict] | None" = None,
     as_json: bool,
 ) -> None:
-    """Show tables, and say what a plan comes to. Leave with `MISSED` where a budget was missed."""
+    """Show tables, and say what a plan comes to, and others by name. Leave with `MISSED` where a budget was missed."""
     from ..experiments.evaluate import warn_if_worse
     from ..results.terminal import say, show
 
     if tables:
-        show(tables, as_json=as_json, also={"verdict": verdict.in_numbers()})
+        others = {f"verdict_{name}": one.in_numbers() for name, one in (also or {}).items()}
+        show(tables, as_json=as_json, also={"verdict": verdict.in_numbers(), **others})
     warn_if_worse(measured)
-    if not as_json:
-        for line in verdict.lines():
-            say(line)
-    elif verdict.missed:
-        print(f"missed {verdict.missed}", file=sys.stderr)
-    if verdict.missed:
+    verdicts = [verdict, *(also or {}).values()]
+    for one in verdicts:
+        if not as_json:
+            for line in one.lines():
+                say(line)
+        elif one.missed:
+            print(f"missed {one.missed}", file=sys.stderr)
+    if any(one.missed for one in verdicts):
         raise typer.Exit(MISSED)

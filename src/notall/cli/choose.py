@@ -20,7 +20,7 @@ from ..experiments.options import (
 )
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
-from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
+from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, Searched, SpaceOptions
 from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
@@ -29,7 +29,7 @@ from ..results.facts import FOOTPRINT, Footprint
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
-from ..results.table import Column, table, within, words
+from ..results.table import Column, Table, table, within, words
 from ..results.terminal import next_report, progress_bar, show
 from .app import command, conclude
 
@@ -109,19 +109,29 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another importance criterion, to meet a budget.
 
-    With --recovery it also measures tasks. With no other budget it skips as much as keeps their scores.
+    With --recovery it also measures tasks. With no other budget it skips as much as keeps their scores: without a
+    --phase both for every token, in OUT, and for a prompt's alone, in OUT-prefill.json.
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
     With --repair it reads twice --sequences windows. If you interrupt it, the same command continues where it stopped.
     """
     asked = Search(model, space, text, budget, workload, by, repair, tasks, out, run.seed)
     with progress_bar() as progress:
-        done = asked.run(progress)
-    tables = {"search": table(f"{out}: {done.budget}, skip {done.record.plan}", COLUMNS, [done.record])}
+        done, *others = asked.run(progress)
+    tables = _tables_of(done)
+    for other in others:  # of the prompt alone
+        tables |= {f"{name}_prefill": one for name, one in _tables_of(other).items()}
+    also = {"prefill": others[0].verdict} if others else {}
+    measured = [one for each in (done, *others) for one in each.measured]
+    conclude(done.verdict, tables, measured, also=also, as_json=run.as_json)
+
+
+def _tables_of(done: Searched) -> dict[str, Table]:
+    tables = {"search": table(f"{done.out}: {done.budget}, skip {done.record.plan}", COLUMNS, [done.record])}
     if done.measured:
         tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
     if done.scores:
         tables["tasks"] = scores_table(done.scores)
-    conclude(done.verdict, tables, done.measured, as_json=run.as_json)
+    return tables
 
 
 class Weighed(Fact):

@@ -18,7 +18,7 @@ from ..files import Settings, refuse_others
 from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Phase, Plan
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, silent
 from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanScore, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import refuse_unwritable
@@ -41,8 +41,8 @@ from .options import (
     space_of,
 )
 from .pages import read_costs
-from .recovery import TASKS, RecoveryOptions, judge, judged, last_state, scores_of
-from .repair import RepairOptions
+from .recovery import TASKS, RecoveryOptions, judge, keep_scores, last_state, scores_of
+from .repair import REFIT, RepairOptions
 from .used import Use
 from .verdict import LITTLE, Verdict, next_command, what_next
 
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 FARTHEST = 0.3  # nats up to which a plan is looked for that keeps a recovery
 WITH_RETRIEVAL = "kl + 0.3*retrieval"  # an episode has few tokens to judge, each of which is lost at once
 RESOURCES: Mapping[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
+READS = "reads the prompt"  # of a speedup, before how many times as fast
 NOTE = "The objective is of the text that was chosen by; NLL and KL, where they are given, are of held-out text."
 
 
@@ -127,15 +128,16 @@ class SpaceOptions:
     )
     keep_first: KeepFirst = False
     keep_last: KeepLast = False
-    phase: Phase = option("all", PHASE)
-    last_tokens: int = option(1, LAST_TOKENS, least=1)
+    phase: Phase | None = option(None, f"{PHASE} (default: all; of a search by --recovery alone both)")
+    last_tokens: int | None = option(None, f"{LAST_TOKENS} (default: 1, or of a search what lowers the KL)", least=1)
 
     @property
     def amount(self) -> SkipAmount:
         return SkipAmount.parse(self.skip)
 
     def of(self, model: PreTrainedModel) -> Space:
-        return space_of(model, self.amount.kind, self.keep_first, self.keep_last, self.phase, self.last_tokens)
+        phase, last_tokens = self.phase or "all", self.last_tokens or 1
+        return space_of(model, self.amount.kind, self.keep_first, self.keep_last, phase, last_tokens)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ class BudgetOptions:
     params: float | None = option(None, "save this many parameters, or this share of them if below 1")
     weights: float | None = option(None, "save this many bytes of weights, or this share")
     kv: float | None = option(None, "save this many bytes of KV cache per token, or this share")
-    speedup: float | None = option(None, "run prompt and generated tokens this many times as fast here")
+    speedup: float | None = option(
+        None, "run prompt and generated tokens this many times as fast here, or with --phase prefill the prompt"
+    )
     max_nll: float | None = option(None, "most NLL to add, in nats per token, alone or as a limit")
     max_kl: float | None = option(None, "the same for KL")
 
@@ -209,7 +213,8 @@ class BudgetChoice:
         if name == "count":
             saving = by_count(space, amount)
         elif name == "speedup":
-            times = measure_times(model, workload, wanted=(space, amount), progress=progress)
+            how: Settings = {"phase": space.phase, "wanted": (space, amount), "progress": progress}
+            times = measure_times(model, workload, **how)
             saving = by_speedup(space, times, amount)
         else:
             saving = by_footprint(model, space, RESOURCES[name], amount)
@@ -253,13 +258,14 @@ def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
 
 
 class Searched(NamedTuple):
-    """What a search found, for which budget, and what that costs before a repair and after it."""
+    """What a search found, for which budget, what that costs before a repair and after it, and the plan's file."""
 
     record: SearchRecord
     budget: str
     measured: Sequence[MeasuredRecord]
     scores: Sequence[PlanScore]
     verdict: Verdict
+    out: Path
 
 
 @dataclass(frozen=True)
@@ -276,10 +282,15 @@ class Search:
     tasks: RecoveryOptions
     out: Path
     seed: int = 0
+    shared: Path | None = None  # the folder of answers to tasks of another search, which asked the original model
 
     @property
     def folder(self) -> Path:
         return self.out.with_name(f"{self.out.stem}.search")
+
+    @property
+    def answers(self) -> Path:
+        return self.shared or self.folder / "answers"
 
     @property
     def repaired(self) -> Path:
@@ -294,9 +305,9 @@ class Search:
         refuse_unwritable(self.out.parent)
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
-        if self.repair and self.space.phase == "prefill":
-            raise UsageError("a search with --repair is of every token: search without it, and repair the plan")
-        if self.space.last_tokens != 1 and self.space.phase != "prefill":
+        if self.repair and self.space.phase == "prefill" and self.repair.repair != REFIT:
+            raise UsageError(f"keys and values of a prompt are refit: give --repair {REFIT}")
+        if self.space.last_tokens and self.space.phase != "prefill":
             raise UsageError("--last-tokens says how much of a prompt runs whole: add --phase prefill")
         self.by.check()
         check_minutes(self.by.max_minutes)
@@ -305,19 +316,70 @@ class Search:
         self.repair.check(self.repaired)
         return wanted
 
-    def run(self, progress: Progress) -> Searched:
-        """Load the model, choose, repair where that is wanted, and measure. Raises as `choose_plan` does."""
+    def asks_for_both(self, wanted: BudgetChoice) -> bool:
+        """Whether the answer is one for every token and one for the prompt alone: a recovery, and nothing else."""
+        from ..choosing.objective import OF_TEXT, terms_of
+
+        if self.space.phase or not self.tasks.recovery or wanted.saving:
+            return False
+        terms = terms_of(self.by.objective, self.by.prompts) if self.by.objective else []
+        by_text = all(name in OF_TEXT for _, name in terms)
+        refits = not self.repair or self.repair.repair == REFIT
+        return by_text and refits and self.space.amount.kind not in ("portable", "period")
+
+    @property
+    def in_the_prompt(self) -> Search:
+        """The same for the prompt's tokens alone, in files of its own."""
+        out = self.out.with_name(f"{self.out.stem}-prefill{self.out.suffix}")
+        return replace(self, space=replace(self.space, phase="prefill"), out=out, shared=self.answers)
+
+    def run(self, progress: Progress) -> list[Searched]:
+        """Load the model, choose, repair where that is wanted, and measure. Raises as `choose_plan` does.
+
+        A recovery without a phase is answered twice: for every token, and then for the prompt's alone.
+        """
+        wanted, asked = self.check(), [self]
+        if self.asks_for_both(wanted):
+            each = self._with_minutes(0.5)
+            asked = [each, each.in_the_prompt]
+            each.in_the_prompt.check()
+        tasks = self._tasks(wanted)  # once: to read those of the harness takes half a minute
+        net, tokenizer = self.model.load()
+        if len(asked) > 1 and (why := _not_in_the_prompt(asked[1].space, net)):
+            print(f"note: for every token alone: {why}", file=sys.stderr)
+            asked = [self]
+        stages = Stages(progress, len(asked))
+        return [one.found(net, tokenizer, tasks, stages.stage(1)) for one in asked]
+
+    def _with_minutes(self, share: float) -> Search:
+        """The same in a share of the minutes, where they are limited."""
+        most = self.by.max_minutes
+        return self if most is None else replace(self, by=replace(self.by, max_minutes=share * most))
+
+    def _judged_by(self, wanted: BudgetChoice) -> str:
+        """The objective; the mix's retrieval has no prompt."""
+        return self.by.objective or wanted.objective("" if self.space.phase == "prefill" else self.text.text)
+
+    def _tasks(self, wanted: BudgetChoice) -> TaskChoice:
+        """Those that judge, none of which asks for what is chosen by or fitted to."""
+        judged_by = self._judged_by(wanted)
+        tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
+        own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
+        refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
+        return tasks
+
+    def found(
+        self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskChoice, progress: Progress
+    ) -> Searched:
+        """As `run`, of one phase, judged by `tasks`."""
         from ..choosing.choice import choose_plan
+        from ..choosing.in_prompts import LAST_TOKENS as TRIED
         from ..choosing.objective import build_objective
         from ..repairing.texts import measure
 
         wanted = self.check()
         of_prompt = self.space.phase == "prefill"
-        judged_by = self.by.objective or ("kl" if of_prompt else wanted.objective(self.text.text))
-        tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
-        own_text = [self.text.text, *(self.repair.sources if self.repair else ())]
-        refuse_judging(tasks, own_text, self.by.prompts if "answers" in judged_by else None)
-        net, tokenizer = self.model.load()
+        judged_by = self._judged_by(wanted)
         among = self.space.of(net)
         wanted.check(net, among, self.workload)
         twice = 2 if self.repair else 1  # half of them to fit to
@@ -350,6 +412,7 @@ class Search:
             held_out=split.evaluation,
             after_repair=bool(self.repair),
             recovering=self._recovering(net, tokenizer, tasks, texts, settings, progress) if tasks.recovery else None,
+            last_tokens=TRIED if of_prompt and self.space.last_tokens is None else (),
             progress=progress,
         )
         self._save(found.plan)
@@ -365,13 +428,15 @@ class Search:
             last = measured[-1]
             verdict = Verdict.on(net, plans["repaired"], last.quality, last.text, spec=spec)
         asked = tasks or self._retrieval(net, found.plan)
-        scores = judged(net, tokenizer, plans, asked, self.folder, settings, progress)
+        scores = judge(net, tokenizer, plans, asked.jobs(), asked, self.answers, progress)
+        keep_scores(self.folder, plans, scores, settings)
         missed = found.missed and f"{budget.description}: {found.missed}"
         speedup = found.times.measured_speedup if found.times else None
-        verdict = replace(verdict, speedup=speedup, verb="runs", missed=missed, late=not found.in_time)
+        verb = READS if of_prompt else "runs"
+        verdict = replace(verdict, speedup=speedup, verb=verb, missed=missed, late=not found.in_time)
         verdict = verdict.judged(scores, tasks.recovery)
         verdict = replace(verdict, next=self._next(net, verdict))
-        return Searched(record, budget.description, measured, scores, verdict)
+        return Searched(record, budget.description, measured, scores, verdict, self.out)
 
     def _recovering(
         self,
@@ -397,7 +462,7 @@ class Search:
                 out = Path(folder) / "repaired"
                 if texts:
                     plan = self.repair.apply(net, plan, texts, out, settings, progress)
-                found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
+                found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.answers, progress)
             return min((one.recovery.low if one.recovery else 0.0 for one in last_state(found)), default=0.0)
 
         return Recovering(kept, tasks.recovery)
@@ -425,6 +490,15 @@ class Search:
         if locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
             return next_command("bench", spec, plan=made)
         return what_next(verdict, spec, made, None if self.text.text == USE else self.text.text)[1]
+
+
+def _not_in_the_prompt(space: SpaceOptions, net: PreTrainedModel) -> str:
+    """Why nothing can be chosen that the prompt alone skips; "" where it can."""
+    try:
+        space.of(net)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
@@ -469,7 +543,7 @@ def shown(folder: Folder) -> Shown:
         Verdict.of(steps[-1], folder),
         quality=repaired.quality if repaired else last.quality,
         speedup=last.check.measured_speedup if last.check else None,
-        verb="runs",
+        verb=READS if last.plan.prefill else "runs",
         state=repaired.model if repaired else "skipped",
         missed=last.missed and f"what was asked: {shortened(last.missed, 120)}",
     )

@@ -4,6 +4,7 @@ What a candidate cost when it was last evaluated is a good guess, since costs mo
 evaluated again only at the top of the queue. Neighbours of what was skipped are guessed anew, on a part of the text.
 Importances do not add up: swaps that lower the objective follow, tried on a part of the text. Whole blocks undo each
 other best in a row (2403.17887), which single swaps do not come to: the best run is a second place to start from.
+What a prompt alone skips is seen by what is skipped behind it least of all: so is the run up to the last unit.
 """
 
 import functools
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...progress import Progress, Stages, silent
-from ..budget import Budget, contiguous_runs
+from ..budget import Budget, contiguous_runs, deepest_run
 from ..evaluator import AfterRepair
 from ..space import Choice, Skipped, Unit, names_in
 from .one_pass import score_cosine
@@ -42,6 +43,8 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
         one.settle()
         if one.space.kind == "block":
             one.start_from_a_run()
+        if one.space.phase == "prefill":
+            one.start_from(one.deepest()[::-1])
         if setting.late:
             break
     looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
@@ -99,11 +102,32 @@ class _Search:
         guesses = {run: self._more(names_in(run)) for run in asked if not self.setting.late}
         if not guesses or self.setting.late:
             return
-        best = min(guesses, key=guesses.__getitem__)
-        if (cost := self._evaluate(names_in(best))) < self.cost:
-            self.skipped, self.cost, self.order, self.rises = names_in(best), cost, [*best], {}
+        self.start_from(min(guesses, key=guesses.__getitem__))
+
+    def start_from(self, run: tuple[Unit, ...]) -> None:
+        """Refine these units, where they save as much as is asked for and cost less than what is skipped now."""
+        skipped = names_in(run)
+        if not run or self.setting.late or skipped == self.skipped:
+            return
+        cost, saved = self._evaluate(skipped), self.budget.counted(skipped)
+        now = -self.budget.counted(self.skipped), self.cost
+        if cost - self.dense <= self.budget.limit and (-saved, cost) < now:
+            self.skipped, self.cost, self.order, self.rises = skipped, cost, [*run], {}
             self.guess(self.moves(self.skipped))
-            self.refine()
+            self.settle()
+
+    def deepest(self) -> tuple[Unit, ...]:
+        """The run up to the last unit that meets the budget; of a limit alone the longest that costs no more."""
+        self.evaluator.set_prefix(frozenset())
+        if self.budget.target < math.inf:
+            return deepest_run(self.space, self.budget)
+        units, least, most = self.space.units, 0, len(self.space.units)
+        while least < most and not self.setting.late:
+            middle = (least + most + 1) // 2
+            tail = names_in(units[-middle:])
+            costs = self._evaluate(tail) - self.dense if self.space.allows(tail) else math.inf
+            least, most = (middle, most) if costs <= self.budget.limit else (least, middle - 1)
+        return units[len(units) - least :]
 
     def go_on_from(self, other: "_Search", progress: Progress) -> None:
         self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
