@@ -286,7 +286,7 @@ def every_case():
         yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))
 
 
-@pytest.mark.parametrize(("name", "place", "case"), every_case())
+@pytest.mark.parametrize(("name", "place", "case"), [*every_case()])
 def test_is_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
     assert len(devices_of(model)) == (1 if place == "one" else 2)

@@ -453,8 +453,8 @@ def test_a_gguf_file_that_counts_too_few_layers_is_refused(tmp_path, run, own_ca
     short = tmp_path / "short.gguf"
     write_fields(short, whole, fields, whole.tensors)
     for words in (("inspect", short), ("generate", short, "a")):
-        said = refused(run(*words), "short.gguf is no whole GGUF file: its header counts")
-        assert f"counts {count} layers, and it has tensors of 4" in said
+        said = refused(run(*words), "short.gguf is no whole GGUF file: its header says")
+        assert f"block_count {count}, and it has tensors of 4 layers" in said
 
 
 # --- links, names, signals ------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, quant_shape_from_byte_shape
 
 from ..errors import UsageError, shortened
+from ..plan import several
 from ..progress import Progress, silent
 
 BLOCK, ARCHITECTURE = "blk.", "general.architecture"
@@ -159,7 +160,7 @@ def _check_depth(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
     held = max((int(match[1]) + 1 for match in numbers), default=0)
     count = scalars.get(f"{scalars.get(ARCHITECTURE)}.block_count", held)
     if not isinstance(count, int) or count < held:
-        raise ValueError(f"its header counts {count} layers, and it has tensors of {held}")
+        raise ValueError(f"its header says block_count {count}, and it has tensors of {several(held, 'layer')}")
 
 
 def read_gguf(path: Path) -> GGUF:
