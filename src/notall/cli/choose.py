@@ -26,7 +26,7 @@ from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Phase, Plan, several
 from ..results.facts import FOOTPRINT, Footprint
-from ..results.provenance import Provenance, place_of, windows_in_words
+from ..results.provenance import Provenance, behind, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, table, within, words
@@ -57,6 +57,8 @@ def compare(
     timed = workload if workload.rounds else None
     runs = how.runs(net)
     comparing.check_runs(net, runs, timed)
+    comparing.check_given(net, how.given.values())
+    prompt = how.prompt_of(text.length)
     split = text.split(net, tokenizer, seed=run.seed)
     batches, about = split.calibration, model.provenance(net, **split.described)
     with progress_bar() as progress:
@@ -68,10 +70,12 @@ def compare(
             workload=timed,
             repairs=how.repair,
             repair_text=batches,
+            given=how.given,
+            prompt_tokens=prompt,
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
-    comparing.write_comparison(records, out, title, _made(about, split, timed))
+    comparing.write_comparison(records, out, title, _made(about, split, timed, prompt))
     tables = {
         "comparison": table(f"{several(len(records), 'choice')} in {out}", comparing.columns_of(records), records)
     }
@@ -80,9 +84,10 @@ def compare(
     show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
 
 
-def _made(about: Provenance, split: Split, timed: Workload | None) -> str:
+def _made(about: Provenance, split: Split, timed: Workload | None, prompt: int | None) -> str:
     others = "as many other ones" if split.is_same else f"as many of {split.held_out.text.name}"
-    made = f"Chosen by {windows_in_words(split.described)}, measured on {others}, in {about.what['dtype']}."
+    made = f"Chosen by {windows_in_words(split.described)}, measured on {others}{behind(prompt)}"
+    made += f", in {about.what['dtype']}."
     if timed is None:
         return made
     place = place_of(about.where["machine"], versions=False)

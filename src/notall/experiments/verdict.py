@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
 LITTLE = 0.1  # nats to ask for where nothing was usable
+REFITTING = "refit the keys and values of the prompt"
 NAME_LETTERS = 120  # of a name in a sentence; the tables' CSV and the provenance have all of them
 
 
@@ -235,8 +236,11 @@ def mending(model: str, plan: object, repaired: bool) -> str:
     return next_command(name, model, plan=plan, out=out)
 
 
-def asking_for_less(model: str) -> tuple[str, str]:
-    return "ask for what costs little", next_command("search", model, max_nll=LITTLE, out="plan.json")
+def asking_for_less(model: str, plan: Plan | None = None) -> tuple[str, str]:
+    """What to type where a plan costs too much; of one that skips in the prompt alone likewise there."""
+    phase = "prefill" if plan and plan.prefill and not len(plan) else None
+    command = next_command("search", model, max_nll=LITTLE, phase=phase, out="plan.json")
+    return "ask for what costs little", command
 
 
 def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None = None) -> tuple[str, str]:
@@ -244,6 +248,8 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     if verdict.usable is None:
         return "see what that costs", next_command("eval", model, plan=made)
     if verdict.usable and verdict.plan.prefill:  # no engine is written for it yet
+        if verdict.state == "skipped" and verdict.plan.prefill.attention:
+            return REFITTING, mending(model, made, repaired=False)
         return "see what that saves", next_command("bench", model, plan=made)
     if verdict.usable:
         form = "gguf" if model.endswith(".gguf") else "hf"  # a file in few bits is no checkpoint of transformers
@@ -253,7 +259,7 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
         mend = {"repair": "refit", "repair_text": repair_text}
         return "repair it, and write that model", next_command("export", model, plan=made, **mend, **pruned)
     if verdict.state == "healed":
-        return asking_for_less(model)
+        return asking_for_less(model, verdict.plan)
     return "make up for what is lost", mending(model, made, verdict.state == "repaired")
 
 
