@@ -248,13 +248,13 @@ def test_the_command_compares_plan_files(run, folder, tmp_path):
     plan = tmp_path / "prefill.json"
     Plan(prefill={"attention": [4], "mlp": [4]}).save(plan)
     size = ("--sequences", 2, "--length", 16, "--held-out-sequences", 2)
-    code, out, err = run("compare", folder, "--plan", plan, *size, "--out", tmp_path / "out")
+    code, _, err = run("compare", folder, "--plan", plan, *size, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert "behind a prompt of 8 tokens" in (tmp_path / "out" / "table.md").read_text()
-    code, out, err = run("compare", folder, "--plan", plan, "--repair", "replaceme", *size, "--out", tmp_path / "no")
+    code, _, err = run("compare", folder, "--plan", plan, "--repair", "replaceme", *size, "--out", tmp_path / "no")
     assert (code, "a repair by replaceme cannot skip sublayers in the prompt alone" in err) == (2, True), err
     Plan(prefill={"mlp": [4], "last_tokens": 8}).save(plan)
-    code, out, err = run("compare", folder, "--plan", plan, *size, "--out", tmp_path / "no")
+    code, _, err = run("compare", folder, "--plan", plan, *size, "--out", tmp_path / "no")
     assert (code, "whose last 8 run whole: give a --length of 18 or more" in err) == (2, True), err
 
 
@@ -314,6 +314,21 @@ def test_what_comes_next(state, plan, lost, says):
     assert what_next(verdict, "m", Path("p.json"))[1] == says
 
 
+def test_a_plan_whose_times_are_known_is_written():
+    verdict = Verdict(PREFILL, quality(0.1), state="repaired", speedup=result_folders.spread(1.4))
+    written = "notall export m --plan a/plan.repaired --to hf --out a/plan-pruned"
+    assert what_next(verdict, "m", Path("a/plan.repaired"))[1] == written
+    assert "notall bench" in what_next(verdict, "m.gguf", Path("a/plan.repaired"))[1]  # whose form cannot say it
+
+
+def test_plan_tells_what_the_prompt_saves(run, folder, tmp_path):
+    plan = ("plan", folder, "--skip", "block:3", "-o", tmp_path / "plan.json")
+    _, out, _ = run(*plan, "--phase", "prefill")
+    said = "A prompt skips 50% of the layers' parameters, but for keys and values, up to its last token."
+    assert said in " ".join(out.split())
+    assert "A prompt skips" not in run(*plan)[1]
+
+
 def test_a_better_one_of_the_same_phase_is_asked_for():
     asked = PlanOptions(skip="block:2", phase="prefill", last_tokens=3)
     command = "notall search m --skip block:2 --phase prefill --last-tokens 3 --out better.json"
@@ -370,7 +385,8 @@ def test_a_repair_in_a_folder_leads_its_page(demo):
     first, chosen, *_ = shown_by(folder)
     assert first.steps[first.first].plan == PREFILL
     assert (
-        "Without 2 blocks in the prompt of its 12 layers, the repaired tiny: +0.030 ± 0.003 nats" in first.message.said
+        "Without 2 blocks in the prompt (it has 12 layers), the repaired tiny: +0.030 ± 0.003 nats"
+        in first.message.said
     )
     assert "on t, behind a prompt of 256 tokens" in first.message.said
     assert "reads a prompt 1.40× as fast (quartiles 1.33 to 1.54)" in first.message.said

@@ -13,7 +13,7 @@ from .style import GREY, INK, KIND_COLOURS, PAPER, by_colour, snug
 
 # Hatching of what is skipped for every token, and of what the prompt alone skips: colours that the shades of neither
 # theme have, and lines that lean the other way.
-STRIPES, STRIPE, IN_PROMPT = 7, "#e8731a", "#8a3ffc"
+STRIPES, STRIPE, IN_PROMPT = 7, "#e8731a", "#d02fd0"
 UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
 LEAST_SHADE = 1e-9  # where all costs are 0
 LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides

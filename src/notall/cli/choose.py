@@ -21,6 +21,7 @@ from ..experiments.options import (
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
+from ..experiments.verdict import prompt_in_words
 from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
@@ -167,7 +168,9 @@ def plan(
     chosen.save(out)
     plans = {"dense": Plan(), "skipped": chosen}
     weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
-    then = [EXACT] if locate(net).is_unread(chosen) else []
+    saved = prompt_in_words(locate(net), chosen)
+    then = [saved] if saved and not len(chosen) else []
+    then += [EXACT] if locate(net).is_unread(chosen) else []
     then += size_notes(model.model, chosen)
     tables = {"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}
     show(tables, as_json=as_json, then=then)

@@ -23,6 +23,8 @@ from .recovery import kept_in_words, last_state, short_of, verdict_on
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..structure.model_structure import ModelStructure
+
 MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
 LITTLE = 0.1  # nats to ask for where nothing was usable
@@ -184,6 +186,8 @@ class Verdict:
             yield "Nothing is left out: this is the original model."
         else:
             among = f" of its {several(self.layers, 'layer')}" if self.layers else ""
+            if self.layers and self.plan.prefill:
+                among = f" (it has {several(self.layers, 'layer')})"
             among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
             state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
             model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
@@ -243,6 +247,18 @@ def asking_for_less(model: str, plan: Plan | None = None) -> tuple[str, str]:
     return "ask for what costs little", command
 
 
+def prompt_in_words(structure: "ModelStructure", plan: Plan) -> str:
+    """What a plan saves in the prompt alone, which its weights and cache do not tell; "" of one that does not."""
+    if not plan.prefill:
+        return ""
+    whole = sum(part.parameters for part in structure.sublayers)
+    skipped = sum(part.parameters for part in structure.sublayers if part.index in getattr(plan.prefill, part.kind))
+    count = plan.prefill.last_tokens
+    last = "token" if count == 1 else several(count, "token")
+    told = f"skips {skipped / whole:.0%} of the layers' parameters, but for keys and values"
+    return f"A prompt {told}, up to its last {last}. Weights, KV cache and decoding stay as they are."
+
+
 def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None = None) -> tuple[str, str]:
     """What to do with the plan that is in `made`, and the command; `repair_text` is what a repair would fit it to."""
     if verdict.usable is None:
@@ -250,6 +266,9 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     if verdict.usable and verdict.plan.prefill:  # no engine is written for it yet
         if verdict.state == "skipped" and verdict.plan.prefill.attention:
             return REFITTING, mending(model, made, repaired=False)
+        if verdict.speedup and not model.endswith(".gguf"):
+            written = made.with_name(f"{made.stem}-pruned")
+            return "write that model", next_command("export", model, plan=made, to="hf", out=written)
         return "see what that saves", next_command("bench", model, plan=made)
     if verdict.usable:
         form = "gguf" if model.endswith(".gguf") else "hf"  # a file in few bits is no checkpoint of transformers
