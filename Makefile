@@ -197,7 +197,7 @@ notebook: setup ## run docs/notebook.ipynb on the default model, keep what its c
 	$(VENV)/bin/python docs/notebook.py
 
 screenshots: demo ## take the pictures of reports that the documentation shows
-	cd results && ../$(VENV)/bin/python ../docs/screenshots.py sweep=demo repair=demo/prefill.repaired \
+	cd results && ../$(VENV)/bin/python ../docs/screenshots.py sweep=demo \
 	  compare=../benchmarks/comparison paper=../benchmarks/paper
 
 browser: ## install Debian's chromium, for the tests of the report (as root); without it they skip

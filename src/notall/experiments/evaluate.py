@@ -174,7 +174,8 @@ def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -
     With the times of `notall bench` in the folder beside it, such as `repaired.bench`, where they are of that plan.
     """
     measured, last = folder.of(MeasuredRecord), last_measured(folder)
-    timed, message, steps = (timed_beside(folder.path, last.plan) if last else None), None, tuple[Step, ...]()
+    timed, message = (timed_beside(folder.path, last.plan) if last else None), None
+    steps = tuple(Step(one.plan.in_words(), one.plan) for one in measured[:1])
     if last:
         step = Step(last.plan.in_words(), last.plan, last.quality if timed else None)
         if timed and timed.skipped:
@@ -195,7 +196,7 @@ def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -
 
 def timed_beside(folder: Path, plan: Plan) -> BenchRecord | None:
     """The last times of a plan in the folder that is called as this one, but for its ending: `.bench`."""
-    path = folder.with_suffix(".bench") / BenchRecord.file
+    path = folder.resolve().with_suffix(".bench") / BenchRecord.file  # of "." too
     found = read(path, BenchRecord) if path.is_file() else []
     return next((one for one in reversed(found) if one.plan.indices == plan.indices), None)
 
@@ -247,13 +248,13 @@ def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
 
 def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
     """For each of the first texts what is lost in the end, and what was before."""
-    texts: dict[str, dict[State, Quality]] = {}
+    texts, of_prompt = dict[str, dict[State, Quality]](), any(one.plan.prefill for one in measured)
     for one in measured:
         if one.plan:
             texts.setdefault(one.text, {})[one.model] = one.quality
     for text, states in list(texts.items())[:5]:
         *before, last = sorted(states, key=STATES.index)
-        told = [f"{last}{_beside(states[last])}{_interval(states[last])}"]
+        told = [f"{last}{_beside(states[last])}{_interval(states[last]) if of_prompt else ''}"]
         told += [f"{in_nats(states[state])} {state}{_beside(states[state])}" for state in before]
         yield Card.of_loss(text, states[last], "; ".join(told))
 
