@@ -49,9 +49,9 @@ def repair(
 ) -> None:
     """Refit the remaining weights, to recover a part of the loss.
 
-    Of a plan that skips in the prompt alone it refits the keys and values of the prompt, and nothing else.
     Without --minutes nothing is trained. OUT is a plan with weights: give it as --plan to eval, bench or export.
-    No tensor is added, and it costs nothing later. If you interrupt it, the same command continues where it stopped.
+    No tensor is added, and it costs nothing later. Of a plan that skips in the prompt alone it refits the prompt's keys
+    and values instead, and their weights are added. If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.healing import Training
     from ..repairing.methods import recover, repair_into
