@@ -206,9 +206,7 @@ def test_what_scores_are_missing_is_computed_and_no_other(model, swept, tmp_path
     kept = {name: one for name, one in first["scores"].items() if name not in lacking}
     lines.append(tmp_path / ScoresRecord.file, first | {"scores": kept}, *others)
     asked = []
-    monkeypatch.setattr(
-        quality, "score", lambda model, plans, tokens: asked.append(plans) or score(model, plans, tokens)
-    )
+    monkeypatch.setattr(quality, "score", lambda *given: asked.append(given[1]) or score(*given))
     again = run(model, tmp_path)
     assert [" ".join(plan.names) for plan in asked[0]] == lacking
     assert [one.quality for one in again] == [one.quality for one in swept[1]]

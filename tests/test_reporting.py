@@ -87,6 +87,7 @@ def test_every_part_is_there_in_its_order(page):
     assert data["plans"][4] == {
         "name": "attention 25%, last layer kept",
         "skipped": ["attn.7", "attn.8"],
+        "prompt": [],
         "told": "2 sublayers skipped; +0.25 ± 0.03 nats a token; decodes 1.12 times as fast [1.07 to 1.24].",
     }
     assert 'value="4"' in page  # the step to begin with

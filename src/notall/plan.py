@@ -127,6 +127,12 @@ class PromptSkips(Layers, frozen=True, extra="forbid"):
     def identity(self) -> tuple[object, ...]:
         return self.attention, self.mlp, self.last_tokens
 
+    @property
+    def marked_names(self) -> tuple[str, ...]:
+        """The sublayers as `prompt:attn.5`, and `last:32` where more than one token runs whole."""
+        whole = (f"last:{self.last_tokens}",) if self.last_tokens > 1 else ()
+        return (*(f"prompt:{name}" for name in self.names), *whole)
+
     def __str__(self) -> str:
         """For people: `prefill-only block 20-29`, and how many last tokens run whole where that is not one."""
         whole = f" (last {self.last_tokens} tokens whole)" if self.last_tokens > 1 else ""
@@ -194,6 +200,14 @@ class Plan(Layers, frozen=True, extra="forbid"):
         """What is skipped, as records hold it: what only the prompt skips as `prefill`, where there is any."""
         skipped = {"attention": list(self.attention), "mlp": list(self.mlp)}
         return skipped | ({"prefill": self.prefill.indices} if self.prefill else {})
+
+    @property
+    def skipped(self) -> str:
+        """What is skipped as one text, by which records tell plans apart: `attn.3 mlp.3`.
+
+        What only the prompt skips follows as `prompt:attn.5`, and `last:32` where more than one token runs whole.
+        """
+        return " ".join([*self.names, *(self.prefill.marked_names if self.prefill else ())])
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -11,12 +11,19 @@ from ..results.record import Fact, Number, is_number
 from ..results.repairs import HealRecord, RefitRecord
 from .style import GREY, INK, KIND_COLOURS, PAPER, by_colour, snug
 
-STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have
+# Hatching of what is skipped for every token, and of what the prompt alone skips: colours that the shades of neither
+# theme have, and lines that lean the other way.
+STRIPES, STRIPE, IN_PROMPT = 7, "#e8731a", "#d02fd0"
 UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
 LEAST_SHADE = 1e-9  # where all costs are 0
 LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
 WIDER = 1.25  # than the longest bar is the axis: one noisy quartile does not shrink all bars
 SHORT = {"attention": "attn", "mlp": "mlp"}
+SKIPPED, SKIPPED_IN_PROMPT = "skipped", "skipped in the prompt alone"
+STATE = (
+    f"indexof(skipped, datum.name) >= 0 ? '{SKIPPED}' "
+    f": indexof(prompt, datum.name) >= 0 ? '{SKIPPED_IN_PROMPT}' : 'kept'"
+)
 BAR, WORDS = 9, -9  # pixels below and above the middle of a measure's band
 
 
@@ -51,7 +58,10 @@ def sublayers(layers: int, costs: Mapping[tuple[str, int], float], similarity: S
 
 
 def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
-    """Columns = layers, two rows; shade = cost; the sublayers that the param `skipped` names are hatched."""
+    """Columns = layers, two rows; shade = cost; the sublayers that the params name are hatched.
+
+    `skipped` names those that are skipped for every token, `prompt` those that the prompt alone skips.
+    """
     tips = [
         alt.Tooltip("name:N", title="sublayer"),
         alt.Tooltip("state:N", title="in this plan"),
@@ -62,7 +72,7 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
     rows, flat = [KIND_NAMES[kind] for kind in SHORT], alt.Axis(ticks=False, domain=False)
     drawn = (
         alt.Chart(alt.Data(values=[cell.model_dump(mode="json") for cell in cells]))
-        .transform_calculate(state="indexof(skipped, datum.name) >= 0 ? 'skipped' : 'kept'")
+        .transform_calculate(state=STATE)
         .encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, ticks=False)),
             y=alt.Y("row:N", title=None, sort=rows, axis=flat),
@@ -70,19 +80,29 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         )
     )
     costs = [cell.cost for cell in cells if is_number(cell.cost)]
-    stops = [  # diagonal stripes over a cell of any size: a gradient with hard edges
-        alt.GradientStop(color=STRIPE if half % 2 else "transparent", offset=edge / (2 * STRIPES))
-        for half in range(2 * STRIPES)
-        for edge in (half, half + 1)
-    ]
-    stripes = alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
     framed = drawn.mark_rect(stroke=PAPER, strokeWidth=1.5)
     unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter("!isValid(datum.cost)")
     known = framed.encode(color=_logarithmic(costs, title)).transform_filter("isValid(datum.cost)")
-    hatched = drawn.mark_rect(fill=stripes, stroke=STRIPE, strokeWidth=2)
-    hatched = hatched.transform_filter("datum.state == 'skipped'")
-    layers = [unknown, *([known] if costs else []), hatched]
-    return alt.LayerChart(layer=layers).add_params(alt.param(name="skipped", value=[]))
+    hatched = [
+        drawn.mark_rect(fill=_stripes(colour, mirrored), stroke=colour, strokeWidth=2).transform_filter(
+            f"datum.state == '{state}'"
+        )
+        for state, colour, mirrored in ((SKIPPED, STRIPE, False), (SKIPPED_IN_PROMPT, IN_PROMPT, True))
+    ]
+    layers = [unknown, *([known] if costs else []), *hatched]
+    named = [alt.param(name=name, value=[]) for name in ("skipped", "prompt")]
+    return alt.LayerChart(layer=layers).add_params(*named)
+
+
+def _stripes(colour: str, mirrored: bool) -> alt.LinearGradient:
+    """Diagonal stripes over a cell of any size, maybe the other way: a gradient with hard edges."""
+    stops = [
+        alt.GradientStop(color=colour if half % 2 else "transparent", offset=edge / (2 * STRIPES))
+        for half in range(2 * STRIPES)
+        for edge in (half, half + 1)
+    ]
+    start, end = (1, 0.64) if mirrored else (0, 0.36)
+    return alt.LinearGradient(gradient="linear", x1=start, y1=0, x2=end, y2=1.19, stops=stops)
 
 
 def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:

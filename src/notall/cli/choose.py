@@ -21,12 +21,13 @@ from ..experiments.options import (
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, Searched, SpaceOptions
+from ..experiments.verdict import prompt_in_words
 from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Phase, Plan, several
 from ..results.facts import FOOTPRINT, Footprint
-from ..results.provenance import Provenance, place_of, windows_in_words
+from ..results.provenance import Provenance, behind, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, Table, table, within, words
@@ -57,6 +58,8 @@ def compare(
     timed = workload if workload.rounds else None
     runs = how.runs(net)
     comparing.check_runs(net, runs, timed)
+    comparing.check_given(net, how.given.values())
+    prompt = how.prompt_of(text.length)
     split = text.split(net, tokenizer, seed=run.seed)
     batches, about = split.calibration, model.provenance(net, **split.described)
     with progress_bar() as progress:
@@ -68,10 +71,12 @@ def compare(
             workload=timed,
             repairs=how.repair,
             repair_text=batches,
+            given=how.given,
+            prompt_tokens=prompt,
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
-    comparing.write_comparison(records, out, title, _made(about, split, timed))
+    comparing.write_comparison(records, out, title, _made(about, split, timed, prompt))
     tables = {
         "comparison": table(f"{several(len(records), 'choice')} in {out}", comparing.columns_of(records), records)
     }
@@ -80,9 +85,10 @@ def compare(
     show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
 
 
-def _made(about: Provenance, split: Split, timed: Workload | None) -> str:
+def _made(about: Provenance, split: Split, timed: Workload | None, prompt: int | None) -> str:
     others = "as many other ones" if split.is_same else f"as many of {split.held_out.text.name}"
-    made = f"Chosen by {windows_in_words(split.described)}, measured on {others}, in {about.what['dtype']}."
+    made = f"Chosen by {windows_in_words(split.described)}, measured on {others}{behind(prompt)}"
+    made += f", in {about.what['dtype']}."
     if timed is None:
         return made
     place = place_of(about.where["machine"], versions=False)
@@ -172,7 +178,9 @@ def plan(
     chosen.save(out)
     plans = {"dense": Plan(), "skipped": chosen}
     weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
-    then = [EXACT] if locate(net).is_unread(chosen) else []
+    saved = prompt_in_words(locate(net), chosen)
+    then = [saved] if saved and not len(chosen) else []
+    then += [EXACT] if locate(net).is_unread(chosen) else []
     then += size_notes(model.model, chosen)
     tables = {"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}
     show(tables, as_json=as_json, then=then)

@@ -250,6 +250,7 @@ def pareto(
     fronts.Written.of(out).check()
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
+    engine.check_plans(given.values())
     repairs = plans.repair != NONE and any(one.state != "repaired" for one in given.values())
     fits = bool(counts or speedups or repairs)
     if fits and text.sequences < FEWEST:

@@ -50,7 +50,9 @@ def repair(
     """Refit the remaining weights, to recover a part of the loss.
 
     Without --minutes nothing is trained. OUT is a plan with weights: give it as --plan to eval, bench or export.
-    No tensor is added, and it costs nothing later. If you interrupt it, the same command continues where it stopped.
+    No tensor is added, and it costs nothing later. For a plan that skips in the prompt alone it refits the prompt's
+    keys and values instead, and their weights are added.
+    If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.healing import Training
     from ..repairing.methods import recover, repair_into

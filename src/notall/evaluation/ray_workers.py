@@ -47,10 +47,11 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(self, *_: object) -> None:
         self.held.close()
 
-    def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
+    def score(self, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None) -> list[Scores]:
         """As `quality.score`: scores of the original model, then of each plan, on one batch of token ids."""
         groups = self._split(plans)
-        answers = self.pool.run([("score", ([plans[number] for number in group], tokens.cpu())) for group in groups])
+        asked = [([plans[number] for number in group], tokens.cpu(), prompt_tokens) for group in groups]
+        answers = self.pool.run([("score", arguments) for arguments in asked])
         found = {number: scores for group, (_, *rest) in zip(groups, answers) for number, scores in zip(group, rest)}
         return [answers[0][0], *(found[number] for number in range(len(plans)))]
 
@@ -112,8 +113,8 @@ class _Worker:
     def ready(self) -> int:
         return os.getpid()
 
-    def score(self, plans: list[Plan], tokens: Tensor) -> list[Scores]:
-        return score(self.model, plans, tokens)
+    def score(self, plans: list[Plan], tokens: Tensor, prompt_tokens: int | None) -> list[Scores]:
+        return score(self.model, plans, tokens, prompt_tokens)
 
     def score_requests(self, plans: list[Plan], requests: list[Request], batch_size: BatchSize) -> list[RequestScores]:
         return list(self.scorer(batch_size).score(plans, requests))

@@ -135,7 +135,17 @@ def conclusion(record: BenchRecord) -> str:
     )
     told = f"Without {record.plan.in_words()} {tokens} take {skipped:,.0f} ms"
     by = "by medians" if record.rounds > 1 else "in one round, which has no spread"
-    return f"{told}, where the original model takes {dense:,.0f}: {faster}, {by}."
+    first = f" {_first_token(record)}" if record.plan.prefill else ""
+    return f"{told}, where the original model takes {dense:,.0f}: {faster}, {by}.{first}"
+
+
+def _first_token(record: BenchRecord) -> str:
+    assert record.skipped
+    dense, skipped = record.dense.times.prefill_ms, record.skipped.times.prefill_ms
+    faster, decode = record.skipped.times.speedup_prefill, record.skipped.times.speedup_decode
+    told = f"The first token comes after {skipped.median:,.0f} ms, not {dense.median:,.0f}"
+    spread = f" [{faster.low:.2f} to {faster.high:.2f}]" if record.rounds > 1 else ""
+    return f"{told}: {faster.median:.2f} times as fast{spread}; each further one {decode.median:.2f} times."
 
 
 def shown(folder: Folder) -> Shown:

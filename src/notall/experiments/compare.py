@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import groupby, product
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -19,19 +20,32 @@ from ..errors import FIGURES, UsageError, installed, need, shortened
 from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
-from ..plan import SET_NAMES, Plan, several, several_of
+from ..plan import SET_NAMES, Plan, refuse_prefill, several, several_of
 from ..plugins import source_of
 from ..progress import Progress, Stages, silent
-from ..results.facts import QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
+from ..results.facts import DECODE_MS, PREFILL_MS, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
+from ..results.record import (
+    Amount,
+    Count,
+    Key,
+    Number,
+    Record,
+    Scalar,
+    Skips,
+    SublayerName,
+    SublayerNames,
+    Unsigned,
+    is_number,
+)
 from ..results.repairs import EvaluationRecord
 from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_delta, with_error, within, words
-from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
+from .driver import UNREPAIRED, HeldScores, RepairName, Scored, Subject, run_choice, scored_as, time_plan
 from .folder import Card, Figure, Folder, Section, Shown
-from .options import SkipAmount, TaskChoice, Words, space_of
+from .options import SkipAmount, TaskChoice, Words, read_plans, space_of
 from .pages import MeasuredPlan, points_of, results, shown_plans
+from .repair import REFIT
 from .search import tasks_of
 from .verdict import is_usable, next_command, on_the_text
 
@@ -61,6 +75,8 @@ class Answered(Skips):
 
 
 RUN = ("criterion", "objective", "space", "count")
+SKIP = "attention:4,8"  # by default
+GIVEN = "given plan"  # what plans of files are among
 COMMAND = ["notall", "compare"]
 ALIKE = ("revision", "dtype", "seed", "text_sha256", "held_out_sha256", "length", "sequences")  # where they are joined
 
@@ -69,10 +85,11 @@ class ChoiceRecord(Record, Answered, kind="choice", key=RUN):
     """What one run chose."""
 
 
-class PlanTimesRecord(Record, kind="plan_times", key=("footprint",)):
+class PlanTimesRecord(Record, kind="plan_times", key=("footprint", "in_prompt")):
     """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
 
     footprint: Footprint
+    in_prompt: SublayerNames = Field("", description="what only the prompt skips, which no footprint tells")
     times: Times
 
 
@@ -85,6 +102,21 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
     added_bytes: Count = Field(0, description="of matrices that the repair keeps at run time")
     tasks: tuple[TaskScore, ...] = ()
     folder: str | None = Field(None, exclude=True, description="where it was joined from")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it is of a plan in a file, and nothing was chosen."""
+        return self.space == GIVEN
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """What it stands beside: as many of the same space, or the other plans that were given."""
+        return self.space, 0 if self.is_given else self.count
+
+    @property
+    def among(self) -> str:
+        """Its group in words."""
+        return "plans that were given" if self.is_given else several_of(self.space, self.count)
 
     @property
     def run(self) -> Key:
@@ -106,7 +138,7 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
 
     @property
     def name(self) -> str:
-        return f"{self.way}: {several_of(self.space, self.count)}"
+        return self.way if self.is_given else f"{self.way}: {several_of(self.space, self.count)}"
 
     def figures(self) -> dict[str, Scalar]:
         return super().figures() | {
@@ -133,7 +165,11 @@ CHOSEN: tuple[Column[ComparisonRecord], ...] = (
 
 
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
-    """The columns of a comparison; those of the tasks of `records` follow the quality."""
+    """The columns of a comparison; those of the tasks of `records` follow the quality.
+
+    Milliseconds are among them where a plan skips in the prompt alone: to the first token, and of each further one.
+    """
+    of_prompt = any(one.plan.prefill for one in records)
     return (
         *CHOSEN,
         words("folder", lambda one: one.folder),
@@ -143,6 +179,7 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
+        *(within((PREFILL_MS, DECODE_MS), lambda one: one.times) if of_prompt else ()),
         number("evaluations", lambda one: one.spent.evaluations, ",d"),
         FORWARDS,
         number("CPU s", lambda one: one.spent.seconds, ",.1f"),
@@ -167,9 +204,13 @@ class CompareOptions:
     PANEL: ClassVar = "What is compared"
 
     skip: Words = option(
-        ("attention:4,8",),
-        "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more",
+        (),
+        "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more "
+        f"(default: {SKIP}, if no plan is given)",
         metavar="KIND:COUNT[,...]",
+    )
+    plan: tuple[Path, ...] = option(
+        (), "also compare this plan file, folder of a repair, or published:NAME; repeat it for more"
     )
     criterion: Words = option((), "a name of `notall criteria`, or module:function; repeat it for more (default: all)")
     objective: Words = option(("kl",), "nll, kl, answers, task:NAME, or a sum; repeat it for more", (), "OBJECTIVE")
@@ -190,6 +231,8 @@ class CompareOptions:
         need(*(module for name in self.criterion for module in criterion(name).needs))
         for name in self.repair:
             method(name)
+            for plan in self.given.values() if name not in (REFIT, UNREPAIRED) else ():
+                refuse_prefill(plan, f"a repair by {name}")
         for amount in self.amounts:
             if not amount.amounts or any(one < 1 or one % 1 for one in amount.amounts):
                 raise UsageError(f"--skip {shortened(amount)} is no kind and counts: write attention:4,8")
@@ -197,7 +240,26 @@ class CompareOptions:
 
     @property
     def amounts(self) -> list[SkipAmount]:
-        return [SkipAmount.parse(text) for text in self.skip]
+        return [SkipAmount.parse(text) for text in self.skip or (() if self.plan else (SKIP,))]
+
+    @cached_property
+    def given(self) -> dict[str, Plan]:
+        """The plans of files, by their names. Raises `UsageError` as `read_plans` does."""
+        return read_plans(self.plan)
+
+    def prompt_of(self, length: int) -> int | None:
+        """Half of each window of `length`, where a given plan skips in the prompt alone; else None: all is scored.
+
+        Raises `UsageError` where nothing would be skipped in so short a prompt.
+        """
+        skips = [plan.prefill for plan in self.given.values() if plan.prefill]
+        if not skips:
+            return None
+        whole = max(one.last_tokens for one in skips)
+        if length // 2 <= whole:
+            told = f"half of a window of {length} tokens is the prompt, whose last {whole} run whole"
+            raise UsageError(f"{told}: give a --length of {2 * whole + 2} or more")
+        return length // 2
 
     def runs(self, model: PreTrainedModel) -> list[Run]:
         """What is to be chosen. Raises `UsageError` where there is nothing of a kind to choose among."""
@@ -277,11 +339,15 @@ def compare_criteria(
     workload: Workload | None = None,
     repairs: Sequence[str] = (),
     repair_text: Sequence[Tensor] = (),
+    given: Mapping[str, Plan] = MappingProxyType({}),
+    prompt_tokens: int | None = None,
     progress: Progress = silent,
 ) -> list[ComparisonRecord]:
     """Choose as `runs` say, then score, ask and time all plans; one record a run. The subject's text is held out.
 
-    With `repairs`, one more for each of them, behind the run's own: its plan, repaired with batches of `repair_text`.
+    Behind them come the `given` plans, by their names; one with weights as it is, and as it was without them. With
+    `repairs`, one more for each of them, behind the run's own: its plan, repaired with batches of `repair_text`.
+    With `prompt_tokens` all are scored behind so many tokens of each sequence, which plans with a prefill part need.
     Goes on where it stopped. Raises `UsageError` when the folder holds work of other settings, and as `choose` does.
     """
     from ..choosing.criteria import criterion
@@ -289,40 +355,86 @@ def compare_criteria(
 
     ways = [name for name in dict.fromkeys(repairs) if name != UNREPAIRED]
     check_runs(subject.model, runs, workload)
+    check_given(subject.model, given.values())
     jobs, about = tasks.jobs(), Provenance.of(subject.provenance, seed=subject.seed)
+    if prompt_tokens:
+        about = Provenance.of(about, prompt_tokens=prompt_tokens)
     source = Provenance.of(about, fingerprint=subject.structure.fingerprint)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}
-    repaired_in = 0.3 * (chosen_in := sum(costs.values())) * len(ways)
+    repaired_in = 0.3 * (chosen_in := sum(costs.values()) or 1.0) * len(ways)
     stages = Stages(progress, 1.5 * chosen_in + repaired_in)  # what is measured takes half as much again
     with working_in(subject.out, "compare"):
         asked = [(run, stages.stage(cost)) for run, cost in costs.items()]
-        choices = _Choosing(subject, objectives, about).choices(asked)
+        choices: list[Answered] = [*_Choosing(subject, objectives, about).choices(asked)]
+        choices += [_answer(name, plan) for name, plan in given.items()]
         plans = list(dict.fromkeys(choice.plan for choice in choices))
+        own = [(name, plan) for name, plan in given.items() if plan.state == "repaired"]
         held = HeldScores(subject, Provenance.of(about, held_out_tokens=subject.tokens))
-        scored = {scored_as(plan): plan for plan in (Plan(), *plans)}
+        scored = {scored_as(plan, UNREPAIRED, prompt_tokens): plan for plan in (Plan(), *plans)}
+        scored |= {scored_as(plan, own_weights(plan), prompt_tokens): plan for _, plan in own}
         held.measure(scored, "scoring plans on held-out text", stages.stage(0.3 * chosen_in))
-        added = _repaired(subject, plans, ways, repair_text, held, stages.stage(repaired_in))
+        added = _repaired(subject, plans, ways, repair_text, held, stages.stage(repaired_in), prompt_tokens)
         answering, timing = stages.stage(0.1 * chosen_in), stages.stage(0.1 * chosen_in)
+        asked_of = [*plans, *(plan for _, plan in own)]
         answers = run_choice(
-            subject.model, subject.tokenizer, plans, jobs, tasks, folder=subject.out / "answers", progress=answering
+            subject.model, subject.tokenizer, asked_of, jobs, tasks, folder=subject.out / "answers", progress=answering
         )
+        rows: list[tuple[Answered, str, Plan]] = []  # with what tasks are asked of it
+        for choice in choices:
+            rows += [(choice, repair, choice.plan) for repair in (UNREPAIRED, *ways)]
+            rows += [(choice, own_weights(plan), plan) for name, plan in own if name == choice.criterion]
         times = shared_times(subject, plans, workload, about, timing) if workload else {}
         records = [
             ComparisonRecord.from_fact(
                 choice,
-                **{"repair": repair, "added_bytes": added[repair, choice.plan]} if repair != UNREPAIRED else {},
-                quality=held.quality(scored_as(choice.plan, repair)),
+                **_repair_facts(repair, added.get((repair, choice.plan), 0)),
+                quality=held.quality(scored_as(choice.plan, repair, prompt_tokens)),
                 footprint=footprint(subject.model, choice.plan),
-                tasks=tuple(one.score for one in answers if one.plan == choice.plan and repair == UNREPAIRED),
+                tasks=tuple(one.score for one in answers if one.plan == asked_plan and repair not in ways),
                 # What adds matrices takes other times.
                 times=None if added.get((repair, choice.plan)) else times.get(choice.plan),
-                provenance=Provenance.of(source, **source_of(choice.criterion)),
+                provenance=Provenance.of(source, **({} if choice.space == GIVEN else source_of(choice.criterion))),
             )
-            for choice, repair in product(choices, (UNREPAIRED, *ways))
+            for choice, repair, asked_plan in rows
         ]
-        found = _done(records, Ledger(subject.out, ComparisonRecord), held)
+        found = _done(records, Ledger(subject.out, ComparisonRecord), held, prompt_tokens)
         progress(stages.steps, stages.steps, f"compared {several(len(records), 'choice')}")
         return found
+
+
+def check_given(model: PreTrainedModel, plans: Iterable[Plan]) -> None:
+    """Raise `UsageError` for a plan, or a repair, of another model."""
+    from ..running.repaired import RepairedPlan
+    from ..structure.locating import locate
+
+    for plan in plans:
+        plan.check(locate(model))
+        if isinstance(plan, RepairedPlan):
+            plan.check_replaced(model)
+
+
+def own_weights(plan: Plan) -> str:
+    """What a repair that a plan brings is called: by its weights."""
+    return f"own-{plan.digest[:8]}"
+
+
+def _answer(name: str, plan: Plan) -> Answered:
+    """A plan of a file as what a criterion of its name would have answered."""
+    return Answered(
+        plan=plan.unrepaired,
+        criterion=name,
+        objective="",
+        space=GIVEN,
+        count=len(plan) + len(plan.prefill),
+        order=(),
+        calibration_tokens=0,
+        spent=SearchCost(),
+        forwards=0.0,
+    )
+
+
+def _repair_facts(repair: str, added: int) -> Settings:
+    return {"repair": repair, "added_bytes": added} if repair != UNREPAIRED else {}
 
 
 def shared_times(
@@ -335,12 +447,13 @@ def shared_times(
     held = Ledger(subject.out, PlanTimesRecord, about)
     found = {}
     for done, plan in enumerate(plans):
-        left = footprint(subject.model, plan)
-        if (left,) not in held:
+        left, in_prompt = footprint(subject.model, plan), " ".join(plan.prefill.marked_names)
+        if (left, in_prompt) not in held:
             progress(done, len(plans), f"timing {plan}")
             times = time_plan(subject, plan, workload)
-            held.add(PlanTimesRecord(footprint=left, times=times, provenance=about))
-        found[plan] = held[left,].times
+            more = {"in_prompt": in_prompt} if in_prompt else {}
+            held.add(PlanTimesRecord(footprint=left, times=times, **more, provenance=about))
+        found[plan] = held[left, in_prompt].times
     return found
 
 
@@ -351,6 +464,7 @@ def _repaired(
     text: Sequence[Tensor],
     held: HeldScores,
     progress: Progress,
+    prompt_tokens: int | None = None,
 ) -> dict[tuple[str, Plan], int]:
     """By repair and plan the bytes added at run time; scores are held, and repaired weights of one plan at a time."""
     from ..repairing.methods import kept_repair
@@ -361,31 +475,43 @@ def _repaired(
         for name in ways:
             progress(done, len(plans), f"{name} of {plan}")
             repaired[name] = kept_repair(subject.out / "repairs", name, subject.model, plan, text)[0]
-        held.measure({scored_as(plan, name): one for name, one in repaired.items()}, f"scoring repairs of {plan}")
+        scored = {scored_as(plan, name, prompt_tokens): one for name, one in repaired.items()}
+        held.measure(scored, f"scoring repairs of {plan}")
         found |= {(name, plan): one.added_bytes for name, one in repaired.items()}
     return found
 
 
-def _done(rows: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores) -> list[ComparisonRecord]:
+def _done(
+    rows: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores, prompt_tokens: int | None
+) -> list[ComparisonRecord]:
     """The same beside the best of as many of the same space, repaired alike; what is new of these is written down."""
     asked = {record.key for record in rows}
     every = [*rows, *(record for record in kept if record.key not in asked)]
-    groups: dict[tuple[str, int, str], list[ComparisonRecord]] = {}
+    groups: dict[Key, list[ComparisonRecord]] = {}
+
+    def place_of(one: ComparisonRecord) -> Scored:
+        return scored_as(one.plan, one.repair, prompt_tokens)
+
     for record in every:
-        if is_number(record.quality.delta_nll) and held.has(scored_as(record.plan, record.repair)):
-            groups.setdefault((record.space, record.count, record.repair), []).append(record)
+        if is_number(record.quality.delta_nll) and held.has(place_of(record)):
+            groups.setdefault((*record.group, _alike(record)), []).append(record)
     behind: dict[Key, tuple[float, float]] = {}
     for group in groups.values():
         best, *others = sorted(group, key=lambda one: one.quality.delta_nll)
-        least = held.scores(scored_as(best.plan, best.repair)).nll
+        least = held.scores(place_of(best)).nll
         for one in others:
-            mine = held.scores(scored_as(one.plan, one.repair)).nll
+            mine = held.scores(place_of(one)).nll
             behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
     for place, record in enumerate(every):
         more, error = behind.get(record.key, (math.nan, math.nan))
         every[place] = record.model_copy(update={"behind": more, "behind_se": error})
     kept.renew(every)
     return every[: len(rows)]
+
+
+def _alike(record: ComparisonRecord) -> str:
+    """How it is repaired, for what stands beside it: each given plan has weights of its own, or none."""
+    return "" if record.is_given else record.repair
 
 
 class _Choosing:
@@ -478,7 +604,7 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
     (out / "plans").mkdir(exist_ok=True)
     for record in records:
         about = {"fingerprint": record.what.get("fingerprint"), "note": record.chosen_by}
-        Plan(record.plan.attention, record.plan.mlp, **about).save(plan_file(out, record))
+        record.plan.model_copy(update=about).save(plan_file(out, record))
     if installed(*FIGURES):
         from ..charts.losses import losses_in_panels
         from ..charts.style import save
@@ -489,7 +615,7 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
 def timed_once(records: Sequence[ComparisonRecord]) -> bool:
     """Whether plans of different sublayers show the same measurement of time."""
     timed = [record for record in records if record.times]
-    return len({record.plan for record in timed}) > len({record.footprint for record in timed})
+    return len({record.plan for record in timed}) > len({(one.footprint, one.plan.prefill) for one in timed})
 
 
 def comparison_table(records: Sequence[ComparisonRecord]) -> str:
@@ -506,8 +632,9 @@ def _parts(
     """A table for each space and count, all of the same columns."""
     ranked = [records[place] for place in best_first(records)]
     whole = table("", columns, ranked)
-    for (space, count), rows in groupby(zip(ranked, whole.rows), key=lambda row: (row[0].space, row[0].count)):
-        yield several_of(space, count), replace(whole, rows=tuple(cells for _, cells in rows))
+    for _, rows in groupby(zip(ranked, whole.rows), key=lambda row: row[0].group):
+        some = [*rows]
+        yield some[0][0].among, replace(whole, rows=tuple(cells for _, cells in some))
 
 
 def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
@@ -516,7 +643,7 @@ def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
     for one in records:
         lost[one.run] = min(one.quality.nats_lost, lost.get(one.run, math.inf))
     spaces = [*dict.fromkeys(one.space for one in records)]
-    ranks = [(spaces.index(one.space), one.count, lost[one.run], one.run, one.quality.nats_lost) for one in records]
+    ranks = [(spaces.index(one.space), one.group[1], lost[one.run], one.run, one.quality.nats_lost) for one in records]
     return sorted(range(len(records)), key=ranks.__getitem__)
 
 
@@ -554,7 +681,10 @@ def joined(folders: Sequence[Folder]) -> Folder:
 def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     found = shown_plans(folder, records, _sections(records), _found_again)
-    again = [next_command("reproduce", one.folder or folder.path, row=one.name, out="again") for one in records]
+    again = [
+        "" if one.is_given else next_command("reproduce", one.folder or folder.path, row=one.name, out="again")
+        for one in records
+    ]
     again = again if folder.provenance.command[:2] == COMMAND else [""] * len(records)
     steps = tuple(replace(step, order=one.order, again=by) for step, one, by in zip(found.steps, records, again))
     return replace(found, cards=tuple(_cards(records)), steps=steps)
@@ -563,6 +693,8 @@ def shown(folder: Folder) -> Shown:
 def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
     """What makes the model of a choice: from its plan, or else by a search for the same."""
     plan = plan_file(Path(record.folder or folder.path), record)
+    if record.is_given:
+        return "see what that saves", next_command("bench", folder.model, plan=plan)
     if not plan.is_file():
         way = record.criterion if record.criterion != "search" else None
         by = record.objective if record.objective in ("nll", "kl", "answers") else None
@@ -590,7 +722,12 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
         told = f"quality lost by the number of {SET_NAMES.get(space, space)}s skipped"
         figures.append(Figure(drawn, told, title=space, csv=data))
     shapes = {UNREPAIRED: ""}
-    timed = [replace(one, shape=one.panel + shapes.get(one.shape, f", {one.shape}")) for one in points if one.speedup]
+    of_prompt = {number for number, one in enumerate(records) if one.plan.prefill and not len(one.plan)}
+    timed = [
+        replace(one, shape=one.panel + shapes.get(one.shape, f", {one.shape}"))
+        for one in points
+        if one.speedup and one.plan not in of_prompt  # which decodes as the original does
+    ]
     if timed:
         chart = tradeoff(timed, colours, colour="criterion", shape="among")
         figures.append(Figure(on_page(chart), "quality lost against decode speedup", title="against decode speedup"))
@@ -602,8 +739,8 @@ def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
     known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
     for space in list(dict.fromkeys(record.space for record in known))[:4]:
         asked = [record for record in known if record.space == space]
-        count = max(record.count for record in [one for one in asked if is_usable(one.quality)] or asked)
-        best = min((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
-        told = f"{best.way}, {best.forwards:,.1f} forward passes to find"
+        group = max(record.group for record in [one for one in asked if is_usable(one.quality)] or asked)
+        best = min((one for one in asked if one.group == group), key=lambda one: one.quality.delta_nll)
+        told = best.way + ("" if best.is_given else f", {best.forwards:,.1f} forward passes to find")
         told += "" if is_usable(best.quality) else "; no longer usable"
-        yield Card.of_loss(f"Loses least: {several_of(space, count)}", best.quality, told)
+        yield Card.of_loss(f"Loses least: {best.among}", best.quality, told)

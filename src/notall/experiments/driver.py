@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from itertools import product
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import Field
 
 from ..errors import FIGURES, UsageError, installed
-from ..files import write_whole
+from ..files import Settings, write_whole
 from ..options import Workload
 from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
@@ -39,11 +40,14 @@ UNREPAIRED = "none"
 RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:function
 
 
-class ScoresRecord(Record, kind="scores", key=("batch", "repair", "names")):
+class ScoresRecord(Record, kind="scores", key=("batch", "repair", "names", "prompt_tokens")):
     """Scores on one batch of token ids, by what is skipped; of the original model by nothing."""
 
     batch: Count = Field(description="its number, from 0")
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
+    prompt_tokens: Count | None = Field(
+        None, description="first tokens of each sequence, its prompt, which are not scored"
+    )
     scores: dict[SublayerNames, Scores]
 
     @property
@@ -99,19 +103,30 @@ class Subject:
     def tokens(self) -> int:
         return sum(batch.numel() for batch in self.batches)
 
-    def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
+    def score(self, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None) -> list[Scores]:
         """As `quality.score`: of the original model, then of each plan."""
         from ..measuring.quality import score
 
-        return self.workers.score(plans, tokens) if self.workers else score(self.model, plans, tokens)
+        if self.workers:
+            return self.workers.score(plans, tokens, prompt_tokens)
+        return score(self.model, plans, tokens, prompt_tokens)
 
 
-Scored = tuple[str, str]  # the repair, and the names of what is skipped
-DENSE: Scored = (UNREPAIRED, "")
+class Scored(NamedTuple):
+    """What is scored: a plan, its repair, and behind how many tokens of each sequence."""
+
+    repair: str
+    skipped: str
+    prompt_tokens: int | None = None
+
+    @property
+    def dense(self) -> Scored:
+        """The original model on the same tokens."""
+        return Scored(UNREPAIRED, "", self.prompt_tokens)
 
 
-def scored_as(plan: Plan, repair: str = UNREPAIRED) -> Scored:
-    return repair, " ".join(plan.names)
+def scored_as(plan: Plan, repair: str = UNREPAIRED, prompt_tokens: int | None = None) -> Scored:
+    return Scored(repair, plan.skipped, prompt_tokens)
 
 
 class HeldScores:
@@ -120,27 +135,40 @@ class HeldScores:
     def __init__(self, subject: Subject, about: Provenance) -> None:
         self.subject, self.about = subject, about
         self.kept = Ledger(subject.out, ScoresRecord, about)
-        self._held = {(one.batch, one.repair, names): its for one in self.kept for names, its in one.scores.items()}
+        self._held = {
+            (one.batch, *Scored(one.repair, skipped, one.prompt_tokens)): its
+            for one in self.kept
+            for skipped, its in one.scores.items()
+        }
 
     def measure(self, plans: Mapping[Scored, Plan], doing: str, progress: Progress = silent) -> None:
-        """Of each of `plans`, which may be repaired; the first one may be the dense one."""
-        for number, tokens in enumerate(self.subject.batches):
-            lacking = [key for key in plans if (number, *key) not in self._held]
-            if not lacking:
-                continue
-            progress(number, len(self.subject.batches), doing)
-            asked = [key for key in lacking if key != DENSE]
-            found = dict(zip([DENSE, *asked], self.subject.score([plans[key] for key in asked], tokens)))
-            self._held |= {(number, *key): found[key] for key in lacking}
-            by_repair: dict[str, dict[str, Scores]] = {}
-            for repair, names in lacking:
-                by_repair.setdefault(repair, {})[names] = found[repair, names]
-            records = [
-                ScoresRecord(batch=number, repair=repair, scores=scores, provenance=self.about)
-                for repair, scores in by_repair.items()
-            ]
-            self.kept.add(*records)
+        """Of each of `plans`, which may be repaired; the dense one may be among them."""
+        prompts = dict.fromkeys(key.prompt_tokens for key in plans)
+        for number, prompt in product(range(len(self.subject.batches)), prompts):
+            asked = [key for key in plans if key.prompt_tokens == prompt]
+            if lacking := [key for key in asked if (number, *key) not in self._held]:
+                progress(number, len(self.subject.batches), doing)
+                self._score(number, {key: plans[key] for key in lacking}, prompt)
         progress(1, 1, doing)
+
+    def _score(self, number: int, plans: Mapping[Scored, Plan], prompt: int | None) -> None:
+        """Of the batch of that number, all behind one prompt, and keep it."""
+        dense = scored_as(Plan(), prompt_tokens=prompt)
+        asked = [key for key in plans if key != dense]
+        tokens = self.subject.batches[number]
+        scores = self.subject.score([plans[key] for key in asked], tokens, prompt)
+        found = dict(zip([dense, *asked], scores))
+        self._held |= {(number, *key): found[key] for key in plans}
+        by_repair: dict[str, dict[str, Scores]] = {}
+        for key in plans:
+            by_repair.setdefault(key.repair, {})[key.skipped] = found[key]
+        about: Settings = {"batch": number, **({"prompt_tokens": prompt} if prompt else {})}
+        self.kept.add(
+            *(
+                ScoresRecord(**about, repair=repair, scores=scores, provenance=self.about)
+                for repair, scores in by_repair.items()
+            )
+        )
 
     def has(self, key: Scored) -> bool:
         return all((number, *key) in self._held for number in range(len(self.subject.batches)))
@@ -159,7 +187,7 @@ class HeldScores:
     def quality(self, key: Scored) -> Quality:
         from ..measuring.quality import summarize
 
-        return summarize(self.scores(key), self.scores(DENSE))
+        return summarize(self.scores(key), self.scores(key.dense))
 
 
 def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progress = silent, name: str = "") -> Times:

@@ -3,20 +3,21 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ..files import Settings
 from ..measuring.statistics import Estimate
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, Stages, reading, silent, tracked
 from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
-from ..results.ledger import Ledger, working_in
+from ..results.ledger import Ledger, read, working_in
 from ..results.provenance import Provenance
 from ..results.record import Fact, is_number
 from ..results.repairs import HEALING, MEASURED, REFITS, HealRecord, MeasuredRecord, RefitRecord
 from ..results.table import Column, number, table, within, words
+from .bench import BenchRecord
 from .folder import Card, Figure, Folder, Section, Shown, Step, in_nats
 from .options import PlanOptions, TaskChoice
 from .recovery import judge, keep_scores, scores_of
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 
 
 STATES: tuple[State, ...] = get_args(State)
+REFIT_OF_KEPT = (
+    "Squared distance of the stream behind each sublayer from where it should be, over what it would be without a "
+    "refit there",
+    "What became of each kept sublayer",
+)
+REFIT_OF_PROMPT = (
+    "Squared distance of the prompt's keys and values from the original model's, over what it would be without a refit",
+    "What became of the keys and values of each attention that the prompt skips",
+)
 
 
 class ModelQuality(Fact):
@@ -119,7 +129,8 @@ class Evaluation:
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
     """The command that may find something better than what was asked for."""
     if asked.skip:
-        return next_command("search", spec, skip=asked.amount, out="better.json")
+        words = {name: value for name, value in asked.words.items() if name != "keep_last"}
+        return next_command("search", spec, **words, out="better.json")
     return mending(spec, asked.plan, plan.state == "repaired")
 
 
@@ -150,23 +161,58 @@ def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
 
 def shown(folder: Folder) -> Shown:
     timed = "see what that saves", next_command("bench", folder.model, *folder.plan_options)
-    return shown_measured(folder, lambda verdict: timed if verdict.usable else asking_for_less(folder.model))
+
+    def then(verdict: Verdict) -> tuple[str, str]:
+        return timed if verdict.usable else asking_for_less(folder.model, verdict.plan)
+
+    return shown_measured(folder, then)
 
 
 def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -> Shown:
-    """What a page says of a folder of `repair`, `heal` or `eval`: its last state, and what comes `then`."""
+    """What a page says of a folder of `repair`, `heal` or `eval`: its last state, and what comes `then`.
+
+    With the times of `notall bench` in the folder beside it, such as `repaired.bench`, where they are of that plan.
+    """
     measured, last = folder.of(MeasuredRecord), last_measured(folder)
-    states, message = {one.model: one for one in measured}, None
+    timed, message = (timed_beside(folder.path, last.plan) if last else None), None
+    steps = tuple(Step(one.plan.in_words(), one.plan) for one in measured[:1])
     if last:
-        verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
+        step = Step(last.plan.in_words(), last.plan, last.quality if timed else None)
+        if timed and timed.skipped:
+            left, dense = timed.skipped.footprint, timed.dense.footprint
+            step = replace(step, times=timed.skipped.times, footprint=left, dense=dense)
+        steps = (step,)
+        on = last.text if last.plan.prefill else ""  # where its prompt ends
+        verdict = replace(Verdict.of(step, folder), quality=last.quality, text=on, state=last.model)
         verdict = verdict.judged(scores_of(folder, last.plan))
         message = verdict.message(*then(verdict))
     return Shown(
         message=message,
-        cards=tuple(_cards(measured)),
-        steps=tuple(Step(one.plan.in_words(), one.plan) for one in list(states.values())[:1]),
+        cards=(*(_speed_cards(timed) if timed else ()), *_cards(measured)),
+        steps=steps,
         sections=tuple(_sections(folder)),
     )
+
+
+def timed_beside(folder: Path, plan: Plan) -> BenchRecord | None:
+    """The last times of a plan in the folder that is called as this one, but for its ending: `.bench`."""
+    path = folder.resolve().with_suffix(".bench") / BenchRecord.file  # of "." too
+    found = read(path, BenchRecord) if path.is_file() else []
+    return next((one for one in reversed(found) if one.plan.indices == plan.indices), None)
+
+
+def _speed_cards(timed: BenchRecord) -> Iterator[Card]:
+    """What a plan makes faster, first what it is for."""
+    if not timed.skipped:
+        return
+    times, of_prompt = timed.skipped.times, timed.plan.prefill and not len(timed.plan)
+    first, other = times.speedup_prefill, times.speedup_decode
+    titles = f"The first token, {several(timed.prompt_tokens, 'prompt token')}", "each further token"
+    if not of_prompt:
+        first, other = other, first
+        titles = "Each token", f"the first of {several(timed.prompt_tokens, 'prompt token')}"
+    told = f"quartiles {first.low:.2f} to {first.high:.2f}; {titles[1]}: {other.median:.2f}×"
+    yield Card(titles[0], f"{first.median:.2f}×", "as fast", told)
 
 
 def _sections(folder: Folder) -> Iterator[Section]:
@@ -185,12 +231,11 @@ def _sections(folder: Folder) -> Iterator[Section]:
         drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the CPU time", note=note)
         yield Section("healing", "How the healing went", (drawn,), table("healing", HEALING, looks))
     if refits := folder.of(RefitRecord):
-        note = (
-            "Squared distance of the stream behind each sublayer from where it should be, over what it would be "
-            "without a refit there, on windows that were not fitted to. 100%: it was left alone."
-        )
+        last = last_measured(folder)
+        what, title = REFIT_OF_PROMPT if last and last.plan.prefill else REFIT_OF_KEPT
+        note = f"{what}, on windows that were not fitted to. 100%: it was left alone."
         drawn = Figure(on_page(by_depth(refits), 300), "Error that each refit left, by depth", note=note)
-        yield Section("refits", "What became of each kept sublayer", (drawn,), table("refits", REFITS, refits))
+        yield Section("refits", title, (drawn,), table("refits", REFITS, refits))
 
 
 def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
@@ -203,15 +248,21 @@ def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
 
 def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
     """For each of the first texts what is lost in the end, and what was before."""
-    texts: dict[str, dict[State, Quality]] = {}
+    texts, of_prompt = dict[str, dict[State, Quality]](), any(one.plan.prefill for one in measured)
     for one in measured:
         if one.plan:
             texts.setdefault(one.text, {})[one.model] = one.quality
     for text, states in list(texts.items())[:5]:
         *before, last = sorted(states, key=STATES.index)
-        told = [f"{last}{_beside(states[last])}"]
+        told = [f"{last}{_beside(states[last])}{_interval(states[last]) if of_prompt else ''}"]
         told += [f"{in_nats(states[state])} {state}{_beside(states[state])}" for state in before]
         yield Card.of_loss(text, states[last], "; ".join(told))
+
+
+def _interval(quality: Quality) -> str:
+    """Of what is lost, by Student's t over windows; "" of a single one."""
+    low, high = Estimate(quality.nats_lost, quality.delta_nll_se, quality.sequences - 1).ends()
+    return f", 95 % interval {low:+.3f} to {high:+.3f}" if is_number(low) and is_number(high) else ""
 
 
 def _beside(quality: Quality) -> str:

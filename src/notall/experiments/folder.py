@@ -87,8 +87,9 @@ class Card:
 
     @classmethod
     def of_loss(cls, title: str, quality: Quality, text: str) -> "Card":
-        error = f"± {quality.delta_nll_se:.2f} " if is_number(quality.delta_nll_se) else ""
-        return cls(title, f"{quality.delta_nll:+.2f}", f"{error}nats a token", text)
+        digits = _digits(quality)
+        error = f"± {quality.delta_nll_se:.{digits}f} " if is_number(quality.delta_nll_se) else ""
+        return cls(title, f"{quality.delta_nll:+.{digits}f}", f"{error}nats a token", text)
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,13 @@ class Step:
 def in_nats(quality: Quality) -> str:
     """Such as `+0.20 ± 0.02 nats a token`, with three digits where the error needs them; one window has no error."""
     error = quality.delta_nll_se
-    digits = 3 if is_number(error) and error < 0.005 else 2
+    digits = _digits(quality)
     return f"{quality.nats_lost:+.{digits}f}{f' ± {error:.{digits}f}' if is_number(error) else ''} nats a token"
+
+
+def _digits(quality: Quality) -> int:
+    """Behind the point of a loss: as many as its error needs."""
+    return 3 if is_number(quality.delta_nll_se) and quality.delta_nll_se < 0.005 else 2
 
 
 @dataclass(frozen=True)

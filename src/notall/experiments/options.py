@@ -335,6 +335,14 @@ def read_plan(path: Path) -> Plan:
     return Plan.load(path)
 
 
+def read_plans(paths: Sequence[Path]) -> dict[str, Plan]:
+    """Plans by the names of their files. Raises `UsageError` for two of one name."""
+    names = [path.name.removeprefix("published:").removesuffix(".json") for path in paths]
+    if len(set(names)) < len(names):
+        raise UsageError("two of the plans have the same name: rename one")
+    return dict(zip(names, map(read_plan, paths)))
+
+
 KeepFirst = Annotated[bool, Option("preserve the first layer")]
 KeepLast = Annotated[bool, Option("preserve the last layer")]
 PHASE = "skip for all tokens, or for a prompt's alone, whose keys and values are kept (prefill)"

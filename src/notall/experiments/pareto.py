@@ -32,7 +32,7 @@ from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Key, Loss, Number, Positive, Record, SublayerNames, Unsigned, is_number
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Figure, Folder, Message, Section, Shown
-from .options import Words, read_plan, words_of
+from .options import Words, read_plans, words_of
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 from .written import Written
@@ -477,7 +477,7 @@ class _Run:
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
 
     def _compared(self, variant: Variant) -> ParetoRecord:
-        skipped = " ".join(variant.subject.plan.names)
+        skipped = variant.subject.plan.skipped
         about = {**variant.named, "skipped": skipped, "provenance": variant.subject.source(self.provenance)}
         if variant.key in self.failed:
             return ParetoRecord(**about, failed=self.failed[variant.key])
@@ -579,6 +579,11 @@ class EngineOptions:
         found = engine_named(self.engine)(self.threads or cores())
         return replace(found, dtype=dtype_name(model)) if model else found
 
+    def check_plans(self, plans: Iterable[Plan]) -> None:
+        """Raise `UsageError` for a plan that skips in the prompt alone, which none of the engines can run yet."""
+        for plan in plans:
+            refuse_prefill(plan, f"the engine {self.engine}")
+
     def provenance(self, about: Provenance, engine: Engine, workload: Workload, **more: object) -> Provenance:
         """`about`, with what decides figures in the engine, as `more` does, and its version."""
         tokens = {"prompt_tokens": workload.prompt_tokens, "generation_tokens": workload.generation_tokens}
@@ -604,12 +609,7 @@ class ParetoPlans(SpaceOptions):
         """Plans by the names of their files. Raises `UsageError` for two of one name, and for a repair that is none."""
         if self.repair != NONE:
             check_method(self.repair)
-        given = {path.name.removeprefix("published:").removesuffix(".json"): read_plan(path) for path in self.plan}
-        if len(given) < len(self.plan):
-            raise UsageError("two of the plans have the same name: rename one")
-        for plan in given.values():
-            refuse_prefill(plan, "an engine")
-        return given
+        return read_plans(self.plan)
 
     @property
     def wanted(self) -> tuple[tuple[float, ...], list[float]]:

@@ -1,6 +1,7 @@
 """The paper's experiment: three variants, three fractions, with and without the last layer, beside the original."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,16 +9,16 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..digests import digest_of
-from ..errors import FIGURES, installed
+from ..errors import FIGURES, UsageError, installed
 from ..files import Settings, write_whole
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, GRID, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
-from ..results.provenance import Provenance, place_of, windows_in_words
-from ..results.record import Record, is_number
-from ..results.table import Column, as_latex, inherited, table, within
+from ..results.provenance import Provenance, behind, place_of, windows_in_words
+from ..results.record import Count, Fact, Number, Record, Unsigned, is_number
+from ..results.table import Column, as_latex, inherited, table, with_error, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Figure, Folder, Sample, Shown
 from .pages import MeasuredPlan, points_of, results, shown_plans, similarity_section
@@ -27,16 +28,38 @@ if TYPE_CHECKING:
     from altair import LayerChart
     from torch import Tensor
 
+    from ..structure.model_structure import ModelStructure
+
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
 
 
+class InPrompt(Fact):
+    """What the same sublayers cost where the prompt alone skips them, behind that prompt."""
+
+    prompt_tokens: Count = Field(description="first tokens of each window, which are not scored")
+    in_prompt_delta_nll: Number = Field(description="less the original model's there, nats per token")
+    in_prompt_delta_nll_se: Unsigned = Field(description="of the paired differences")
+    in_prompt_kl: Number = Field(description="KL(dense || skipped) of the next token, nats per token")
+    in_prompt_kl_se: Unsigned = Field(description="nats per token")
+
+
+IN_PROMPT: Column[InPrompt] = with_error(
+    "NLL added, in the prompt alone",
+    lambda one: (one.in_prompt_delta_nll, one.in_prompt_delta_nll_se),
+    unit=DELTA_NLL.unit,
+)
+
+
 class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
     """One configuration, measured."""
 
     times: Times
+    in_prompt: InPrompt | None = Field(
+        None, description="the same sublayers, skipped in the prompt alone; None where they cannot be"
+    )
 
 
 class SaidRecord(Record, Configured, kind="samples", key=(*GRID, "plan")):
@@ -48,6 +71,7 @@ class SaidRecord(Record, Configured, kind="samples", key=(*GRID, "plan")):
 COLUMNS: tuple[Column[SweepRecord], ...] = (
     *inherited(SweepRecord, CONFIGURED),
     *within((DELTA_NLL,), lambda one: one.quality),
+    *within((IN_PROMPT,), lambda one: one.in_prompt),
     *within(SPEEDUPS, lambda one: one.times),
     *within(QUALITY[1:4], lambda one: one.quality),
     *within(FOOTPRINT, lambda one: one.footprint),
@@ -68,7 +92,9 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
     rows = paper_grid(subject.structure)
     asked = {"workload": asdict(workload), "seed": subject.seed, "batches": digest_of(subject.batches)[:16]}
     about = Provenance.of(subject.provenance, **asked)
-    scoring, timing = reading(subject.tokens, len(rows)), workload.steps
+    prompt = subject.batches[0].shape[1] // 2
+    twins = {row.configuration: in_prompt_alone(subject.structure, row.plan, prompt) for row in rows}
+    scoring, timing = reading(subject.tokens, 2 * len(rows)), workload.steps
     leaving_out = subject.batches[0].shape[-1] * len(subject.structure.sublayers)
     sampling = writing(SAMPLE_TOKENS, 4) if subject.tokenizer else 0
     stages = Stages(progress, scoring + len(rows) * timing + subject.tokens + leaving_out + sampling)
@@ -76,13 +102,19 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         done = Ledger(subject.out, SweepRecord, about)
         held = HeldScores(subject, about)
         plans = {scored_as(row.plan): row.plan for row in rows}
+        in_prompt = [twin for twin in twins.values() if twin]
+        behind_it = [Plan(), *in_prompt] if in_prompt else []
+        plans |= {scored_as(one, prompt_tokens=prompt): one for one in behind_it}
         held.measure(plans, "evaluating all configurations", stages.stage(scoring))
         for row in rows:
-            telling = stages.stage(timing)
-            if row.configuration not in done or not row.describes(done[row.configuration]):
-                times = time_plan(subject, row.plan, workload, telling, row.name)
+            telling, twin = stages.stage(timing), twins[row.configuration]
+            known = next((one for one in done if row.describes(one)), None)
+            if known is None or (twin and not known.in_prompt):  # which folders of before lack
+                times = known.times if known else time_plan(subject, row.plan, workload, telling, row.name)
                 quality, left = held.quality(scored_as(row.plan)), footprint(subject.model, row.plan)
-                done.add(SweepRecord.from_fact(row, quality=quality, times=times, footprint=left, provenance=about))
+                more = {"in_prompt": _behind(held, twin, prompt)} if twin else {}
+                facts = {"quality": quality, "times": times, "footprint": left, **more}
+                done.add(SweepRecord.from_fact(row, **facts, provenance=about))
             telling(1, 1, f"timed {row.name}")
         records = [done[row.configuration] for row in rows]
         similarities(subject, about, stages.stage(subject.tokens))
@@ -90,6 +122,26 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         if subject.tokenizer:
             continuations(subject, least_lost(records), about, stages.stage(sampling))
         return records
+
+
+def in_prompt_alone(structure: "ModelStructure", plan: Plan, prompt_tokens: int) -> Plan | None:
+    """The same sublayers, skipped in a prompt of so many tokens alone; None where they cannot be."""
+    twin = Plan(prefill={"attention": plan.attention, "mlp": plan.mlp})
+    with suppress(UsageError):
+        twin.check(structure)
+        return twin if twin and prompt_tokens > twin.prefill.last_tokens else None
+    return None
+
+
+def _behind(held: HeldScores, twin: Plan, prompt_tokens: int) -> InPrompt:
+    found = held.quality(scored_as(twin, prompt_tokens=prompt_tokens))
+    return InPrompt(
+        prompt_tokens=prompt_tokens,
+        in_prompt_delta_nll=found.delta_nll,
+        in_prompt_delta_nll_se=found.delta_nll_se,
+        in_prompt_kl=found.kl,
+        in_prompt_kl_se=found.kl_se,
+    )
 
 
 def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> None:
@@ -135,6 +187,15 @@ def least_lost(records: Sequence[SweepRecord]) -> list[SweepRecord]:
     return [record for record in records if record is best[record.variant]]
 
 
+def in_prompt_note(records: Sequence[SweepRecord]) -> str:
+    """What the column of the prompt's skips says; "" without one."""
+    prompt = next((one.in_prompt.prompt_tokens for one in records if one.in_prompt), None)
+    if not prompt:
+        return ""
+    told = "the same sublayers skipped for the prompt's tokens alone, keys and values kept, nothing repaired"
+    return f"In the prompt alone: {told}{behind(prompt)} of each window. "
+
+
 HOW_TO_READ = (
     "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup.",
     "Grey line: the front, where nothing measured is both faster and better.",
@@ -152,7 +213,8 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     caption = (
         f"{model} without its deepest attentions, MLPs or blocks, beside the original model: quality on "
         f"{windows_in_words(about.what)}. Fraction: of the layers; where nothing is said, the last layer is skipped "
-        f"too. NLL and KL in nats a token. {lines.legend} Times of {timed}; {about.what['dtype']} on {place}."
+        f"too. NLL and KL in nats a token. {lines.legend} {in_prompt_note(records)}"
+        f"Times of {timed}; {about.what['dtype']} on {place}."
     )
     tex = as_latex(lines, caption=caption, label="sweep")
     for suffix, content in {"csv": lines.csv, "tex": tex, "md": f"{caption}\n\n{lines.markdown()}"}.items():
@@ -189,7 +251,8 @@ def shown(folder: Folder) -> Shown:
     if len(records) > 1:  # one point is no figure
         drawn = on_page(_drawn(records))
         figures.append(Figure(drawn, "quality lost against decode speedup", note=" ".join(HOW_TO_READ)))
-    sections.insert(0, results(records, COLUMNS, range(len(records)), figures))
+    note = in_prompt_note(records).strip()
+    sections.insert(0, results(records, COLUMNS, range(len(records)), figures, note))
     prompts: dict[str, list[tuple[str, str]]] = {}
     for record in folder.of(SaidRecord):
         for prompt, said in record.said.items():

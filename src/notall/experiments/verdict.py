@@ -23,9 +23,12 @@ from .recovery import kept_in_words, last_state, short_of, verdict_on
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..structure.model_structure import ModelStructure
+
 MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
 LITTLE = 0.1  # nats to ask for where nothing was usable
+REFITTING = "refit the keys and values of the prompt"
 NAME_LETTERS = 120  # of a name in a sentence; the tables' CSV and the provenance have all of them
 
 
@@ -183,6 +186,8 @@ class Verdict:
             yield "Nothing is left out: this is the original model."
         else:
             among = f" of its {several(self.layers, 'layer')}" if self.layers else ""
+            if self.layers and self.plan.prefill:
+                among = f" (it has {several(self.layers, 'layer')})"
             among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
             state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
             model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
@@ -235,8 +240,23 @@ def mending(model: str, plan: object, repaired: bool) -> str:
     return next_command(name, model, plan=plan, out=out)
 
 
-def asking_for_less(model: str) -> tuple[str, str]:
-    return "ask for what costs little", next_command("search", model, max_nll=LITTLE, out="plan.json")
+def asking_for_less(model: str, plan: Plan | None = None) -> tuple[str, str]:
+    """What to type where a plan costs too much; of one that skips in the prompt alone likewise there."""
+    phase = "prefill" if plan and plan.prefill and not len(plan) else None
+    command = next_command("search", model, max_nll=LITTLE, phase=phase, out="plan.json")
+    return "ask for what costs little", command
+
+
+def prompt_in_words(structure: "ModelStructure", plan: Plan) -> str:
+    """What a plan saves in the prompt alone, which its weights and cache do not tell; "" of one that does not."""
+    if not plan.prefill:
+        return ""
+    whole = sum(part.parameters for part in structure.sublayers)
+    skipped = sum(part.parameters for part in structure.sublayers if part.index in getattr(plan.prefill, part.kind))
+    count = plan.prefill.last_tokens
+    last = "token" if count == 1 else several(count, "token")
+    told = f"skips {skipped / whole:.0%} of the layers' parameters, but for keys and values"
+    return f"A prompt {told}, up to its last {last}. Weights, KV cache and decoding stay as they are."
 
 
 def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None = None) -> tuple[str, str]:
@@ -244,6 +264,11 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     if verdict.usable is None:
         return "see what that costs", next_command("eval", model, plan=made)
     if verdict.usable and verdict.plan.prefill:  # no engine is written for it yet
+        if verdict.state == "skipped" and verdict.plan.prefill.attention:
+            return REFITTING, mending(model, made, repaired=False)
+        if verdict.speedup and not model.endswith(".gguf"):
+            written = made.with_name(f"{made.stem}-pruned")
+            return "write that model", next_command("export", model, plan=made, to="hf", out=written)
         return "see what that saves", next_command("bench", model, plan=made)
     if verdict.usable:
         form = "gguf" if model.endswith(".gguf") else "hf"  # a file in few bits is no checkpoint of transformers
@@ -253,7 +278,7 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
         mend = {"repair": "refit", "repair_text": repair_text}
         return "repair it, and write that model", next_command("export", model, plan=made, **mend, **pruned)
     if verdict.state == "healed":
-        return asking_for_less(model)
+        return asking_for_less(model, verdict.plan)
     return "make up for what is lost", mending(model, made, verdict.state == "repaired")
 
 

@@ -39,8 +39,8 @@ async function step(plan) {
   document.getElementById("previous").disabled = +slider.value === 0;
   document.getElementById("next").disabled = +slider.value === plans.length - 1;
   for (const row of document.querySelectorAll("tr[data-plan]")) row.classList.toggle("chosen", row.dataset.plan === slider.value);
-  await views.map?.signal("skipped", shown.skipped).runAsync();
-  reveal(shown.skipped);
+  await views.map?.signal("skipped", shown.skipped).signal("prompt", shown.prompt).runAsync();
+  reveal([...shown.skipped, ...shown.prompt]);
   for (const id of followers) await views[id].signal("plan", +slider.value).runAsync();
 }
 

@@ -89,14 +89,27 @@ def read_folder(path: Path) -> Folder:
 
 
 def shown_by(folder: Folder) -> list[Shown]:
-    """What the verbs that a folder holds records of have to say of it; the first one opens on a search in it."""
+    """What the verbs that a folder holds records of have to say of it.
+
+    The first one opens on what a search in the folder found, as in `plan.search`; without a search of that name, on
+    the repair of a plan, as in `plan.repaired`.
+    """
     asked = (next((shown for shown, kinds in group if any(kind in folder for kind in kinds)), None) for group in VERBS)
     found = [shown(folder) for shown in asked if shown] or [Shown()]
-    for file in sorted(folder.path.glob(f"*.search/{search.SearchRecord.file}")):
-        chosen, (first, *others) = search.shown(read_folder(file.parent)), found
+    for chosen in _chosen_in(folder.path):
+        first, *others = found
         steps, begin = (*first.steps, *chosen.steps), len(first.steps) + chosen.first
         found = [replace(first, message=chosen.message, steps=steps, first=begin), chosen, *others]
     return found
+
+
+def _chosen_in(path: Path) -> Iterator[Shown]:
+    """What searches and repairs in a folder came to."""
+    for file in sorted(path.glob(f"*.search/{search.SearchRecord.file}")):
+        yield search.shown(read_folder(file.parent))
+    for file in sorted(path.glob(f"*.repaired/{MeasuredRecord.file}")):
+        if not file.parent.with_suffix(".search").is_dir():  # whose page tells of it
+            yield repair.shown(read_folder(file.parent))
 
 
 def render(folder: Folder, shown: Sequence[Shown] | None = None) -> str:
@@ -162,7 +175,8 @@ class Page:
     @cached_property
     def layers(self) -> int:
         """How many the model has at least, as far as the folder tells."""
-        skipped = [layer for step in self.told.steps for layer in (*step.plan.attention, *step.plan.mlp)]
+        parts = [part for step in self.told.steps for part in (step.plan, step.plan.prefill)]
+        skipped = [layer for part in parts for layer in (*part.attention, *part.mlp)]
         alone = [layer for _, layer in (self.told.costs.found if self.told.costs else ())]
         found = [*skipped, *alone, *(row.layer for row in self.told.similarity)]
         return max([self.folder.layers, *(layer + 1 for layer in found)])
@@ -190,6 +204,13 @@ class Page:
         title = _short(self.told.costs.title) if self.told.costs else "changed: 1 − cosine"
         spec = on_page(layers.layer_map(self.cells, title), MAP)
         return Figure(spec, "map of the model", csv=as_csv(self.cells), id="map", copied="map")
+
+    @cached_property
+    def hatches(self) -> list[tuple[str, str]]:
+        """Where some plan skips in the prompt alone, the map's legend: a swatch's class, and its words."""
+        plans = [step.plan for step in self.told.steps]
+        every = [("every", "skipped for every token")] if any(map(len, plans)) else []
+        return [*every, ("prompt", layers.SKIPPED_IN_PROMPT)] if any(one.prefill for one in plans) else []
 
     @cached_property
     def savings(self) -> Figure | None:
@@ -222,7 +243,15 @@ class Page:
             "next": self.told.message.command if self.told.message else "",
             "specs": lines.finite({one.id: one.spec for one in drawn}),  # sums of what is very large
             "themes": {"light": LIGHT, "dark": DARK},
-            "plans": [{"name": _short(step.name), "skipped": step.plan.names, "told": step.told} for step in steps],
+            "plans": [
+                {
+                    "name": _short(step.name),
+                    "skipped": step.plan.names,
+                    "prompt": step.plan.prefill.names,
+                    "told": step.told,
+                }
+                for step in steps
+            ],
             "csv": csv,
             "followers": [one.id for one in drawn if one.follows],
         }

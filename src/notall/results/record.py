@@ -47,7 +47,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Amount = Annotated[float, Field(ge=0, lt=1e18)]  # of work
 Positive = Annotated[float, Field(gt=1e-9, lt=1e18)]  # a time, a ratio of times: it is divided by
 SublayerName = Annotated[str, Field(pattern=r"^(attn|mlp)\.\d{1,4}$")]
-SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
+# Of a plan what it skips, as `Plan.skipped` says it.
+SublayerNames = Annotated[str, Field(pattern=r"^(((prompt:)?(attn|mlp)\.\d{1,4}|last:\d{1,10})( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 

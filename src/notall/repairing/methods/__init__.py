@@ -65,7 +65,7 @@ METHODS = {
 }
 GROUP = "notall.repair_methods"  # of entry points
 CLOSED_FORM = "closed-form"  # the folder, in that of a recovery, of the repair that the training begins with
-WEIGHT, MATRIX, BIAS = "weight ", "matrix ", "bias "  # tensors in a file of a repair
+WEIGHT, PROMPT, MATRIX, BIAS = "weight ", "prompt ", "matrix ", "bias "  # tensors in a file of a repair
 
 
 def method(way: str | Method | Repairing) -> Method:
@@ -113,6 +113,7 @@ def kept_repair(
         start = time.process_time()
         found = method(name).repair(model, plan, batches, progress)
         tensors = {WEIGHT + path: weight for path, weight in found.weights.items()}
+        tensors |= {PROMPT + path: weight for path, weight in found.prompt_weights.items()}
         for where, one in found.maps.items():
             tensors |= {MATRIX + where: one.matrix} | ({} if one.bias is None else {BIAS + where: one.bias})
         return tensors, {"seconds": str(time.process_time() - start)}
@@ -129,7 +130,8 @@ def kept_repair(
         return {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
     maps = {where: LinearMap(matrix, named(BIAS).get(where)) for where, matrix in named(MATRIX).items()}
-    return RepairedPlan.of(plan, weights=named(WEIGHT), maps=maps), float(notes["seconds"])
+    weights = {"weights": named(WEIGHT), "prompt_weights": named(PROMPT)}
+    return RepairedPlan.of(plan, **weights, maps=maps), float(notes["seconds"])
 
 
 def repair_into(
