@@ -508,6 +508,7 @@ def test_a_note_is_no_markup_in_a_card(tiny, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_leaves_no_partial_file(working, name):
     number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
 
     def work():
         with cli._own_manners(), files.beside(Path("o")) as partial:
@@ -515,8 +516,11 @@ def test_a_signal_leaves_no_partial_file(working, name):
             os.kill(os.getpid(), number)
             time.sleep(5)
 
-    with pytest.raises(SystemExit) as ended:
-        work()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            work()
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
     assert not [*working.iterdir()]
 

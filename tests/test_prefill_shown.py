@@ -116,7 +116,7 @@ def test_each_configuration_shows_what_its_sublayers_cost_in_the_prompt_alone(mo
         assert one.in_prompt.in_prompt_delta_nll_se == pytest.approx(alone.delta_nll_se, abs=1e-6)
         assert one.in_prompt.in_prompt_kl == pytest.approx(alone.kl, abs=1e-6)
     shown = table("sweep", SWEEP_COLUMNS, records)
-    assert "NLL added, in the prompt alone" in shown.headings
+    assert "NLL added in the prompt alone" in shown.headings
     assert "in_prompt_delta_nll" in shown.csv.splitlines()[0]
     assert read(folder / SweepRecord.file, SweepRecord) == records
 

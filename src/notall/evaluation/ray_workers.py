@@ -113,7 +113,7 @@ class _Worker:
     def ready(self) -> int:
         return os.getpid()
 
-    def score(self, plans: list[Plan], tokens: Tensor, prompt_tokens: int | None) -> list[Scores]:
+    def score(self, plans: list[Plan], tokens: Tensor, prompt_tokens: int | None = None) -> list[Scores]:
         return score(self.model, plans, tokens, prompt_tokens)
 
     def score_requests(self, plans: list[Plan], requests: list[Request], batch_size: BatchSize) -> list[RequestScores]:

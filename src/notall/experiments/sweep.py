@@ -47,7 +47,7 @@ class InPrompt(Fact):
 
 
 IN_PROMPT: Column[InPrompt] = with_error(
-    "NLL added, in the prompt alone",
+    "NLL added in the prompt alone",
     lambda one: (one.in_prompt_delta_nll, one.in_prompt_delta_nll_se),
     unit=DELTA_NLL.unit,
 )
