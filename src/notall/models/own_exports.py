@@ -77,7 +77,8 @@ def shard_names(index: Path) -> list[str]:
     """The files that an index names. Raises `UsageError` for others than safetensors: pickles."""
     names = sorted(set(shard_index(index).values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
-        told = f"{index.name} of {shortened(index.parent.name)} names {shortened(others[0]) or "nothing"}"
+        other = shortened(others[0]) or "nothing"
+        told = f"{index.name} of {shortened(index.parent.name)} names {other}"
         fix = "save the model with save_pretrained"
         raise UsageError(f"{told}, and only safetensors are read: {fix}")
     return names
