@@ -142,8 +142,10 @@ def test_a_portable_export_is_an_ordinary_model(written):
 @pytest.mark.parametrize("plan", [PORTABLE, MIXED], ids=["portable", "regrouped"])
 def test_repaired_and_healed_weights_are_served(plan, tmp_path):
     model = family("llama").build(**SIZES)
-    texts = list((torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3).split(4))
-    healed = heal(model, repair(model, plan, texts), texts[1:], texts[:1], TrainConfig(rate=1e-2))
+    texts = list(torch.randint(3, 93, (256, 12), generator=torch.Generator().manual_seed(0)).split(16))
+    repaired = repair(model, plan, texts)
+    healed = heal(model, repaired, texts[1:], texts[:1], TrainConfig(rate=1e-3))
+    assert healed.digest != repaired.digest, "it was not trained"
     assert {path.split(".")[-2] for path in healed.weights} >= {"o_proj", "down_proj", "input_layernorm"}
     out = export(model, healed, "hf", tmp_path / "out", tokenizer=byte_tokenizer(), verify=False)
     llm = start(out)

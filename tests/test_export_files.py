@@ -456,7 +456,9 @@ def test_an_index_that_names_what_no_file_is_called_is_refused(shards, name, tmp
     folder, index = shards
     index["weight_map"]["model.norm.weight"] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(folder, "hf", r"names (x+…|�), and only safetensors are read: save the model with save_pretrained", tmp_path)
+    assert_refused(
+        folder, "hf", r"names (x+…|�), and only safetensors are read: save the model with save_pretrained", tmp_path
+    )
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "model.safetensors", "README.md", "config.json", "a.safetensors"])
