@@ -46,7 +46,7 @@ from api import (
 from devices import ONE, devices_of, on_one, on_two
 from families import FAMILIES as PLAIN, family
 from hybrid_families import HYBRIDS
-from notall import Plan, RepairedPlan, Space, UnsupportedModel, UsageError
+from notall import Plan, RepairedPlan, Space, TrainConfig, UnsupportedModel, UsageError
 from notall.options import Workload
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
@@ -139,6 +139,30 @@ def evaluated(model, tokenizer):
     return values(notall.evaluate(model, plans_for(notall.locate(model)), text(model)))
 
 
+IN_PROMPT = Plan(prefill={"attention": [1, 3], "mlp": [1, 2], "last_tokens": 2})
+
+
+def in_prompts(model, tokenizer, plan=IN_PROMPT):
+    """Skipped for a prompt alone: the logits, what `generate` writes, and the quality behind the prompt."""
+    ids = inputs(model)
+    with torch.no_grad(), notall.skip(model, plan):
+        with notall.prompt(model, 16):
+            logits = model(ids).logits.cpu()
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    return logits, written.cpu(), values(notall.evaluate(model, [plan], text(model), prompt_tokens=16))
+
+
+def in_prompts_repaired(model, tokenizer):
+    plan = notall.repair(model, IN_PROMPT, text(model))
+    return in_prompts(model, tokenizer, plan)
+
+
+def in_prompts_healed(model, tokenizer):
+    fitted, *held_out = text(model)
+    plan = notall.heal(model, notall.repair(model, IN_PROMPT, text(model)), [fitted], held_out, TrainConfig(rate=1e-3))
+    return values(notall.evaluate(model, [plan], text(model), prompt_tokens=16))
+
+
 def similar(model, tokenizer):
     return values(notall.measure_similarity(model, text(model)))
 
@@ -219,6 +243,9 @@ CASES = {
     "times": timed,
     "footprint": weighed,
     "remove": removed,
+    "in prompts": in_prompts,
+    "in prompts, repaired": in_prompts_repaired,
+    "in prompts, healed": in_prompts_healed,
     **{f"by {name}": functools.partial(chosen, criterion=name) for name in every_criterion()},
     **{
         f"search by {how}": functools.partial(searched, how=how)

@@ -204,7 +204,8 @@ def checked_rows(model: PreTrainedModel, structure: ModelStructure, parts: Seque
             layer = child(layers, str(part.index))
             for recording in recordings:
                 call = LayerCall(recording.arguments[part.index])
-                rows[part.name] = _check(part, layer, recording.embedded, call, text_config(model))
+                embedded = recording.embedded.to(recording.devices[part.index])
+                rows[part.name] = _check(part, layer, embedded, call, text_config(model))
     return rows
 
 
