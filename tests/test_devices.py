@@ -285,7 +285,12 @@ def assert_equal(found, expected):
 def on_cpu(name):
     if not family(name).exists:
         pytest.skip(f"transformers has no {name}")
-    return family(name).build("sdpa", **SIZES, **FAMILIES[name])
+    model = family(name).build("sdpa", **SIZES, **FAMILIES[name])
+    try:
+        notall.locate(model)
+    except UnsupportedModel as refusal:  # such as layers that share keys and values, on transformers 4.57
+        pytest.skip(str(refusal))
+    return model
 
 
 @functools.cache
@@ -496,6 +501,7 @@ def test_an_engine_tells_the_memory_of_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers  # some of the many are built otherwise by 4.57; those above run on both
 @on_each
 @pytest.mark.parametrize("tested", [one for one in [*PLAIN, *HYBRIDS] if one.exists], ids=str)
 def test_each_family(tested, place):
