@@ -137,7 +137,10 @@ def test_snippets_run_on_a_device(page, workplace):
 def run_snippet(page, title, text, workplace, namespace):
     if title:
         Path(title).write_text(text)
-    exec(compile(text.replace("smollm2", str(workplace["smollm2"])), str(page), "exec"), namespace)
+    text = re.sub(
+        "smollm2(?!-)", str(workplace["smollm2"]), text
+    )  # and no folder that it writes, such as smollm2-pruned
+    exec(compile(text, str(page), "exec"), namespace)
 
 
 def type_page(page, workplace, monkeypatch):

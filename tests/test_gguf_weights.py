@@ -38,7 +38,9 @@ needs_llamacpp = engines.needs("xllamacpp", "pip install xllamacpp")
 
 
 def cases(names):
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+    """Those that are not quick once: some are built otherwise by older transformers, and files are the same."""
+    rare = [pytest.mark.slow, pytest.mark.any_transformers]
+    return [pytest.param(name, marks=[] if name in QUICK else rare) for name in names]
 
 
 def every_weight(name):
@@ -66,6 +68,7 @@ def test_llamacpp_answers_as_the_model_whose_every_weight_is_another(name, tmp_p
 
 @needs_llamacpp
 @pytest.mark.slow
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("name", ["apertus", "granitemoehybrid", "olmo", "qwen2_moe"])
 def test_llamacpp_answers_so_without_a_block_too(name, tmp_path):
     """Of Apertus the header has numbers of each MLP."""

@@ -13,6 +13,8 @@ from notall import Plan, UnsupportedModel, UsageError, locate, prompt, skip
 TOKENS, NEW = 14, 6
 PADDING = 3
 WITHOUT = {"axk2"}  # its attention keeps an index of its own in the cache
+if not TRANSFORMERS_5:
+    WITHOUT |= {"phimoe"}  # it looks its rotary tables up by position
 LLAMA = named("llama")
 FREE = 2e-6  # some roundings of float32, of the largest logit
 ROUNDING = 1e-5  # of the largest logit
@@ -60,7 +62,8 @@ def in_two_calls(model, plan, ids, mask, of=LLAMA):
 
 def tensors(model, output):
     """The keys and values of an output, (batch, heads, tokens, width) each."""
-    layers = output[cache_argument(model)].layers
+    cache = output[cache_argument(model)]
+    layers = getattr(cache, "self_attention_cache", cache).layers
     return [one for layer in layers for one in (layer.keys, layer.values)]
 
 

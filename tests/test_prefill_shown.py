@@ -154,6 +154,7 @@ def test_it_costs_less_than_the_grid(model):
     assert ran([Plan(), *twins], PROMPT) < 0.6 * sum(ran([twin], PROMPT) for twin in [Plan(), *twins])
 
 
+@pytest.mark.any_transformers  # older ones hold a recurrent state otherwise, and are refused
 @pytest.mark.parametrize("name", ["mamba", "gpt_neox"])
 def test_a_grid_without_it_has_no_such_column(name):
     structure = locate(family(name).build())
