@@ -314,7 +314,7 @@ def every_case():
     """All of one family in each run, and of the others what is quick."""
     for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
         is_quick = name == "llama" or case in COMMON
-        marks = [] if is_quick else [pytest.mark.slow]
+        marks = [] if is_quick else [pytest.mark.slow, pytest.mark.any_transformers]
         yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))
 
 

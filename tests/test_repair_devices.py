@@ -239,6 +239,7 @@ def expected(name, case, dtype=torch.float32):
     return outcome(case, on_cpu(name, dtype))
 
 
+RARE = [pytest.mark.slow, pytest.mark.any_transformers]
 # Of what differs by device: all of it where a plain model is split, repairs of one with norms behind.
 QUICK = {
     ("llama", "two"): {*CASES},
@@ -248,7 +249,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize(("name", "place", "case"), [
-    pytest.param(*one, marks=[] if one[2] in QUICK.get(one[:2], ()) else pytest.mark.slow)
+    pytest.param(*one, marks=[] if one[2] in QUICK.get(one[:2], ()) else RARE)
     for one in itertools.product(NAMES, PLACES, CASES)
 ])  # fmt: skip
 def test_it_comes_to_what_the_cpu_finds(name, place, case):
@@ -281,6 +282,7 @@ def lost_in_half(name, place, dtype, case):
 
 
 @pytest.mark.slow
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("case", IN_HALF)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", HALF)
