@@ -217,11 +217,12 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
-    helped = "refitting others did not help on held-out text (more text may)"
+    in_vain = any(one.ridge is None and not one.why for one in repaired.refits)
+    helped = "; refitting others did not help on held-out text (more text may)" if in_vain else ""
     kept = f"{refit} of {several(total, 'kept sublayer')}"
     if repaired.prefill:
         kept = f"keys and values of {refit} of {several(total, 'skipped attention')}"
-    told = f"{out}: {kept} refit; {helped}"
+    told = f"{out}: {kept} refit{helped}"
     title = f"{told}; shown are those that mend over {LITTLE:.0%}"
     return replace(table(title, REFITS, shown), facts=repaired.refits)
 
