@@ -232,7 +232,7 @@ def times(asked: argparse.Namespace) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     run = f"{date.today()}"
     with (asked.out / "times.jsonl").open("a", encoding="utf-8") as file:
-        header = {"machine": machine(model.device), "model": Path(asked.model).name, "command": command(), "run": run}
+        header = {"machine": machine(model.device), "model": Path(asked.model).name, "command": command(), "date": run}
         print(json.dumps(header), file=file)
         for tokens in asked.prompts:
             workload = Workload(prompt_tokens=tokens, generation_tokens=asked.new, rounds=asked.rounds)
