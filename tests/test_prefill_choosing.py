@@ -207,6 +207,7 @@ def test_times_of_a_prompt_are_of_its_first_token_and_kept_apart(model, clock, t
     longer = Workload(prompt_tokens=8, generation_tokens=99, concurrency=2, rounds=1)
     assert measure_times(model, longer, phase="prefill").sublayer_ms == times.sublayer_ms
     assert len(clock) == count + 1  # a look at whether they hold: decoding is no part of them
+    assert len([*(tmp_path / "times").iterdir()]) == 1
     assert measure_times(model, WORK).sublayer_ms["mlp.1"] == 0.0
     assert len([*(tmp_path / "times").iterdir()]) == 2
 
@@ -333,11 +334,26 @@ def test_of_the_best_sets_the_one_that_a_refit_leaves_closest_is_chosen(model):
 
 
 def test_a_limit_is_of_what_a_refit_leaves(model):
-    among, limit = space(model, "block"), 2e-5
+    """Blocks 2 and 3 cost less than the limit, and after a refit, to so few tokens, more."""
+    among, limit = space(model, "block"), 0.025
+    plain = choose_plan(model, "search", among, by_limit(among, limit), repairing(model).judged)
+    assert -repairing(model).kept(plain.plan) > limit
     found = choose_plan(model, "search", among, by_limit(among, limit), BATCHES, after_repair=True)
     assert "as far as the KL after a refit allows" in found.plan.note
     assert -repairing(model).kept(found.plan) <= limit
     assert found.plan.prefill.blocks
+
+
+def test_sets_that_only_a_refit_brings_below_the_limit_are_looked_at(model, monkeypatch):
+    among, limit = space(model, "block"), 0.03
+
+    def kept(self, plan):
+        return -evaluate(model, [plan], self.judged, PROMPT)[0].kl / 4
+
+    monkeypatch.setattr(PromptRepair, "kept", kept)
+    plain = choose_plan(model, "search", among, by_limit(among, limit), repairing(model).judged)
+    found = choose_plan(model, "search", among, by_limit(among, limit), BATCHES, after_repair=True)
+    assert (plain.plan.prefill.blocks, found.plan.prefill.blocks) == ((2, 3), (1, 2, 3))
 
 
 def test_a_set_of_mlps_alone_is_compared_too(model):

@@ -61,6 +61,7 @@ from test_reporting import data_of as embedded
 
 BATCHES = list((torch.arange(3 * 12).view(3, 12) * 7 % 90 + 3).split(2))
 PROMPT = 6
+VALUES = "model.layers.8.self_attn.v_proj.weight"
 WORKLOAD = Workload(prompt_tokens=4, generation_tokens=2, rounds=1)
 ABOUT = Provenance(what={"model": "tiny", "revision": "none"})
 PLANS = [
@@ -176,7 +177,8 @@ def test_a_step_names_both_parts():
 def given(model, tmp_path_factory):
     """Plans of which some differ only in the prompt, one repaired, beside a criterion's choice."""
     deep = {"attention": [7, 8], "mlp": [7, 8]}
-    repaired = repair(model, Plan(prefill=deep), BATCHES)
+    own = {VALUES: 2 * model.get_parameter(VALUES).detach()}
+    repaired = RepairedPlan.of(Plan(prefill=deep), prompt_weights=own)
     plans = {"deep": Plan(prefill=deep), "one": Plan(prefill={"mlp": [8]}), "refit": repaired}
     folder = tmp_path_factory.mktemp("comparison")
     runs = runs_of(["deepest"], ["kl"], [(Space(locate(model), "block"), [2])])
@@ -211,11 +213,12 @@ def test_given_plans_are_compared_behind_the_prompt(model, given):
         ("deep", "none"): plans["deep"],
         ("one", "none"): plans["one"],
         ("refit", own): plans["refit"],
-        ("deep", "refit"): plans["refit"],  # of the same text
+        ("deep", "refit"): repair(model, plans["deep"], BATCHES),
     }.items():
         (alone,) = evaluate(model, [plan], BATCHES, prompt_tokens=PROMPT)
         assert found[key].quality.delta_nll == pytest.approx(alone.delta_nll, abs=1e-6), key
         assert found[key].quality.kl == pytest.approx(alone.kl, abs=1e-6), key
+    assert abs(found["refit", own].quality.kl - found["refit", "none"].quality.kl) > 1e-4
     assert read(folder / ComparisonRecord.file, ComparisonRecord) == records
     assert [one.among for one in records][1:3] == ["2 blocks", "plans that were given"]
 
@@ -343,7 +346,10 @@ def test_a_table_of_refits_names_keys_and_values():
         RefitRecord(sublayers=("attn.9",), ridge=1.0, left=0.5, seconds=0.1),
     )
     told = refits_table(RepairedPlan(prefill=PREFILL.prefill, refits=refits), Path("out")).title
-    assert told.startswith("out: keys and values of 1 of 2 skipped attentions refit;")
+    assert told.startswith("out: keys and values of 1 of 2 skipped attentions refit; shown are")
+    in_vain = refits[0].model_copy(update={"why": ""})
+    told = refits_table(RepairedPlan(prefill=PREFILL.prefill, refits=(in_vain, refits[1])), Path("out")).title
+    assert "refit; refitting others did not help on held-out text" in told
 
 
 def bench_record(plan, faster):
