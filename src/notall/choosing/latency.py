@@ -93,7 +93,10 @@ def measure_times(
     groups = {str(number): group for number, group in enumerate(_alike(model))}
     halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure, phase))}
     plans = {"dense": Plan(), **halves}
-    telling = lambda done, total, _: progress(done, total, "timing the sublayers")  # noqa: E731
+
+    def telling(done: float, total: float, _: str) -> None:
+        progress(done, total, "timing the sublayers")
+
     took = _compare(model, plans, workload, seed, phase, telling)
     each: dict[str, float] = {}
     for name, group in groups.items():

@@ -39,10 +39,7 @@ SUBLAYERS = ("attention", "mlp", "before", "after")  # of each layer, as config.
 STEPS = 3  # behind a prompt that is compared
 TOKENS, PADDING = 12, 5  # of the sequences that are compared; and of these, on the left of the first
 
-ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the original loads this one, with no code of its own."
-REGROUPED_USE = (
-    "Every layer has one attention, and MLPs that lost theirs ride along; the modeling file beside the weights says "
-    "how. Load it with `trust_remote_code=True`, or after `notall.register()`:\n\n"
+LOADED = (
     "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'folder = "."  # where this file lies, or its hub id\n'
     "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
@@ -50,6 +47,11 @@ REGROUPED_USE = (
     'tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=16)\n'
     "print(tokenizer.decode(tokens[0]))\n```"
 )
+ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the original loads this one, with no code of its own."
+REGROUPED_USE = (
+    "Every layer has one attention, and MLPs that lost theirs ride along; the modeling file beside the weights says "
+    "how. Load it with `trust_remote_code=True`, or after `notall.register()`:\n\n"
+) + LOADED
 
 PROMPT_USE = (
     "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and their keys and values are written "
@@ -57,13 +59,7 @@ PROMPT_USE = (
     "memory nor cache nor time of decoding. The modeling file beside the weights does it, with transformers alone; "
     "no other engine does. `generate` knows its prompt; a forward outside of it runs whole, but inside of "
     "`with model.prompt(tokens):`, whose first tokens are the prompt.\n\n"
-    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    'folder = "."  # where this file lies, or its hub id\n'
-    "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
-    "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-    'tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=16)\n'
-    "print(tokenizer.decode(tokens[0]))\n```"
-)
+) + LOADED
 
 
 class HFExport(CheckpointExport):
