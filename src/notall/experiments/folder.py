@@ -114,10 +114,10 @@ class Step:
 
     @property
     def told(self) -> str:
-        counts = [several(len(self.plan), "sublayer")] if len(self.plan) else []
+        counts = [f"{several(len(self.plan), 'sublayer')} skipped"] if len(self.plan) else []
         if self.plan.prefill:
-            counts.append(f"{several(len(self.plan.prefill), 'sublayer')} in the prompt")
-        parts = [f"{' and '.join(counts)} skipped" if counts else "nothing is skipped"]
+            counts.append(f"{several(len(self.plan.prefill), 'sublayer')} skipped in the prompt")
+        parts = [" and ".join(counts) or "nothing is skipped"]
         if self.plan and self.quality:
             parts.append(in_nats(self.quality))
         if self.plan and self.times:
