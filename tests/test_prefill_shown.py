@@ -166,10 +166,6 @@ def test_a_grid_without_it_has_no_such_column(name):
     assert in_prompt_alone(structure, Plan(), PROMPT) is None
 
 
-def test_a_step_names_both_parts():
-    assert Step("one", PLANS[-1]).told == "1 sublayer skipped and 1 sublayer skipped in the prompt."
-
-
 # --- a comparison -----------------------------------------------------------------------------------------------------
 
 

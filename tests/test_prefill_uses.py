@@ -126,5 +126,7 @@ def test_long_texts_are_judged_behind_half_of_each_window(model):
 
 
 def test_a_step_of_a_page_says_what_the_prompt_skips():
-    assert Step("one", PLAN).told == "3 sublayers in the prompt skipped."
-    assert Step("one", Plan([1], prefill={"mlp": [2]})).told == "1 sublayer and 1 sublayer in the prompt skipped."
+    assert Step("one", PLAN).told == "3 sublayers skipped in the prompt."
+    assert (
+        Step("one", Plan([1], prefill={"mlp": [2]})).told == "1 sublayer skipped and 1 sublayer skipped in the prompt."
+    )
