@@ -88,7 +88,7 @@ def test_what_is_no_share_is_refused_before_loading(run, monkeypatch, plan, word
 
 def test_tasks_that_are_named_take_the_place_of_the_usual_ones():
     usual = RecoveryOptions(recovery=0.9).check()
-    assert usual.names == (*checks.GROUPS["passkey"], *checks.GROUPS["retrieval"], "answers")
+    assert usual.names == ("needles", "answers")
     assert RecoveryOptions(recovery=0.9, tasks=("answers",)).check().names == ("answers",)
     assert not RecoveryOptions().check()
 
@@ -141,8 +141,8 @@ def test_search_skips_as_much_as_keeps_a_recovery(run, model, tmp_path, least):
     net, tokenizer = load(str(model), dtype="float32")
     job = TaskShelf().build("answers", None, 4, choosing=True)
     begun = [Plan(range(6 - count, 6)) for count in range(1, 6)]
-    lows = [one.score.recovery.low for one in harness.run_tasks(net, tokenizer, begun, [job])]
-    kept = [count for count, low in enumerate(lows, 1) if low >= least]
+    shares = [one.score.recovery.share for one in harness.run_tasks(net, tokenizer, begun, [job])]
+    kept = [count for count, share in enumerate(shares, 1) if share >= (1 + least) / 2]
     assert kept == [*range(1, len(kept) + 1)]  # else halving may miss the longest
     assert len(Plan.load(out).attention) == (kept or [1])[-1]
     (record,) = read(tmp_path / "plan.search" / SearchRecord.file, SearchRecord)
@@ -165,18 +165,36 @@ def test_of_sets_that_save_enough_the_one_that_keeps_most_is_chosen(run, model, 
     assert len(sets) > 1
     plans = [Plan(mlp=[int(name.split(".")[1]) for name in skipped]) for _, skipped in sets[: 1 + choice.BESIDE]]
     job = TaskShelf().build("answers", None, 4, choosing=True)
-    lows = [one.score.recovery.low for one in harness.run_tasks(net, tokenizer, plans, [job])]
-    enough = next((place for place, low in enumerate(lows) if low >= least), None)
-    best = plans[lows.index(max(lows)) if enough is None else enough]
+    shares = [one.score.recovery.share for one in harness.run_tasks(net, tokenizer, plans, [job])]
+    enough = next((place for place, share in enumerate(shares) if share >= (1 + least) / 2), None)
+    best = plans[shares.index(max(shares)) if enough is None else enough]
     assert Plan.load(out).indices == best.indices
     (record,) = read(tmp_path / "plan.search" / SearchRecord.file, SearchRecord)
     assert record.chosen.endswith(f"keep: {len(plans) if enough is None else enough + 1}")
 
 
 def test_what_chooses_is_not_what_judges():
-    for name in ("answers", "passkey_256", "retrieval_copying"):
+    for name in ("answers", "needles", "passkey_256", "retrieval_copying"):
         own, other = (TaskShelf().build(name, None, 8, choosing=way).tasks[name].docs for way in (False, True))
         assert not {doc["prompt"] for doc in own} & {doc["prompt"] for doc in other}
+
+
+def test_few_items_choose_and_all_judge():
+    choice = RecoveryOptions(recovery=0.9, tasks=("needles", "answers"), limit=("answers=4",)).check()
+    documents = [
+        [len(*(task.docs for task in job.tasks.values())) for job in jobs()] for jobs in (choice.jobs, choice.choosing)
+    ]
+    assert documents == [[checks.ITEMS, 4], [checks.CHOOSING_ITEMS, 4]]
+
+
+def test_needles_are_of_each_form_and_length_in_turn():
+    texts = [doc["prompt"] for doc in checks.made("needles", 12).docs]
+    words = [len(text.split()) for text in texts]
+    assert len({*texts}) == 12
+    for place, tokens in enumerate([256, 512, 1024, 512, 512, 512]):
+        for count in words[place::6]:
+            assert count == pytest.approx(0.75 * tokens, rel=0.2)
+    assert all("pass key" in text for place in range(3) for text in texts[place::6])
 
 
 @pytest.mark.parametrize("command", ["repair", "heal"])

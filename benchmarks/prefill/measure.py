@@ -4,10 +4,10 @@
     python benchmarks/prefill/measure.py quality --data DATA --out OUT --blocks 8 10 --tasks   # text alone
     python benchmarks/prefill/measure.py times --out OUT --model MODEL.gguf --blocks 7 9 13 --prompts 512 2048
 
-`quality` judges each depth as it is, with keys and values refit, and, with `--minutes`, trained: behind the prompts of
-WikiText-2 test and C4, on checks, and on GSM8K with three examples, greedy. Repairs are fitted to windows of WikiText-2
-train and of other documents of C4. `times` takes one run of interleaved rounds and adds it to the file: nothing else
-may run then. Called again with the same --out, both go on.
+`quality` judges each depth as it is, with keys and values refit, with `--minutes` trained, and out of every token:
+behind the prompts of WikiText-2 test and C4. The repaired ones answer checks, and GSM8K with three examples, greedy.
+Repairs are fitted to windows of WikiText-2 train and of other documents of C4. `times` takes one run of interleaved
+rounds and adds it to the file: nothing else may run then. Called again with the same --out, both go on.
 DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw`, `c4/sample300.jsonl`, `gsm8k/train.jsonl` and
 `gsm8k/test.jsonl`.
 """
@@ -42,7 +42,8 @@ TASKS = ["retrieval", "answers", "gsm8k", "gym_letter_counting", "gym_basic_arit
 CONTEXTS = (512, 1024, 2048, 4096)  # of passkeys
 SHOTS = 3
 JUDGED = 64  # tokens behind the prompt of a window, which are scored
-SKIPPED, REFIT, TRAINED = "skipped", "refit", "trained"
+SKIPPED, REFIT, TRAINED = "skipped", "refit", "trained"  # in the prompt alone
+EVERY_TOKEN = "every token"  # as many blocks out of every token, of which the last stays
 # The number behind `####` counts, as the examples write it; an answer ends where the next question would begin.
 QUESTIONS = {
     "task": "shown_gsm8k",
@@ -139,8 +140,9 @@ def states(
     drawn = RepairTexts.draw(
         model, tokenizer, fitted, sequences=asked.windows, length=asked.window, training=bool(asked.minutes)
     )
-    found: dict[tuple[int, str], Plan] = {}
+    structure, found = locate(model), dict[tuple[int, str], Plan]()
     for count, plan in tails(model, asked.blocks, asked.last_tokens).items():
+        found[count, EVERY_TOKEN] = deepest(structure, "block", count=count, keep_last=True)
         found[count, SKIPPED] = plan
         folder = asked.out / f"{count}-refit"
         if not (folder / "plan.json").is_file():
@@ -150,7 +152,8 @@ def states(
             continue
         trained = asked.out / f"{count}-trained"
         if not (trained / "plan.json").is_file():
-            config = TrainConfig(minutes=asked.minutes)
+            behind = asked.window - JUDGED if asked.train_as_judged else None
+            config = TrainConfig(minutes=asked.minutes, rate=asked.rate, prompt_tokens=behind)
             heal(model, found[count, REFIT], drawn.together(2), drawn.stop(2), config, out=trained, progress=telling)
         found[count, TRAINED] = RepairedPlan.load(trained)
     return found
@@ -172,14 +175,20 @@ def on_texts(
         yield file.stem, evaluate(model, plans, windows, prompt_tokens=asked.window - JUDGED)
 
 
+def is_served(named: tuple[int, str], asked: argparse.Namespace) -> bool:
+    """Whether tasks judge a plan, by its depth and state."""
+    count, state = named
+    if asked.tasks_of is None:
+        return state in (REFIT, TRAINED)
+    return f"{count}-{state}" in asked.tasks_of
+
+
 def quality(asked: argparse.Namespace) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(asked.model)
     fitted, files = texts(asked)
     plans = states(model, tokenizer, asked, fitted)
-    served = {
-        named: plan for named, plan in plans.items() if named[1] in asked.tasks_for and named[0] in asked.tasks_of
-    }
+    served = {named: plan for named, plan in plans.items() if is_served(named, asked)}
     every, found = [*served.values()], []
 
     def line(number: int, of: dict[tuple[int, str], Plan] = served, **what: Any) -> Judged:
@@ -257,11 +266,19 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=None, help="CPU minutes that refit keys and values are trained"
     )
+    parser.add_argument("--rate", type=float, default=TrainConfig().rate, help="of that training")
+    parser.add_argument(
+        "--train-as-judged", action="store_true", help=f"the last {JUDGED} tokens of a window (default: its half)"
+    )
     parser.add_argument("--trained-of", nargs="+", type=int, help="how many blocks (default: as --blocks)")
     parser.add_argument("--judged-windows", type=int, default=16, help="of each text; 0: none")
     parser.add_argument("--tasks", nargs="*", default=TASKS, help="of `notall tasks`, and gsm8k")
-    parser.add_argument("--tasks-for", nargs="+", default=[REFIT, TRAINED], help="states of plans that tasks judge")
-    parser.add_argument("--tasks-of", nargs="+", type=int, help="how many blocks (default: as --blocks)")
+    parser.add_argument(
+        "--tasks-of",
+        nargs="+",
+        metavar="BLOCKS-STATE",
+        help="plans that tasks judge, such as 10-refit (default: repaired)",
+    )
     parser.add_argument("--limit", type=int, default=40, help="items of each check")
     parser.add_argument("--questions", type=int, default=100, help="of gsm8k and of each generator")
     parser.add_argument(
@@ -271,7 +288,6 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=16, help="tokens generated behind a timed prompt")
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
-    asked.tasks_of = asked.tasks_of or asked.blocks
     {"quality": quality, "times": times}[asked.what](asked)
 
 

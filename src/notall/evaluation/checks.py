@@ -20,11 +20,12 @@ from ..digests import digest_of
 from ..errors import UsageError, nearest, need, shortened
 from ..files import read_json
 from ..models.prompts import prompts
-from ..models.retrieval import CONTEXTS, UNSEEN, Form, episode
+from ..models.retrieval import CONTEXTS, UNSEEN, Episode, Form, episode
 from ..models.texts import ANSWERS_TO, read_prompts
 from .scoring import common
 
 ITEMS = 80  # of a check, unless a limit says otherwise: 73 are the fewest that 0.95 can be seen to be kept of
+CHOOSING_ITEMS = 24  # of a check that chooses, at most
 SEED, CHOOSING = 2_000_003, 1_000_003  # of what judges, and of what chooses; what is fitted to counts from 0
 LENGTH = 512  # of other retrieval
 ANSWERED = 128  # tokens of an own answer
@@ -123,8 +124,20 @@ def source_of(name: str) -> dict[str, str]:
 def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> MadeTask:
     """Whether greedy decoding says what was told far back in a text of about so many tokens."""
     draw = random.Random(f"{seed} {form} {tokens}")
-    made = [episode(form, tokens, draw) for _ in range(items)]
-    docs = [{"prompt": one.text, "answer": one.answer} for one in made]
+    return _found(name, [episode(form, tokens, draw) for _ in range(items)])
+
+
+def needles(name: str, items: int, seed: int) -> MadeTask:
+    """Retrieval of each form and length in turn: one score, where `passkey` and `retrieval` have one for each."""
+    asked: list[tuple[Form, int]] = [("passkey", tokens) for tokens in CONTEXTS]
+    asked += [(form, LENGTH) for form in UNSEEN]
+    draw = random.Random(f"{seed} needles")
+    made = [episode(*asked[number % len(asked)], draw) for number in range(items)]
+    return _found(name, made)
+
+
+def _found(name: str, episodes: Sequence[Episode]) -> MadeTask:
+    docs = [{"prompt": one.text, "answer": one.answer} for one in episodes]
     return MadeTask(name, docs, "loglikelihood", {"found": True}, lambda _, said: {"found": float(said[1])})
 
 
@@ -179,6 +192,7 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
 MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
     **{f"passkey_{tokens}": partial(retrieval, "passkey", tokens) for tokens in CONTEXTS},
     **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
+    "needles": needles,
     "answers": answers,
     "written": written,
 }

@@ -27,6 +27,7 @@ from ..plan import Plan
 from ..running.replay import Replay, record
 from ..structure.model_structure import base_model, inputs_device, positions_of, text_config
 
+WRITTEN_AT_ONCE = 32768  # tokens of prompts and answers; a step of one row takes as long as that of many
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
 # A token attends over its whole pack, seen or not, so a pack stays within reach of its longest path.
 MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
@@ -73,6 +74,7 @@ class Scorer:
         self.device = inputs_device(self.model)
         self.most_packs = math.inf if batch_size == "auto" else batch_size
         self.most_tokens = TOKENS_AT_ONCE.get(self.device.type, 8192) if batch_size == "auto" else math.inf
+        self.most_written = max(self.most_tokens, WRITTEN_AT_ONCE)
         config = text_config(self.model)
         takes_positions = "position_ids" in inspect.signature(type(self.model).forward).parameters
         self.packs = takes_positions and config._attn_implementation in ("sdpa", "eager")  # which take any mask
@@ -113,6 +115,10 @@ class Scorer:
         """How many of `count` rows of `width` tokens to run at once."""
         return int(max(1, min(count, self.most_packs, self.most_tokens // width)))
 
+    def writing(self, width: int, count: int) -> int:
+        """How many of `count` rows, which have `width` tokens with their answers, to generate at once."""
+        return int(max(1, min(count, self.most_packs, self.most_written // width)))
+
     def shrink(self, rows: int, width: int) -> None:
         """Run at most half of that from now on: it took more memory than there is. Raises `UsageError` at one row."""
         clear_device_cache(garbage_collection=True)
@@ -120,7 +126,9 @@ class Scorer:
             told = f"one sequence of {width} tokens takes more memory than {self.device} has"
             raise UsageError(f"{told}; give a smaller dtype, fewer examples, or a device_map")
         if self.most_tokens < math.inf:
-            self.most_tokens = rows * width // 2
+            self.most_tokens, self.most_written = (
+                min(most, rows * width // 2) for most in (self.most_tokens, self.most_written)
+            )
         else:
             self.most_packs = rows // 2
 

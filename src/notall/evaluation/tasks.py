@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -143,25 +144,39 @@ class TaskShelf:
             refuse_endless(file)  # the harness reads what it finds
         if task_path and not any(file.suffix == ".yaml" for file in files):
             raise UsageError(f"{shortened(task_path)} holds no task: {give}")
+        if self.folder:
+            self._check_names()
+
+    def _check_names(self) -> None:
         try:
-            with quiet():
-                self.manager = TaskManager(include_path=str(task_path) if task_path else None)
             "".join(self.manager.all_tasks)
         except TypeError:
-            raise UsageError(f"a task in {shortened(task_path)} has a name that is not text: give it a name") from None
+            raise UsageError(
+                f"a task in {shortened(self.folder)} has a name that is not text: give it a name"
+            ) from None
+
+    @cached_property
+    def manager(self) -> TaskManager:
+        """The harness's index of tasks, read where it is needed: that takes ten seconds of CPU time."""
+        with quiet():
+            return TaskManager(include_path=str(self.folder) if self.folder else None)
+
+    def _index(self, names: Sequence[str]) -> Mapping[str, Any]:
+        """Tasks by name, where `names` may be others than checks."""
+        return self.manager.task_index if self.folder or not all(map(is_check, names)) else {}
 
     @classmethod
     def of(cls, tasks: "TaskShelf | str | Path | None") -> "TaskShelf":
-        """`tasks` itself, or the shelf of a folder: to read the harness's own takes half a minute of CPU time."""
+        """`tasks` itself, or the shelf of a folder: the harness's own are read once."""
         return tasks if isinstance(tasks, TaskShelf) else cls(tasks)
 
     def names(self, wanted: Sequence[str]) -> list[str]:
         """Each of `wanted` once, `openllm` spelled out, a local_ one first. Raises `UsageError` for an unknown name."""
         found: list[str] = []
-        known = self.manager.task_index
         groups = {"openllm": tuple(one.task for one in OPENLLM), **GROUPS}
         for name in wanted:
             found += groups.get(name, (name,))
+        known = self._index(found)
         found = [f"local_{name}" if f"local_{name}" in known else name for name in found]
         for name in [name for name in found if name not in known and not is_check(name)]:
             names = dict.fromkeys([*groups, *MAKERS, *self.manager.all_tasks])
@@ -207,7 +222,10 @@ class TaskShelf:
         with quiet(), no_bars(), in_empty_folder() if is_stock else nullcontext():
             try:
                 seed = CHOOSING if choosing else SEED
-                loaded = self.manager.load([made(name, limit or ITEMS, seed) if is_check(name) else name])
+                if is_check(name):
+                    loaded = TaskManager(include_defaults=False).load([made(name, limit or ITEMS, seed)])
+                else:
+                    loaded = self.manager.load([name])
                 for task in loaded["tasks"].values():
                     _build_requests(task, num_fewshot, limit)
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise

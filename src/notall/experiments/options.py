@@ -476,8 +476,8 @@ class TaskOptions:
 
     tasks: Words = option(
         (),
-        "passkey, retrieval, answers, written, reasoning, or answers:FILE with your own prompts; openllm, or tasks of "
-        "lm-evaluation-harness; separated by commas; see `notall tasks`",
+        "needles, passkey, retrieval, answers, written, reasoning, or answers:FILE with your own prompts; openllm, or "
+        "tasks of lm-evaluation-harness; separated by commas; see `notall tasks`",
     )
     limit: Words = option(
         (),
@@ -542,13 +542,22 @@ class TaskChoice:
         """How many training questions an objective has of a task."""
         return (self.limits.most if self.limits else None) or QUESTIONS
 
-    def build(self, name: str, choosing: bool = False) -> Job:
+    def build(self, name: str) -> Job:
         """Its data, loaded, and its requests, built. Raises `UsageError` as `TaskShelf.build` does."""
         assert self.shelf
-        return self.shelf.build(name, self.num_fewshot, self.limit_of(name), choosing)
+        return self.shelf.build(name, self.num_fewshot, self.limit_of(name))
 
-    def jobs(self, choosing: bool = False) -> list[Job]:
-        return [self.build(name, choosing) for name in self.names]
+    def jobs(self) -> list[Job]:
+        return [self.build(name) for name in self.names]
+
+    def choosing(self) -> list[Job]:
+        """Other items of its checks, and few of them, as each plan that is tried is asked."""
+        from ..evaluation.checks import CHOOSING_ITEMS
+
+        assert self.shelf
+        most = [min(self.limit_of(name) or CHOOSING_ITEMS, CHOOSING_ITEMS) for name in self.names]
+        pairs = zip(self.names, most)
+        return [self.shelf.build(name, self.num_fewshot, limit, choosing=True) for name, limit in pairs]
 
 
 HIDDEN = "also measure what accuracy hides: NLL by position, passkey, calibration, writing"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.tasks import Job
 
-TASKS = "passkey", "retrieval", "answers"  # by which recovery is told, where none are named
+TASKS = "needles", "answers"  # by which recovery is told, where none are named
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class RecoveryOptions(TaskOptions):
 
     recovery: float | None = option(
         None,
-        "the share of the original model's score that each task must keep, or exit code 3 (of passkey, retrieval and "
-        "answers, if no --tasks are named)",
+        "the share of the original model's score that each task must keep, or exit code 3 (of needles and answers, "
+        "if no --tasks are named)",
         metavar="SHARE",
     )
 

@@ -343,7 +343,7 @@ class Search:
             each = self._with_minutes(0.5)
             asked = [each, each.in_the_prompt]
             each.in_the_prompt.check()
-        tasks = self._tasks(wanted)  # once: to read those of the harness takes half a minute
+        tasks = self._tasks(wanted)  # once: to read those of the harness takes ten seconds
         net, tokenizer = self.model.load()
         if len(asked) > 1 and (why := _not_in_the_prompt(asked[1].space, net)):
             print(f"note: for every token alone: {why}", file=sys.stderr)
@@ -447,7 +447,10 @@ class Search:
         settings: Provenance,
         progress: Progress,
     ) -> Recovering:
-        """What a plan, after the repair if there is one, keeps at least of each task, on items that don't judge it."""
+        """What a plan, after the repair if there is one, keeps of the task of which it keeps least.
+
+        The items are few, and none of those that judge it, so that it is to keep half of what it may lose.
+        """
         from ..choosing.choice import Recovering
         from ..evaluation.checks import is_check
 
@@ -455,7 +458,7 @@ class Search:
         assert tasks.recovery
         names = tuple(filter(is_check, tasks.names)) or tuple(tasks.shelf.names(TASKS))  # these have items to choose by
         checks = replace(tasks, names=names)
-        jobs = checks.jobs(choosing=True)
+        jobs = checks.choosing()
 
         def kept(plan: Plan) -> float:
             with TemporaryDirectory() as folder:
@@ -463,9 +466,9 @@ class Search:
                 if texts:
                     plan = self.repair.apply(net, plan, texts, out, settings, progress)
                 found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.answers, progress)
-            return min((one.recovery.low if one.recovery else 0.0 for one in last_state(found)), default=0.0)
+            return min((one.recovery.share if one.recovery else 0.0 for one in last_state(found)), default=0.0)
 
-        return Recovering(kept, tasks.recovery)
+        return Recovering(kept, (1 + tasks.recovery) / 2)
 
     def _save(self, plan: Plan) -> None:
         with suppress(UsageError):
