@@ -4,6 +4,8 @@
 """
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import engines
 from api import Field, gguf_layout, llamacpp, read_gguf, write_gguf as write_file
 from families import family
 from notall import Plan, RepairedPlan, UsageError, export, load, repair
+from programs import program
 from tiny_gguf import WORDS, write_gguf
 
 SIZES = {
@@ -156,3 +159,53 @@ def test_nothing_else_takes_such_a_file_for_the_original(repaired, tmp_path):
         load(file)
     with pytest.raises(UsageError, match=r"only a patched llama\.cpp runs it"):
         export(file, Plan([1], [1]), "gguf", tmp_path / "again")
+
+
+def test_the_command_says_what_runs_it(repaired, run, tmp_path):
+    dense, plan = repaired
+    plan.unrepaired.save(tmp_path / "plan.json")
+    out = tmp_path / "out"
+    how = ("--plan", tmp_path / "plan.json", "--to", "gguf", "--out", out)
+    code, said, _ = run("export", dense, *how)
+    assert code == 0
+    assert re.search(
+        r"^Check: +not compared .*: only llama\.cpp with \S+llamacpp-prefill\.patch runs it$",
+        said,
+        re.M,
+    )
+    assert re.search(r"^Next: +llama-cli -m \S+ -fa on, of llama\.cpp with \S+llamacpp-prefill\.patch", said, re.M)
+
+
+# --- benchmarks/prefill/llamacpp.py -----------------------------------------------------------------------------------
+
+# In the place of llama-bench: the files of a plan, which are larger, take half as long.
+BENCH = """#!{python}
+import json, os, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert given["-r"] == "1"
+scale = 1 if os.path.getsize(given["-m"]) == {dense} else 0.5
+tests = [(int(one), 0) for one in given["-p"].split(",")] + [(0, int(given["-n"]))]
+print(json.dumps([dict(n_prompt=p, n_gen=n, avg_ns=1e6 * (p + n) * scale) for p, n in tests]))
+"""
+
+
+def test_files_are_timed_in_turn(repaired, tmp_path, monkeypatch):
+    dense, _ = repaired
+    bench = tmp_path / "bin/llama-bench"
+    bench.parent.mkdir()
+    bench.write_text(BENCH.format(python=sys.executable, dense=dense.stat().st_size))
+    bench.chmod(0o755)
+    timing = program("benchmarks/prefill/llamacpp")
+    out = tmp_path / "times.jsonl"
+    asked = f"--out {out} --model {dense} --blocks 1 2 --prompts 5 7 --new 2 --rounds 3"
+    monkeypatch.setattr("sys.argv", ["llamacpp.py", *asked.split(), "--bin", str(bench.parent)])
+    timing.main()
+    header, *lines = map(json.loads, out.read_text().splitlines())
+    assert header.keys() == {"machine", "model", "llama.cpp", "command", "date"}
+    assert str(tmp_path) not in out.read_text()
+    found = {(one["blocks"], one["test"]): one for one in lines}
+    assert len(found) == len(lines) == 9
+    assert found[0, "pp7"]["ms"]["median"] == 7
+    assert found[2, "pp7"]["ms"] == {"median": 3.5, "low": 3.5, "high": 3.5, "n": 3}
+    assert found[2, "pp7"]["speedup"]["median"] == 2
+    assert found[1, "tg"]["ms"]["median"] == 0.5
