@@ -15,6 +15,7 @@ VENV_GPTQ := .venv-gptq
 VENV_LLMCOMPRESSOR := .venv-llmcompressor
 VENV_GUIDELLM := .venv-guidellm
 LLAMACPP := build/llama.cpp
+LLAMACPP_PATCHES := docs/upstream/llamacpp-deci.patch docs/upstream/llamacpp-prefill.patch
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
 PYTEST := -m pytest -n 2 --dist worksteal -q
 # Of `make fuzz`, some forty minutes.
@@ -128,18 +129,23 @@ test-llmcompressor: $(VENV_LLMCOMPRESSOR)/.done ## run the modifier of docs/upst
 	NOTALL_ENGINE=llmcompressor $(TEST_ENV) $(VENV_LLMCOMPRESSOR)/bin/python -m pytest -q tests/test_llmcompressor.py
 
 # llama.cpp of the release that is installed, patched: xllamacpp's source holds its own. Building takes a compiler, cmake and minutes.
-$(LLAMACPP)/build/bin/llama-debug: docs/upstream/llamacpp-deci.patch $(VENV)/.done
+$(LLAMACPP)/.patched: $(LLAMACPP_PATCHES) $(VENV)/.done
 	rm -rf $(LLAMACPP)
 	$(VENV)/bin/python -m pip download --quiet --no-deps --no-binary xllamacpp --dest $(LLAMACPP) \
 	  "xllamacpp==$$($(VENV)/bin/python -c 'from importlib.metadata import version; print(version("xllamacpp"))')"
 	cd $(LLAMACPP) && tar xzf *.tar.gz --strip-components 3 --wildcards '*/thirdparty/llama.cpp/*'
-	patch -d $(LLAMACPP) -p1 < docs/upstream/llamacpp-deci.patch
-	cmake -S $(LLAMACPP) -B $(LLAMACPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
-	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
-	cmake --build $(LLAMACPP)/build --target llama-debug -j 2
+	for patch in $(LLAMACPP_PATCHES); do patch -d $(LLAMACPP) -p1 < $$patch || exit 1; done
+	touch $@
 
-test-llamacpp: $(LLAMACPP)/build/bin/llama-debug ## build llama.cpp with the patch of docs/upstream, and run a file that needs it
-	NOTALL_LLAMA_DEBUG=$(abspath $<) $(TEST_ENV) $(VENV)/bin/python -m pytest -q -m slow tests/test_upstream.py
+# The tests' own program takes the place of an example, which links llama.cpp's library alone.
+$(LLAMACPP)/build/bin/llama-simple: $(LLAMACPP)/.patched tests/llamacpp_logits.cpp
+	cp tests/llamacpp_logits.cpp $(LLAMACPP)/examples/simple/simple.cpp
+	cmake -S $(LLAMACPP) -B $(LLAMACPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
+	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build $(LLAMACPP)/build --target llama-simple llama-bench -j 2
+
+test-llamacpp: $(LLAMACPP)/build/bin/llama-simple ## build llama.cpp with the patches of docs/upstream, and run files that need them
+	NOTALL_LLAMACPP=$(abspath $(dir $<)) $(TEST_ENV) $(VENV)/bin/python -m pytest -q -m slow tests/test_upstream.py
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_quantised.py

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from api import Seal, check_export, refuse_prefill
 from families import family
-from notall import Plan, RepairedPlan, UsageError, export, locate
+from notall import Plan, RepairedPlan, UsageError, locate
 
 LAYERS = st.frozensets(st.integers(0, 40), max_size=8)
 WEIGHT = "model.layers.2.self_attn.k_proj.weight"
@@ -210,9 +210,8 @@ def test_a_seal_of_a_plan_without_a_prefill_part_is_as_it_was():
 # --- what cannot do it yet --------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_skip_in_the_prompt_alone_says_so(model, tmp_path):
+def test_what_cannot_skip_in_the_prompt_alone_says_so(tmp_path):
     uses = {
-        "an export as gguf": lambda: export(model, PROMPT, "gguf", tmp_path / "out"),
         "an export as nemotron-nas": lambda: check_export(None, PROMPT, "nemotron-nas", tmp_path / "out"),
         "anything": lambda: refuse_prefill(PROMPT, "anything"),
     }

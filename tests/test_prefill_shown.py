@@ -318,7 +318,7 @@ def test_a_plan_whose_times_are_known_is_written():
     verdict = Verdict(PREFILL, quality(0.1), state="repaired", speedup=result_folders.spread(1.4))
     written = "notall export m --plan a/plan.repaired --to hf --out a/plan-pruned"
     assert what_next(verdict, "m", Path("a/plan.repaired"))[1] == written
-    assert "notall bench" in what_next(verdict, "m.gguf", Path("a/plan.repaired"))[1]  # whose form cannot say it
+    assert "notall bench" in what_next(verdict, "m.gguf", Path("a/plan.repaired"))[1]  # no released one runs it
 
 
 def test_plan_tells_what_the_prompt_saves(run, folder, tmp_path):

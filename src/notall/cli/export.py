@@ -43,6 +43,10 @@ IN_PROMPTS = (
     "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) and its `generate`; it saves time to the "
     "first token, and neither memory nor time of decoding"
 )
+PATCHED = (
+    "of llama.cpp with docs/upstream/llamacpp-prefill.patch; it saves time to the first token, "
+    "and neither memory nor time of decoding"
+)
 
 COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), size("size", lambda one: one.bytes))
 
@@ -128,7 +132,8 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
         said["Period"] = BROKEN.format(period)
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
     if to == "gguf":
-        return {**said, "Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
+        run = f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"
+        return said | {"Next": f"{run}, {PATCHED}" if "prefill" in manifest["plan"] else run}
     if to == "nemotron-nas":
         return {**said, "Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
     if to != "hf":  # a target of someone's own; its model card says how it is run

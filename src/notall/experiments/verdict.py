@@ -263,7 +263,7 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     """What to do with the plan that is in `made`, and the command; `repair_text` is what a repair would fit it to."""
     if verdict.usable is None:
         return "see what that costs", next_command("eval", model, plan=made)
-    if verdict.usable and verdict.plan.prefill:  # no engine is written for it yet
+    if verdict.usable and verdict.plan.prefill:  # no released engine runs it but transformers
         if verdict.state == "skipped" and verdict.plan.prefill.attention:
             return REFITTING, mending(model, made, repaired=False)
         if verdict.speedup and not model.endswith(".gguf"):

@@ -3,6 +3,7 @@
 Weights stay as they are, but for those of a repaired plan, and the norms behind a scale per layer (Gemma 4's).
 
 A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each.
+One that skips in the prompt alone leaves the original's file, and in it what a patched llama.cpp needs.
 """
 
 import json
@@ -10,10 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from gguf import (
@@ -36,6 +38,7 @@ from ..models.gguf_file import (
     GGUFTensor,
     Tensors,
     read_gguf,
+    refuse_prompt_skips,
     write_gguf,
 )
 from ..plan import FOR_THIS_MODEL, Fingerprint, Plan, several
@@ -43,6 +46,7 @@ from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
 from .gguf_layout import halves_paired
+from .gguf_prompts import in_places, weights_in, with_prompt_skips
 from .gguf_weights import with_weights
 from .manifest import NotVerified, Origin, Verdict, Verified
 
@@ -83,6 +87,14 @@ USE = (
     "llama.cpp, and what is built on it, run this file as they do the original model's. Turn flash attention on "
     "(`-fa on`): without it, llama.cpp holds a cache for skipped attentions too."
 )
+PATCH = "docs/upstream/llamacpp-prefill.patch"
+PROMPT_USE = (
+    "Prefill-only: a prompt's tokens but the last skip these sublayers, and their keys and values are written all the "
+    "same; its last token and all that is generated run whole. This saves time to the first token, and neither memory "
+    "nor cache nor time of decoding. It takes llama.cpp with the patch `llamacpp-prefill.patch` of notall's repository "
+    "(`docs/upstream`). Any other llama.cpp refuses the file for the tensors of its repair; without a repair, it runs "
+    "the file whole, as the original model."
+)
 # llama.cpp rounds what it multiplies with quantised matrices, in the dense file too. Differences up to these pass.
 TIMES_DENSE, NATS = 3, 0.05
 PROMPTS, LENGTH = 8, 12  # prompts that are compared, and the tokens of each
@@ -92,9 +104,12 @@ MOST_OFF = 2**-7  # of the largest number of a weight, by which 8 bits may round
 class GGUFExport(Export):
     """A GGUF file that llama.cpp runs, in the types of the original model's."""
 
+    skips_prompts: ClassVar[bool] = True
+
     def __init__(self, dense: Path, plan: Plan) -> None:
         """Raises `UsageError` for a damaged file, a plan of another model, and one that no GGUF file can express."""
-        self.dense, self.plan, self.use, self.name = dense, plan, USE, f"{dense.stem}-notall.gguf"
+        self.dense, self.plan, self.name = dense, plan, f"{dense.stem}-notall.gguf"
+        self.use = PROMPT_USE if plan.prefill else USE
         self.source = read_gguf(dense)
         weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
         self.whole = with_weights(self.source, weights) if weights else self.source
@@ -129,6 +144,8 @@ class GGUFExport(Export):
         pairs = ((found.tensors[name].data, tensor.data) for name, tensor in self.tensors.items())
         if not same or not all(np.array_equal(*pair) for pair in pairs):
             raise UsageError(f"{written.name} does not hold what was written to it; check the disk, and export again")
+        if self.plan.prefill:
+            return NotVerified(f"only llama.cpp with {PATCH} runs it{self._read_back(folder)}")
         llama = LlamaCpp(1)
         if not llama.is_installed():
             return NotVerified(f"llama.cpp is not installed ({llama.install}){self._read_back(folder)}")
@@ -173,12 +190,16 @@ class GGUFExport(Export):
         Raises `NotAsSkipped` where it reads others.
         """
         weights: Mapping[str, Tensor] = getattr(self.plan, "weights", {})
+        whole = self.whole
+        if self.plan.prefill:
+            weights = weights_in(self.source, getattr(self.plan, "prompt_weights", {}))
+            whole = replace(self.source, tensors=in_places(self.source, self.tensors))
         if not weights:
             return ""
         from ..models.gguf_copies import read_model
 
         with beside(folder.parent / self.dense.name) as file:
-            write_gguf(file, self.source, self.whole.fields, self.whole.tensors)
+            write_gguf(file, self.source, whole.fields, whole.tensors)
             try:
                 read = dict(read_model(file).named_parameters())
             except UsageError as reason:
@@ -210,6 +231,8 @@ def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
         return has_norm and source.mlp(attention).keys() == source.mlp(mlp).keys() and not parallel
 
     _check(source, plan)
+    if plan.prefill:
+        return with_prompt_skips(source, plan)
     layers = regroup([_kinds(source, index) for index in range(source.depth)], plan, fits)
     if all(layer.is_ordinary for layer in layers):
         return _ordinary(source, layers)
@@ -228,6 +251,7 @@ def _check(source: GGUF, plan: Plan) -> None:
         told = f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}"
         raise UsageError(f"{told}; {FOR_THIS_MODEL}")
     plan.check_depth(source.depth)
+    refuse_prompt_skips(source.path, source.fields)
     name = source.architecture
     if name not in ORDINARY | HYBRIDS:
         raise UsageError(f"notall does not know how llama.cpp builds the layers of {name}, and leaves it alone")

@@ -93,16 +93,16 @@ def places(source: GGUF, path: str, values: Values) -> list[Place]:
     block = f"{BLOCK}{number[1]}." if number else ""
     if expert := EXPERT.search(name):
         role = ROLES.get(expert[2])
-        return [_turned(source, Place(f"{block}ffn_{role}_exps.weight", values, int(expert[1])))]
+        return [turned(source, Place(f"{block}ffn_{role}_exps.weight", values, int(expert[1])))]
     if head := HEAD_NORM.search(name):
         return [Place(f"{block}attn_{head[1]}_norm.weight", values, int(head[2]))]
     found = [one for one in (_mapped(source, name), _in_block(block, name)) if one in source.tensors]
     if found:
-        return [_turned(source, Place(found[0], values))]
+        return [turned(source, Place(found[0], values))]
     for ending, split in SPLIT.items():
         if name.endswith(ending):
             parts = split(source, block, values)
-            return [_turned(source, Place(f"{block}{one}", some)) for one, some in parts.items()]
+            return [turned(source, Place(f"{block}{one}", some)) for one, some in parts.items()]
     raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
 
 
@@ -191,8 +191,8 @@ SPLIT = {
 # --- the order of numbers in one tensor -------------------------------------------------------------
 
 
-def _turned(source: GGUF, place: Place) -> Place:
-    """With its values in the order that llama.cpp has them in."""
+def turned(source: GGUF, place: Place) -> Place:
+    """With its values in the order that llama.cpp has them in. Raises `UsageError` where that is not known."""
     part, architecture = _part_of(place.tensor), source.architecture
     if part in UNKNOWN.get(architecture, ()):
         told = f"notall does not know how llama.cpp's converter writes {part} of {architecture}"

@@ -37,7 +37,7 @@ def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
             _put(source, changed, path, place)
     if EMBEDDING in changed and HEAD not in changed and _is_tied(source):
         changed[HEAD] = changed[EMBEDDING]
-    tensors = {name: _packed(values, source.tensors[name]) for name, values in changed.items()}
+    tensors = {name: packed(values, source.tensors[name].quantization) for name, values in changed.items()}
     _warn_of_wider(source, tensors)
     return replace(source, fields=fields, tensors=source.tensors | tensors)
 
@@ -66,8 +66,9 @@ def _put_setting(source: GGUF, fields: Fields, path: str, name: str, index: int,
     fields[name] = Field([*held.value[:index], value, *held.value[index + 1 :]], held.kind)
 
 
-def _packed(values: Values, stored: GGUFTensor) -> GGUFTensor:
-    kind = _wide_enough(stored.quantization)
+def packed(values: Values, stored: Kind) -> GGUFTensor:
+    """Numbers that were fitted, in the type of those that they replace, or in 8 bits where that has fewer."""
+    kind = _wide_enough(stored)
     return GGUFTensor(quantize(np.ascontiguousarray(values), kind), kind)
 
 

@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..progress import Progress, silent
 BLOCK, ARCHITECTURE = "blk.", "general.architecture"
 BLOCK_NUMBER = re.compile(r"blk\.([0-9]{1,9})\.")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+KV_ONLY = "prefill_kv_only_block_count"  # the deepest blocks, of which a prompt's tokens have keys and values alone
 # What readers raise over a damaged file.
 DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError, MemoryError, RecursionError)
 MOST_READS = 1 << 23  # of one header: a vocabulary has a quarter of a million words
@@ -161,6 +162,13 @@ def _check_depth(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
     count = scalars.get(f"{scalars.get(ARCHITECTURE)}.block_count", held)
     if not isinstance(count, int) or count < held:
         raise ValueError(f"its header says block_count {count}, and it has tensors of {several(held, 'layer')}")
+
+
+def refuse_prompt_skips(path: Path, fields: Iterable[str]) -> None:
+    """Raise `UsageError` for an export that skips in the prompt alone, which others would run whole."""
+    if any(name.endswith(f".{KV_ONLY}") for name in fields):
+        told = f"{path.name} skips blocks in the prompt alone, and only a patched llama.cpp runs it"
+        raise UsageError(f"{told}; give the original model's file and the plan")
 
 
 def read_gguf(path: Path) -> GGUF:
