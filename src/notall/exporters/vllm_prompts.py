@@ -191,7 +191,8 @@ def _tokens(runner: Any, scheduler_output: Any) -> tuple[NDArray[Any], ...]:
 
 def _skipping(module: Any, vllm_config: Any, skips: Settings, step: Step, undo: Undo) -> Undo:
     """Have vLLM build layers that skip, until `undo` is left."""
-    make_layers, backend_of = module.make_layers, functools.cache(functools.partial(_backend, step))
+    make_layers = module.make_layers
+    backend_of: Any = functools.cache(functools.partial(_backend, step))
 
     def skipping(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
         def made(prefix: str) -> nn.Module:
