@@ -113,7 +113,7 @@ test-slow: setup
 	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 
 test-vllm: $(VENV_VLLM)/.done
-	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
+	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py tests/test_engine_vllm_prompts.py
 
 test-mlx: $(VENV_MLX)/.done
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py tests/test_mixer_exports.py -k 'test_export_nemotron_nas or mlx'

@@ -19,6 +19,7 @@ HEAD = """# Engines
 | --- | --- | --- |
 | `hf` | a portable plan or one of whole blocks: an ordinary checkpoint of the same architecture, with fewer layers | everything that loads the original model |
 | `hf` | any other plan: the regrouped form, one attention per layer, under a model type of its own | transformers; vLLM |
+| `hf` | a plan that skips in the prompt alone: the whole model, and what its prompts skip, under a model type of its own | transformers; vLLM with notall |
 | `nemotron-nas` | a DeciLM checkpoint, whose layers may lack a sublayer | vLLM, MLX-LM; made for SGLang, TensorRT-LLM and ExLlamaV3 too, which are not run here |
 | `gguf` | the GGUF file of the original model, rewritten; other plans than portable ones as `deci` | llama.cpp and its derivatives; turn flash attention on |
 | `executorch`, `executorch-8da4w` | a program (`.pte`) for XNNPACK, of ExecuTorch's own Llama with layers that may lack a sublayer | ExecuTorch on CPUs |

@@ -46,6 +46,7 @@ MODULES = {
     "prompt_code": "exporters.prompt_code",
     "remote_code": "exporters.remote_code",
     "vllm_plugin": "exporters.vllm_plugin",
+    "vllm_prompts": "exporters.vllm_prompts",
     "errors": "errors",
     "files": "files",
     "quality": "measuring.quality",

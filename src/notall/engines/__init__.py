@@ -117,7 +117,7 @@ class Engine(ABC):
 def regrouped_base(checkpoint: Path) -> str | None:
     """The model type that a regrouped checkpoint was made of, such as llama; None for any other.
 
-    Raises `UsageError` for one that skips in the prompt alone, which no engine runs.
+    Raises `UsageError` for one that skips in the prompt alone.
     """
     from ..models.own_exports import REGROUPED, refuse_prompt_skips
 
@@ -125,6 +125,14 @@ def regrouped_base(checkpoint: Path) -> str | None:
     refuse_prompt_skips(checkpoint, settings)
     form = str(settings["model_type"])
     return form.removeprefix(REGROUPED) if form.startswith(REGROUPED) else None
+
+
+def prompt_base(checkpoint: Path) -> str | None:
+    """The model type that a checkpoint which skips in the prompt alone was made of; None for any other."""
+    from ..models.own_exports import PROMPT_SKIPS
+
+    form = str(read_json(contents(checkpoint / "config.json"))["model_type"])
+    return form.removeprefix(PROMPT_SKIPS) if form.startswith(PROMPT_SKIPS) else None
 
 
 def weight_bytes(checkpoint: Path) -> int:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
 from ..integrity import MANIFEST
-from . import Engine, Timing, Tokens, medians, regrouped_base, resident_bytes
+from . import Engine, Timing, Tokens, medians, prompt_base, regrouped_base, resident_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The architectures whose regrouped layers vLLM's native classes run, by notall's plug-in.
+# The architectures whose regrouped layers vLLM's native classes run, by notall's plug-in. Of exports that skip in the
+# prompt alone, which fewer have, they run those of all of these.
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
 # What vLLM and llm-compressor call W8A8: a scale an output channel, and one a token of what comes in.
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -59,6 +60,9 @@ class VLLM(Engine):
         (out / "config.json").write_text(json.dumps(config | {"quantization_config": EIGHT_BITS}, indent=2))
 
     def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+        if prompt_base(checkpoint):
+            told = f"{checkpoint.name} skips sublayers in the prompt alone, and vLLM runs whole what it scores"
+            raise UsageError(f"{told}; score the plan with notall eval")
         llm = self._load(checkpoint, max(map(len, windows)) + 1)
         found: list[list[float | None]] = []
         for tokens in windows:
@@ -86,7 +90,7 @@ class VLLM(Engine):
 
     def runs_code(self, checkpoint: Path) -> bool:
         """Where vLLM has no class for its regrouped layers."""
-        return regrouped_base(checkpoint) not in (None, *NATIVE)
+        return prompt_base(checkpoint) not in NATIVE and regrouped_base(checkpoint) not in (None, *NATIVE)
 
     def _load(self, checkpoint: Path, tokens: int) -> Any:
         """In this process."""

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..engines.vllm import NATIVE
 from ..errors import UsageError
 from ..files import Settings
 from ..models.load_errors import explained, quiet
@@ -56,10 +57,11 @@ REGROUPED_USE = (
 PROMPT_USE = (
     "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and their keys and values are written "
     "all the same; the last ones and all that is generated run whole. This saves time to the first token, and neither "
-    "memory nor cache nor time of decoding. The modeling file beside the weights does it, with transformers alone; "
-    "no other engine does. `generate` knows its prompt; a forward outside of it runs whole, but inside of "
+    "memory nor cache nor time of decoding. The modeling file beside the weights does it, with transformers alone"
+    "{vllm}. `generate` knows its prompt; a forward outside of it runs whole, but inside of "
     "`with model.prompt(tokens):`, whose first tokens are the prompt.\n\n"
 ) + LOADED
+IN_VLLM = "; vLLM does with notall installed (`vllm serve . --enforce-eager`), and refuses it without"
 
 
 class HFExport(CheckpointExport):
@@ -108,7 +110,7 @@ class HFExport(CheckpointExport):
             plan,
             settings,
             tensors,
-            PROMPT_USE.format(last=plan.prefill.last_tokens),
+            PROMPT_USE.format(last=plan.prefill.last_tokens, vllm=IN_VLLM if code.base in NATIVE else ""),
             {code.file: code.source},
             notes,
         )

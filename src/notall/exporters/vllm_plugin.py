@@ -36,8 +36,10 @@ def register() -> None:
         AutoConfig.register(model_type, config, exist_ok=True)
         ModelRegistry.register_model(name[CAUSAL], f"{__name__}:{name[CAUSAL]}")
     for base in PROMPT_BASES:
-        refused = PromptCode(base).classes[CAUSAL]
-        ModelRegistry.register_model(refused, f"{__name__}:{refused}")
+        code = PromptCode(base)
+        config = type(code.classes["AutoConfig"], (CONFIG_MAPPING[base],), {"model_type": code.model_type})
+        AutoConfig.register(code.model_type, config, exist_ok=True)
+        ModelRegistry.register_model(code.classes[CAUSAL], f"{__name__}:{code.classes[CAUSAL]}")
 
 
 def __getattr__(name: str) -> Any:
@@ -47,7 +49,7 @@ def __getattr__(name: str) -> Any:
             return _model(base)
     for base in PROMPT_BASES:
         if PromptCode(base).classes[CAUSAL] == name:
-            return _refusing(base)
+            return _prompt_model(base) if base in NATIVE else _refusing(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -65,13 +67,24 @@ def _model(base: str) -> type:
 
 
 @functools.cache
-def _refusing(base: str) -> type:
-    """A class of vLLM's that is never built: it would run what a prompt skips for every token."""
+def _prompt_model(base: str) -> type:
+    from .vllm_prompts import prompt_model
+
     stock: Any = getattr(_vllm_module(base), f"{FAMILIES[base].name}ForCausalLM")
+    made: type = prompt_model(stock, _vllm_module(LAYERS_IN.get(base, base)))
+    made.__name__ = made.__qualname__ = PromptCode(base).classes[CAUSAL]
+    made.__module__ = __name__
+    return made
+
+
+@functools.cache
+def _refusing(base: str) -> type:
+    """A class that is never built: vLLM has none of its own for `base`, and its backend would skip for every token."""
+    stock: Any = _vllm_module("llama").LlamaForCausalLM
 
     class Refused(stock):
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            told = "this checkpoint skips sublayers in the prompt alone, which notall does not run in vLLM"
+            told = f"this checkpoint skips sublayers in the prompt alone, which notall does not run in vLLM for {base}"
             raise UsageError(f"{told}; serve the original model, or load this one with transformers")
 
     Refused.__name__ = Refused.__qualname__ = PromptCode(base).classes[CAUSAL]

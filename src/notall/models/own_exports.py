@@ -109,10 +109,10 @@ def own_export(name: str | Path, settings: Settings) -> OwnExport:
 
 
 def refuse_prompt_skips(name: str | Path, settings: Settings) -> None:
-    """Raise `UsageError` for an export that skips in the prompt alone, which its own code in transformers runs."""
+    """Raise `UsageError` for an export that skips in the prompt alone, which runs by its own code or in vLLM."""
     if str(settings.get("model_type")).startswith(PROMPT_SKIPS):
-        told = f"{shortened(name)} skips sublayers in the prompt alone, and only transformers runs it, by its own code"
-        raise UsageError(f"{told} (trust_remote_code=True); give the original model and the plan")
+        told = f"{shortened(name)} skips sublayers in the prompt alone, and runs in transformers by its own code"
+        raise UsageError(f"{told} (trust_remote_code=True), or in vLLM; give the original model and the plan")
 
 
 def _regrouped(settings: Settings) -> OwnExport:

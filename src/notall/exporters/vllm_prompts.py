@@ -1,0 +1,307 @@
+"""vLLM's native models that skip sublayers for a prompt's tokens alone, as a checkpoint of `hf` says.
+
+In vLLM the tokens of all requests lie in one row. Those of a prompt but its last ones skip; these and all that is
+generated run whole. How long a prompt is tells the model runner, ahead of each forward: a chunk of a prompt, a prompt
+whose beginning is in the cache, and a request that was preempted keep to it. The layers then split the row:
+
+- a skipped MLP runs for the whole tokens alone;
+- a skipped attention first writes keys and values of the tokens that skip; then it runs for the whole ones alone, by
+  metadata that has these as its queries. In vLLM the queries of a request are the last of its keys, as these are.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..files import Settings
+from ..structure.undoing import Undo
+
+OWN = "prompt_kv_proj"  # the module that makes keys and values of tokens that skip
+PROJECTION = re.compile(r"(.*layers\.(\d+)\.self_attn\.)([kv]_proj)(\..+)")
+CANNOT = "this checkpoint skips sublayers in the prompt alone, and notall does not run it in vLLM"
+STACKED = {f".prompt_{one}_proj": (f".{OWN}", one) for one in "kv"}  # of a checkpoint, as vLLM's loader has it
+
+
+@dataclass
+class Step:
+    """Which tokens of the forward that runs skip, and which are whole: their rows in the batch."""
+
+    last_tokens: int
+    attentions: list[str] = field(default_factory=list)  # those that are skipped, by vLLM's names
+    counts: NDArray[np.int64] | None = None  # whole tokens of each request; None: all are whole
+    early: Tensor | None = None  # the rows that skip
+    whole: Tensor | None = None  # the others, in order
+    slots: dict[str, Tensor] = field(default_factory=dict)  # of the early tokens, by attention
+
+    def enter(self, computed: NDArray[Any], scheduled: NDArray[Any], prompts: NDArray[Any]) -> None:
+        """A forward begins, of requests with so many tokens in the cache, to run, and of a prompt."""
+        self.leave()
+        skipping = np.clip(prompts - self.last_tokens - computed, 0, scheduled)
+        if not skipping.any():
+            return
+        starts = np.cumsum(scheduled) - scheduled
+        places = np.arange(scheduled.sum()) - np.repeat(starts, scheduled)  # among the request's
+        skips = torch.from_numpy(places < np.repeat(skipping, scheduled))
+        self.counts = scheduled - skipping
+        self.early, self.whole = skips.nonzero()[:, 0], (~skips).nonzero()[:, 0]
+
+    def leave(self) -> None:
+        """All tokens of a forward run whole, until one is entered."""
+        self.counts = self.early = self.whole = None
+        self.slots = {}
+
+    @property
+    def splits(self) -> bool:
+        """Whether the forward that runs has tokens that skip."""
+        return self.counts is not None
+
+    def part(self, context: Any, device: torch.device) -> None:
+        """Have a forward's context tell the skipped attentions the whole tokens' places in the cache alone."""
+        assert self.early is not None
+        assert self.whole is not None
+        self.early, self.whole = self.early.to(device), self.whole.to(device)
+        self.slots = {name: context.slot_mapping[name][self.early] for name in self.attentions}
+        own = {name: context.slot_mapping[name][self.whole] for name in self.attentions}
+        context.slot_mapping = context.slot_mapping | own
+
+    def of_whole(self, common: Any) -> Any:
+        """An attention's metadata, of the requests that have whole tokens, with these as their queries."""
+        assert self.counts is not None
+        assert self.whole is not None
+        requests = np.flatnonzero(self.counts)
+        counts = self.counts[requests]
+        chosen, device = torch.from_numpy(requests), common.seq_lens.device
+        starts = torch.zeros(len(requests) + 1, dtype=common.query_start_loc.dtype)
+        starts[1:] = torch.from_numpy(counts).cumsum(0)
+        there, whole = chosen.to(device), self.whole.to(device)
+        on_cpu = {name: getattr(common, name) for name in ("seq_lens_cpu_upper_bound", "is_prefilling")}
+        return type(common)(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=common.seq_lens[there],
+            num_reqs=len(requests),
+            num_actual_tokens=int(counts.sum()),
+            max_query_len=int(counts.max()),
+            max_seq_len=common.max_seq_len,
+            block_table_tensor=common.block_table_tensor[there],
+            slot_mapping=common.slot_mapping[whole],
+            causal=common.causal,
+            positions=None if common.positions is None else common.positions[whole],
+            **{name: None if value is None else value[chosen] for name, value in on_cpu.items()},
+        )
+
+
+@functools.cache
+def prompt_model(stock: Any, layers_in: Any) -> Any:
+    """A class of vLLM's, `stock`, that skips what its config says; `layers_in` makes its layers."""
+    from vllm.forward_context import get_forward_context
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    class Model(stock):
+        packed_modules_mapping = stock.packed_modules_mapping | {OWN: [name[1:] for name in STACKED]}
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            refuse(vllm_config)
+            skips = vllm_config.model_config.hf_config.prompt_skips
+            step = Step(skips["last_tokens"])
+            with Undo() as undo, _skipping(layers_in, vllm_config, skips, step, undo):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self.prompt_skips, self.prompt_step = skips, step
+            self.model.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_stacked=STACKED)
+            _count_tokens()
+
+        def forward(
+            self,
+            input_ids: Tensor | None,
+            positions: Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Tensor | None = None,
+        ) -> Any:
+            try:
+                if self.prompt_step.splits:
+                    self.prompt_step.part(get_forward_context(), positions.device)
+                return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+            finally:
+                self.prompt_step.leave()
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            return super().load_weights(_with_own(weights, self.prompt_skips))
+
+    return Model
+
+
+def refuse(vllm_config: Any) -> None:
+    """Raise `UsageError` for what was not seen to answer as transformers does."""
+    parallel = vllm_config.parallel_config
+    refused = {
+        "compiled graphs: give --enforce-eager": not vllm_config.model_config.enforce_eager,
+        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "a transfer of the KV cache": vllm_config.kv_transfer_config is not None,
+        "micro-batches": parallel.use_ubatching,
+        "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise UsageError(f"{CANNOT} with {what}")
+
+
+def _count_tokens() -> None:
+    """Have vLLM's model runner tell a model of this module which tokens are a prompt's, ahead of each forward."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
+
+    prepare = Runner._prepare_inputs
+    if getattr(prepare, "tells_prompts", False):
+        return
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        found = prepare(self, scheduler_output, *args, **kwargs)
+        step = getattr(self.get_model(), "prompt_step", None)
+        if step is not None:
+            step.enter(*_tokens(self, scheduler_output))
+        return found
+
+    prepared.tells_prompts = True  # type: ignore[attr-defined]
+    Runner._prepare_inputs = prepared
+
+
+def _tokens(runner: Any, scheduler_output: Any) -> tuple[NDArray[Any], ...]:
+    """Of each request of a batch: tokens in the cache, tokens that run, and tokens of the prompt.
+
+    One that asks for the log-probabilities of its prompt has no tokens of a prompt, and so runs whole.
+    """
+    batch = runner.input_batch
+    names = batch.req_ids[: batch.num_reqs]
+    scheduled = np.array([scheduler_output.num_scheduled_tokens[name] for name in names])
+    params = [runner.requests[name].sampling_params for name in names]
+    asked = [getattr(one, "prompt_logprobs", None) is not None for one in params]
+    prompts = np.where(asked, 0, batch.num_prompt_tokens[: batch.num_reqs])
+    return batch.num_computed_tokens_cpu[: batch.num_reqs], scheduled, prompts
+
+
+def _skipping(module: Any, vllm_config: Any, skips: Settings, step: Step, undo: Undo) -> Undo:
+    """Have vLLM build layers that skip, until `undo` is left."""
+    make_layers = module.make_layers
+    backend_of: Any = functools.cache(functools.partial(_backend, step))
+
+    def skipping(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
+        def made(prefix: str) -> nn.Module:
+            layer: Any = make(prefix=prefix)
+            index = int(prefix.rpartition(".")[2])
+            layer.skips_attention, layer.skips_mlp = (index in skips[kind] for kind in ("attention", "mlp"))
+            if layer.skips_attention:
+                has_bias = any(skips["projections"].get(str(index), {}).values())
+                _write_own(layer.self_attn, has_bias, vllm_config.quant_config, f"{prefix}.self_attn")
+                attention = layer.self_attn.attn
+                attention.attn_backend = backend_of(attention.attn_backend)
+                step.attentions.append(attention.layer_name)
+            layer.prompt_step, layer.__class__ = step, _skipping_class(type(layer))
+            return layer
+
+        return make_layers(count, made, prefix=prefix)
+
+    return undo.put(vars(module), "make_layers", skipping)
+
+
+def _write_own(attention: Any, has_bias: bool, quantisation: Any, prefix: str) -> None:
+    """Give an attention a projection without queries, for tokens that skip it."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    made = QKVParallelLinear(
+        attention.hidden_size,
+        attention.head_dim,
+        total_num_heads=0,
+        total_num_kv_heads=attention.total_num_kv_heads,
+        bias=has_bias or attention.qkv_proj.bias is not None,
+        quant_config=quantisation,
+        prefix=f"{prefix}.{OWN}",
+    )
+    if made.bias is not None:
+        made.bias.data.zero_()  # one of keys and values may have none
+    setattr(attention, OWN, made)
+
+
+def _with_own(weights: Iterable[tuple[str, Tensor]], skips: Settings) -> Iterator[tuple[str, Tensor]]:
+    """Also the projections of tokens that skip an attention, where they are those of all others."""
+    for name, weight in weights:
+        yield name, weight
+        found = PROJECTION.fullmatch(name)
+        if found is None:
+            continue
+        before, index, projection, kind = found.groups()
+        has_own = projection in skips["projections"].get(index, {})
+        if int(index) in skips["attention"] and not has_own:
+            # another tensor of the same numbers: vLLM marks each with where it goes
+            yield f"{before}prompt_{projection}{kind}", weight.detach()
+
+
+def _backend(step: Step, stock: Any) -> Any:
+    """An attention backend of vLLM's, `stock`, whose metadata is that of the whole tokens."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+
+    if stock.forward_includes_kv_cache_update:
+        writes = f"{stock.get_name()}, which writes keys and values as it attends: choose another backend"
+        raise UsageError(f"{CANNOT} with {writes}")
+
+    class Builder(stock.get_builder_cls()):  # type: ignore[misc]
+        supports_update_block_table = False
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, *more: Any) -> Any:
+            common = common_attn_metadata
+            if step.counts is not None and step.counts.any():
+                common = step.of_whole(common)
+            return super().build(common_prefix_len, common, *more)
+
+    return subclass_attention_backend("Prompt", stock, Builder)
+
+
+@functools.cache
+def _skipping_class(layer_class: Any) -> Any:
+    class Skipping(layer_class):
+        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
+            if not self.prompt_step.splits or not (self.skips_attention or self.skips_mlp):
+                return super().forward(positions, hidden, residual, **kwargs)
+            stream = hidden if residual is None else hidden + residual  # (tokens, hidden)
+            if self.skips_attention:
+                self.write(stream[self.prompt_step.early], positions[self.prompt_step.early])
+            stream = stream + self.added(self.skips_attention, self.attend, stream, positions)
+            return self.added(self.skips_mlp, self.transform, stream), stream
+
+        def added(self, is_skipped: bool, run: Callable[..., Tensor], stream: Tensor, *more: Tensor) -> Tensor:
+            """What a sublayer adds to the stream, (tokens, hidden): nothing where tokens skip it."""
+            if not is_skipped:
+                return run(stream, *more)
+            found, whole = torch.zeros_like(stream), self.prompt_step.whole
+            if len(whole):
+                found[whole] = run(stream[whole], *(one[whole] for one in more))
+            return found
+
+        def attend(self, stream: Tensor, positions: Tensor) -> Tensor:
+            return self.self_attn(positions=positions, hidden_states=self.input_layernorm(stream))
+
+        def transform(self, stream: Tensor) -> Tensor:
+            return self.mlp(self.post_attention_layernorm(stream))
+
+        def write(self, stream: Tensor, positions: Tensor) -> None:
+            """Write keys and values of tokens that skip, (tokens, hidden), to the cache."""
+            attention, to = self.self_attn, self.self_attn.attn
+            both, _ = getattr(attention, OWN)(self.input_layernorm(stream))
+            keys, values = (one.contiguous() for one in both.chunk(2, dim=-1))
+            if hasattr(attention, "k_norm"):
+                keys = attention.k_norm(keys.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+            keys = attention.rotary_emb(positions, torch.zeros_like(keys), keys)[1]
+            shape = (-1, attention.num_kv_heads, attention.head_dim)
+            slots = self.prompt_step.slots[to.layer_name]
+            to.impl.do_kv_cache_update(to, keys.view(shape), values.view(shape), to.kv_cache, slots)
+
+    return Skipping
