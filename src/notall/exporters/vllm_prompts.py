@@ -205,7 +205,8 @@ def _skipping(module: Any, vllm_config: Any, skips: Settings, step: Step, undo: 
                 attention = layer.self_attn.attn
                 attention.attn_backend = backend_of(attention.attn_backend)
                 step.attentions.append(attention.layer_name)
-            layer.prompt_step, layer.__class__ = step, _skipping_class(type(layer))
+            kind: type = type(layer)
+            layer.prompt_step, layer.__class__ = step, _skipping_class(kind)
             return layer
 
         return make_layers(count, made, prefix=prefix)
