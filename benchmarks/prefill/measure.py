@@ -147,7 +147,7 @@ def states(
         folder = asked.out / f"{count}-refit"
         if not (folder / "plan.json").is_file():
             repair(model, plan, drawn.together(4), out=folder, progress=telling)
-        found[count, REFIT] = RepairedPlan.load(folder)
+        found[count, REFIT] = running_last(RepairedPlan.load(folder), asked.last_tokens)
         if not asked.minutes or count not in (asked.trained_of or asked.blocks):
             continue
         trained = asked.out / f"{count}-trained"
@@ -157,6 +157,11 @@ def states(
             heal(model, found[count, REFIT], drawn.together(2), drawn.stop(2), config, out=trained, progress=telling)
         found[count, TRAINED] = RepairedPlan.load(trained)
     return found
+
+
+def running_last(plan: RepairedPlan, tokens: int) -> RepairedPlan:
+    """The plan with so many last tokens of the prompt whole; its keys and values are of the earlier ones."""
+    return plan.model_copy(update={"prefill": plan.prefill.model_copy(update={"last_tokens": tokens})})
 
 
 def telling(*told: object) -> None:
@@ -237,7 +242,8 @@ def times(asked: argparse.Namespace) -> None:
     plans = {}
     for count, plan in tails(model, asked.blocks, asked.last_tokens).items():
         folder = asked.out / f"{count}-refit"
-        plans[str(count)] = RepairedPlan.load(folder) if (folder / "plan.json").is_file() else plan
+        is_refit = (folder / "plan.json").is_file()
+        plans[str(count)] = running_last(RepairedPlan.load(folder), asked.last_tokens) if is_refit else plan
     asked.out.mkdir(parents=True, exist_ok=True)
     run = f"{date.today()}"
     with (asked.out / "times.jsonl").open("a", encoding="utf-8") as file:
