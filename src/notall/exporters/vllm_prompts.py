@@ -205,7 +205,7 @@ def _skipping(module: Any, vllm_config: Any, skips: Settings, step: Step, undo: 
                 attention = layer.self_attn.attn
                 attention.attn_backend = backend_of(attention.attn_backend)
                 step.attentions.append(attention.layer_name)
-            layer.prompt_step, layer.__class__ = step, _skipping_class(type(layer))
+            layer.prompt_step, layer.__class__ = step, _skipping_class(type(layer))  # type: ignore[arg-type]
             return layer
 
         return make_layers(count, made, prefix=prefix)
