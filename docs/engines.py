@@ -23,6 +23,7 @@ HEAD = """# Engines
 | `nemotron-nas` | a DeciLM checkpoint, whose layers may lack a sublayer | vLLM, MLX-LM; made for SGLang, TensorRT-LLM and ExLlamaV3 too, which are not run here |
 | `gguf` | the GGUF file of the original model, rewritten; other plans than portable ones as `deci` | llama.cpp and its derivatives; turn flash attention on |
 | `executorch`, `executorch-8da4w` | a program (`.pte`) for XNNPACK, of ExecuTorch's own Llama with layers that may lack a sublayer | ExecuTorch on CPUs |
+| `swiftkv` | SwiftKV's checkpoint, of a plan whose prompt skips the last blocks, Llama and Qwen2 | made for ArcticInference, which needs a GPU and was not run |
 
 A plan is *portable* when the remaining sublayers alternate attention, MLP, attention, MLP. vLLM's nemotron-nas cannot run a
 model whose first layer has an MLP and no attention: export to `hf` then.

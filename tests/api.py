@@ -45,6 +45,7 @@ MODULES = {
     "nemotron_nas": "exporters.nemotron_nas",
     "prompt_code": "exporters.prompt_code",
     "remote_code": "exporters.remote_code",
+    "swiftkv": "exporters.swiftkv",
     "vllm_plugin": "exporters.vllm_plugin",
     "vllm_prompts": "exporters.vllm_prompts",
     "errors": "errors",

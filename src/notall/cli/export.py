@@ -54,7 +54,9 @@ COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), si
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
     plan: Annotated[Path, Option("plan file, folder of a repair, or published:NAME")],
-    to: Annotated[str, Option("hf, nemotron-nas, gguf, executorch (or -8da4w), or a module:Class", metavar="FORM")],
+    to: Annotated[
+        str, Option("hf, nemotron-nas, gguf, executorch (or -8da4w), swiftkv, or a module:Class", metavar="FORM")
+    ],
     out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
     repair: RepairOptions,
     tasks: RecoveryOptions,
@@ -136,6 +138,8 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
         return said | {"Next": f"{run}, {PATCHED}" if "prefill" in manifest["plan"] else run}
     if to == "nemotron-nas":
         return {**said, "Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+    if to == "swiftkv":
+        return {**said, "Serve": f"ARCTIC_INFERENCE_ENABLED=1 vllm serve {folder}   # with a GPU"}
     if to != "hf":  # a target of someone's own; its model card says how it is run
         return said
     if "prefill" in manifest["plan"]:

@@ -28,6 +28,7 @@ TARGETS = {
     "gguf": "notall.exporters.gguf:GGUFExport",
     "executorch": "notall.exporters.executorch:ExecuTorchExport",
     "executorch-8da4w": "notall.exporters.executorch:Export8da4w",
+    "swiftkv": "notall.exporters.swiftkv:SwiftKVExport",
 }
 SHARD_BYTES = 5_000_000_000
 UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
@@ -52,6 +53,9 @@ class Export(ABC):
     form: str  # the model type that is written
     use: str  # how to run it, for people
     skips_prompts: ClassVar[bool] = False  # whether its engines skip what only a prompt does
+    own_keys: ClassVar[str] = (  # whose weights a repair of a prompt changes, for people
+        "The tokens that skip have keys and values of their own weights; all others are the original's."
+    )
     dense_bytes: int  # of weights
     written_bytes: int
 

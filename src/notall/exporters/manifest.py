@@ -178,7 +178,7 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
         f"{several(dense['layers'], 'layer')}. {told}",
         _table(("sublayer", head), skipped),
         *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),
-        *(_on_repair(manifest["repair"], in_prompt) if "repair" in manifest else []),
+        *(_on_repair(manifest["repair"], export.own_keys if in_prompt else None) if "repair" in manifest else []),
         export.use,
         f"Check: {verdict}.",
     ]
@@ -192,13 +192,13 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     return "\n".join(map(printable, card.split("\n")))  # notes are anyone's
 
 
-def _on_repair(repair: Settings, in_prompt: Settings | None) -> Iterator[str]:
+def _on_repair(repair: Settings, own_keys: str | None) -> Iterator[str]:
     """That weights are not the original model's, by what they were made, and what is left of the error."""
     steps = "; then ".join(literal(step["told"]) for step in repair["history"])
     made = f" They were {steps}." if steps else ""
     yield "## Repaired"
-    if in_prompt:
-        yield f"The tokens that skip have keys and values of their own weights; all others are the original's.{made}"
+    if own_keys:
+        yield f"{own_keys}{made}"
     else:
         yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]

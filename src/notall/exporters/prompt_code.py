@@ -47,7 +47,7 @@ class PromptCode:
 
     def settings(self, dense: DenseModel, plan: Plan) -> Settings:
         """What config.json holds beside the original's own."""
-        own = {name: path for name, path, _ in _own(dense, plan)}
+        own = {name: path for name, path, _ in own_weights(dense, plan)}
         projections: dict[str, dict[str, bool]] = {}
         for name in own:
             index, _, projection = name.rpartition(".")[0].partition(".")
@@ -62,7 +62,7 @@ class PromptCode:
 
     def tensors(self, dense: DenseModel, plan: Plan) -> Weights:
         """The original's whole, and those that tokens of a prompt have for themselves."""
-        return {**dense.tensors, **{path: weight for _, path, weight in _own(dense, plan)}}
+        return {**dense.tensors, **{path: weight for _, path, weight in own_weights(dense, plan)}}
 
 
 _MODEL = files("notall.exporters").joinpath("prompt_modeling.template").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def check_form(dense: DenseModel, plan: Plan) -> None:
         raise UsageError(f"{told}; run the plan with notall.skip, or export the original model in plain numbers")
 
 
-def _own(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weight]]:
+def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weight]]:
     """The weights of a prompt's tokens: INDEX.PROJECTION.weight or .bias, its name in the files, and the tensor.
 
     A projection that has one of its own gets both, where the other is the original model's. Raises `UsageError` for

@@ -36,6 +36,7 @@ from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .own_exports import (
     NEMOTRON_NAS,
     REGROUPED,
+    SWIFTKV,
     OwnExport,
     first_file,
     own_export,
@@ -334,7 +335,7 @@ def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | No
         with explained(spec), quiet():
             settings = PretrainedConfig.get_config_dict(hub_id(spec), revision=revision)[0]
     form = str(settings.get("model_type")) if isinstance(settings, dict) else ""
-    return settings if form == NEMOTRON_NAS or form.startswith(REGROUPED) else None
+    return settings if form in (NEMOTRON_NAS, SWIFTKV) or form.startswith(REGROUPED) else None
 
 
 def model_source(spec: str | Path, revision: str | None) -> Path | str:

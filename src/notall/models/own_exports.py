@@ -18,6 +18,7 @@ from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
 PROMPT_SKIPS = f"{REGROUPED}prefill_"  # what an export that skips in the prompt alone begins with
+SWIFTKV = "llama_swiftkv"  # which ArcticInference alone runs
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
 TENSOR = re.compile(r"(?P<start>.*\blayers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)")
 REDONE = "export it anew from the original model"
@@ -109,8 +110,12 @@ def own_export(name: str | Path, settings: Settings) -> OwnExport:
 
 
 def refuse_prompt_skips(name: str | Path, settings: Settings) -> None:
-    """Raise `UsageError` for an export that skips in the prompt alone, which runs by its own code or in vLLM."""
-    if str(settings.get("model_type")).startswith(PROMPT_SKIPS):
+    """Raise `UsageError` for an export that skips in the prompt alone, which other code than notall's runs."""
+    form = str(settings.get("model_type"))
+    if form == SWIFTKV:
+        told = f"{shortened(name)} is in SwiftKV's form, which ArcticInference alone runs"
+        raise UsageError(f"{told}; give the original model and the plan")
+    if form.startswith(PROMPT_SKIPS):
         told = f"{shortened(name)} skips sublayers in the prompt alone, and runs in transformers by its own code"
         raise UsageError(f"{told} (trust_remote_code=True), or in vLLM; give the original model and the plan")
 
