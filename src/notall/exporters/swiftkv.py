@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..files import Settings
 from ..models.own_exports import SWIFTKV
-from ..plan import Plan
+from ..plan import Plan, several
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, base_model
@@ -41,7 +41,7 @@ READ = (
 )  # fmt: skip
 NOT_READ = ("auto_map", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 USE = (
-    "SwiftKV's checkpoint form: of the last {count} layers, keys and values of all tokens, those of the answer too, "
+    "SwiftKV's checkpoint form: of the last {layers}, keys and values of all tokens, those of the answer too, "
     "are maps of the one stream in front of these layers. A prompt's tokens but the last end there; the last one, and "
     "each token of the answer, run all layers. This saves time to the first token, and neither memory nor cache nor "
     "time of decoding. It costs more than the plan in transformers, whose answers have keys and values of the original "
@@ -68,7 +68,7 @@ class SwiftKVExport(CheckpointExport):
         tail = tail_of(dense.structure, plan)
         own = {name: weight for name, _, weight in own_weights(dense, plan)}
         is_biased = dense.config.model_type == "qwen2" or any(name.endswith(".bias") for name in own)
-        use = USE.format(count=len(tail)) + ("" if own else REPAIR)
+        use = USE.format(layers=several(len(tail), "layer")) + ("" if own else REPAIR)
         tensors = dict(_named(dense, tail, own, is_biased))
         return cls(dense, plan, _settings(dense, tail, is_biased), tensors, use, {}, {})
 
