@@ -16,8 +16,8 @@ from . import Engine, Timing, Tokens, medians, prompt_base, regrouped_base, resi
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The architectures whose regrouped layers vLLM's native classes run, by notall's plug-in. Of exports that skip in the
-# prompt alone, which fewer have, they run those of all of these.
+# The architectures of which vLLM's native classes run exports, by notall's plug-in: regrouped layers, and, where the
+# architecture has that form, prompts that skip.
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
 # What vLLM and llm-compressor call W8A8: a scale an output channel, and one a token of what comes in.
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}

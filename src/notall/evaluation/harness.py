@@ -287,7 +287,7 @@ class PlansLM(HFLM):
         with skip(self.model, self.plans[self.number]):
             while waiting:
                 self._report(place * len(keys) - len(waiting), len(keys) * len(self.answers.distinct))
-                chunk = waiting[: self.scorer.writing(width, len(waiting))]
+                chunk = waiting[: self.scorer.fitting(width, len(waiting), written=True)]
                 texts = unless_out_of_memory(partial(generate, [request for _, request in chunk], disable_tqdm=True))
                 if texts is None:
                     self.scorer.shrink(len(chunk), width)

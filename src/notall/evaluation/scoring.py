@@ -27,8 +27,8 @@ from ..plan import Plan
 from ..running.replay import Replay, record
 from ..structure.model_structure import base_model, inputs_device, positions_of, text_config
 
-WRITTEN_AT_ONCE = 32768  # tokens of prompts and answers; a step of one row takes as long as that of many
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
+WRITTEN_AT_ONCE = 32768  # likewise, with their answers: a decoding step of one row takes as long as one of many
 # A token attends over its whole pack, seen or not, so a pack stays within reach of its longest path.
 MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
 
@@ -111,13 +111,10 @@ class Scorer:
                 self.shrink(len(batch), len(batch[0]))
                 waiting.extendleft(reversed(batch))
 
-    def fitting(self, width: int, count: int) -> int:
-        """How many of `count` rows of `width` tokens to run at once."""
-        return int(max(1, min(count, self.most_packs, self.most_tokens // width)))
-
-    def writing(self, width: int, count: int) -> int:
-        """How many of `count` rows, which have `width` tokens with their answers, to generate at once."""
-        return int(max(1, min(count, self.most_packs, self.most_written // width)))
+    def fitting(self, width: int, count: int, *, written: bool = False) -> int:
+        """How many of `count` rows of `width` tokens to run at once, or to write, answers included."""
+        most = self.most_written if written else self.most_tokens
+        return int(max(1, min(count, self.most_packs, most // width)))
 
     def shrink(self, rows: int, width: int) -> None:
         """Run at most half of that from now on: it took more memory than there is. Raises `UsageError` at one row."""
@@ -126,9 +123,9 @@ class Scorer:
             told = f"one sequence of {width} tokens takes more memory than {self.device} has"
             raise UsageError(f"{told}; give a smaller dtype, fewer examples, or a device_map")
         if self.most_tokens < math.inf:
-            self.most_tokens, self.most_written = (
-                min(most, rows * width // 2) for most in (self.most_tokens, self.most_written)
-            )
+            half = rows * width // 2
+            self.most_tokens = min(self.most_tokens, half)
+            self.most_written = min(self.most_written, half)
         else:
             self.most_packs = rows // 2
 

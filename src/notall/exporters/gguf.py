@@ -38,7 +38,7 @@ from ..models.gguf_file import (
     GGUFTensor,
     Tensors,
     read_gguf,
-    refuse_prompt_skips,
+    refuse_kv_only,
     write_gguf,
 )
 from ..plan import FOR_THIS_MODEL, Fingerprint, Plan, several
@@ -251,7 +251,7 @@ def _check(source: GGUF, plan: Plan) -> None:
         told = f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}"
         raise UsageError(f"{told}; {FOR_THIS_MODEL}")
     plan.check_depth(source.depth)
-    refuse_prompt_skips(source.path, source.fields)
+    refuse_kv_only(source.path, source.fields)
     name = source.architecture
     if name not in ORDINARY | HYBRIDS:
         raise UsageError(f"notall does not know how llama.cpp builds the layers of {name}, and leaves it alone")

@@ -18,7 +18,7 @@ from ..digests import digest_of_file
 from ..errors import UsageError
 from ..files import Settings, beside, cache_folder, make_private, saving, unwritable
 from ..integrity import check_files, read_manifest, refuse_unlisted, write_manifest
-from .gguf_file import open_gguf, refuse_prompt_skips
+from .gguf_file import open_gguf, refuse_kv_only
 from .load_errors import check_weights, explained, quiet
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def read_model(gguf: Path) -> PreTrainedModel:
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, and save the model as if it had never been one."""
     tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
-    refuse_prompt_skips(gguf, open_gguf(gguf).fields)
+    refuse_kv_only(gguf, open_gguf(gguf).fields)
     with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):
         read = _read(gguf)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(gguf.parent, **_source(gguf))

@@ -164,7 +164,7 @@ def _check_depth(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
         raise ValueError(f"its header says block_count {count}, and it has tensors of {several(held, 'layer')}")
 
 
-def refuse_prompt_skips(path: Path, fields: Iterable[str]) -> None:
+def refuse_kv_only(path: Path, fields: Iterable[str]) -> None:
     """Raise `UsageError` for an export that skips in the prompt alone, which others would run whole."""
     if any(name.endswith(f".{KV_ONLY}") for name in fields):
         told = f"{path.name} skips blocks in the prompt alone, and only a patched llama.cpp runs it"
