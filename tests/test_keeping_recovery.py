@@ -18,6 +18,7 @@ from api import (
     JudgedRecord,
     Quality,
     RecoveryOptions,
+    Scorer,
     SearchRecord,
     TaskShelf,
     Verdict,
@@ -269,3 +270,25 @@ def test_retrieval_is_judged_at_what_is_asked_for(monkeypatch, positions):
                 ours = log_softmax(net(tokens).logits[0, -said - 1 : -1].float(), -1)
         losses.append(float(kl_div(ours, dense, log_target=True, reduction="sum") / said))
     assert Evaluator(net, goal).cost(frozenset(plan.names)) == pytest.approx(sum(losses) / 8, rel=1e-4)
+
+
+def test_checks_do_not_wait_for_the_harness_to_list_its_tasks(monkeypatch):
+    listed = []
+    monkeypatch.setattr(TaskShelf, "manager", property(lambda _: listed.append(1)))
+    shelf = TaskShelf()
+    assert shelf.names(["retrieval", "answers"]) == [*checks.GROUPS["retrieval"], "answers"]
+    assert len(shelf.build("needles", None, 2).tasks["needles"].docs) == 2
+    assert not listed
+    with pytest.raises(AttributeError):  # which asks the harness
+        shelf.names(["answers", "arc_challenge"])
+    assert listed
+
+
+def test_more_rows_are_written_at_once_than_are_read():
+    scorer = Scorer(tiny_llama())
+    assert [scorer.fitting(512, 100, written=way) for way in (False, True)] == [8, 64]
+    scorer.shrink(64, 512)
+    assert [scorer.fitting(512, 100, written=way) for way in (False, True)] == [8, 32]
+    scorer.shrink(8, 512)
+    assert [scorer.fitting(512, 100, written=way) for way in (False, True)] == [4, 4]
+    assert Scorer(tiny_llama(), batch_size=5).fitting(512, 100, written=True) == 5
