@@ -182,10 +182,16 @@ def test_what_chooses_is_not_what_judges():
 
 def test_few_items_choose_and_all_judge():
     choice = RecoveryOptions(recovery=0.9, tasks=("needles", "answers"), limit=("answers=4",)).check()
-    documents = [
-        [len(*(task.docs for task in job.tasks.values())) for job in jobs()] for jobs in (choice.jobs, choice.choosing)
-    ]
-    assert documents == [[checks.ITEMS, 4], [checks.CHOOSING_ITEMS, 4]]
+    judging, choosing = (
+        {name: {doc["prompt"] for doc in task.docs} for job in jobs() for name, task in job.tasks.items()}
+        for jobs in (choice.jobs, choice.choosing)
+    )
+    assert {name: len(prompts) for name, prompts in judging.items()} == {"needles": checks.ITEMS, "answers": 4}
+    assert {name: len(prompts) for name, prompts in choosing.items()} == {
+        "needles": checks.CHOOSING_ITEMS,
+        "answers": 4,
+    }
+    assert not any(judging[name] & choosing[name] for name in judging)
 
 
 def test_needles_are_of_each_form_and_length_in_turn():

@@ -184,6 +184,7 @@ import json, os, sys
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 assert given["-r"] == "1"
 scale = 1 if os.path.getsize(given["-m"]) == {dense} else 0.5
+print(os.path.basename(os.path.dirname(given["-m"])), file=open({order!r}, "a"))
 tests = [(int(one), 0) for one in given["-p"].split(",")] + [(0, int(given["-n"]))]
 print(json.dumps([dict(n_prompt=p, n_gen=n, avg_ns=1e6 * (p + n) * scale) for p, n in tests]))
 """
@@ -191,15 +192,17 @@ print(json.dumps([dict(n_prompt=p, n_gen=n, avg_ns=1e6 * (p + n) * scale) for p,
 
 def test_files_are_timed_in_turn(repaired, tmp_path, monkeypatch):
     dense, _ = repaired
-    bench = tmp_path / "bin/llama-bench"
+    bench, order = tmp_path / "bin/llama-bench", tmp_path / "order"
     bench.parent.mkdir()
-    bench.write_text(BENCH.format(python=sys.executable, dense=dense.stat().st_size))
+    bench.write_text(BENCH.format(python=sys.executable, dense=dense.stat().st_size, order=str(order)))
     bench.chmod(0o755)
     timing = program("benchmarks/prefill/llamacpp")
     out = tmp_path / "times.jsonl"
     asked = f"--out {out} --model {dense} --blocks 1 2 --prompts 5 7 --new 2 --rounds 3"
     monkeypatch.setattr("sys.argv", ["llamacpp.py", *asked.split(), "--bin", str(bench.parent)])
     timing.main()
+    there, back = [dense.parent.name, "1", "2"], ["2", "1", dense.parent.name]
+    assert order.read_text().split() == [*there, *back, *there]
     header, *lines = map(json.loads, out.read_text().splitlines())
     assert header.keys() == {"machine", "model", "llama.cpp", "command", "date"}
     assert str(tmp_path) not in out.read_text()
