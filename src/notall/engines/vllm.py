@@ -60,6 +60,8 @@ class VLLM(Engine):
         (out / "config.json").write_text(json.dumps(config | {"quantization_config": EIGHT_BITS}, indent=2))
 
     def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+        import vllm  # noqa: F401  that it is absent is said first
+
         if prompt_base(checkpoint):
             told = f"{checkpoint.name} skips sublayers in the prompt alone, and vLLM runs whole what it scores"
             raise UsageError(f"{told}; score the plan with notall eval")
