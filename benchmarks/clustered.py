@@ -1,10 +1,12 @@
-"""Do windows of one document count as independent? Errors of paired losses over windows, and over documents.
+"""Do windows of one document count as independent? Errors of paired losses over
+windows, and over documents.
 
     python benchmarks/clustered.py --data DATA --out clustered.jsonl   # ten CPU minutes
 
-Twice: windows drawn at random over the text, as notall does, and all windows of the first documents.
-The error over documents is cluster-robust: sqrt(C / (C - 1) sum over documents of (sum of d - mean)^2) / n, of windows'
-differences d, n in C documents (Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference, II.A).
+Twice: windows drawn at random over the text, as notall does, and all windows of the
+first documents. The error over documents is cluster-robust: sqrt(C / (C - 1) sum over
+documents of (sum of d - mean)^2) / n, of windows' differences d, n in C documents
+(Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference, II.A).
 DATA holds `wikitext2/test_pages.jsonl` and `c4/sample300.jsonl`.
 """
 
@@ -33,7 +35,10 @@ from notall.results.record import Amount, Count, Fact
 from notall.results.table import Column, number, table, words
 from notall.results.terminal import print_table
 
-TEXTS = {"WikiText-2 test": ("wikitext2/test_pages.jsonl", "page"), "C4": ("c4/sample300.jsonl", "text")}
+TEXTS = {
+    "WikiText-2 test": ("wikitext2/test_pages.jsonl", "page"),
+    "C4": ("c4/sample300.jsonl", "text"),
+}
 PLANS = ("smollm2-attention-8-by-mix", "smollm2-block-4-by-mix")
 LENGTH, DRAWN, MOST = 512, 32, 48  # tokens of a window; windows
 
@@ -55,7 +60,9 @@ class Error(Fact):
 
 COLUMNS: tuple[Column[Error], ...] = (
     words("text", lambda one: one.text),
-    words("drawn", lambda one: "at random" if one.drawn else "all of the first documents"),
+    words(
+        "drawn", lambda one: "at random" if one.drawn else "all of the first documents"
+    ),
     words("plan", lambda one: one.plan),
     number("windows", lambda one: one.windows, "d"),
     number("documents", lambda one: one.documents, "d"),
@@ -66,18 +73,33 @@ COLUMNS: tuple[Column[Error], ...] = (
 )
 
 
-def windows_of(tokenizer: Any, documents: Sequence[str], drawn: bool) -> tuple[Tensor, list[int]]:
-    """Windows of a text, (windows, LENGTH), and of which document the middle of each is."""
-    tokens = [tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"] for text in documents]
+def windows_of(
+    tokenizer: Any, documents: Sequence[str], drawn: bool
+) -> tuple[Tensor, list[int]]:
+    """Windows of a text, (windows, LENGTH), and of which document the middle of each
+    is.
+    """
+    tokens = [
+        tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"]
+        for text in documents
+    ]
     of = torch.tensor([place for place, ids in enumerate(tokens) for _ in ids])
     count = len(of) // LENGTH
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:DRAWN] if drawn else torch.arange(MOST)
-    rows = torch.tensor([*chain.from_iterable(tokens)])[: count * LENGTH].view(count, LENGTH)[chosen]
+    chosen = (
+        torch.randperm(count, generator=torch.Generator().manual_seed(0))[:DRAWN]
+        if drawn
+        else torch.arange(MOST)
+    )
+    rows = torch.tensor([*chain.from_iterable(tokens)])[: count * LENGTH].view(
+        count, LENGTH
+    )[chosen]
     return rows, of[chosen * LENGTH + LENGTH // 2].tolist()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -85,17 +107,30 @@ def main() -> None:
         sys.exit(f"skipped: no folder {asked.data} with texts; give one with --data")
     model, tokenizer = load("smollm2")
     plans = [Plan.load(f"published:{name}") for name in PLANS]
-    told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    about = {"command": shlex.join(["python", "benchmarks/clustered.py", *told]), "date": f"{date.today()}"}
+    told = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]
+    about = {
+        "command": shlex.join(["python", "benchmarks/clustered.py", *told]),
+        "date": f"{date.today()}",
+    }
     found = []
     for (text, (file, name)), drawn in product(TEXTS.items(), (True, False)):
-        documents = fields(asked.data / file, read_file(asked.data / file, "a text"), name)
+        documents = fields(
+            asked.data / file, read_file(asked.data / file, "a text"), name
+        )
         windows, of = windows_of(tokenizer, documents, drawn)
         parts = [score(model, plans, batch) for batch in windows.split(4)]
         for number_of, plan in enumerate(PLANS, 1):
-            ours, dense = ([loss for part in parts for loss in part[at].nll] for at in (number_of, 0))
+            ours, dense = (
+                [loss for part in parts for loss in part[at].nll]
+                for at in (number_of, 0)
+            )
             values = [a - b for a, b in zip(ours, dense)]
-            (added, plain), (_, robust) = mean_and_error(values), mean_and_error(values, of)
+            (added, plain), (_, robust) = (
+                mean_and_error(values),
+                mean_and_error(values, of),
+            )
             found.append(
                 Error(
                     text=text, drawn=drawn, plan=plan, windows=len(of), documents=len({*of}), added=added,
@@ -103,7 +138,10 @@ def main() -> None:
                 )
             )  # fmt: skip
     if asked.out:
-        asked.out.write_text("".join(json.dumps(one.model_dump(mode="json")) + "\n" for one in found), encoding="utf-8")
+        asked.out.write_text(
+            "".join(json.dumps(one.model_dump(mode="json")) + "\n" for one in found),
+            encoding="utf-8",
+        )
     print_table(table("errors over windows and over documents", COLUMNS, found))
 
 

@@ -1,9 +1,11 @@
-"""What commands of notall take: seconds, CPU seconds and the most memory, each in a process and an empty folder.
+"""What commands of notall take: seconds, CPU seconds and the most memory, each in a
+process and an empty folder.
 
     python benchmarks/costs.py --out costs.jsonl "export /models/MODEL.gguf --plan plan.json --to hf --out fast" ...
 
-Threads are those of the environment (OMP_NUM_THREADS). What the commands write is gone afterwards. Without a command,
-it shows what FILE holds, or measures some of the default model.
+Threads are those of the environment (OMP_NUM_THREADS). What the commands write is gone
+afterwards. Without a command, it shows what FILE holds, or measures some of the default
+model.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from notall.results.terminal import print_table
 
 USUAL = (
     "plan smollm2 --skip attention:8 -o plan.json",
-    "search smollm2 --skip attention:1 --text prose --sequences 4 --length 128 --patience 0 -o plan.json",
+    (
+        "search smollm2 --skip attention:1 --text prose --sequences 4 --length 128"
+        " --patience 0 -o plan.json"
+    ),
     "export smollm2 --plan published:smollm2-attention-8-by-mix --to hf --out fast",
 )
 
@@ -56,12 +61,19 @@ def cost(command: str) -> Cost:
     given = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "notall", *given], cwd=folder, stdout=sys.stderr)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "notall", *given], cwd=folder, stdout=sys.stderr
+        )
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.monotonic() - begun
     if (code := os.waitstatus_to_exitcode(status)) not in (0, 3):
         raise SystemExit(f"exit code {code}: notall {command}")
-    told = shlex.join(["notall", *(Path(word).name if Path(word).is_absolute() else word for word in given)])
+    told = shlex.join(
+        [
+            "notall",
+            *(Path(word).name if Path(word).is_absolute() else word for word in given),
+        ]
+    )
     peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     return Cost(
@@ -71,8 +83,12 @@ def cost(command: str) -> Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a line is added to it for each command")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a line is added to it for each command"
+    )
     parser.add_argument("commands", nargs="*", help="without the word notall")
     asked = parser.parse_args()
     rows = [Cost(**line) for line in lines.read(asked.out)] if asked.out else []

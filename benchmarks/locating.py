@@ -1,6 +1,8 @@
-"""What finding and proving the sublayers costs, once per load: time against a forward of 8 tokens, and extra memory.
+"""What finding and proving the sublayers costs, once per load: time against a forward
+of 8 tokens, and extra memory.
 
-python benchmarks/locating.py --shape llama-2-7b --dtype bfloat16    # random weights; 14 GB of memory
+python benchmarks/locating.py --shape llama-2-7b --dtype bfloat16    # random weights;
+14 GB of memory
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_above(run: Callable[[], Any]) -> int:
-    """Bytes of memory that `run` takes at its peak above what the process holds before (Linux)."""
+    """Bytes of memory that `run` takes at its peak above what the process holds before
+    (Linux).
+    """
     REFERENCES.write_text("5")  # sets the high-water mark back to what is held now
     before = _kilobytes("VmRSS")
     run()
@@ -38,14 +42,20 @@ def _kilobytes(name: str) -> int:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shape", help="a built-in shape or a config.json, with random weights")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--shape", help="a built-in shape or a config.json, with random weights"
+    )
     options.add_argument("--dtype", default="float32")
     options.add_argument("--repeats", type=int, default=5)
     arguments = options.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if arguments.shape:
-        model = build_random(load_config(arguments.shape), dtype=dtype, device=torch.device("cpu"))
+        model = build_random(
+            load_config(arguments.shape), dtype=dtype, device=torch.device("cpu")
+        )
     else:
         model, _ = notall.load(dtype=arguments.dtype)
     weights = sum(weight.nbytes for weight in model.parameters())
@@ -73,12 +83,18 @@ def main() -> None:
     plain, ours = (statistics.median(samples) for samples in zip(*times))
     extra, base = peak_above(locate), peak_above(forward)
     about = machine(model.device)
-    print(f"{arguments.shape or 'default model'}, {arguments.dtype}, {about['cpu']}, {about['threads']} threads")
     print(
-        f"locate {1e3 * ours:.0f} ms, a forward of 8 tokens {1e3 * plain:.0f} ms: {statistics.median(ratios):.2f} "
-        f"[{min(ratios):.2f}, {max(ratios):.2f}] forwards (target: 4)"
+        f"{arguments.shape or 'default model'}, {arguments.dtype}, {about['cpu']},"
+        f" {about['threads']} threads"
     )
-    print(f"extra memory at the peak: {extra / weights:.2%} of the weights (target: 5 %)")
+    print(
+        f"locate {1e3 * ours:.0f} ms, a forward of 8 tokens {1e3 * plain:.0f} ms:"
+        f" {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        " forwards (target: 4)"
+    )
+    print(
+        f"extra memory at the peak: {extra / weights:.2%} of the weights (target: 5 %)"
+    )
     print(f"a forward's: {base / weights:.2%}")
 
 

@@ -1,12 +1,14 @@
-"""The default model on a device and on the CPU: do both find the same, and what does each take?
+"""The default model on a device and on the CPU: do both find the same, and what does
+each take?
 
     python benchmarks/on_device.py --out results/gpu          # cuda, else what is here
     python benchmarks/on_device.py --model FOLDER --small     # a smoke test, anywhere
 
-A step is a function of a `Bench`, listed in `STEPS`: it does one thing that notall offers, and
-answers the number that devices are compared by. Each step is timed once, after one call to warm up;
-memory is the most that torch allocated on the device. What a device finds differs from the CPU by
-rounding: a number that is further off than `most` is marked, and the exit code is 1 then.
+A step is a function of a `Bench`, listed in `STEPS`: it does one thing that notall
+offers, and answers the number that devices are compared by. Each step is timed once,
+after one call to warm up; memory is the most that torch allocated on the device. What a
+device finds differs from the CPU by rounding: a number that is further off than `most`
+is marked, and the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from notall.results.table import in_bytes
 
 @dataclass
 class Bench:
-    """A model on a device, and the text that all steps read: the same windows everywhere."""
+    """A model on a device, and the text that all steps read: the same windows
+    everywhere.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +48,9 @@ class Bench:
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plan = notall.deepest(notall.locate(self.model), "attention", 0.25, keep_last=True)
+        self.plan = notall.deepest(
+            notall.locate(self.model), "attention", 0.25, keep_last=True
+        )
 
     @cached_property
     def windows(self) -> Tensor:
@@ -76,7 +82,9 @@ def search(bench: Bench) -> float:
     """KL without the two attentions that the search takes, on its own text."""
     space = Space(notall.locate(bench.model), "attention")
     budget = by_count(space, 2)
-    return notall.choose_plan(bench.model, "search", space, budget, bench.halves[0]).cost
+    return notall.choose_plan(
+        bench.model, "search", space, budget, bench.halves[0]
+    ).cost
 
 
 def repair(bench: Bench) -> float:
@@ -92,7 +100,9 @@ def heal(bench: Bench) -> float:
 
 
 def decode(bench: Bench) -> float:
-    """How many times as fast as the original model the plan decodes: a device's own number."""
+    """How many times as fast as the original model the plan decodes: a device's own
+    number.
+    """
     workload = Workload(8, 2, rounds=1) if bench.small else Workload()
     times = time_plans(bench.model, {"plan": bench.plan}, workload)
     return times["plan"].speedup_decode.median
@@ -101,7 +111,9 @@ def decode(bench: Bench) -> float:
 @dataclass(frozen=True)
 class Step:
     run: Callable[[Bench], float]
-    most: float | None = None  # how far off the CPU's number it may be; None: not compared
+    most: float | None = (
+        None  # how far off the CPU's number it may be; None: not compared
+    )
 
     @property
     def name(self) -> str:
@@ -145,8 +157,13 @@ def measured(step: Step, bench: Bench, device: torch.device) -> Found:
 def table(found: list[Found]) -> tuple[str, bool]:
     """One row a step, and whether all devices agree."""
     names = list(dict.fromkeys(one.device for one in found))
-    heads = [f"{name}: {what}" for name in names for what in ("finds", "seconds", "memory")]
-    rows = [f"| step | {' | '.join(heads)} | agree |", f"| --- |{' ---: |' * len(heads)} --- |"]
+    heads = [
+        f"{name}: {what}" for name in names for what in ("finds", "seconds", "memory")
+    ]
+    rows = [
+        f"| step | {' | '.join(heads)} | agree |",
+        f"| --- |{' ---: |' * len(heads)} --- |",
+    ]
     agree = True
     for step in STEPS:
         ours = [one for one in found if one.step == step.name]
@@ -154,7 +171,13 @@ def table(found: list[Found]) -> tuple[str, bool]:
         off = max(one.value for one in ours) - min(one.value for one in ours)
         is_same = step.most is None or off <= step.most
         agree = agree and is_same
-        said = "not compared" if step.most is None else "yes" if is_same else f"NO: {off:.2g} off"
+        said = (
+            "not compared"
+            if step.most is None
+            else "yes"
+            if is_same
+            else f"NO: {off:.2g} off"
+        )
         rows.append(f"| {step.name} | {' | '.join(cells)} | {said} |")
     return "\n".join(rows), agree
 
@@ -168,7 +191,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--small", action="store_true", help="little text, for a smoke test")
+    parser.add_argument(
+        "--small", action="store_true", help="little text, for a smoke test"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/gpu"))
     asked = parser.parse_args()
     found = []

@@ -1,7 +1,8 @@
-"""What skipping itself costs: decoding against a model that never had the sublayers, entering and leaving, similarity.
+"""What skipping itself costs: decoding against a model that never had the sublayers,
+entering and leaving, similarity.
 
-The native models are plain transformers: for attention and MLP, the same layers with a forward written by hand that
-has no such line; for blocks, fewer layers.
+The native models are plain transformers: for attention and MLP, the same layers with a
+forward written by hand that has no such line; for blocks, fewer layers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from notall.structure.locating import forget
 
 @dataclass(frozen=True)
 class Decoding:
-    """Milliseconds a token without a third of a kind, skipped and natively built, and the rounds' own ratios."""
+    """Milliseconds a token without a third of a kind, skipped and natively built, and
+    the rounds' own ratios.
+    """
 
     kind: str
     skipped: Quartiles
@@ -48,14 +51,22 @@ DECODING: tuple[Column[Decoding], ...] = (
 )
 
 
-def attention_only(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+def attention_only(
+    self: Any, hidden_states: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    attended, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states), **kwargs
+    )
     return hidden_states + attended
 
 
-def block_then_mlp(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def block_then_mlp(
+    self: Any, hidden_states: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
     """A whole block, then the MLPs of the blocks behind it that have no attention."""
-    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    attended, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states), **kwargs
+    )
     hidden_states = hidden_states + attended
     for norm, mlp in self.mlps:
         hidden_states = hidden_states + mlp(norm(hidden_states))
@@ -63,7 +74,9 @@ def block_then_mlp(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tor
 
 
 def native(model: Any, plan: notall.Plan) -> Any:
-    """`model` (a Llama, shared weights) built without the sublayers of `plan`, by hand."""
+    """`model` (a Llama, shared weights) built without the sublayers of `plan`, by
+    hand.
+    """
     built = copy.copy(model)
     built._modules = dict(model._modules)
     built.model = copy.copy(model.model)
@@ -79,9 +92,15 @@ def native(model: Any, plan: notall.Plan) -> Any:
         layer._modules = dict(source._modules)
         layer.self_attn = copy.copy(source.self_attn)
         layer.self_attn.layer_idx = len(layers)
-        layer.mlps = [] if index in plan.mlp else [(source.post_attention_layernorm, source.mlp)]
+        layer.mlps = (
+            [] if index in plan.mlp else [(source.post_attention_layernorm, source.mlp)]
+        )
         if index in plan.mlp or index + 1 in plan.attention:
-            forward = attention_only if index in plan.mlp and index + 1 not in plan.attention else block_then_mlp
+            forward = (
+                attention_only
+                if index in plan.mlp and index + 1 not in plan.attention
+                else block_then_mlp
+            )
             layer.forward = forward.__get__(layer)
         layers.append(layer)
     built.model.layers = nn.ModuleList(layers)
@@ -110,7 +129,11 @@ class Either(nn.Module):
 
 def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[Decoding]:
     rows = []
-    kinds: tuple[Literal["attention", "mlp", "block"], ...] = ("attention", "mlp", "block")
+    kinds: tuple[Literal["attention", "mlp", "block"], ...] = (
+        "attention",
+        "mlp",
+        "block",
+    )
     structure = notall.locate(model)
     for kind in kinds:
         plan = notall.deepest(structure, kind, 0.33, keep_last=True)
@@ -118,7 +141,9 @@ def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[Decoding]:
         check_equal(model, twin, plan)
 
         @contextmanager
-        def skipped(plan: notall.Plan = plan, either: Either = either) -> Iterator[None]:
+        def skipped(
+            plan: notall.Plan = plan, either: Either = either
+        ) -> Iterator[None]:
             with notall.skip(model, plan), either.being(model):
                 yield
 
@@ -128,8 +153,13 @@ def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[Decoding]:
             {"skipped": skipped, "native": partial(either.being, twin)},
             Workload(32, new_tokens, rounds=rounds),
         )
-        ratio = speedup(timings["skipped"].decode_samples_ms, timings["native"].decode_samples_ms)
-        skipped_ms, native_ms = (Quartiles.of(timings[name].decode_samples_ms) for name in ("skipped", "native"))
+        ratio = speedup(
+            timings["skipped"].decode_samples_ms, timings["native"].decode_samples_ms
+        )
+        skipped_ms, native_ms = (
+            Quartiles.of(timings[name].decode_samples_ms)
+            for name in ("skipped", "native")
+        )
         rows.append(Decoding(kind, skipped_ms, native_ms, ratio))
     return rows
 
@@ -139,7 +169,9 @@ def check_equal(model: Any, twin: Any, plan: notall.Plan) -> None:
     tokens = torch.arange(100, 120)[None]
     with notall.skip(model, plan):
         expected = model(tokens).logits
-    assert torch.equal(twin(tokens).logits, expected), "the native twin is another model"
+    assert torch.equal(twin(tokens).logits, expected), (
+        "the native twin is another model"
+    )
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -163,7 +195,9 @@ def locate_anew(model: Any) -> None:
 
 
 def similarity_ratio(model: Any, tokenizer: Any, rounds: int) -> list[float]:
-    (batch,) = token_batches(tokenizer, read_text(), sequences=2, length=256, batch_size=2)
+    (batch,) = token_batches(
+        tokenizer, read_text(), sequences=2, length=256, batch_size=2
+    )
 
     def forward() -> None:
         with torch.no_grad():
@@ -194,15 +228,30 @@ def main() -> None:
     arguments = options.parse_args()
     model, tokenizer = notall.load()
     about = machine(model.device)
-    print(f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {model.dtype}, {about['versions']}")
+    print(
+        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads,"
+        f" {model.dtype}, {about['versions']}"
+    )
     rows = decode_overhead(model, arguments.rounds, arguments.new)
-    print_table(table("Decoding, skipped against natively built (target: at most 1.02)", DECODING, rows))
+    print_table(
+        table(
+            "Decoding, skipped against natively built (target: at most 1.02)",
+            DECODING,
+            rows,
+        )
+    )
     plan = notall.deepest(notall.locate(model), "attention", 0.33)
     samples = milliseconds(lambda: enter_and_leave(model, plan), 50)
-    print(f"Entering and leaving skip on 30 blocks: {statistics.median(samples):.2f} ms (target: under 20)")
+    print(
+        f"Entering and leaving skip on 30 blocks: {statistics.median(samples):.2f} ms"
+        " (target: under 20)"
+    )
     located = milliseconds(lambda: locate_anew(model), 5)
     forward = milliseconds(lambda: model(torch.ones(2, 4, dtype=torch.int64)), 5)
-    print(f"locate: {statistics.median(located):.0f} ms, a forward of 8 tokens: {statistics.median(forward):.0f} ms")
+    print(
+        f"locate: {statistics.median(located):.0f} ms, a forward of 8 tokens:"
+        f" {statistics.median(forward):.0f} ms"
+    )
     ratios = similarity_ratio(model, tokenizer, arguments.rounds)
     print(
         f"similarity / plain forward: {statistics.median(ratios):.2f} "

@@ -1,8 +1,11 @@
-"""What scoring costs beside running: a search and `evaluate`, against what their parts cost in a plain forward.
+"""What scoring costs beside running: a search and `evaluate`, against what their parts
+cost in a plain forward.
 
-The bound of each is what it ran, sublayers and heads, at the rates of plain forward passes of the same batches: a
-forward less its head, by the share of the sublayers that ran, and bare heads, logits of the model's own dtype and no
-more. The slow twin scores the same rows from whole rows of logits in float32. All in CPU seconds, measured in turn.
+The bound of each is what it ran, sublayers and heads, at the rates of plain forward
+passes of the same batches: a forward less its head, by the share of the sublayers that
+ran, and bare heads, logits of the model's own dtype and no more. The slow twin scores
+the same rows from whole rows of logits in float32. All in CPU seconds, measured in
+turn.
 
 python benchmarks/scoring.py --model GGUF --rounds 3 --slow
 """
@@ -40,7 +43,8 @@ from notall.results.table import Column, table, with_quartiles, words
 from notall.results.terminal import print_table
 from notall.running.replay import Replay, record
 
-IN_CACHE = 16  # rows of logits whose log-probabilities the slow twin makes at once: as fast as it gets
+# rows of logits whose log-probabilities the slow twin makes at once: as fast as it gets
+IN_CACHE = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,12 @@ class Cost:
 
     def line(self) -> dict[str, str | float]:
         value = self.value
-        return {"what": self.what, "value": value.median, "value_low": value.low, "value_high": value.high}
+        return {
+            "what": self.what,
+            "value": value.median,
+            "value_low": value.low,
+            "value_high": value.high,
+        }
 
 
 COSTS: tuple[Column[Cost], ...] = (
@@ -62,7 +71,9 @@ COSTS: tuple[Column[Cost], ...] = (
 
 
 class SlowScorer(TokenScorer):
-    """The slow twin: all logits at once, and float32 log-probabilities of whole rows."""
+    """The slow twin: all logits at once, and float32 log-probabilities of whole
+    rows.
+    """
 
     def dense(
         self, hidden: Tensor, targets: Tensor | None = None, *, likeliest: bool = False
@@ -71,13 +82,28 @@ class SlowScorer(TokenScorer):
         return self.score(hidden, targets, dense, likeliest=likeliest), dense
 
     def score(
-        self, hidden: Tensor, targets: Tensor | None = None, dense: Dense | None = None, *, likeliest: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        dense: Dense | None = None,
+        *,
+        likeliest: bool = False,
     ) -> TokenScores:
         logits = self.head.logits(hidden)
         nothing = logits[:0, 0]
         return TokenScores(
-            nothing if targets is None else cross_entropy(logits.float(), targets, reduction="none"),
-            nothing if dense is None else torch.cat(list(map(divergence, *map(in_cache, (dense.kept, logits))))),
+            (
+                nothing
+                if targets is None
+                else cross_entropy(logits.float(), targets, reduction="none")
+            ),
+            (
+                nothing
+                if dense is None
+                else torch.cat(
+                    list(map(divergence, *map(in_cache, (dense.kept, logits))))
+                )
+            ),
             logits.argmax(-1) if likeliest else nothing.long(),
             nothing,
         )
@@ -93,10 +119,19 @@ def divergence(dense: Tensor, skipped: Tensor) -> Tensor:
 
 
 class Counting:
-    """Stands in for a scorer and counts the rows that go through a head; through a part of one, a part of each."""
+    """Stands in for a scorer and counts the rows that go through a head; through a part
+    of one, a part of each.
+    """
 
-    def __init__(self, scorer: TokenScorer, whole: Counting | None = None, share: float = 1.0) -> None:
-        self.scorer, self.whole, self.share, self.rows = scorer, whole or self, share, 0.0
+    def __init__(
+        self, scorer: TokenScorer, whole: Counting | None = None, share: float = 1.0
+    ) -> None:
+        self.scorer, self.whole, self.share, self.rows = (
+            scorer,
+            whole or self,
+            share,
+            0.0,
+        )
 
     def dense(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.whole.rows += self.share * len(hidden)
@@ -106,12 +141,16 @@ class Counting:
         self.whole.rows += self.share * len(hidden)
         return self.scorer.score(hidden, *args, **kwargs)
 
-    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> Counting:
+    def on_likely_words(
+        self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]
+    ) -> Counting:
         looked_at = list(hidden)
         part = self.scorer.on_likely_words(looked_at, words, targets)
         if part is self.scorer:
             return self
-        self.rows += sum(map(len, looked_at))  # the whole head tells which words are likely
+        self.rows += sum(
+            map(len, looked_at)
+        )  # the whole head tells which words are likely
         weights: Any = (part, self.scorer)
         few, all_words = (len(way.weight) for way in weights)
         return Counting(part, self, few / all_words)
@@ -125,12 +164,16 @@ def timed(seconds: list[float]) -> Iterator[None]:
 
 
 class Rates:
-    """CPU seconds of a plain forward over all batches, and of the heads in it; measured anew each time."""
+    """CPU seconds of a plain forward over all batches, and of the heads in it; measured
+    anew each time.
+    """
 
     def __init__(self, model: Any, batches: Sequence[Tensor]) -> None:
         self.model, self.batches, self.head = model, batches, TokenScorer(model).head
         with torch.inference_mode():
-            self.rows = [model.get_input_embeddings()(ids).flatten(0, 1) for ids in batches]
+            self.rows = [
+                model.get_input_embeddings()(ids).flatten(0, 1) for ids in batches
+            ]
 
     @property
     def tokens(self) -> int:
@@ -148,22 +191,36 @@ class Rates:
         return sum(forward), sum(heads)
 
 
-def searched(model: Any, batches: Sequence[Tensor], scorer: TokenScorer, count: int) -> dict[str, Any]:
-    """Search for `count` attentions by KL: CPU seconds, forward passes of sublayers, and rows of heads."""
+def searched(
+    model: Any, batches: Sequence[Tensor], scorer: TokenScorer, count: int
+) -> dict[str, Any]:
+    """Search for `count` attentions by KL: CPU seconds, forward passes of sublayers,
+    and rows of heads.
+    """
     evaluator = Evaluator(model, kl(batches))
     evaluator._scorer = counting = Counting(scorer)  # type: ignore[assignment]
     space = Space(evaluator.structure, "attention")
     seconds: list[float] = []
     with timed(seconds):
-        found = search(Setting(model, space, batches, evaluator), by_count(space, count), {})
+        found = search(
+            Setting(model, space, batches, evaluator), by_count(space, count), {}
+        )
     spent = evaluator.spent
     return {"seconds": seconds[0], "evaluations": spent.evaluations, "passes": spent.executions / evaluator.forward,
             "rows": counting.rows, "skipped": sorted(found.skipped), "cost": evaluator.cost(found.skipped)}  # fmt: skip
 
 
 @torch.inference_mode()
-def scored(model: Any, plans: Sequence[Plan], batches: Sequence[Tensor], scorer: TokenScorer, likeliest: bool) -> float:
-    """CPU seconds of NLL and KL of each of `plans` and of the original model, as `evaluate` takes them."""
+def scored(
+    model: Any,
+    plans: Sequence[Plan],
+    batches: Sequence[Tensor],
+    scorer: TokenScorer,
+    likeliest: bool,
+) -> float:
+    """CPU seconds of NLL and KL of each of `plans` and of the original model, as
+    `evaluate` takes them.
+    """
     seconds: list[float] = []
     with timed(seconds):
         replay = Replay(model, [Plan(), *plans])
@@ -205,10 +262,15 @@ def of_search(rates: Rates, rounds: int, count: int, slow: bool) -> list[Cost]:
             other = searched(model, batches, twin, count)
             assert other["skipped"] == run["skipped"], (other, run)
             forward, head = rates.measure()
-            bound = other["passes"] * (forward - head) + other["rows"] / rates.tokens * head
+            bound = (
+                other["passes"] * (forward - head) + other["rows"] / rates.tokens * head
+            )
             slow_taken.append(other["seconds"] / forward)
             slow_ratios.append(other["seconds"] / bound)
-    what = f"search for {count} attentions: {run['evaluations']} evaluations, {run['passes']:.1f} passes of sublayers"
+    what = (
+        f"search for {count} attentions: {run['evaluations']} evaluations,"
+        f" {run['passes']:.1f} passes of sublayers"
+    )
     rows = [cost(f"{what}, in forwards", taken), cost("... over its bound", ratios)]
     if slow:
         rows += [
@@ -218,29 +280,42 @@ def of_search(rates: Rates, rounds: int, count: int, slow: bool) -> list[Cost]:
     return [*rows, cost("a head, in forwards", heads)]
 
 
-def of_evaluate(rates: Rates, rounds: int, plans: Sequence[Plan], slow: bool) -> list[Cost]:
+def of_evaluate(
+    rates: Rates, rounds: int, plans: Sequence[Plan], slow: bool
+) -> list[Cost]:
     model, batches = rates.model, rates.batches
     fast, twin = TokenScorer(model), SlowScorer(model)
-    passes = Replay(model, [Plan(), *plans]).executions / len(notall.locate(model).sublayers)
+    passes = Replay(model, [Plan(), *plans]).executions / len(
+        notall.locate(model).sublayers
+    )
     sides: dict[str, Callable[[], float]] = {
         "NLL and KL": lambda: scored(model, plans, batches, fast, False),
         "NLL, KL and agreement": lambda: scored(model, plans, batches, fast, True),
         "evaluate": lambda: evaluated(model, plans, batches),
     }
     if slow:
-        sides["NLL, KL and agreement, slow twin"] = lambda: scored(model, plans, batches, twin, True)
+        sides["NLL, KL and agreement, slow twin"] = lambda: scored(
+            model, plans, batches, twin, True
+        )
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             before = rates.measure()
             seconds = sides[name]()
             forward, head = (sum(pair) / 2 for pair in zip(before, rates.measure()))
-            samples[name].append(seconds / (passes * (forward - head) + (len(plans) + 1) * head))
-    return [cost(f"{name} of {len(plans)} plans over their bound", some) for name, some in samples.items()]
+            samples[name].append(
+                seconds / (passes * (forward - head) + (len(plans) + 1) * head)
+            )
+    return [
+        cost(f"{name} of {len(plans)} plans over their bound", some)
+        for name, some in samples.items()
+    ]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--model", default="smollm2")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--threads", type=int, default=1)
@@ -248,35 +323,62 @@ def main() -> None:
     options.add_argument("--sequences", type=int, default=4)
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--batch-size", type=int, default=2)
-    options.add_argument("--count", type=int, default=8, help="attentions that the search is for")
-    options.add_argument("--part", choices=("all", "search", "evaluate", "memory"), default="all")
+    options.add_argument(
+        "--count", type=int, default=8, help="attentions that the search is for"
+    )
+    options.add_argument(
+        "--part", choices=("all", "search", "evaluate", "memory"), default="all"
+    )
     options.add_argument("--slow", action="store_true", help="the slow twin, too")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     model, tokenizer = notall.load(arguments.model, dtype=arguments.dtype)
-    size = {"sequences": arguments.sequences, "length": arguments.length, "batch_size": arguments.batch_size}
+    size = {
+        "sequences": arguments.sequences,
+        "length": arguments.length,
+        "batch_size": arguments.batch_size,
+    }
     batches = list(token_batches(tokenizer, read_text(), **size))
     blocks = len(notall.locate(model).blocks)
     plans = [Plan([blocks * step // 11]) for step in range(1, 11)]
     rates = Rates(model, batches)
     rates.measure()
     rows: list[Cost] = []
-    if arguments.part in ("all", "memory"):  # first, while nothing is held that may be used again
-        wide = list(token_batches(tokenizer, read_text(), sequences=8, length=512, batch_size=8))
+    if arguments.part in (
+        "all",
+        "memory",
+    ):  # first, while nothing is held that may be used again
+        wide = list(
+            token_batches(tokenizer, read_text(), sequences=8, length=512, batch_size=8)
+        )
         weights = sum(weight.nbytes for weight in model.parameters())
         peak = 1 + peak_above(lambda: evaluate(model, plans[:1], wide)) / weights
-        rows.append(cost("peak memory of evaluate at 8 x 512 tokens, in weights", [peak]))
+        rows.append(
+            cost("peak memory of evaluate at 8 x 512 tokens, in weights", [peak])
+        )
     if arguments.part in ("all", "search"):
         rows += of_search(rates, arguments.rounds, arguments.count, arguments.slow)
     if arguments.part in ("all", "evaluate"):
         rows += of_evaluate(rates, arguments.rounds, plans, arguments.slow)
-    about = machine(model.device) | {"dtype": arguments.dtype, "model": arguments.model, **size}
+    about = machine(model.device) | {
+        "dtype": arguments.dtype,
+        "model": arguments.model,
+        **size,
+    }
     if arguments.json:
-        print(json.dumps({"about": about, "rows": [row.line() for row in rows]}, indent=1))
+        print(
+            json.dumps({"about": about, "rows": [row.line() for row in rows]}, indent=1)
+        )
         return
-    print(f"{about['cpu']}, {about['threads']} threads, {arguments.dtype}, {about['versions']}")
-    title = f"{arguments.model}, {rates.tokens:,} tokens in batches of {arguments.batch_size} x {arguments.length}"
+    print(
+        f"{about['cpu']}, {about['threads']} threads, {arguments.dtype},"
+        f" {about['versions']}"
+    )
+    title = (
+        f"{arguments.model}, {rates.tokens:,} tokens in batches of"
+        f" {arguments.batch_size} x {arguments.length}"
+    )
     print_table(table(title, COSTS, rows))
 
 

@@ -1,8 +1,10 @@
-"""How many tokens the benchmarks take when the answers to one question share what comes before them.
+"""How many tokens the benchmarks take when the answers to one question share what comes
+before them.
 
-ARC-Challenge and HellaSwag with the leaderboard's examples, on the default model. Counted against the sequences that
-lm-evaluation-harness would run one by one, what it takes to prove that sharing changes nothing included. The answers to
-some of the questions are then computed one by one, too, and compared.
+ARC-Challenge and HellaSwag with the leaderboard's examples, on the default model.
+Counted against the sequences that lm-evaluation-harness would run one by one, what it
+takes to prove that sharing changes nothing included. The answers to some of the
+questions are then computed one by one, too, and compared.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ TASKS = {"local_arc_challenge": 25, "local_hellaswag": 10}  # examples shown
 
 @dataclass(frozen=True)
 class Shared:
-    """Tokens of a task's first questions, one by one and together; and how far answers are apart, of those compared."""
+    """Tokens of a task's first questions, one by one and together; and how far answers
+    are apart, of those compared.
+    """
 
     task: str
     examples: int
@@ -57,7 +61,9 @@ def answered(lm: PlansLM, shelf: TaskShelf, name: str, limit: int) -> list[float
     return [value for sample in found[0].samples for value, _ in sample.answers]
 
 
-def measured(model: Any, tokenizer: Any, shelf: TaskShelf, name: str, limit: int, checked: int) -> Shared:
+def measured(
+    model: Any, tokenizer: Any, shelf: TaskShelf, name: str, limit: int, checked: int
+) -> Shared:
     shared, alone = (PlansLM(model, tokenizer, [Plan()]) for _ in range(2))
     assert isinstance(shared.scorer, Scorer)
     assert isinstance(alone.scorer, Scorer)
@@ -76,20 +82,33 @@ def measured(model: Any, tokenizer: Any, shelf: TaskShelf, name: str, limit: int
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("--limit", type=int, default=20, help="questions a task")
-    options.add_argument("--checked", type=int, default=3, help="of them, computed one by one as well")
+    options.add_argument(
+        "--checked", type=int, default=3, help="of them, computed one by one as well"
+    )
     options.add_argument("--dtype", default="float32")
     arguments = options.parse_args()
     if not arguments.data.is_dir():
-        sys.exit(f"skipped: no folder {arguments.data} with tasks; give one with --data")
+        sys.exit(
+            f"skipped: no folder {arguments.data} with tasks; give one with --data"
+        )
     model, tokenizer = notall.load(dtype=arguments.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, arguments.data / "make_tasks.py", folder], check=True)
+        subprocess.run(
+            [sys.executable, arguments.data / "make_tasks.py", folder], check=True
+        )
         shelf = TaskShelf(folder)
-        rows = [measured(model, tokenizer, shelf, name, arguments.limit, arguments.checked) for name in TASKS]
-    title = f"Answers that share their question, {arguments.dtype} (target: at most 0.40)"
+        rows = [
+            measured(model, tokenizer, shelf, name, arguments.limit, arguments.checked)
+            for name in TASKS
+        ]
+    title = (
+        f"Answers that share their question, {arguments.dtype} (target: at most 0.40)"
+    )
     print_table(table(title, COLUMNS, rows))
 
 

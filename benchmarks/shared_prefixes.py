@@ -1,6 +1,8 @@
-"""The paper's grid in one pass against one plan at a time, and how time grows with plans that share a prefix.
+"""The paper's grid in one pass against one plan at a time, and how time grows with
+plans that share a prefix.
 
-Both sides take the NLL of the same tokens, one pass in tiles of the head; what is compared is checked to be the same.
+Both sides take the NLL of the same tokens, one pass in tiles of the head; what is
+compared is checked to be the same.
 """
 
 from __future__ import annotations
@@ -66,14 +68,18 @@ GROWTH: tuple[Column[Growth], ...] = (
 
 
 def nll(logits: Tensor, tokens: Tensor) -> float:
-    return float(cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()))
+    return float(
+        cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    )
 
 
 @torch.inference_mode()
 def together(model: Any, plans: Sequence[Plan], tokens: Tensor) -> list[float]:
     scorer, targets = TokenScorer(model), tokens[:, 1:].flatten()
     found: dict[int, float] = {}
-    for numbers, hidden in Replay(model, plans).hidden_states(record(model, input_ids=tokens)):
+    for numbers, hidden in Replay(model, plans).hidden_states(
+        record(model, input_ids=tokens)
+    ):
         scores = scorer.score(hidden[:, :-1].flatten(0, 1), targets)
         found |= dict.fromkeys(numbers, float(scores.nll.mean()))
     return [found[n] for n in range(len(plans))]
@@ -89,8 +95,12 @@ def one_by_one(model: Any, plans: Sequence[Plan], tokens: Tensor) -> list[float]
 
 
 @torch.inference_mode()
-def heads_alone(model: Any, plans: Sequence[Plan], tokens: Tensor, last: Tensor) -> list[float]:
-    """What is paid for each plan however much is shared: the head and the NLL, in tiles, of `last`, (rows, hidden)."""
+def heads_alone(
+    model: Any, plans: Sequence[Plan], tokens: Tensor, last: Tensor
+) -> list[float]:
+    """What is paid for each plan however much is shared: the head and the NLL, in
+    tiles, of `last`, (rows, hidden).
+    """
     scorer, targets = TokenScorer(model), tokens[:, 1:].flatten()
     return [float(scorer.score(last, targets).nll.mean()) for _ in plans]
 
@@ -102,7 +112,9 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turn(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each run, a sample a round, the order turned each round, after a round that is thrown away."""
+    """Seconds of each run, a sample a round, the order turned each round, after a round
+    that is thrown away.
+    """
     samples: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for place in list(range(len(runs)))[:: 1 if turn % 2 else -1]:
@@ -113,35 +125,56 @@ def in_turn(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]
 def grid(model: Any, tokens: Tensor, rounds: int) -> None:
     plans = [row.plan for row in paper_grid(notall.locate(model))]
     replay = Replay(model, plans)
-    off = max(abs(a - b) for a, b in zip(together(model, plans, tokens), one_by_one(model, plans, tokens)))
+    off = max(
+        abs(a - b)
+        for a, b in zip(
+            together(model, plans, tokens), one_by_one(model, plans, tokens)
+        )
+    )
     rounding = (
         1e-4 if model.dtype == torch.float32 else 1e-2
     )  # of whole logits in few bits; tiles are summed in float32
     assert off < rounding, f"one pass gives other figures, by {off} nats"
     with torch.inference_mode():
-        (_, hidden) = next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=tokens)))
+        _, hidden = next(
+            Replay(model, [Plan()]).hidden_states(record(model, input_ids=tokens))
+        )
     last = hidden[:, :-1].flatten(0, 1)
     sides = [partial(run, model, plans, tokens) for run in (together, one_by_one)]
     sides.append(partial(heads_alone, model, plans, tokens, last))
     shared, single, heads = in_turn(sides, rounds)
     executed = replay.executions / replay.one_by_one
     ratio = Quartiles.of([a / b for a, b in zip(shared, single)])
-    # The layers' share of one-by-one time shrinks by the tree's own ratio; the heads' stays.
-    bound = Quartiles.of([(h + (b - h) * replay.executions / replay.one_by_one) / b for h, b in zip(heads, single)])
+    # The layers' share of one-by-one time shrinks by the tree's own ratio; the heads'
+    # stays.
+    bound = Quartiles.of(
+        [
+            (h + (b - h) * replay.executions / replay.one_by_one) / b
+            for h, b in zip(heads, single)
+        ]
+    )
     rows = [
         Told("sublayer executions, in one pass / one by one", Quartiles.of([executed])),
         Told("seconds, in one pass / one by one", ratio),
         Told("seconds, what sharing layers alone allows", bound),
-        Told("seconds, heads and NLL / one by one", Quartiles.of([h / b for h, b in zip(heads, single)])),
+        Told(
+            "seconds, heads and NLL / one by one",
+            Quartiles.of([h / b for h, b in zip(heads, single)]),
+        ),
         Told("seconds, in one pass", Quartiles.of(shared)),
         Told("seconds, one by one", Quartiles.of(single)),
     ]
-    title = f"{len(plans)} plans: {replay.executions} of {replay.one_by_one} executions, {tokens.numel()} tokens"
+    title = (
+        f"{len(plans)} plans: {replay.executions} of {replay.one_by_one} executions,"
+        f" {tokens.numel()} tokens"
+    )
     print_table(table(title, TOLD, rows))
 
 
 def tails(blocks: int, count: int, shared: int, seed: int = 0) -> list[Plan]:
-    """`count` plans that keep the first `shared` blocks whole and skip different attentions behind them."""
+    """`count` plans that keep the first `shared` blocks whole and skip different
+    attentions behind them.
+    """
     draw = random.Random(seed)
     found: dict[tuple[int, ...], Plan] = {}
     while len(found) < count:
@@ -150,7 +183,9 @@ def tails(blocks: int, count: int, shared: int, seed: int = 0) -> list[Plan]:
     return list(found.values())
 
 
-def curve(model: Any, tokens: Tensor, rounds: int, counts: Sequence[int]) -> list[Growth]:
+def curve(
+    model: Any, tokens: Tensor, rounds: int, counts: Sequence[int]
+) -> list[Growth]:
     blocks = len(notall.locate(model).blocks)
     distinct = tails(blocks, max(counts), shared=2 * blocks // 3)
     series: dict[str, Callable[[int], list[Plan]]] = {
@@ -162,11 +197,22 @@ def curve(model: Any, tokens: Tensor, rounds: int, counts: Sequence[int]) -> lis
         for name, choose in series.items():
             plans = choose(count)
             (samples,) = in_turn([partial(together, model, plans, tokens)], rounds)
-            rows.append(Growth(count, name, Replay(model, plans).executions, Quartiles.of(samples)))
+            rows.append(
+                Growth(
+                    count, name, Replay(model, plans).executions, Quartiles.of(samples)
+                )
+            )
         plans = distinct[:count]
         if count <= 10:  # one by one is plain: ten are enough to see its slope
             (samples,) = in_turn([partial(one_by_one, model, plans, tokens)], rounds)
-            rows.append(Growth(count, "one by one", Replay(model, plans).one_by_one, Quartiles.of(samples)))
+            rows.append(
+                Growth(
+                    count,
+                    "one by one",
+                    Replay(model, plans).one_by_one,
+                    Quartiles.of(samples),
+                )
+            )
     return rows
 
 
@@ -178,7 +224,11 @@ def draw(rows: Sequence[Growth], title: str) -> alt.LayerChart:
     ]
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("plans:Q", title="plans that share their first two thirds"),
-        color=alt.Color("series:N", title=None, scale=alt.Scale(range=["#D55E00", "#0072B2", "#009E73"])),
+        color=alt.Color(
+            "series:N",
+            title=None,
+            scale=alt.Scale(range=["#D55E00", "#0072B2", "#009E73"]),
+        ),
     )
     lines = base.mark_line(point=True).encode(y=alt.Y("value:Q", title="seconds"))
     bars = base.mark_rule().encode(y="value_low:Q", y2="value_high:Q")
@@ -190,17 +240,33 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--sequences", type=int, default=2)
-    options.add_argument("--figure", type=Path, default=FIGURE, help="where to draw the curve, without a suffix")
+    options.add_argument(
+        "--figure",
+        type=Path,
+        default=FIGURE,
+        help="where to draw the curve, without a suffix",
+    )
     arguments = options.parse_args()
     model, tokenizer = notall.load()
     about = machine(model.device)
-    where = f"{about['cpu']}, {about['threads']} threads, {str(model.dtype).removeprefix('torch.')}"
+    where = (
+        f"{about['cpu']}, {about['threads']} threads,"
+        f" {str(model.dtype).removeprefix('torch.')}"
+    )
     print(f"{where}, {about['versions']}")
-    size = {"sequences": arguments.sequences, "length": arguments.length, "batch_size": arguments.sequences}
+    size = {
+        "sequences": arguments.sequences,
+        "length": arguments.length,
+        "batch_size": arguments.sequences,
+    }
     (tokens,) = token_batches(tokenizer, read_text(), **size)
     grid(model, tokens, arguments.rounds)
-    rows = curve(model, tokens[:1, :64], max(1, arguments.rounds // 2), (1, 5, 10, 25, 50, 100))
-    print_table(table("Plans that share their first two thirds, on 64 tokens", GROWTH, rows))
+    rows = curve(
+        model, tokens[:1, :64], max(1, arguments.rounds // 2), (1, 5, 10, 25, 50, 100)
+    )
+    print_table(
+        table("Plans that share their first two thirds, on 64 tokens", GROWTH, rows)
+    )
     save(draw(rows, f"Time grows with distinct tails ({where})"), arguments.figure)
 
 

@@ -47,23 +47,40 @@ Types that transformers can load as causal language models, without a tiny model
 
 def render(lines: list[dict[str, Any]]) -> str:
     """The page, in Markdown."""
-    families = {line["family"]: [other for other in lines if other["family"] == line["family"]] for line in lines}
+    families = {
+        line["family"]: [other for other in lines if other["family"] == line["family"]]
+        for line in lines
+    }
     proved, refused, not_tried = [], [], []
     for name, found in families.items():
         exact = [line for line in found if line["verdict"] == "exact"]
         against = [line for line in found if line["verdict"] == "refused"]
-        not_tried += [_row(name, line["reason"], _versions([line])) for line in found if line["verdict"] == "not tried"]
+        not_tried += [
+            _row(name, line["reason"], _versions([line]))
+            for line in found
+            if line["verdict"] == "not tried"
+        ]
         if exact:
             proved.append(_row(name, *_facts(exact[-1]), _versions(exact)))
         if against:
-            refused.append(_row(name, against[-1]["reason"].replace("|", "/"), _versions(against)))
+            refused.append(
+                _row(name, against[-1]["reason"].replace("|", "/"), _versions(against))
+            )
     tables = ((PROVED, proved), (REFUSED, refused), (NOT_TRIED, not_tried))
-    return HEAD + "".join(f"{head}{''.join(rows)}\n{len(rows)} families and variants.\n" for head, rows in tables)
+    return HEAD + "".join(
+        f"{head}{''.join(rows)}\n{len(rows)} families and variants.\n"
+        for head, rows in tables
+    )
 
 
 def _facts(line: dict[str, Any]) -> tuple[str, ...]:
     sublayers = (f"`{sublayer}`" for sublayer in line["sublayers"])
-    return (line["block"], *sublayers, line["attention"], "yes" if line["static_cache"] else "no")
+    return (
+        line["block"],
+        *sublayers,
+        line["attention"],
+        "yes" if line["static_cache"] else "no",
+    )
 
 
 def _versions(lines: list[dict[str, Any]]) -> str:
@@ -75,7 +92,12 @@ def _row(*cells: str) -> str:
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (HERE / "architectures.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (
+            (HERE / "architectures.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    ]
 
 
 if __name__ == "__main__":

@@ -42,26 +42,43 @@ def render() -> str:
     parts = [HEAD]
     for panel in panels:
         parts.append(f"## {panel}\n")
-        parts += [_command(name, command) for name, command in commands if command.rich_help_panel == panel]
+        parts += [
+            _command(name, command)
+            for name, command in commands
+            if command.rich_help_panel == panel
+        ]
     return "\n".join(parts)
 
 
 def _command(name: str, command: Any) -> str:
-    arguments = [param for param in command.params if param.param_type_name == "argument"]
-    usage = " ".join(["notall", name, *(param.metavar or param.name.upper() for param in arguments)])
+    arguments = [
+        param for param in command.params if param.param_type_name == "argument"
+    ]
+    usage = " ".join(
+        ["notall", name, *(param.metavar or param.name.upper() for param in arguments)]
+    )
     example = command.epilog.partition("Example:")[2].strip()
-    rows = [_row(param) for param in command.params if param.param_type_name == "option"]
+    rows = [
+        _row(param) for param in command.params if param.param_type_name == "option"
+    ]
     table = "\n".join(["| option | default | |", "| --- | --- | --- |", *rows])
-    told = "\n\n".join(textwrap.fill(one, 120) for one in _plain(command.help).split("\n\n"))
+    told = "\n\n".join(
+        textwrap.fill(one, 120) for one in _plain(command.help).split("\n\n")
+    )
     return f"### {usage}\n\n{told}\n\n```text\n{example}\n```\n\n{table}\n"
 
 
 def _row(param: Any) -> str:
     words = ", ".join(f"`{word}`" for word in param.opts)
     default = (
-        "" if param.default is None or param.default is False else f"`{getattr(param.default, 'value', param.default)}`"
+        ""
+        if param.default is None or param.default is False
+        else f"`{getattr(param.default, 'value', param.default)}`"
     )
-    return f"| {words} | {default} | {_plain(param.help or '').replace('|', chr(92) + '|')} |"
+    return (
+        f"| {words} | {default} |"
+        f" {_plain(param.help or '').replace('|', chr(92) + '|')} |"
+    )
 
 
 def _plain(text: str) -> str:

@@ -74,29 +74,60 @@ def render(lines: list[dict[str, str]]) -> str:
     groups: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
         if line["verdict"] == "works":
-            key = tuple(line[name] for name in ("engine", "version", "target", "plans", "how"))
+            key = tuple(
+                line[name] for name in ("engine", "version", "target", "plans", "how")
+            )
             groups.setdefault(key, []).append(line["architecture"])
-    works = [_row(*key, ", ".join(sorted(found, key=str.lower))) for key, found in sorted(groups.items())]
+    works = [
+        _row(*key, ", ".join(sorted(found, key=str.lower)))
+        for key, found in sorted(groups.items())
+    ]
     refused = [
-        _row(line["target"], line["architecture"], line["plans"], line["reason"].replace("|", "/"))
-        for line in sorted(lines, key=lambda line: (line["target"], line["architecture"].lower()))
+        _row(
+            line["target"],
+            line["architecture"],
+            line["plans"],
+            line["reason"].replace("|", "/"),
+        )
+        for line in sorted(
+            lines, key=lambda line: (line["target"], line["architecture"].lower())
+        )
         if line["verdict"] == "refused" and line["target"] != "quantised"
     ]
-    head = HEAD.replace("<ordinary>", ", ".join(sorted(ORDINARY))).replace("<hybrid>", ", ".join(sorted(HYBRIDS)))
-    quantised = "".join(_quantised([line for line in lines if line["target"] == "quantised"]))
-    return head + "".join(works) + QUANTISED + quantised + AFTER_QUANTISED + REFUSED + "".join(refused)
+    head = HEAD.replace("<ordinary>", ", ".join(sorted(ORDINARY))).replace(
+        "<hybrid>", ", ".join(sorted(HYBRIDS))
+    )
+    quantised = "".join(
+        _quantised([line for line in lines if line["target"] == "quantised"])
+    )
+    return (
+        head
+        + "".join(works)
+        + QUANTISED
+        + quantised
+        + AFTER_QUANTISED
+        + REFUSED
+        + "".join(refused)
+    )
 
 
 def _quantised(lines: list[dict[str, str]]) -> Iterator[str]:
     """A row for each kind of checkpoint and release of transformers."""
-    found = {(line["architecture"], line["version"], line["plans"]): line for line in lines}
+    found = {
+        (line["architecture"], line["version"], line["plans"]): line for line in lines
+    }
     for kind, release in sorted({(kind, release) for kind, release, _ in found}):
-        cells = (found.get((kind, release, plans), {}) for plans in ("in memory", "portable", "any"))
+        cells = (
+            found.get((kind, release, plans), {})
+            for plans in ("in memory", "portable", "any")
+        )
         yield _row(kind, release, *(_verdict(line) for line in cells))
 
 
 def _verdict(line: dict[str, str]) -> str:
-    return ": ".join(part for part in (line.get("verdict", ""), line.get("reason", "")) if part)
+    return ": ".join(
+        part for part in (line.get("verdict", ""), line.get("reason", "")) if part
+    )
 
 
 def _row(*cells: str) -> str:
@@ -104,7 +135,10 @@ def _row(*cells: str) -> str:
 
 
 def read() -> list[dict[str, str]]:
-    return [json.loads(line) for line in (HERE / "engines.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (HERE / "engines.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 if __name__ == "__main__":

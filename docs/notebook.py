@@ -1,4 +1,6 @@
-"""Run docs/notebook.ipynb, keep what its cells show, and write docs/notebook.md: `python docs/notebook.py`."""
+"""Run docs/notebook.ipynb, keep what its cells show, and write docs/notebook.md:
+`python docs/notebook.py`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def cells() -> list[dict[str, Any]]:
 
 
 def run(source: str, namespace: dict[str, Any]) -> str:
-    """What a cell prints, and behind it the value of its last line, as a notebook shows them."""
+    """What a cell prints, and behind it the value of its last line, as a notebook shows
+    them.
+    """
     tree = ast.parse(source)
     last = tree.body[-1]
     if isinstance(last, ast.Expr):
@@ -56,7 +60,13 @@ def _written(cell: dict[str, Any], namespace: dict[str, Any]) -> dict[str, Any]:
     if cell["cell_type"] == "markdown":
         return cell
     shown = run("".join(cell["source"]), namespace)
-    outputs = [{"name": "stdout", "output_type": "stream", "text": shown.splitlines(keepends=True)}]
+    outputs = [
+        {
+            "name": "stdout",
+            "output_type": "stream",
+            "text": shown.splitlines(keepends=True),
+        }
+    ]
     return cell | {"execution_count": None, "outputs": outputs if shown else []}
 
 
@@ -67,7 +77,9 @@ def main() -> None:
         os.chdir(folder)  # what its cells write goes with it
         notebook["cells"] = [_written(cell, namespace) for cell in notebook["cells"]]
         os.chdir(HERE)
-    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    NOTEBOOK.write_text(
+        json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (HERE / "notebook.md").write_text(render(notebook["cells"]), encoding="utf-8")
 
 

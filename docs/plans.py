@@ -1,6 +1,8 @@
-"""Write the plans of docs/results.md, where `--plan published:NAME` finds them, and docs/plans.md: `make docs`.
+"""Write the plans of docs/results.md, where `--plan published:NAME` finds them, and
+docs/plans.md: `make docs`.
 
-Each is read from the committed record whose results the page shows; its note names the record and the weights.
+Each is read from the committed record whose results the page shows; its note names the
+record and the weights.
 """
 
 from __future__ import annotations
@@ -15,20 +17,36 @@ from notall.plan import PUBLISHED, Plan
 
 HERE = Path(__file__).parent
 RECORDS = HERE.parent / "benchmarks"
-TEXTS = {"mix": "the mix", "wiki+c4": "WikiText-2 and C4", "prose": "Python's documentation"}
+TEXTS = {
+    "mix": "the mix",
+    "wiki+c4": "WikiText-2 and C4",
+    "prose": "Python's documentation",
+}
 SMOLLM2, QWEN, GEMMA = "smollm2", "qwen2.5-coder-1.5b", "gemma-3-270m"
 # The shape and the SHA-256 of the GGUF file of each model.
 MODELS = {
-    SMOLLM2: ("llama-30x576-f4c4294d", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    QWEN: ("qwen2-28x1536-e8a934d0", "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
-    GEMMA: ("gemma3_text-18x640-40cbec7b", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+    SMOLLM2: (
+        "llama-30x576-f4c4294d",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    QWEN: (
+        "qwen2-28x1536-e8a934d0",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+    GEMMA: (
+        "gemma3_text-18x640-40cbec7b",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
 }
 CHOSEN = {
     "serving/mix-smollm2/kept.jsonl": (SMOLLM2, ("mix", "wiki+c4", "prose")),
     "serving/mix-qwen2.5-coder-1.5b/frontier.jsonl": (QWEN, ("mix",)),
 }
 COMPARED = {
-    "comparison/comparison.jsonl": (SMOLLM2, ("attention 4", "attention 8", "block 4", "sublayer 16", "portable 8")),
+    "comparison/comparison.jsonl": (
+        SMOLLM2,
+        ("attention 4", "attention 8", "block 4", "sublayer 16", "portable 8"),
+    ),
     "comparison-gemma/comparison.jsonl": (GEMMA, ("attention 5", "block 2")),
 }
 PARETO = "pareto-llamacpp/pareto.jsonl"
@@ -66,7 +84,9 @@ def published() -> Iterator[tuple[str, Plan, str]]:
                 name = f"{model}-{amount.replace(' ', '-')}-by-wiki"
                 yield name, _plan(model, record, **row["plan"]), "WikiText-2"
     for row in _lines(PARETO):
-        if (plan := row["provenance"]["what"]["subject"]["plan"])["attention"] and row["type"] == "F16":
+        if (plan := row["provenance"]["what"]["subject"]["plan"])["attention"] and row[
+            "type"
+        ] == "F16":
             count, kind = row["model"].split()
             name = f"{SMOLLM2}-{kind.removesuffix('s')}-{count}-of-pareto"
             yield name, _plan(SMOLLM2, PARETO, **plan), "earlier searches"
@@ -74,7 +94,9 @@ def published() -> Iterator[tuple[str, Plan, str]]:
 
 def render() -> str:
     """The page, in Markdown."""
-    rows = {name: f"| `{name}` | {plan} | {text} |\n" for name, plan, text in published()}
+    rows = {
+        name: f"| `{name}` | {plan} | {text} |\n" for name, plan, text in published()
+    }
     return HEAD + "".join(rows.values())
 
 
@@ -88,7 +110,12 @@ def write() -> None:
 
 def _plan(model: str, record: str, attention: list[int], mlp: list[int]) -> Plan:
     shape, weights = MODELS[model]
-    return Plan(attention, mlp, fingerprint=shape, note=f"of benchmarks/{record}; weights sha256:{weights}")
+    return Plan(
+        attention,
+        mlp,
+        fingerprint=shape,
+        note=f"of benchmarks/{record}; weights sha256:{weights}",
+    )
 
 
 def _indices(words: str) -> dict[str, list[int]]:
@@ -102,7 +129,10 @@ def _indices(words: str) -> dict[str, list[int]]:
 
 
 def _lines(record: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RECORDS / record).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (RECORDS / record).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 if __name__ == "__main__":

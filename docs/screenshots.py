@@ -1,6 +1,8 @@
-"""Pictures of reports for the documentation: `python docs/screenshots.py sweep=results/demo paper=benchmarks/paper`.
+"""Pictures of reports for the documentation: `python docs/screenshots.py
+sweep=results/demo paper=benchmarks/paper`.
 
-Of each folder the first screen, as first-screen-NAME.png; of a sweep also report-light, -dark and -phone.
+Of each folder the first screen, as first-screen-NAME.png; of a sweep also report-light,
+-dark and -phone.
 """
 
 import shutil
@@ -21,10 +23,20 @@ WHOLE = {
 }
 
 
-def take(browser: Browser, report: Path, name: str, width: int, height: int, colours: str, scale: float) -> None:
+def take(
+    browser: Browser,
+    report: Path,
+    name: str,
+    width: int,
+    height: int,
+    colours: str,
+    scale: float,
+) -> None:
     """Write a picture of the top of a page to figures/NAME.png."""
     size = {"width": width, "height": height}
-    page = browser.new_page(viewport=size, color_scheme=colours, device_scale_factor=scale)
+    page = browser.new_page(
+        viewport=size, color_scheme=colours, device_scale_factor=scale
+    )
     page.goto(report.resolve().as_uri())
     page.wait_for_selector("body[data-drawn]")
     page.screenshot(path=FIGURES / f"{name}.png")
@@ -34,7 +46,9 @@ def take(browser: Browser, report: Path, name: str, width: int, height: int, col
 if __name__ == "__main__":
     folders = dict(word.split("=", 1) for word in sys.argv[1:])
     with tempfile.TemporaryDirectory() as beside, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         for kind, folder in folders.items():
             report = write_report(folder, Path(beside) / f"{kind}.html")
             take(browser, report, f"first-screen-{kind}", *FIRST)

@@ -1,7 +1,8 @@
-"""What the tests take from inside `notall`, and where it lives: the one file to change where that moves.
+"""What the tests take from inside `notall`, and where it lives: the one file to change
+where that moves.
 
-A test says `from api import name`, which is looked up then: a name that needs an absent package harms
-only who asks for it. The public names come from `notall` itself.
+A test says `from api import name`, which is looked up then: a name that needs an absent
+package harms only who asks for it. The public names come from `notall` itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# Modules, which tests patch or use to qualify names: the name here, and the path below `notall`. By path.
+# Modules, which tests patch or use to qualify names: the name here, and the path below
+# `notall`. By path.
 MODULES = {
     "charts_layers": "charts.layers",
     "charts_losses": "charts.losses",
@@ -82,11 +84,32 @@ MODULES = {
 # The names out of each module; `name as other` where two modules have one. By path.
 NAMES = {
     "charts.losses": ["Point"],
-    "choosing.budget": ["Budget", "by_count", "by_footprint", "by_limit", "within_limit"],
+    "choosing.budget": [
+        "Budget",
+        "by_count",
+        "by_footprint",
+        "by_limit",
+        "within_limit",
+    ],
     "choosing.choice": ["CHOICES", "choose_as_fast", "choose_within"],
-    "choosing.criteria": ["CRITERIA", "Choice", "Criterion", "choose", "every_criterion"],
-    "choosing.criteria.data_free": ["deepest", "paper_grid", "score_gate_norm", "score_random"],
-    "choosing.criteria.losses": ["GENERATIONS", "choose_greedily", "score_leave_one_out"],
+    "choosing.criteria": [
+        "CRITERIA",
+        "Choice",
+        "Criterion",
+        "choose",
+        "every_criterion",
+    ],
+    "choosing.criteria.data_free": [
+        "deepest",
+        "paper_grid",
+        "score_gate_norm",
+        "score_random",
+    ],
+    "choosing.criteria.losses": [
+        "GENERATIONS",
+        "choose_greedily",
+        "score_leave_one_out",
+    ],
     "choosing.criteria.one_pass": [
         "gated",
         "score_cosine",
@@ -97,7 +120,12 @@ NAMES = {
     ],
     "choosing.criteria.quadratic": ["QuadraticProgram", "measure as quadratic_measure"],
     "choosing.criteria.setting": ["Setting"],
-    "choosing.evaluator": ["AfterRepair", "Evaluator", "ONE_IN", "RIDGES as after_repair_RIDGES"],
+    "choosing.evaluator": [
+        "AfterRepair",
+        "Evaluator",
+        "ONE_IN",
+        "RIDGES as after_repair_RIDGES",
+    ],
     "choosing.in_prompts": ["PromptRepair", "running_last", "with_last_tokens"],
     "choosing.latency": [
         "SublayerTimes",
@@ -108,7 +136,15 @@ NAMES = {
         "check_times",
         "measure_times",
     ],
-    "choosing.objective": ["answers", "build_objective", "kl", "mix", "nll", "retrieval", "task"],
+    "choosing.objective": [
+        "answers",
+        "build_objective",
+        "kl",
+        "mix",
+        "nll",
+        "retrieval",
+        "task",
+    ],
     "choosing.space": ["Space", "names_in", "plan_of as space_plan_of"],
     "cli": ["DROPPED", "drop_chatter"],
     "cli.app": ["COMMANDS", "MISSED", "app", "conclude"],
@@ -125,7 +161,13 @@ NAMES = {
     "engines.transformers": ["Transformers"],
     "engines.vllm": ["EIGHT_BITS", "VLLM"],
     "engines.worker": ["EngineFailed", "call"],
-    "errors": ["UnknownArchitecture", "UsageError", "print_in_any_encoding", "printable", "raised_by"],
+    "errors": [
+        "UnknownArchitecture",
+        "UsageError",
+        "print_in_any_encoding",
+        "printable",
+        "raised_by",
+    ],
     "evaluation.diagnostics": [
         "calibration_error",
         "check_passkey",
@@ -136,8 +178,22 @@ NAMES = {
     ],
     "evaluation.harness": ["Answers", "run_tasks"],
     "evaluation.ray_workers": ["Workers", "split_branches"],
-    "evaluation.scoring": ["Pack", "Request", "Scorer", "inputs_of", "packed", "plain as packing_plain"],
-    "evaluation.tasks": ["Job", "Limits", "OPENLLM", "TaskShelf", "_complaint", "no_bars"],
+    "evaluation.scoring": [
+        "Pack",
+        "Request",
+        "Scorer",
+        "inputs_of",
+        "packed",
+        "plain as packing_plain",
+    ],
+    "evaluation.tasks": [
+        "Job",
+        "Limits",
+        "OPENLLM",
+        "TaskShelf",
+        "_complaint",
+        "no_bars",
+    ],
     "experiments.bench": [
         "BenchRecord",
         "COLUMNS as BENCH_COLUMNS",
@@ -165,7 +221,13 @@ NAMES = {
         "shown as shown_comparison",
         "write_comparison",
     ],
-    "experiments.draft": ["DraftOptions", "DraftRecord", "Drafted", "measure_draft", "verdict as drafts_verdict"],
+    "experiments.draft": [
+        "DraftOptions",
+        "DraftRecord",
+        "Drafted",
+        "measure_draft",
+        "verdict as drafts_verdict",
+    ],
     "experiments.driver": [
         "LeaveOneOutRecord",
         "BenchmarkRecord",
@@ -178,7 +240,13 @@ NAMES = {
         "scored_as",
         "write_similarity",
     ],
-    "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "mend_of", "warn_if_worse"],
+    "experiments.evaluate": [
+        "Evaluation",
+        "ModelQuality",
+        "QUALITIES",
+        "mend_of",
+        "warn_if_worse",
+    ],
     "experiments.folder": [
         *("Card", "Costs", "Figure", "Message", "Sample", "Section", "Shown", "Step"),
         *("Folder", "check_folder"),
@@ -229,10 +297,19 @@ NAMES = {
         "write_pareto",
         "write_plain",
     ],
-    "experiments.recovery": ["JudgedRecord", "RecoveryOptions", "kept_in_words", "short_of"],
+    "experiments.recovery": [
+        "JudgedRecord",
+        "RecoveryOptions",
+        "kept_in_words",
+        "short_of",
+    ],
     "experiments.repair": ["refits_table"],
     "experiments.reproduce": ["KINDS as REMADE_KINDS"],
-    "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord", "may_lose_retrieval"],
+    "experiments.search": [
+        "COLUMNS as SEARCH_COLUMNS",
+        "SearchRecord",
+        "may_lose_retrieval",
+    ],
     "experiments.sweep": [
         "COLUMNS as SWEEP_COLUMNS",
         "SaidRecord",
@@ -245,7 +322,15 @@ NAMES = {
         "write_sweep",
     ],
     "experiments.verdict": ["Verdict", "mending", "next_command", "what_next"],
-    "exporters": ["Export", "Source", "TARGETS", "appearing", "check_export", "export", "target_named"],
+    "exporters": [
+        "Export",
+        "Source",
+        "TARGETS",
+        "appearing",
+        "check_export",
+        "export",
+        "target_named",
+    ],
     "exporters.dense": ["opened"],
     "exporters.gguf": ["cut"],
     "exporters.gguf_weights": ["with_weights as gguf_with_weights"],
@@ -263,15 +348,55 @@ NAMES = {
     "exporters.nemotron_nas": ["ffn_mult", "logits_in_mlx"],
     "exporters.quantisation": ["cut_quantisation", "renamed_notes"],
     "exporters.remote_code": ["FAMILIES", "check_code", "source_of"],
-    "exporters.tensors": ["FLOATS", "check_tensors", "read_header", "read_tensors", "write_shards"],
+    "exporters.tensors": [
+        "FLOATS",
+        "check_tensors",
+        "read_header",
+        "read_tensors",
+        "write_shards",
+    ],
     "files": ["DoubledKey", "read_json"],
-    "integrity": ["check_manifest", "read_manifest", "sealed", "unsealed", "write_manifest"],
-    "measuring.acceptance": ["Accepted", "acceptance", "judge", "rounds", "tokens_per_round", "write_texts"],
-    "measuring.quality": ["Passage", "evaluate", "measure_similarity", "score", "summarize", "walk"],
+    "integrity": [
+        "check_manifest",
+        "read_manifest",
+        "sealed",
+        "unsealed",
+        "write_manifest",
+    ],
+    "measuring.acceptance": [
+        "Accepted",
+        "acceptance",
+        "judge",
+        "rounds",
+        "tokens_per_round",
+        "write_texts",
+    ],
+    "measuring.quality": [
+        "Passage",
+        "evaluate",
+        "measure_similarity",
+        "score",
+        "summarize",
+        "walk",
+    ],
     "measuring.speed": ["Timing as speed_Timing", "time_plans"],
     "measuring.statistics": [
-        *("Estimate", "are_right_or_wrong", "combined", "jackknife_error", "mean_and_error", "of_ranks", "of_rounds"),
-        *("paired_difference", "recovery_interval", "sign_flip_p_value", "student_p_value", "student_quantile"),
+        *(
+            "Estimate",
+            "are_right_or_wrong",
+            "combined",
+            "jackknife_error",
+            "mean_and_error",
+            "of_ranks",
+            "of_rounds",
+        ),
+        *(
+            "paired_difference",
+            "recovery_interval",
+            "sign_flip_p_value",
+            "student_p_value",
+            "student_quantile",
+        ),
         *("summed", "too_few"),
     ],
     "measuring.token_scores": ["Head", "TokenScorer"],
@@ -288,7 +413,13 @@ NAMES = {
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
-    "repairing.methods.published": ["gaps_of", "ghosted", "nbl", "prune_and_comp", "replaceme"],
+    "repairing.methods.published": [
+        "gaps_of",
+        "ghosted",
+        "nbl",
+        "prune_and_comp",
+        "replaceme",
+    ],
     "repairing.projections": ["Projections"],
     "repairing.refitting": [
         "Kept",
@@ -298,8 +429,23 @@ NAMES = {
     "repairing.solving": ["DEAD", "Fit", "Moments", "Rows", "sums_for"],
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],
     "repairing.students": ["Layerwise", "PromptStudent", "Student", "states_of"],
-    "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
-    "report.page": [*("flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")],
+    "repairing.texts": [
+        "AT_ONCE",
+        "GIVEN",
+        "RepairTexts",
+        "measure as repair_texts_measure",
+        "sampled",
+    ],
+    "report.page": [
+        *(
+            "flatten",
+            "read_folder",
+            "read_folder as results_of",
+            "render",
+            "shown_by",
+            "write_report",
+        )
+    ],
     "results.facts": [
         "TIMES",
         "Times",
@@ -320,7 +466,14 @@ NAMES = {
         "TaskScore",
         "Times as facts_Times",
     ],
-    "results.ledger": ["Ledger", "header_of", "kind_at", "read", "refuse_foreign", "working_in"],
+    "results.ledger": [
+        "Ledger",
+        "header_of",
+        "kind_at",
+        "read",
+        "refuse_foreign",
+        "working_in",
+    ],
     "results.lines": ["lock"],
     "results.provenance": ["Provenance", "place_of", "this_run"],
     "results.record": [
@@ -361,7 +514,13 @@ NAMES = {
         "words",
     ],
     "results.terminal": ["print_table", "progress_bar", "show"],
-    "running.generating": ["Streamer", "continue_prompts", "generate_text", "greedy", "sample"],
+    "running.generating": [
+        "Streamer",
+        "continue_prompts",
+        "generate_text",
+        "greedy",
+        "sample",
+    ],
     "running.regrouping": ["Layer", "is_portable", "layers_of", "regroup"],
     "running.repaired": [
         "LinearMap",
@@ -373,7 +532,14 @@ NAMES = {
         "with_weights as repaired_with_weights",
         "write_tensors",
     ],
-    "running.replay": ["PrefixCache", "Replay", "handing", "live_steps", "record", "step_name"],
+    "running.replay": [
+        "PrefixCache",
+        "Replay",
+        "handing",
+        "live_steps",
+        "record",
+        "step_name",
+    ],
     "running.skipping": ["footprint", "is_skipping", "without"],
     "structure.locating": ["LOCATED", "decoder_layers"],
     "structure.model_structure": ["cache_argument", "fingerprint", "text_config"],
@@ -382,12 +548,20 @@ NAMES = {
     "structure.undoing": ["Undo"],
 }
 
-_HOMES = {entry.split()[-1]: (module, entry.split()[0]) for module, entries in NAMES.items() for entry in entries}
-assert len(MODULES.keys() | _HOMES) == len(MODULES) + sum(map(len, NAMES.values())), "one name stands for two things"
+_HOMES = {
+    entry.split()[-1]: (module, entry.split()[0])
+    for module, entries in NAMES.items()
+    for entry in entries
+}
+assert len(MODULES.keys() | _HOMES) == len(MODULES) + sum(map(len, NAMES.values())), (
+    "one name stands for two things"
+)
 
 
 def __getattr__(name: str) -> Any:
-    """What goes by `name`, as it is now: nothing is kept, so that what a test patches is seen as patched."""
+    """What goes by `name`, as it is now: nothing is kept, so that what a test patches
+    is seen as patched.
+    """
     if name in MODULES:
         return import_module(f"notall.{MODULES[name]}")
     if name not in _HOMES:

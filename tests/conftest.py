@@ -1,11 +1,17 @@
-"""Settings that must stand before torch and huggingface_hub are imported, and the default model."""
+"""Settings that must stand before torch and huggingface_hub are imported, and the
+default model.
+"""
 
 import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: the suite is many small models
-os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is its own: beside other work, its workers would hardly run
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # one thread a worker: the suite is many small models
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # 15 is its own: beside other work, its workers would hardly run
 
 import gc
 import importlib.util
@@ -22,14 +28,20 @@ def pytest_collection_finish():
     if "torch" in sys.modules:
         from api import speed
 
-        speed.cores = lambda: 1  # threads of llama.cpp wait for each other in busy loops, on cores that others work on
+        speed.cores = (
+            lambda: 1
+            # threads of llama.cpp wait for each other in busy loops, on cores that
+            # others work on
+        )
 
 
 # --- tests marked `devices`
 
 
 def pytest_collection_modifyitems(config, items):
-    """Where there are no devices, those with the marker run in a process that simulates some."""
+    """Where there are no devices, those with the marker run in a process that simulates
+    some.
+    """
     marked = (item for item in items if item.get_closest_marker("devices"))
     files = list(dict.fromkeys(str(item.path) for item in marked))
     if not files:
@@ -53,7 +65,9 @@ def pytest_runtest_protocol(item, nextitem):
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in reports_of(process, item, nextitem):
         item.ihook.pytest_runtest_logreport(report=report)
-    item.session._setupstate.teardown_exact(nextitem)  # of what stands for tests of its file that run here
+    item.session._setupstate.teardown_exact(
+        nextitem
+    )  # of what stands for tests of its file that run here
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
@@ -67,7 +81,9 @@ def pytest_runtest_setup(item):
 
     wanted = marker.kwargs.get("count", 1)
     if (found := torch.cuda.device_count()) < wanted:
-        pytest.skip((not found and why_not()) or f"wants {wanted} devices, and here is {found}")
+        pytest.skip(
+            (not found and why_not()) or f"wants {wanted} devices, and here is {found}"
+        )
 
 
 def pytest_sessionfinish(session):
@@ -77,7 +93,9 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True)
 def _lines_of_any_width(monkeypatch):
-    """Tables in a pipe are as wide as they are: not as COLUMNS says, which libraries set as well."""
+    """Tables in a pipe are as wide as they are: not as COLUMNS says, which libraries
+    set as well.
+    """
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
@@ -93,7 +111,9 @@ def default_model():
 
 @pytest.fixture
 def short_prose(monkeypatch):
-    """The beginning of the default texts: of all of it, the bytes are most of what a command on a tiny model takes."""
+    """The beginning of the default texts: of all of it, the bytes are most of what a
+    command on a tiny model takes.
+    """
     from api import objective_module, texts, texts_mix
 
     whole = texts._prose
@@ -119,7 +139,9 @@ def own_tasks_only(monkeypatch):
 
     from api import tasks
 
-    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(
+        tasks, "TaskManager", partial(TaskManager, include_defaults=False)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +149,9 @@ def folder(tmp_path_factory):
     """A tiny checkpoint of six layers, whose tokens are bytes."""
     from tiny_checkpoint import save_tiny_checkpoint
 
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=6)
+    return save_tiny_checkpoint(
+        tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=6
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Models on devices, placed as a user would: on one, or split over two by accelerate."""
+"""Models on devices, placed as a user would: on one, or split over two by
+accelerate.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,24 @@ def on_one(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def on_two(model: PreTrainedModel) -> PreTrainedModel:
-    """Its first layers on the first device, the rest on the second, as `device_map="auto"` does."""
+    """Its first layers on the first device, the rest on the second, as
+    `device_map="auto"` does.
+    """
     places = split(model)
-    loose = {name: tensor for name, tensor in model.named_parameters() if name in places}
-    for name, tensor in loose.items():  # outside of any leaf module; accelerate moves modules alone
+    loose = {
+        name: tensor for name, tensor in model.named_parameters() if name in places
+    }
+    for (
+        name,
+        tensor,
+    ) in loose.items():  # outside of any leaf module; accelerate moves modules alone
         tensor.data = tensor.data.to(f"cuda:{places[name]}")
     return dispatch_model(model, places, force_hooks=True)
 
 
 def split(model: PreTrainedModel) -> dict[str, int]:
-    """Accelerate's own division of the modules, by their paths, that has layers on both devices.
+    """Accelerate's own division of the modules, by their paths, that has layers on both
+    devices.
 
     Skips the test where accelerate makes none.
     """

@@ -1,4 +1,6 @@
-"""Programs in processes of their own: forks of a clean one that has imported what takes seconds to import."""
+"""Programs in processes of their own: forks of a clean one that has imported what takes
+seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,23 @@ from subprocess import CompletedProcess
 from typing import Any
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"])
+CONTEXT.set_forkserver_preload(
+    ["notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"]
+)
 NOTALL = "from api import cli; cli.main()"
 
 
 def start(program: str, *arguments: Any, says: Path | None = None) -> BaseProcess:
-    """`python -c program arguments`, with this process's path; to be waited for, or killed.
+    """`python -c program arguments`, with this process's path; to be waited for, or
+    killed.
 
-    What it prints goes to the files `out` and `err` in the folder `says`, if that is given.
+    What it prints goes to the files `out` and `err` in the folder `says`, if that is
+    given.
     """
     words = [str(argument) for argument in arguments]
-    process = CONTEXT.Process(target=_run, args=(program, words, sys.path, dict(os.environ), says))
+    process = CONTEXT.Process(
+        target=_run, args=(program, words, sys.path, dict(os.environ), says)
+    )
     process.start()
     return process
 
@@ -39,7 +47,9 @@ def run(program: str, *arguments: Any) -> CompletedProcess[str]:
 
 
 def kill_at(path: Path, lines: int, program: str, *arguments: Any) -> None:
-    """Run it until `path` has so many lines, and kill it then, in the middle of its work."""
+    """Run it until `path` has so many lines, and kill it then, in the middle of its
+    work.
+    """
     process = start(program, *arguments)
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert process.is_alive(), "it ended before it could be killed"
@@ -49,7 +59,13 @@ def kill_at(path: Path, lines: int, program: str, *arguments: Any) -> None:
     process.join()
 
 
-def _run(program: str, words: list[str], path: list[str], environment: dict[str, str], says: Path | None) -> None:
+def _run(
+    program: str,
+    words: list[str],
+    path: list[str],
+    environment: dict[str, str],
+    says: Path | None,
+) -> None:
     sys.argv, sys.path[:] = ["-c", *words], path
     os.environ.update(environment)
     for number, name in ((1, "out"), (2, "err")) if says else ():

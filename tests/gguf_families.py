@@ -1,7 +1,9 @@
-"""Tiny models of families as GGUF files, with the headers that llama.cpp's converter wrote for them.
+"""Tiny models of families as GGUF files, with the headers that llama.cpp's converter
+wrote for them.
 
-`gguf_headers.json` holds the headers and the shapes; `record_gguf_headers.py` makes it. Sizes and settings of
-a family are changed where llama.cpp takes them from its architecture, and not from the file.
+`gguf_headers.json` holds the headers and the shapes; `record_gguf_headers.py` makes it.
+Sizes and settings of a family are changed where llama.cpp takes them from its
+architecture, and not from the file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from tiny_gguf import WORDS, add_tokenizer
 
 RECORDED = Path(__file__).with_name("gguf_headers.json")
 
-WIDE = {"sliding_window": 64}  # than any prompt of the tests: llama.cpp has no window here, or in other layers
+WIDE = {
+    "sliding_window": 64
+}  # than any prompt of the tests: llama.cpp has no window here, or in other layers
 DELTA = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 # transformers reads these sizes from no header, and takes its own.
 QWEN2_MOE = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
@@ -112,7 +116,9 @@ def built(name: str) -> PreTrainedModel:
     found = family(name if name in _rows() else name.partition(" (")[0])
     text = {"vocab_size": len(WORDS)}
     if "text_config" in found.config:
-        return found.build(text_config=found.config["text_config"] | text, **BUILT[name])
+        return found.build(
+            text_config=found.config["text_config"] | text, **BUILT[name]
+        )
     return found.build(**text, **BUILT[name])
 
 
@@ -126,20 +132,28 @@ def _rows() -> set[str]:
 
 @cache
 def recorded() -> Mapping[str, Any]:
-    """By name the header's fields and the shapes of tensors; numbers of those that are no parameter's."""
+    """By name the header's fields and the shapes of tensors; numbers of those that are
+    no parameter's.
+    """
     return json.loads(RECORDED.read_text())
 
 
 def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     """Of the part that reads text, and the buffers that are learned."""
     learned = ("correction_bias", "expert_bias", "layer_scalar")
-    buffers = {name: one for name, one in model.named_buffers() if name.endswith(learned)}
+    buffers = {
+        name: one for name, one in model.named_buffers() if name.endswith(learned)
+    }
     both = {**dict(model.named_parameters()), **buffers}
-    return {name: one.detach().clone() for name, one in both.items() if "visual" not in name}
+    return {
+        name: one.detach().clone() for name, one in both.items() if "visual" not in name
+    }
 
 
 def folded(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Shapes by name, those of alike blocks once: `{"blk.0,2": {"attn_q.weight": [32, 32]}}`."""
+    """Shapes by name, those of alike blocks once: `{"blk.0,2": {"attn_q.weight": [32,
+    32]}}`.
+    """
     blocks: dict[str, dict[str, list[int]]] = {}
     outside = {}
     for name, shape in shapes.items():
@@ -151,7 +165,10 @@ def folded(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
     alike: dict[str, list[str]] = {}
     for number, block in blocks.items():
         alike.setdefault(json.dumps(block), []).append(number)
-    return outside | {f"blk.{','.join(numbers)}": json.loads(block) for block, numbers in alike.items()}
+    return outside | {
+        f"blk.{','.join(numbers)}": json.loads(block)
+        for block, numbers in alike.items()
+    }
 
 
 def _unfolded(shapes: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -161,14 +178,17 @@ def _unfolded(shapes: Mapping[str, Any]) -> dict[str, list[int]]:
             found[name] = shape
             continue
         numbers = name.removeprefix("blk.").split(",")
-        found |= {f"blk.{one}.{rest}": each for one in numbers for rest, each in shape.items()}
+        found |= {
+            f"blk.{one}.{rest}": each for one in numbers for rest, each in shape.items()
+        }
     return found
 
 
 def write_skeleton(name: str, path: Path, *, requantised: bool = False) -> Path:
     """The family's file, with zeros for every number of a parameter.
 
-    `requantised`: with shapes as llama-quantize writes them again, without ones at the front.
+    `requantised`: with shapes as llama-quantize writes them again, without ones at the
+    front.
     """
     fields, tensors = recorded()[name]["fields"], recorded()[name]["tensors"]
     writer = GGUFWriter(path, fields["general.architecture"][1])
@@ -176,7 +196,9 @@ def write_skeleton(name: str, path: Path, *, requantised: bool = False) -> Path:
         if key == "general.architecture":
             continue
         if isinstance(value, list):
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType[kind])
+            writer.add_key_value(
+                key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType[kind]
+            )
         else:
             writer.add_key_value(key, value, GGUFValueType[kind])
     add_tokenizer(writer)

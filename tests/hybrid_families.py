@@ -1,6 +1,8 @@
-"""Tiny random models, as in `families`, whose layers hold other mixers than attention or do not just add to a stream.
+"""Tiny random models, as in `families`, whose layers hold other mixers than attention
+or do not just add to a stream.
 
-Each kind of layer is there, and two full attentions wherever there are any, so that all but one can go.
+Each kind of layer is there, and two full attentions wherever there are any, so that all
+but one can go.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ MAMBA = {
     "mamba_n_groups": 2,
     "mamba_chunk_size": CHUNK,
 }
-# Fewer heads would give many tokens the same score, 0, and which of them is looked at would be chance.
+# Fewer heads would give many tokens the same score, 0, and which of them is looked at
+# would be chance.
 INDEXED = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": WINDOW}
 INKLING = ROUTED | {
     "layer_types": ["hybrid_sliding", "hybrid"] * 2,
@@ -90,7 +93,14 @@ def _llama(
 ) -> Family:
     """`whole` layers, and those whose attention others read: see `Family`."""
     return Family(
-        name, model_type or name, LLAMA | config, attention, mlp, only_attention=whole, whole=whole, lends=lends
+        name,
+        model_type or name,
+        LLAMA | config,
+        attention,
+        mlp,
+        only_attention=whole,
+        whole=whole,
+        lends=lends,
     )
 
 
@@ -99,7 +109,10 @@ def _sees(model_type: str, **text: Any) -> Family:
     return Family(
         f"{model_type} (text part)",
         model_type,
-        {"text_config": LLAMA | {"rope_parameters": MROPE} | text, "vision_config": vision},
+        {
+            "text_config": LLAMA | {"rope_parameters": MROPE} | text,
+            "vision_config": vision,
+        },
         attention="linear_attn|self_attn",
         auto=AutoModelForImageTextToText,
     )
@@ -107,18 +120,35 @@ def _sees(model_type: str, **text: Any) -> Family:
 
 HYBRIDS: list[Family] = [
     # A mixer, then an MLP
-    _llama("qwen3_next", shared_expert_intermediate_size=16, mlp_only_layers=[3], **EXPERTS, **DELTA),
+    _llama(
+        "qwen3_next",
+        shared_expert_intermediate_size=16,
+        mlp_only_layers=[3],
+        **EXPERTS,
+        **DELTA,
+    ),
     _llama("qwen3_5_text", **DELTA),
     _llama("qwen3_5_moe_text", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
     _llama(
-        "olmo_hybrid", attention="linear_attn|post_attention_layernorm", mlp="post_feedforward_layernorm|mlp", **DELTA
+        "olmo_hybrid",
+        attention="linear_attn|post_attention_layernorm",
+        mlp="post_feedforward_layernorm|mlp",
+        **DELTA,
     ),
     _llama(
         "lara_mini",
         shared_expert_intermediate_size=16,
         sliding_window=WINDOW,
         **EXPERTS,
-        **DELTA | {"layer_types": ["linear_attention", "full_attention", "sliding_attention", "full_attention"]},
+        **DELTA
+        | {
+            "layer_types": [
+                "linear_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ]
+        },
     ),
     _llama(
         "lfm2",
@@ -155,7 +185,12 @@ HYBRIDS: list[Family] = [
     ),
     _llama(
         "granitemoehybrid",
-        layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        layer_types=[
+            "full_attention",
+            "linear_attention",
+            "linear_attention",
+            "full_attention",
+        ],
         num_local_experts=4,
         num_experts_per_tok=2,
         shared_intermediate_size=16,
@@ -175,7 +210,13 @@ HYBRIDS: list[Family] = [
         mlp="shared_mlp",
         **MAMBA,
     ),
-    _llama("bamba", attn_layer_indices=[0, 3], attention="mamba|self_attn", mlp="feed_forward", **MAMBA),
+    _llama(
+        "bamba",
+        attn_layer_indices=[0, 3],
+        attention="mamba|self_attn",
+        mlp="feed_forward",
+        **MAMBA,
+    ),
     _llama(
         "jamba",
         attn_layer_period=2,
@@ -207,7 +248,12 @@ HYBRIDS: list[Family] = [
         | {
             "num_local_experts": 4,
             "head_dim": 8,
-            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "layer_types": [
+                "full_attention",
+                "linear_attention",
+                "linear_attention",
+                "full_attention",
+            ],
         },
     ),
     _llama(
@@ -233,7 +279,9 @@ HYBRIDS: list[Family] = [
             "n_groups": 2,
             "chunk_size": CHUNK,
             "moe_shared_expert_intermediate_size": 16,
-            "time_step_min": 1e-9,  # below it steps are lengthened, but not token by token
+            "time_step_min": (
+                1e-9
+            ),  # below it steps are lengthened, but not token by token
         },
         attention="mixer",
         mlp="mixer",
@@ -249,7 +297,14 @@ HYBRIDS: list[Family] = [
         mlp="",
         only_attention=ALL,
     ),
-    Family("falcon_mamba", "falcon_mamba", BARE, attention="mixer", mlp="", only_attention=ALL),
+    Family(
+        "falcon_mamba",
+        "falcon_mamba",
+        BARE,
+        attention="mixer",
+        mlp="",
+        only_attention=ALL,
+    ),
     # A shared attention feeds Mamba's input, and adds nothing itself
     Family(
         "zamba",
@@ -286,7 +341,9 @@ HYBRIDS: list[Family] = [
         only_attention=ALL,
     ),
     # The stream is scaled or mixed between the layers
-    _llama("doge", keep_window_size=64, attention="self_attn"),  # within it, no two equal tokens need be chosen from
+    _llama(
+        "doge", keep_window_size=64, attention="self_attn"
+    ),  # within it, no two equal tokens need be chosen from
     _llama(
         "minimax",
         layer_types=["full_attention", "linear_attention"] * 2,
@@ -330,7 +387,10 @@ HYBRIDS: list[Family] = [
                 "compressed_sparse_attention",
             ],
             "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
-            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+            "compress_rates": {
+                "compressed_sparse_attention": 2,
+                "heavily_compressed_attention": 4,
+            },
             "hc_mult": 2,
             "sliding_window": WINDOW,
             "o_groups": 2,
@@ -383,7 +443,14 @@ HYBRIDS: list[Family] = [
         **MIXED,
         **POST_NORMS,
     ),
-    _llama("gemma4_unified_text", num_kv_shared_layers=2, lends=SHARED, global_head_dim=16, **MIXED, **POST_NORMS),
+    _llama(
+        "gemma4_unified_text",
+        num_kv_shared_layers=2,
+        lends=SHARED,
+        global_head_dim=16,
+        **MIXED,
+        **POST_NORMS,
+    ),
     Family(
         "glm_moe_dsa",
         "glm_moe_dsa",
@@ -402,7 +469,9 @@ HYBRIDS: list[Family] = [
         whole=ALL,  # their MLPs keep a state
         **INKLING,
     ),
-    _llama("qwen4_exp_text", whole=ALL, **QWEN4),  # it looks for positions in the place of its first attention
+    _llama(
+        "qwen4_exp_text", whole=ALL, **QWEN4
+    ),  # it looks for positions in the place of its first attention
     _llama(
         "qwen4_exp_text (n-grams)",
         "qwen4_exp_text",
@@ -416,7 +485,8 @@ HYBRIDS: list[Family] = [
         split_ngram_parts=1,
         **QWEN4,
     ),
-    # Several attentions in a layer, or layers that run several times, or begin a stream of their own
+    # Several attentions in a layer, or layers that run several times, or begin a stream
+    # of their own
     Family(
         "longcat_flash",
         "longcat_flash",
@@ -448,16 +518,25 @@ HYBRIDS: list[Family] = [
         "gemma4 (text part)",
         "gemma4",
         {
-            "text_config": LLAMA
-            | MIXED
-            | {
-                "model_type": "gemma4_text",
-                "num_kv_shared_layers": 2,
-                "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": VOCABULARY,
-                "global_head_dim": 16,
-            },
-            "vision_config": VISION | {"num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64},
+            "text_config": (
+                LLAMA
+                | MIXED
+                | {
+                    "model_type": "gemma4_text",
+                    "num_kv_shared_layers": 2,
+                    "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": VOCABULARY,
+                    "global_head_dim": 16,
+                }
+            ),
+            "vision_config": (
+                VISION
+                | {
+                    "num_key_value_heads": 4,
+                    "head_dim": 8,
+                    "position_embedding_size": 64,
+                }
+            ),
             "audio_config": None,
         },
         lends=SHARED,
@@ -468,7 +547,14 @@ HYBRIDS: list[Family] = [
 ]
 
 # One of each way to build a layer; the others come with `make test-engines`.
-QUICK = {"gemma4_text", "gemma4_text (nothing shared)", "qwen3_next", "jamba", "nemotron_h", "mamba2"}
+QUICK = {
+    "gemma4_text",
+    "gemma4_text (nothing shared)",
+    "qwen3_next",
+    "jamba",
+    "nemotron_h",
+    "mamba2",
+}
 
 
 def marks(family: Family) -> list[pytest.MarkDecorator]:

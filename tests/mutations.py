@@ -1,4 +1,6 @@
-"""Seeded damage to files: bytes, lines, values of JSON, and headers of safetensors and GGUF."""
+"""Seeded damage to files: bytes, lines, values of JSON, and headers of safetensors and
+GGUF.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any
 Mutation = Callable[[Random, bytes], bytes]
 
 DEEP = 5_000
-# What JSON may hold where something else belongs, as text: some of it is what no JSON writer writes.
+# What JSON may hold where something else belongs, as text: some of it is what no JSON
+# writer writes.
 WRONG = (
     *("null", "true", "false", '""', '"x"', '"0"', '"1.5"', "[]", "{}", "[[]]", "[null]", '[""]', '{"": 1}'),
     *("0", "-0.0", "1", "-1", "0.5", "-2.5", "3.0", "1e-320", "1e308", "-1e308", "1e999", "-1e999", "NaN", "-Infinity"),
@@ -37,10 +40,24 @@ def flip(draw: Random, content: bytes) -> bytes:
 
 
 def overwrite(draw: Random, content: bytes) -> bytes:
-    """A few bytes in a row by what is no text, or by what often stands for something else."""
+    """A few bytes in a row by what is no text, or by what often stands for something
+    else.
+    """
     start = draw.randrange(len(content) + 1)
     piece = draw.choice(
-        (b"\0", b"\0" * 64, b"\xff", b"\xff" * 8, b"\n", b"\r", b'"', b"{", b"]", b"\xc3", b" " * 70_000)
+        (
+            b"\0",
+            b"\0" * 64,
+            b"\xff",
+            b"\xff" * 8,
+            b"\n",
+            b"\r",
+            b'"',
+            b"{",
+            b"]",
+            b"\xc3",
+            b" " * 70_000,
+        )
     )
     return content[:start] + piece + content[start + draw.choice((0, len(piece))) :]
 
@@ -53,7 +70,18 @@ def leave_out(draw: Random, content: bytes) -> bytes:
 def become(draw: Random, content: bytes) -> bytes:
     """Something else altogether."""
     return draw.choice(
-        (b"", b"\n", b" \n\t\n", b"null\n", b"[]\n", b"{}\n", b"\0" * 4096, b"GGUF", b"PK\x03\x04", content * 2)
+        (
+            b"",
+            b"\n",
+            b" \n\t\n",
+            b"null\n",
+            b"[]\n",
+            b"{}\n",
+            b"\0" * 4096,
+            b"GGUF",
+            b"PK\x03\x04",
+            content * 2,
+        )
     )
 
 
@@ -82,12 +110,25 @@ def of_lines(draw: Random, content: bytes) -> bytes:
         lines[here], lines[there] = lines[there], lines[here]
     elif what == 3:
         lines.insert(
-            there, draw.choice((b"\n", b"{}\n", b"[]\n", b"null\n", b"#\n", b"\xff\n", b'{"record": "sweep"}\n'))
+            there,
+            draw.choice(
+                (
+                    b"\n",
+                    b"{}\n",
+                    b"[]\n",
+                    b"null\n",
+                    b"#\n",
+                    b"\xff\n",
+                    b'{"record": "sweep"}\n',
+                )
+            ),
         )
     elif what == 4:
         lines[here] = lines[here].rstrip(b"\r\n")
     else:
-        lines[here] = lines[here][: draw.randrange(len(lines[here]))] + b"\n" * draw.randrange(2)
+        lines[here] = lines[here][
+            : draw.randrange(len(lines[here]))
+        ] + b"\n" * draw.randrange(2)
     return b"".join(lines)
 
 
@@ -97,13 +138,21 @@ Place = tuple[Any, Any]  # a dict or list, and a key or index of it
 
 
 def places(value: Any) -> Iterator[Place]:
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        value
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else ()
+    ):
         yield value, key
         yield from places(value[key])
 
 
 def of_json(draw: Random, content: bytes) -> bytes:
-    """One place of a document: another value, none, one more, its key twice, or changed places with another."""
+    """One place of a document: another value, none, one more, its key twice, or changed
+    places with another.
+    """
     document = json.loads(content)
     found = list(places(document))
     if not found:
@@ -122,10 +171,14 @@ def of_json(draw: Random, content: bytes) -> bytes:
         del holder[key]
     elif what == 6 and isinstance(holder, dict):
         other = holder[draw.choice(list(holder))]
-        holder[key] = marked(f"{json.dumps(holder[key])}, {json.dumps(key)}: {json.dumps(other)}")
+        holder[key] = marked(
+            f"{json.dumps(holder[key])}, {json.dumps(key)}: {json.dumps(other)}"
+        )
     elif what == 7:
         if isinstance(holder, dict):
-            holder[draw.choice(("", "x", "record", "plan", "__class__", key + "_"))] = marked(draw.choice(WRONG))
+            holder[draw.choice(("", "x", "record", "plan", "__class__", key + "_"))] = (
+                marked(draw.choice(WRONG))
+            )
         else:
             holder.insert(key, marked(draw.choice(WRONG)))
     elif what == 8 and isinstance(holder, dict):
@@ -144,7 +197,9 @@ def of_json(draw: Random, content: bytes) -> bytes:
 
 
 def of_json_lines(draw: Random, content: bytes) -> bytes:
-    """`of_json` in one line, or, as a common cause would have it, in the same place of each line."""
+    """`of_json` in one line, or, as a common cause would have it, in the same place of
+    each line.
+    """
     lines = content.splitlines()
     if not lines:
         return b"null\n"
@@ -172,7 +227,9 @@ def damaged_text(draw: Random, content: bytes) -> bytes:
 
 
 def damaged_safetensors(draw: Random, content: bytes) -> bytes:
-    """The header as JSON, its length, or bytes of the file, most of them in the header."""
+    """The header as JSON, its length, or bytes of the file, most of them in the
+    header.
+    """
     (length,) = struct.unpack("<Q", content[:8])
     header, data = content[8 : 8 + length], content[8 + length :]
     what = draw.randrange(8)
@@ -180,7 +237,9 @@ def damaged_safetensors(draw: Random, content: bytes) -> bytes:
         header = of_json(draw, header)
         return struct.pack("<Q", len(header)) + header + data
     if what == 4:
-        wrong = draw.choice((0, 1, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1))
+        wrong = draw.choice(
+            (0, 1, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1)
+        )
         return struct.pack("<Q", wrong) + content[8:]
     if what == 5:
         header = draw.choice(BYTES)(draw, header)
@@ -198,7 +257,14 @@ def damaged_gguf(draw: Random, content: bytes) -> bytes:
     if what < 4:
         changed, start = bytearray(content), draw.randrange(end - 8)
         form, wrong = draw.choice(
-            (("<I", 0), ("<I", 1), ("<I", 2**31), ("<I", 2**32 - 1), ("<Q", 2**40), ("<Q", 2**64 - 1))
+            (
+                ("<I", 0),
+                ("<I", 1),
+                ("<I", 2**31),
+                ("<I", 2**32 - 1),
+                ("<Q", 2**40),
+                ("<Q", 2**64 - 1),
+            )
         )
         struct.pack_into(form, changed, start, wrong)
         return bytes(changed)

@@ -1,7 +1,8 @@
 """Tests in a process of their own: for what, once done to a process, can't be undone.
 
-The process runs a pytest session over the same files, and each test when it is asked to. Its
-reports are the test's own: selection, parameters, fixtures, output and xdist are as everywhere.
+The process runs a pytest session over the same files, and each test when it is asked
+to. Its reports are the test's own: selection, parameters, fixtures, output and xdist
+are as everywhere.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ import forked
 
 
 class OwnProcess:
-    """Runs tests of `files` after `prepare()`. Starts with the first test, and anew if it died."""
+    """Runs tests of `files` after `prepare()`. Starts with the first test, and anew if
+    it died.
+    """
 
-    def __init__(self, prepare: Callable[[], None], files: Sequence[str], root: str) -> None:
+    def __init__(
+        self, prepare: Callable[[], None], files: Sequence[str], root: str
+    ) -> None:
         self.arguments = (prepare, [*files, f"--rootdir={root}"])
         self.process: Any = None
 
-    def run(self, item: pytest.Item, following: pytest.Item | None) -> list[dict[str, Any]]:
+    def run(
+        self, item: pytest.Item, following: pytest.Item | None
+    ) -> list[dict[str, Any]]:
         """The reports of `item`, serialized. Fails where it ended the process."""
         if self.process is None:
             self._start()
@@ -35,7 +42,9 @@ class OwnProcess:
             return self.pipe.recv()
         except EOFError:
             self.process.join()
-            ended = f"the test's own process ended with exit code {self.process.exitcode}"
+            ended = (
+                f"the test's own process ended with exit code {self.process.exitcode}"
+            )
             pytest.fail(ended, pytrace=False)
 
     def stop(self) -> None:
@@ -89,7 +98,9 @@ def _serve(
 
 
 class _Server:
-    """A plugin that runs the session's tests as the pipe asks for them, and sends their reports."""
+    """A plugin that runs the session's tests as the pipe asks for them, and sends their
+    reports.
+    """
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe

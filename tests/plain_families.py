@@ -1,14 +1,32 @@
-"""Tiny random models of decoders with an attention and an MLP in every layer that `families` does not hold."""
+"""Tiny random models of decoders with an attention and an MLP in every layer that
+`families` does not hold.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from families import COMMON, GPT, LLAMA, MIXED, MLA, ROUTED, TOKENS, VISION, WINDOW, Family
+from families import (
+    COMMON,
+    GPT,
+    LLAMA,
+    MIXED,
+    MLA,
+    ROUTED,
+    TOKENS,
+    VISION,
+    WINDOW,
+    Family,
+)
 from hybrid_families import ALL, INDEXED, MROPE
 
 SMALL_VISION = VISION | {"image_size": 28, "crop_size": 28}
-SMALL_AUDIO = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
+SMALL_AUDIO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_blocks": 2,
+    "num_attention_heads": 4,
+}
 
 
 def _llama(model_type: str, mlp: str = "mlp", **config: Any) -> Family:
@@ -30,7 +48,12 @@ def _bart(model_type: str) -> Family:
         "decoder_attention_heads": 4,
         "decoder_ffn_dim": 48,
     }
-    return Family(model_type, model_type, TOKENS | sizes | {"max_position_embeddings": 64}, mlp="fc2")
+    return Family(
+        model_type,
+        model_type,
+        TOKENS | sizes | {"max_position_embeddings": 64},
+        mlp="fc2",
+    )
 
 
 OTHERS: list[Family] = [
@@ -84,7 +107,9 @@ OTHERS: list[Family] = [
         only_attention=ALL,
         whole=ALL,
     ),
-    Family("ctrl", "ctrl", GPT | {"dff": 48}, attention="multi_head_attention", mlp="ffn"),
+    Family(
+        "ctrl", "ctrl", GPT | {"dff": 48}, attention="multi_head_attention", mlp="ffn"
+    ),
     Family("gpt-sw3", "gpt-sw3", GPT, attention="attn"),
     *(_llama(name) for name in ("exaone", "internlm3", "iquestcoder")),
     Family("sarvam_mla", "sarvam_mla", MLA | {"q_lora_rank": None}),
@@ -94,7 +119,10 @@ OTHERS: list[Family] = [
     Family("emu3", "emu3", {"text_config": LLAMA}),
     Family("fuyu", "fuyu", {"text_config": LLAMA | {"model_type": "persimmon"}}),
     Family("mllama", "mllama", {"text_config": LLAMA | {"cross_attention_layers": []}}),
-    *(_bert(name) for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")),
+    *(
+        _bert(name)
+        for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")
+    ),
     Family(
         "gpt_neox_japanese",
         "gpt_neox_japanese",
@@ -103,16 +131,35 @@ OTHERS: list[Family] = [
         only_attention=(3,),
         whole=(3,),  # its attention answers a bias, which the layer adds
     ),
-    *(_bart(name) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")),
+    *(
+        _bart(name)
+        for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")
+    ),
 ]
 
 # What they add to is normed afterwards
 NORMED_AFTER: list[Family] = [
     Family("openai-gpt", "openai-gpt", GPT, attention="attn"),
-    *(_bert(name) for name in ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie")),
-    *(_bert(name) for name in ("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta")),
+    *(
+        _bert(name)
+        for name in (
+            "bert",
+            "bert-generation",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+        )
+    ),
+    *(
+        _bert(name)
+        for name in ("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta")
+    ),
     _bert("git", vision_config=VISION),
     _bert("xmod", languages=["en_XX"], default_language="en_XX"),
     _bert("big_bird", attention_type="original_full"),
-    *(_bart(name) for name in ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")),
+    *(
+        _bart(name)
+        for name in ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
+    ),
 ]

@@ -13,13 +13,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def program(path: str) -> ModuleType:
-    """The program at `path`, such as benchmarks/scoring; skips where these tests stand without it."""
+    """The program at `path`, such as benchmarks/scoring; skips where these tests stand
+    without it.
+    """
     file = ROOT / f"{path}.py"
     if not file.is_file():
         pytest.skip(f"there is no {path} beside these tests", allow_module_level=True)
     spec = importlib.util.spec_from_file_location(f"program {path}", file)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,6 @@
-"""Results folders as commands leave them, without a model: records of made-up figures, and where they are written."""
+"""Results folders as commands leave them, without a model: records of made-up figures,
+and where they are written.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,21 @@ ABOUT = Provenance(
 )
 SHAPED = Provenance.of(ABOUT, fingerprint=f"llama-{LAYERS + 2}x64-00000000")
 NASTY = (
-    "<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 1'> \"quoted' {{ 7 * 7 }} `${1}` "
-    "\u202e\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 " + "x" * 10_000
+    "<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 1'>"
+    " \"quoted' {{ 7 * 7 }} `${1}` \u202e\u05e9\u05dc\u05d5\u05dd"
+    " \u0645\u0631\u062d\u0628\u0627 " + "x" * 10_000
 )
-FASTER = {"dense": 0, "attention": 0.5, "mlp": 0.8, "block": 1.2}  # by how much, were all of them skipped
+FASTER = {
+    "dense": 0,
+    "attention": 0.5,
+    "mlp": 0.8,
+    "block": 1.2,
+}  # by how much, were all of them skipped
 Rows = list[dict[str, Any]]  # lines of a file of no kind of ours
 
 
-# --- facts ------------------------------------------------------------------------------------------------------------
+# --- facts
+# --------------------------------------------------------------------------------------
 
 
 def quality(lost: float, **changes: Any) -> Quality:
@@ -103,18 +112,29 @@ def footprint(plan: Plan, weight_bytes: int = 4_000_000) -> Footprint:
 def deepest(variant: str, fraction: float, *, keep_last: bool = False) -> Plan:
     last = LAYERS - keep_last
     window = range(last - round(fraction * LAYERS), last)
-    return Plan(window if variant in ("attention", "block") else (), window if variant in ("mlp", "block") else ())
+    return Plan(
+        window if variant in ("attention", "block") else (),
+        window if variant in ("mlp", "block") else (),
+    )
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
+# --- records
+# --------------------------------------------------------------------------------------
 
 
 def configured(variant: str, fraction: float, keep_last: bool) -> dict[str, Any]:
     plan = deepest(variant, fraction, keep_last=keep_last)
-    return {"plan": plan, "variant": variant, "fraction": fraction, "keep_last": keep_last}
+    return {
+        "plan": plan,
+        "variant": variant,
+        "fraction": fraction,
+        "keep_last": keep_last,
+    }
 
 
-def record(variant: str, fraction: float, keep_last: bool, lost: float, **changes: Any) -> SweepRecord:
+def record(
+    variant: str, fraction: float, keep_last: bool, lost: float, **changes: Any
+) -> SweepRecord:
     row = configured(variant, fraction, keep_last)
     return SweepRecord(
         **row,
@@ -131,14 +151,23 @@ def all_records(**changes: Any) -> list[SweepRecord]:
     for variant, lost in (("attention", 0.2), ("mlp", 1.1), ("block", 3.0)):
         for fraction in (0.1, 0.25, 0.33):
             rows += [
-                record(variant, fraction, keep, lost * fraction * (8 - 3 * keep), **changes) for keep in (False, True)
+                record(
+                    variant, fraction, keep, lost * fraction * (8 - 3 * keep), **changes
+                )
+                for keep in (False, True)
             ]
     return rows
 
 
 def similarity() -> list[SimilarityRecord]:
     return [
-        SimilarityRecord(layer=layer, kind=kind, cosine=0.5 + 0.04 * layer, cosine_se=0.01, provenance=ABOUT)
+        SimilarityRecord(
+            layer=layer,
+            kind=kind,
+            cosine=0.5 + 0.04 * layer,
+            cosine_se=0.01,
+            provenance=ABOUT,
+        )
         for layer in range(LAYERS)
         for kind in ("block", "attention", "mlp")
     ]
@@ -146,32 +175,54 @@ def similarity() -> list[SimilarityRecord]:
 
 def samples(prompt: str = "One, two,", said: str = "three.") -> list[SaidRecord]:
     rows = (("dense", 0.0, False), ("attention", 0.1, False))
-    return [SaidRecord(**configured(*row), said={prompt: said}, provenance=ABOUT) for row in rows]
+    return [
+        SaidRecord(**configured(*row), said={prompt: said}, provenance=ABOUT)
+        for row in rows
+    ]
 
 
 def alone() -> list[LeaveOneOutRecord]:
     """What leaving out each sublayer costs, as a sweep writes it."""
     return [
-        LeaveOneOutRecord(sublayer=f"{kind}.{i}", delta_nll=0.1 * i, delta_nll_se=0.01, sequences=2, provenance=ABOUT)
+        LeaveOneOutRecord(
+            sublayer=f"{kind}.{i}",
+            delta_nll=0.1 * i,
+            delta_nll_se=0.01,
+            sequences=2,
+            provenance=ABOUT,
+        )
         for kind in ("attn", "mlp")
         for i in range(LAYERS)
     ]
 
 
-def evaluations(layers: int = LAYERS, batches: int | str = "all") -> list[EvaluationRecord]:
-    """What a search or a comparison evaluated: the original model, each attention alone, and two together."""
+def evaluations(
+    layers: int = LAYERS, batches: int | str = "all"
+) -> list[EvaluationRecord]:
+    """What a search or a comparison evaluated: the original model, each attention
+    alone, and two together.
+    """
     sets = [(), *((f"attn.{i}",) for i in range(layers)), ("attn.1", "attn.2")]
     costs = [1.0, *(1 + 0.1 * i for i in range(layers)), 9.0]
     spent = SearchCost(evaluations=1, executions=2.0, seconds=0.1)
     return [
-        EvaluationRecord(skipped=names, batches=batches, cost=cost, spent=spent) for names, cost in zip(sets, costs)
+        EvaluationRecord(skipped=names, batches=batches, cost=cost, spent=spent)
+        for names, cost in zip(sets, costs)
     ]
 
 
-def compared(criterion: str, space: str, count: int, lost: float, **changes: Any) -> ComparisonRecord:
+def compared(
+    criterion: str, space: str, count: int, lost: float, **changes: Any
+) -> ComparisonRecord:
     window = range(LAYERS - count, LAYERS)
     plan = Plan(window)
-    task = {"task": "arc_easy", "metric": "acc", "num_fewshot": 0, "documents": 40, "p_value": 0.5}
+    task = {
+        "task": "arc_easy",
+        "metric": "acc",
+        "num_fewshot": 0,
+        "documents": 40,
+        "p_value": 0.5,
+    }
     fields = {
         "plan": plan,
         "criterion": criterion,
@@ -180,12 +231,18 @@ def compared(criterion: str, space: str, count: int, lost: float, **changes: Any
         "count": count,
         "order": tuple((f"attn.{index}",) for index in reversed(window)),
         "calibration_tokens": 512,
-        "spent": SearchCost(evaluations=10 * count, executions=20.0 * count, seconds=1.5),
+        "spent": SearchCost(
+            evaluations=10 * count, executions=20.0 * count, seconds=1.5
+        ),
         "forwards": 2.5 * count,
         "quality": quality(lost),
         "footprint": footprint(plan),
         "times": times(1.05),
-        "tasks": (TaskScore(**task, value=0.5 - 0.01 * count, delta=-0.01 * count, delta_se=0.02),),
+        "tasks": (
+            TaskScore(
+                **task, value=0.5 - 0.01 * count, delta=-0.01 * count, delta_se=0.02
+            ),
+        ),
         "provenance": SHAPED,
     }
     return ComparisonRecord(**fields | changes)
@@ -204,14 +261,21 @@ def all_compared() -> list[ComparisonRecord]:
 
 def chosen(count: int, **changes: Any) -> SearchRecord:
     window = range(LAYERS - count, LAYERS)
-    check = SpeedCheck(predicted_ms=80.0, measured_ms=78.0, predicted_speedup=1.2, measured_speedup=spread(1.25))
+    check = SpeedCheck(
+        predicted_ms=80.0,
+        measured_ms=78.0,
+        predicted_speedup=1.2,
+        measured_speedup=spread(1.25),
+    )
     fields = {
         "plan": Plan(window),
         "chosen": f"search by kl: {count} attentions",
         "order": tuple((f"attn.{index}",) for index in reversed(window)),
         "dense_cost": 0.0,
         "cost": 0.25,
-        "spent": SearchCost(evaluations=10 * count, executions=20.0 * count, seconds=1.5),
+        "spent": SearchCost(
+            evaluations=10 * count, executions=20.0 * count, seconds=1.5
+        ),
         "forwards": 2.5 * count,
         "in_time": True,
         "quality": quality(0.2),
@@ -223,11 +287,18 @@ def chosen(count: int, **changes: Any) -> SearchRecord:
 
 def measured(text: str, model: str, lost: float, **changes: Any) -> MeasuredRecord:
     """What a plan of three attentions loses on a text, in one of its states."""
-    fields = {"text": text, "model": model, "plan": deepest("attention", 0.33), "provenance": SHAPED}
+    fields = {
+        "text": text,
+        "model": model,
+        "plan": deepest("attention", 0.33),
+        "provenance": SHAPED,
+    }
     return MeasuredRecord(**fields | {"quality": quality(lost)} | changes)
 
 
-def all_measured(before: str = "skipped", after: str = "repaired") -> list[MeasuredRecord]:
+def all_measured(
+    before: str = "skipped", after: str = "repaired"
+) -> list[MeasuredRecord]:
     """On two texts."""
     return [
         measured(text, model, lost * share)
@@ -240,7 +311,9 @@ def refits() -> list[RefitRecord]:
     """Of what stands before a gap and behind it; one was left alone."""
     left = {"attn.5": 0.9, "mlp.5": 0.7, "mlp.6": 0.8, "attn.10": 1.0, "mlp.10": 0.95}
     return [
-        RefitRecord(sublayers=(name,), left=part, ridge=None if part == 1 else 0.3, seconds=0.1)
+        RefitRecord(
+            sublayers=(name,), left=part, ridge=None if part == 1 else 0.3, seconds=0.1
+        )
         for name, part in left.items()
     ]
 
@@ -248,13 +321,22 @@ def refits() -> list[RefitRecord]:
 def looks() -> list[HealRecord]:
     """How far a healing was."""
     far = (("repaired", 0, 0.4), ("healed", 512, 0.3), ("healed", 1024, 0.25))
-    return [HealRecord(model=of, tokens=tokens, held_out_kl=kl, seconds=60 * tokens / 512) for of, tokens, kl in far]
+    return [
+        HealRecord(model=of, tokens=tokens, held_out_kl=kl, seconds=60 * tokens / 512)
+        for of, tokens, kl in far
+    ]
 
 
-def benched(variant: str = "attention", weight_bytes: int = 4_000_000, **changes: Any) -> BenchRecord:
-    """The deepest third of a kind, timed beside the original model; of none of them the original model alone."""
+def benched(
+    variant: str = "attention", weight_bytes: int = 4_000_000, **changes: Any
+) -> BenchRecord:
+    """The deepest third of a kind, timed beside the original model; of none of them the
+    original model alone.
+    """
     plan = deepest(variant, 0.33 * (variant != "dense"))
-    skipped = Timed(times=times(1 + 0.33 * FASTER[variant]), footprint=footprint(plan, weight_bytes))
+    skipped = Timed(
+        times=times(1 + 0.33 * FASTER[variant]), footprint=footprint(plan, weight_bytes)
+    )
     fields = {
         "plan": plan,
         "prompt_tokens": 128,
@@ -273,17 +355,30 @@ def all_benched() -> list[BenchRecord]:
     return [benched(), benched("block", 8_000_000, concurrency=4)]
 
 
-# --- of the paper's evaluation ----------------------------------------------------------------------------------------
+# --- of the paper's evaluation
+# --------------------------------------------------------------------------------------
 
 
 def grid() -> list[dict[str, Any]]:
-    return [configured(row.variant, row.fraction, row.keep_last) for row in all_records()]
+    return [
+        configured(row.variant, row.fraction, row.keep_last) for row in all_records()
+    ]
 
 
 def benchmarks(documents: int = 40) -> list[BenchmarkRecord]:
     """Two benchmarks of the paper's grid."""
-    score = {"metric": "acc,none", "num_fewshot": 0, "documents": documents, "value_se": 0.1}
-    score |= {"delta_se": 0.05, "p_value": 0.04, "higher_is_better": True, "provenance": ABOUT}
+    score = {
+        "metric": "acc,none",
+        "num_fewshot": 0,
+        "documents": documents,
+        "value_se": 0.1,
+    }
+    score |= {
+        "delta_se": 0.05,
+        "p_value": 0.04,
+        "higher_is_better": True,
+        "provenance": ABOUT,
+    }
     return [
         BenchmarkRecord(**row, **score, task=task, value=0.7 + lost, delta=lost)
         for task in ("arc", "boolq")
@@ -293,14 +388,18 @@ def benchmarks(documents: int = 40) -> list[BenchmarkRecord]:
 
 
 def timed() -> list[TimesRecord]:
-    """At two prompt lengths; at the shorter one every plan decodes three times as fast as at the longer."""
+    """At two prompt lengths; at the shorter one every plan decodes three times as fast
+    as at the longer.
+    """
     return [
         TimesRecord(
             **configured(row.variant, row.fraction, row.keep_last),
             prompt_tokens=prompt,
             concurrency=1,
             asked_concurrency=1,
-            times=row.times.model_copy(update={"speedup_decode": scaled(row.times.speedup_decode, factor)}),
+            times=row.times.model_copy(
+                update={"speedup_decode": scaled(row.times.speedup_decode, factor)}
+            ),
             footprint=row.footprint,
             provenance=ABOUT,
         )
@@ -311,7 +410,14 @@ def timed() -> list[TimesRecord]:
 
 def checks(**changes: Any) -> list[DiagnosticsRecord]:
     """At two depths of long texts, and a passkey."""
-    about = {"part": "p", "value": 3.0, "value_se": 0.1, "delta_se": 0.1, "p_value": 0.5, "higher_is_better": False}
+    about = {
+        "part": "p",
+        "value": 3.0,
+        "value_se": 0.1,
+        "delta_se": 0.1,
+        "p_value": 0.5,
+        "higher_is_better": False,
+    }
     return [
         DiagnosticsRecord(
             **configured(row.variant, row.fraction, row.keep_last),
@@ -320,7 +426,11 @@ def checks(**changes: Any) -> list[DiagnosticsRecord]:
             provenance=ABOUT,
         )
         for row in all_records()[1:]
-        for check, more in (("NLL at 0 to 63", 0.1), ("NLL at 64 to 127", -0.1), ("passkey at 256", 9.0))
+        for check, more in (
+            ("NLL at 0 to 63", 0.1),
+            ("NLL at 64 to 127", -0.1),
+            ("passkey at 256", 9.0),
+        )
     ]
 
 
@@ -331,13 +441,27 @@ def claims() -> list[ClaimRecord]:
         ("three", "inconclusive", ""),
         ("four", "inconclusive", "+0.1"),
     )
-    return [ClaimRecord(claim=name, verdict=verdict, here=here, provenance=ABOUT) for name, verdict, here in told]
+    return [
+        ClaimRecord(claim=name, verdict=verdict, here=here, provenance=ABOUT)
+        for name, verdict, here in told
+    ]
 
 
 def engines() -> list[ParetoRecord]:
     """The original model, quantised, and less four attentions, in an engine."""
-    figures = {"nll_se": 0.1, "bits_per_byte": 0.9, "bits_per_byte_se": 0.01, "delta_bits_se": 0.001, "windows": 8}
-    figures |= {"tokens": 512, "memory_bytes": 5_000_000, "rounds": 5, "provenance": ABOUT}
+    figures = {
+        "nll_se": 0.1,
+        "bits_per_byte": 0.9,
+        "bits_per_byte_se": 0.01,
+        "delta_bits_se": 0.001,
+        "windows": 8,
+    }
+    figures |= {
+        "tokens": 512,
+        "memory_bytes": 5_000_000,
+        "rounds": 5,
+        "provenance": ABOUT,
+    }
     rows = (
         ("dense", "F16", 1.0, 0.0, True),
         ("dense", "Q4", 1.5, 0.05, True),
@@ -362,11 +486,20 @@ def engines() -> list[ParetoRecord]:
     ]
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders
+# --------------------------------------------------------------------------------------
 
 
-def write(folder: Path, *records: Record, about: Provenance = ABOUT, name: str | None = None, **foreign: Rows) -> Path:
-    """A folder with records, each in the file of its kind, and lines of other files, by their names."""
+def write(
+    folder: Path,
+    *records: Record,
+    about: Provenance = ABOUT,
+    name: str | None = None,
+    **foreign: Rows,
+) -> Path:
+    """A folder with records, each in the file of its kind, and lines of other files, by
+    their names.
+    """
     kinds: dict[type[Record], list[Record]] = {}
     for one in records:
         kinds.setdefault(type(one), []).append(one)
@@ -385,8 +518,12 @@ def write_comparison(folder: Path, records: Sequence[ComparisonRecord] = ()) -> 
     """With what each criterion evaluated, also on a part of its text."""
     write(folder, *(records or all_compared()))
     by_kl = Provenance.of(ABOUT, objective="kl")
-    write(folder, *evaluations(), about=by_kl, name="evaluations/leave-one-out-kl.jsonl")
-    return write(folder, *evaluations(3, 2), about=by_kl, name="evaluations/search-kl.jsonl")
+    write(
+        folder, *evaluations(), about=by_kl, name="evaluations/leave-one-out-kl.jsonl"
+    )
+    return write(
+        folder, *evaluations(3, 2), about=by_kl, name="evaluations/search-kl.jsonl"
+    )
 
 
 def write_search(folder: Path, *records: SearchRecord) -> Path:
@@ -404,7 +541,9 @@ def write_healing(folder: Path) -> Path:
 
 def write_paper(folder: Path, *, diagnostics: bool = False) -> Path:
     """As `notall paper` leaves them: benchmarks, times, claims."""
-    return write(folder, *benchmarks(), *timed(), *claims(), *(checks() if diagnostics else ()))
+    return write(
+        folder, *benchmarks(), *timed(), *claims(), *(checks() if diagnostics else ())
+    )
 
 
 WRITERS: Mapping[str, Any] = {
@@ -424,8 +563,13 @@ HOSTILE = Provenance(what={"model": NASTY, "text": NASTY, NASTY[:40]: NASTY})
 def write_nasty(folder: Path) -> Path:
     """A sweep in which every text is hostile."""
     records = [one.model_copy(update={"provenance": HOSTILE}) for one in all_records()]
-    other = [{"name": NASTY, "value": 1.0, NASTY[:60]: NASTY}, {"name": "=1+1", "value": None}]
-    said = [one.model_copy(update={"provenance": HOSTILE}) for one in samples(NASTY, NASTY)]
+    other = [
+        {"name": NASTY, "value": 1.0, NASTY[:60]: NASTY},
+        {"name": "=1+1", "value": None},
+    ]
+    said = [
+        one.model_copy(update={"provenance": HOSTILE}) for one in samples(NASTY, NASTY)
+    ]
     return write(folder, *records, *said, other=other)
 
 
@@ -435,5 +579,10 @@ def write_nasty_comparison(folder: Path) -> Path:
     task = TaskScore(**score, value=0.5, delta=0.1, delta_se=0.1)
     named = {"objective": NASTY, "provenance": HOSTILE, "tasks": (task,)}
     rows = [compared(NASTY, NASTY, count, 0.1 * count, **named) for count in (2, 4)]
-    write(folder, *evaluations(), about=Provenance.of(ABOUT, objective=NASTY), name="evaluations/leave-one-out-x.jsonl")
+    write(
+        folder,
+        *evaluations(),
+        about=Provenance.of(ABOUT, objective=NASTY),
+        name="evaluations/leave-one-out-x.jsonl",
+    )
     return write_comparison(folder, [*rows, compared("cosine", "attention", 2, 0.3)])

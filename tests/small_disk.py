@@ -18,7 +18,9 @@ from api import records_lines
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: a write stops in the middle, as on a full disk."""
+    """No file may grow beyond `size` bytes: a write stops in the middle, as on a full
+    disk.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -1,4 +1,6 @@
-"""What a set of skipped sublayers costs after a cheap repair, against the repair and whole forwards."""
+"""What a set of skipped sublayers costs after a cheap repair, against the repair and
+whole forwards.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,19 @@ from api import (
 from families import family
 from notall import UsageError, skip
 
-pytestmark = pytest.mark.any_transformers  # of how much of a repair is run again; the repair is tested on both
+pytestmark = (
+    pytest.mark.any_transformers
+)  # of how much of a repair is run again; the repair is tested on both
 
 SETS = [frozenset({"attn.1"}), frozenset({"attn.0", "mlp.2"})]
-NESTED = ("attn.1", "attn.1 mlp.6", "attn.1 mlp.6 attn.8", "attn.1 attn.6 attn.8", "attn.1 attn.8", "attn.1 mlp.11")
+NESTED = (
+    "attn.1",
+    "attn.1 mlp.6",
+    "attn.1 mlp.6 attn.8",
+    "attn.1 attn.6 attn.8",
+    "attn.1 attn.8",
+    "attn.1 mlp.11",
+)
 
 
 def texts(*shapes):
@@ -30,9 +41,13 @@ def texts(*shapes):
 
 @torch.no_grad()
 def slow(model, skipped, rows):
-    """Repaired with every other sequence, judged by logits of whole forwards on the rest."""
+    """Repaired with every other sequence, judged by logits of whole forwards on the
+    rest.
+    """
     plan = plan_of(skipped)
-    repaired = Repair(DenseStream(model, rows, one_in=ONE_IN), plan, ridges=RIDGES, near=True).run()
+    repaired = Repair(
+        DenseStream(model, rows, one_in=ONE_IN), plan, ridges=RIDGES, near=True
+    ).run()
     losses = []
     for ids in rows[1::2]:
         log_p = model(ids).logits[:, :-1].log_softmax(-1)
@@ -64,22 +79,32 @@ def test_fewer_than_four_sequences_are_refused():
         AfterRepair(family("llama").build(), texts((3, 12)))
 
 
-@pytest.mark.skipif(not family("gemma4_text").exists, reason="this transformers has no Gemma 4")
+@pytest.mark.skipif(
+    not family("gemma4_text").exists, reason="this transformers has no Gemma 4"
+)
 def test_layers_that_cannot_be_looked_into_are_refused():
-    with pytest.raises(UsageError, match="a repair runs sublayers one at a time; gemma4_text's run only in layers"):
+    with pytest.raises(
+        UsageError,
+        match="a repair runs sublayers one at a time; gemma4_text's run only in layers",
+    ):
         AfterRepair(family("gemma4_text").build(), texts((4, 12)))
 
 
 @pytest.mark.slow
 def test_a_repair_goes_on_from_where_it_parts_from_another():
     model, batches = family("llama").build(num_hidden_layers=12), texts((8, 12))
-    together, sets = AfterRepair(model, batches), [frozenset(names.split()) for names in NESTED]
+    together, sets = (
+        AfterRepair(model, batches),
+        [frozenset(names.split()) for names in NESTED],
+    )
     for skipped in sets:
         alone = AfterRepair(model, batches)
         assert together.cost(skipped) == alone.cost(skipped)
         together.set_prefix(skipped)
     each = [AfterRepair(model, batches) for _ in sets]
-    assert [one.cost(skipped) for one, skipped in zip(each, sets)] == together.costs(sets)
+    assert [one.cost(skipped) for one, skipped in zip(each, sets)] == together.costs(
+        sets
+    )
     apart = sum(one.spent.executions for one in each)
     assert together.spent.executions < 0.7 * apart
     alone = AfterRepair(model, batches, states_bytes=0)
@@ -101,10 +126,17 @@ def test_the_base_is_kept_however_much_is_asked_for():
 
 
 @pytest.mark.parametrize("near", [True, False])
-@pytest.mark.parametrize("other", ["attn.1 mlp.9", "attn.1 mlp.2", "attn.1 mlp.3", "attn.1 attn.3", "attn.1"])
+@pytest.mark.parametrize(
+    "other", ["attn.1 mlp.9", "attn.1 mlp.2", "attn.1 mlp.3", "attn.1 attn.3", "attn.1"]
+)
 @torch.no_grad()
 def test_what_a_repair_makes_does_not_depend_on_what_it_goes_on_from(near, other):
-    text = DenseStream(family("llama").build(num_hidden_layers=12), texts((8, 12)), one_in=ONE_IN, keep_all=True)
+    text = DenseStream(
+        family("llama").build(num_hidden_layers=12),
+        texts((8, 12)),
+        one_in=ONE_IN,
+        keep_all=True,
+    )
     first, alone, going_on = (
         Repair(text, plan_of(frozenset(names.split())), near=near, keep_all=True)
         for names in ("attn.1 mlp.9", other, other)
@@ -113,7 +145,10 @@ def test_what_a_repair_makes_does_not_depend_on_what_it_goes_on_from(near, other
     expected, found = alone.run(), going_on.run(others=[first])
     assert [one.names for one in going_on.steps] == [one.names for one in alone.steps]
     assert found.weights.keys() == expected.weights.keys()
-    assert all(torch.equal(found.weights[path], weight) for path, weight in expected.weights.items())
+    assert all(
+        torch.equal(found.weights[path], weight)
+        for path, weight in expected.weights.items()
+    )
     assert [(one.sublayers, one.ridge, one.left) for one in found.refits] == [
         (one.sublayers, one.ridge, one.left) for one in expected.refits
     ]

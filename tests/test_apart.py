@@ -1,7 +1,8 @@
-"""No command measures on windows that a plan was chosen by, or its weights fitted to: of whatever texts and seeds.
+"""No command measures on windows that a plan was chosen by, or its weights fitted to:
+of whatever texts and seeds.
 
-What each command fits to, chooses by and measures on is noted where the work begins; the texts are numbers, each of
-which comes once, so that every window has one place.
+What each command fits to, chooses by and measures on is noted where the work begins;
+the texts are numbers, each of which comes once, so that every window has one place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from tiny_tokenizer import byte_tokenizer
 
 pytestmark = [
     pytest.mark.usefixtures("short_prose"),
-    pytest.mark.any_transformers,  # of which windows are read, and not of what models say
+    # of which windows are read, and not of what models say
+    pytest.mark.any_transformers,
 ]
 SIZE = ["--length", 64, "--dtype", "float32"]
 FITTED, CHOSEN, STOPPED, MEASURED = "fitted", "chosen by", "stopped by", "measured"
@@ -71,7 +73,12 @@ def roles(monkeypatch):
     compare = compare_module.compare_criteria
 
     def comparing(subject, runs, objectives, **how):
-        noted[CHOSEN] += [row.tolist() for one in objectives.values() for batch in one.batches for row in batch]
+        noted[CHOSEN] += [
+            row.tolist()
+            for one in objectives.values()
+            for batch in one.batches
+            for row in batch
+        ]
         noted[MEASURED] += [row.tolist() for batch in subject.batches for row in batch]
         return compare(subject, runs, objectives, **how)
 
@@ -93,13 +100,22 @@ def numbers(first, count):
 
 @pytest.fixture
 def files(tmp_path):
-    """A text, a copy of it by another name, one with a title, and one of other numbers; and a plan."""
+    """A text, a copy of it by another name, one with a title, and one of other numbers;
+    and a plan.
+    """
     content = numbers(10_000, 600)
-    texts = {"text": content, "copy": content, "titled": f"A title\n{content}", "other": numbers(60_000, 600)}
+    texts = {
+        "text": content,
+        "copy": content,
+        "titled": f"A title\n{content}",
+        "other": numbers(60_000, 600),
+    }
     for name, words in texts.items():
         (tmp_path / f"{name}.txt").write_text(words)
     Plan([4]).save(tmp_path / "a-plan.json")
-    return {name: tmp_path / f"{name}.txt" for name in texts} | {"plan": tmp_path / "a-plan.json"}
+    return {name: tmp_path / f"{name}.txt" for name in texts} | {
+        "plan": tmp_path / "a-plan.json"
+    }
 
 
 def places(rows, content):
@@ -114,22 +130,35 @@ def places(rows, content):
 
 
 def assert_apart(roles, content="", *, shifted=False):
-    """What is measured overlaps nothing that was fitted to, or decided something; a `shifted` copy hardly."""
-    pairs = [(MEASURED, role) for role in (FITTED, CHOSEN, STOPPED)] + [(UNREPAIRED, CHOSEN), (STOPPED, FITTED)]
+    """What is measured overlaps nothing that was fitted to, or decided something; a
+    `shifted` copy hardly.
+    """
+    pairs = [(MEASURED, role) for role in (FITTED, CHOSEN, STOPPED)] + [
+        (UNREPAIRED, CHOSEN),
+        (STOPPED, FITTED),
+    ]
     assert roles[MEASURED] or roles[UNREPAIRED]
     assert roles[FITTED] or roles[CHOSEN]
     for one, other in pairs:
         held, used = (places(roles[role], content) for role in (one, other))
         assert len(held & used) <= shifted * 0.25 * len(held), (one, other)
         among = [torch.tensor([row]) for row in roles[other]]
-        assert not any(overlapping(torch.tensor([row]), among).any() for row in roles[one]), (one, other)
+        assert not any(
+            overlapping(torch.tensor([row]), among).any() for row in roles[one]
+        ), (one, other)
 
 
 DEEPEST = "search --skip attention:1 --criterion deepest --sequences 4"
 COMMANDS = {
     "search": f"{DEEPEST} --text TEXT",
-    "compare": "compare --skip attention:1 --criterion cosine --repair refit --sequences 4 --text TEXT",
-    "pareto": "pareto --engine transformers --types float32 --skip attention:1 --sequences 8 --text TEXT",
+    "compare": (
+        "compare --skip attention:1 --criterion cosine --repair refit --sequences 4"
+        " --text TEXT"
+    ),
+    "pareto": (
+        "pareto --engine transformers --types float32 --skip attention:1 --sequences 8"
+        " --text TEXT"
+    ),
     "repair": "repair --plan PLAN --text TEXT",
     "heal": "heal --plan PLAN --text TEXT --tokens 256",
     "repair and train": "repair --plan PLAN --text TEXT --minutes 0.001",
@@ -141,7 +170,10 @@ REPAIRED = {  # by command, the option that names what is measured on
 
 
 def typed(words, folder, files, out):
-    named, *rest = [files.get(word.lower(), word) if word.isupper() else word for word in words.split()]
+    named, *rest = [
+        files.get(word.lower(), word) if word.isupper() else word
+        for word in words.split()
+    ]
     return [named, folder, *rest, *SIZE, "--out", out]
 
 
@@ -153,7 +185,9 @@ def succeeds(run, words):
 
 @pytest.mark.parametrize("held_out", [None, "text", "copy", "titled"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_text_to_measure_on_may_be_the_one_to_fit_to(run, folder, roles, files, tmp_path, command, held_out):
+def test_the_text_to_measure_on_may_be_the_one_to_fit_to(
+    run, folder, roles, files, tmp_path, command, held_out
+):
     asked = typed(COMMANDS[command], folder, files, tmp_path / "out.json")
     succeeds(run, [*asked, *(["--held-out", files[held_out]] if held_out else [])])
     assert_apart(roles, files["text"].read_text(), shifted=held_out == "titled")
@@ -161,56 +195,113 @@ def test_the_text_to_measure_on_may_be_the_one_to_fit_to(run, folder, roles, fil
 
 @pytest.mark.parametrize("measured", ["text", "copy", "titled"])
 @pytest.mark.parametrize("command", REPAIRED)
-def test_what_a_repair_was_fitted_to_is_not_measured_on(run, folder, roles, files, tmp_path, command, measured):
+def test_what_a_repair_was_fitted_to_is_not_measured_on(
+    run, folder, roles, files, tmp_path, command, measured
+):
     asked = typed(command, folder, files, tmp_path / "out.json")
     succeeds(run, [*asked, REPAIRED[command], files[measured], "--repair-sequences", 8])
     assert_apart(roles, files["text"].read_text(), shifted=measured == "titled")
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("more", [[], ["--length", 48], ["--repair-sequences", 4]], ids=str)
-def test_a_search_that_repairs_keeps_apart_what_it_draws_by_its_seed(run, folder, roles, files, tmp_path, seed, more):
+@pytest.mark.parametrize(
+    "more", [[], ["--length", 48], ["--repair-sequences", 4]], ids=str
+)
+def test_a_search_that_repairs_keeps_apart_what_it_draws_by_its_seed(
+    run, folder, roles, files, tmp_path, seed, more
+):
     both = "--repair refit --repair-text TEXT --text TEXT"
     asked = typed(f"{DEEPEST} {both}", folder, files, tmp_path / "out.json")
     succeeds(run, [*asked, "--seed", seed, *more])
     assert_apart(roles, files["text"].read_text())
 
 
-def test_a_seed_draws_all_windows_of_a_command(run, folder, roles, files, tmp_path, monkeypatch):
+def test_a_seed_draws_all_windows_of_a_command(
+    run, folder, roles, files, tmp_path, monkeypatch
+):
     seeds = []
-    monkeypatch.setattr(diagnostics, "run_diagnostics", lambda *_, seed, **__: seeds.append(seed) or [])
-    repaired = f"{DEEPEST} --repair refit --repair-text TEXT --repair-sequences 4 --text OTHER"
-    evaluated = "eval --plan PLAN --sequences 4 --repair refit --repair-text TEXT --repair-sequences 4 --diagnostics"
+    monkeypatch.setattr(
+        diagnostics, "run_diagnostics", lambda *_, seed, **__: seeds.append(seed) or []
+    )
+    repaired = (
+        f"{DEEPEST} --repair refit --repair-text TEXT --repair-sequences 4 --text OTHER"
+    )
+    evaluated = (
+        "eval --plan PLAN --sequences 4 --repair refit --repair-text TEXT"
+        " --repair-sequences 4 --diagnostics"
+    )
     for name, words in (("search", repaired), ("eval", evaluated)):
         drawn = []
         for seed in (0, 3):
             roles.clear()
-            succeeds(run, [*typed(words, folder, files, tmp_path / f"{name}{seed}"), "--seed", seed])
+            succeeds(
+                run,
+                [
+                    *typed(words, folder, files, tmp_path / f"{name}{seed}"),
+                    "--seed",
+                    seed,
+                ],
+            )
             drawn.append({role: {*map(tuple, rows)} for role, rows in roles.items()})
         assert drawn[0].keys() == drawn[1].keys() >= {FITTED, MEASURED}
         assert all(drawn[0][role] != drawn[1][role] for role in drawn[0])
     assert seeds == [0, 3]
 
 
-def test_a_search_that_repairs_on_the_mix_keeps_it_apart(run, folder, roles, files, tmp_path):
+def test_a_search_that_repairs_on_the_mix_keeps_it_apart(
+    run, folder, roles, files, tmp_path
+):
     """The default texts, of which the choice reads a beginning."""
-    succeeds(run, [*typed(f"{DEEPEST} --repair refit", folder, files, tmp_path / "out.json"), "--seed", 1])
+    succeeds(
+        run,
+        [
+            *typed(f"{DEEPEST} --repair refit", folder, files, tmp_path / "out.json"),
+            "--seed",
+            1,
+        ],
+    )
     assert_apart(roles)
 
 
-@pytest.mark.parametrize("then", ["eval --plan PLAN --sequences 8 --diagnostics", "repair --plan PLAN --sequences 4"])
-def test_what_chose_a_plan_is_not_measured_on_later(run, folder, roles, files, tmp_path, then):
+@pytest.mark.parametrize(
+    "then",
+    [
+        "eval --plan PLAN --sequences 8 --diagnostics",
+        "repair --plan PLAN --sequences 4",
+    ],
+)
+def test_what_chose_a_plan_is_not_measured_on_later(
+    run, folder, roles, files, tmp_path, then
+):
     files["plan"] = tmp_path / "chosen.json"
-    succeeds(run, [*typed(COMMANDS["search"], folder, files, files["plan"]), "--seed", 1])
+    succeeds(
+        run, [*typed(COMMANDS["search"], folder, files, files["plan"]), "--seed", 1]
+    )
     chosen, content = roles[CHOSEN], files["text"].read_text()
     roles.clear()
-    succeeds(run, [*typed(f"{then} --text TEXT", folder, files, tmp_path / "out"), "--length", 60])
+    succeeds(
+        run,
+        [
+            *typed(f"{then} --text TEXT", folder, files, tmp_path / "out"),
+            "--length",
+            60,
+        ],
+    )
     assert_apart(roles | {CHOSEN: chosen}, content)
 
 
-@pytest.mark.parametrize("then", ["eval --plan PLAN --sequences 8", "heal --plan PLAN --tokens 256 --seed 2"])
-def test_what_a_plan_was_fitted_to_is_not_measured_on_later(run, folder, roles, files, tmp_path, then):
-    asked = typed("repair --plan PLAN --text TEXT --text OTHER --sequences 40", folder, files, tmp_path / "repaired")
+@pytest.mark.parametrize(
+    "then", ["eval --plan PLAN --sequences 8", "heal --plan PLAN --tokens 256 --seed 2"]
+)
+def test_what_a_plan_was_fitted_to_is_not_measured_on_later(
+    run, folder, roles, files, tmp_path, then
+):
+    asked = typed(
+        "repair --plan PLAN --text TEXT --text OTHER --sequences 40",
+        folder,
+        files,
+        tmp_path / "repaired",
+    )
     succeeds(run, asked)
     fitted, content = roles[FITTED], files["text"].read_text()
     roles.clear()
@@ -218,13 +309,18 @@ def test_what_a_plan_was_fitted_to_is_not_measured_on_later(run, folder, roles, 
     succeeds(run, typed(f"{then} --text COPY", folder, files, tmp_path / "out"))
     assert not places(roles[MEASURED], content) & places(fitted, content)
     assert roles[MEASURED]
-    every = typed("eval --plan PLAN --sequences 50 --text TEXT", folder, files, tmp_path / "n")
+    every = typed(
+        "eval --plan PLAN --sequences 50 --text TEXT", folder, files, tmp_path / "n"
+    )
     code, _, err = run(*every)
     assert (code, err.count("\n")) == (2, 1)
-    assert "only 36 of them overlap none that is used already, where 50 are needed" in err
+    assert (
+        "only 36 of them overlap none that is used already, where 50 are needed" in err
+    )
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("own_tasks_only")
@@ -239,8 +335,13 @@ def test_what_a_plan_was_fitted_to_is_not_measured_on_later(run, folder, roles, 
         ("eval --plan PLAN --repair refit --repair-text answers:PROMPTS", "MOVED"),
     ],
 )
-def test_a_prompt_that_chooses_judges_no_task(run, folder, files, tmp_path, monkeypatch, command, judged):
-    asked = {"PROMPTS": ["Say one.", "Say two.", "Say three."], "MOVED": ["Say zero.", "Say one."]}
+def test_a_prompt_that_chooses_judges_no_task(
+    run, folder, files, tmp_path, monkeypatch, command, judged
+):
+    asked = {
+        "PROMPTS": ["Say one.", "Say two.", "Say three."],
+        "MOVED": ["Say zero.", "Say one."],
+    }
     for name, prompts in asked.items():
         (tmp_path / name).write_text("\n".join(prompts))
     monkeypatch.chdir(tmp_path)

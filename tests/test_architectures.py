@@ -1,4 +1,6 @@
-"""Skipping is exact, for every family: it equals the model in which plain hooks make the same sublayers add nothing."""
+"""Skipping is exact, for every family: it equals the model in which plain hooks make
+the same sublayers add nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,23 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from api import cache_argument, relative_error
-from families import FAMILIES, REFUSED_IN_4, TRANSFORMERS_5, Family, each_structure, representatives, silenced, stack_of
+from families import (
+    FAMILIES,
+    REFUSED_IN_4,
+    TRANSFORMERS_5,
+    Family,
+    each_structure,
+    representatives,
+    silenced,
+    stack_of,
+)
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
 from verdicts import RECORDING, compare_or_record
 
-PROMPT, NEW = 8, 4  # past two windows, and past chunks of one window both in the prompt and behind it
+PROMPT, NEW = (
+    8,
+    4,
+)  # past two windows, and past chunks of one window both in the prompt and behind it
 PLANS = {
     "first attention": Plan([0]),
     "middle attention": Plan([2]),
@@ -28,8 +42,13 @@ PLANS = {
     "block": Plan([1], [1]),
     "mixed": Plan([0, 1], [2, 3]),
 }
-# Where padding, or a fused attention, may matter: a first layer without a cache, one layer alone, a mixture.
-FEW = PLANS if RECORDING else {n: PLANS[n] for n in ("first attention", "all but one attention", "mixed")}
+# Where padding, or a fused attention, may matter: a first layer without a cache, one
+# layer alone, a mixture.
+FEW = (
+    PLANS
+    if RECORDING
+    else {n: PLANS[n] for n in ("first attention", "all but one attention", "mixed")}
+)
 # Of a family that is built like one that is tried with every plan.
 FEWEST = {n: PLANS[n] for n in ("several attentions", "mixed")}
 EXACT = 1e-5
@@ -44,11 +63,19 @@ def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
             locate(family.build())
         compare_or_record(family.name, verdict="refused", reason=str(refusal.value))
         return
-    # Of prompts that are not padded, and of padded ones; the other two are in a test of their own.
-    plans = {"eager": (PLANS, FEW if RECORDING else {}), "sdpa": (FEW if RECORDING else {}, FEW)}
+    # Of prompts that are not padded, and of padded ones; the other two are in a test of
+    # their own.
+    plans = {
+        "eager": (PLANS, FEW if RECORDING else {}),
+        "sdpa": (FEW if RECORDING else {}, FEW),
+    }
     if family not in representatives():
         plans = dict.fromkeys(plans, (FEWEST, FEWEST))
-    proved = [a for a in plans if (model := build(family, a)) and check_family(family, model, *plans[a])]
+    proved = [
+        a
+        for a in plans
+        if (model := build(family, a)) and check_family(family, model, *plans[a])
+    ]
     model = family.build()
     layers = described(model)
     compare_or_record(
@@ -64,7 +91,9 @@ def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", representatives(), ids=str)
-def test_padding_and_kinds_of_attention_are_tried_with_each_other(family: Family) -> None:
+def test_padding_and_kinds_of_attention_are_tried_with_each_other(
+    family: Family,
+) -> None:
     if family.name in REFUSED_IN_4 and not TRANSFORMERS_5:
         pytest.skip("it is refused there")
     for attention, plans in {"eager": ({}, FEW), "sdpa": (FEW, {})}.items():
@@ -72,7 +101,8 @@ def test_padding_and_kinds_of_attention_are_tried_with_each_other(family: Family
             assert check_family(family, model, *plans)
 
 
-@pytest.mark.slow  # of transformers alone: what changes nothing in families.py leaves it as it is
+# of transformers alone: what changes nothing in families.py leaves it as it is
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 @torch.no_grad()
 def test_every_sublayer_matters(family: Family) -> None:
@@ -87,9 +117,12 @@ def test_every_sublayer_matters(family: Family) -> None:
                 assert relative_error(uncached(model, tokens, None), dense) > 1e-3
 
 
-@pytest.mark.slow  # it builds every family, and holds of what is kept in docs/architectures.jsonl
+# it builds every family, and holds of what is kept in docs/architectures.jsonl
+@pytest.mark.slow
 def test_every_structure_has_a_representative() -> None:
-    """Layer by layer, from the models themselves; the representatives are chosen by what is kept of them."""
+    """Layer by layer, from the models themselves; the representatives are chosen by
+    what is kept of them.
+    """
 
     def structures(families: list[Family]) -> set[str]:
         found = set()
@@ -108,17 +141,31 @@ def test_every_structure_has_a_representative() -> None:
 def described(model: PreTrainedModel) -> list[list[str]]:
     """The sublayers of every layer."""
     layers = stack_of(model)
-    return [[describe(sublayer, layers[b.index]) for sublayer in b.sublayers] for b in locate(model).blocks]
+    return [
+        [describe(sublayer, layers[b.index]) for sublayer in b.sublayers]
+        for b in locate(model).blocks
+    ]
 
 
 def describe(sublayer: Sublayer, layer: nn.Module) -> str:
     """Such as `input_layernorm > self_attn`, in the order in which they run."""
-    branches = [" > ".join(op.module or op.name for op in b.ops) for b in sublayer.branches]
+    branches = [
+        " > ".join(op.module or op.name for op in b.ops) for b in sublayer.branches
+    ]
     if sublayer.stub:
         branches = [" > ".join(sublayer.modules) or "the whole layer"]
-    parts = (part for name in sublayer.modules for part in layer.get_submodule(name).modules())
-    experts = any("expert" in type(part).__name__.lower() or "moe" in type(part).__name__.lower() for part in parts)
-    return " + ".join(branches) + (" (experts)" if experts and sublayer.kind == "mlp" else "")
+    parts = (
+        part
+        for name in sublayer.modules
+        for part in layer.get_submodule(name).modules()
+    )
+    experts = any(
+        "expert" in type(part).__name__.lower() or "moe" in type(part).__name__.lower()
+        for part in parts
+    )
+    return " + ".join(branches) + (
+        " (experts)" if experts and sublayer.kind == "mlp" else ""
+    )
 
 
 def build(family: Family, attention: str) -> PreTrainedModel | None:
@@ -132,18 +179,31 @@ def build(family: Family, attention: str) -> PreTrainedModel | None:
 
 @torch.no_grad()
 def check_family(
-    family: Family, model: PreTrainedModel, plain: dict[str, Plan], padded: dict[str, Plan] | None = None
+    family: Family,
+    model: PreTrainedModel,
+    plain: dict[str, Plan],
+    padded: dict[str, Plan] | None = None,
 ) -> bool:
-    """True, or an `AssertionError` that says what differs; `padded` are plans of padded prompts, if not the same."""
+    """True, or an `AssertionError` that says what differs; `padded` are plans of padded
+    prompts, if not the same.
+    """
     structure = locate(model)
     assert len(structure.blocks) == 4
     config = copy.deepcopy(model.config.to_dict())
     modules = [id(module) for module in model.modules()]
     texts = {"plain": prompt(False), "padded": prompt(True)}
     dense = {way: uncached(model, *texts[way]) for way in texts}
-    dense_bytes = cache_bytes(cached(model, generate(model, *texts["plain"])[0], None)[1])
-    static = {"plain": static_cache_works(model), "padded": RECORDING and static_cache_works(model)}
-    for way, plans in (("plain", plain), ("padded", plain if padded is None else padded)):
+    dense_bytes = cache_bytes(
+        cached(model, generate(model, *texts["plain"])[0], None)[1]
+    )
+    static = {
+        "plain": static_cache_works(model),
+        "padded": RECORDING and static_cache_works(model),
+    }
+    for way, plans in (
+        ("plain", plain),
+        ("padded", plain if padded is None else padded),
+    ):
         tokens, mask = texts[way]
         for name, plan in plans.items():
             where = f"{family}, {name}, {way}"
@@ -153,7 +213,9 @@ def check_family(
                 parallel = uncached(model, sequences, whole)
                 stepwise, cache = cached(model, sequences, whole)
                 if static[way]:
-                    again, static_scores = generate(model, tokens, mask, cache_implementation="static")
+                    again, static_scores = generate(
+                        model, tokens, mask, cache_implementation="static"
+                    )
             with silenced(model, family, plan.attention, plan.mlp):
                 slow = uncached(model, sequences, whole)
             real = (torch.ones_like(sequences) if whole is None else whole) == 1
@@ -167,8 +229,14 @@ def check_family(
                 assert torch.equal(again, sequences), f"{where}: static cache"
                 answers["static cache"] = (static_scores, new)
             for how, pair in answers.items():
-                assert relative_error(*pair) < EXACT, f"{where}, {how}: off by {relative_error(*pair):.1e}"
-            live = [size for index, size in enumerate(dense_bytes) if index not in plan.attention]
+                assert relative_error(*pair) < EXACT, (
+                    f"{where}, {how}: off by {relative_error(*pair):.1e}"
+                )
+            live = [
+                size
+                for index, size in enumerate(dense_bytes)
+                if index not in plan.attention
+            ]
             assert cache_bytes(cache) == live, where
     for way in texts:
         assert same(uncached(model, *texts[way]), dense[way]), "undo"
@@ -179,11 +247,14 @@ def check_family(
     return True
 
 
-# --- the ways of running a model ------------------------------------------------------------------------------------
+# --- the ways of running a model
+# --------------------------------------------------------------------------------------
 
 
 def prompt(padded: bool) -> tuple[Tensor, Tensor | None]:
-    tokens = torch.randint(3, 99, (2, PROMPT), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        3, 99, (2, PROMPT), generator=torch.Generator().manual_seed(0)
+    )
     if not padded:
         return tokens, None
     mask = torch.ones_like(tokens)
@@ -193,31 +264,53 @@ def prompt(padded: bool) -> tuple[Tensor, Tensor | None]:
 
 def mask_for(sequences: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask of a prompt, for the prompt and what was generated."""
-    return None if mask is None else torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - PROMPT)], 1)
+    return (
+        None
+        if mask is None
+        else torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - PROMPT)], 1)
+    )
 
 
-def positions(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """As `generate` counts positions: real tokens only, for models that are told them."""
-    if mask is None or "position_ids" not in inspect.signature(type(model).forward).parameters:
+def positions(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """As `generate` counts positions: real tokens only, for models that are told
+    them.
+    """
+    if (
+        mask is None
+        or "position_ids" not in inspect.signature(type(model).forward).parameters
+    ):
         return {}
     return {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)}
 
 
 def uncached(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    return model(tokens, attention_mask=mask, use_cache=False, **positions(model, tokens, mask)).logits
+    return model(
+        tokens, attention_mask=mask, use_cache=False, **positions(model, tokens, mask)
+    ).logits
 
 
-def cached(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, DynamicCache]:
+def cached(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor | None
+) -> tuple[Tensor, DynamicCache]:
     """By hand: the prompt at once, then token by token."""
     where, cache, logits = positions(model, tokens, mask), None, []
-    for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, tokens.shape[1]))]:
+    for start, end in [
+        (0, PROMPT),
+        *((t, t + 1) for t in range(PROMPT, tokens.shape[1])),
+    ]:
         output = model(
             tokens[:, start:end],
             attention_mask=None if mask is None else mask[:, :end],
             use_cache=True,
             **{name: value[:, start:end].contiguous() for name, value in where.items()},
             **({cache_argument(model): cache} if cache is not None else {}),
-            **({"cache_position": torch.arange(start, end)} if counts_rope_deltas(model) else {}),
+            **(
+                {"cache_position": torch.arange(start, end)}
+                if counts_rope_deltas(model)
+                else {}
+            ),
         )
         cache = output[cache_argument(model)]
         cache = getattr(cache, "self_attention_cache", cache)
@@ -230,8 +323,12 @@ def counts_rope_deltas(model: PreTrainedModel) -> bool:
     return not TRANSFORMERS_5 and hasattr(model.base_model, "rope_deltas")
 
 
-def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """Greedily: the sequences, and the logits of each new token, (batch, new tokens, vocabulary)."""
+def generate(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Greedily: the sequences, and the logits of each new token, (batch, new tokens,
+    vocabulary).
+    """
     answer = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens) if mask is None else mask,
@@ -245,7 +342,9 @@ def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None, **opti
 
 
 def static_cache_works(model: PreTrainedModel) -> bool:
-    """Whether the original model runs with a static cache, and says the same as without."""
+    """Whether the original model runs with a static cache, and says the same as
+    without.
+    """
     try:
         _, scores = generate(model, *prompt(False), cache_implementation="static")
     except (ValueError, RuntimeError, TypeError, AttributeError, LookupError):
@@ -255,7 +354,12 @@ def static_cache_works(model: PreTrainedModel) -> bool:
 
 def cache_bytes(cache: Any) -> list[int]:
     return [
-        sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None) for layer in cache.layers
+        sum(
+            t.numel() * t.element_size()
+            for t in (layer.keys, layer.values)
+            if t is not None
+        )
+        for layer in cache.layers
     ]
 
 

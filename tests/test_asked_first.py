@@ -1,4 +1,6 @@
-"""What is wrong with a command is said before what takes long: models are read after options, texts written last."""
+"""What is wrong with a command is said before what takes long: models are read after
+options, texts written last.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,38 @@ from notall import Plan, Space, TrainConfig, UsageError, choose_plan, locate
 pytestmark = pytest.mark.any_transformers  # of words and exit codes
 
 SIZES = {
-    "--sequences": (["similarity", "search", "compare", "sweep", "paper", "eval", "draft", "repair", "heal"], "0"),
-    "--length": (["similarity", "search", "compare", "pareto", "sweep", "paper", "eval"], "1"),
-    "--batch-size": (["similarity", "search", "compare", "pareto", "sweep", "paper", "eval", "repair", "heal"], "0"),
+    "--sequences": (
+        [
+            "similarity",
+            "search",
+            "compare",
+            "sweep",
+            "paper",
+            "eval",
+            "draft",
+            "repair",
+            "heal",
+        ],
+        "0",
+    ),
+    "--length": (
+        ["similarity", "search", "compare", "pareto", "sweep", "paper", "eval"],
+        "1",
+    ),
+    "--batch-size": (
+        [
+            "similarity",
+            "search",
+            "compare",
+            "pareto",
+            "sweep",
+            "paper",
+            "eval",
+            "repair",
+            "heal",
+        ],
+        "0",
+    ),
     "--held-out-sequences": (["search", "compare", "pareto"], "-1"),
     "--repair-sequences": (["search", "eval", "export"], "0"),
 }
@@ -33,12 +64,28 @@ NEEDED = {
 
 @pytest.mark.parametrize(
     ("option", "command", "value"),
-    [(option, command, value) for option, (commands, value) in SIZES.items() for command in commands],
+    [
+        (option, command, value)
+        for option, (commands, value) in SIZES.items()
+        for command in commands
+    ],
 )
-def test_numbers_that_make_no_windows_are_refused_before_a_model_is_read(run, tmp_path, option, command, value):
+def test_numbers_that_make_no_windows_are_refused_before_a_model_is_read(
+    run, tmp_path, option, command, value
+):
     Plan([1]).save(tmp_path / "plan.json")
-    more = [word.format(plan=tmp_path / "plan.json") for word in NEEDED.get(command, [])]
-    code, _, err = run(command, tmp_path / "no-model", *more, "--out", tmp_path / "out.json", option, value)
+    more = [
+        word.format(plan=tmp_path / "plan.json") for word in NEEDED.get(command, [])
+    ]
+    code, _, err = run(
+        command,
+        tmp_path / "no-model",
+        *more,
+        "--out",
+        tmp_path / "out.json",
+        option,
+        value,
+    )
     assert (code, err.count("\n")) == (2, 1), err
     assert "give at least 1, 2 and 1" in err
 
@@ -46,22 +93,33 @@ def test_numbers_that_make_no_windows_are_refused_before_a_model_is_read(run, tm
 @pytest.fixture
 def weightless(folder, tmp_path):
     """A model's folder without its weights."""
-    shutil.copytree(folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(
+        folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
     return tmp_path / "weightless"
 
 
 PLANS = {
     "of a deeper model": (Plan([17]), "the plan names layer 17, but layers are 0 to 5"),
-    "of another shape": (Plan([1], fingerprint="llama-2x8"), "this plan was made for llama-2x8"),
+    "of another shape": (
+        Plan([1], fingerprint="llama-2x8"),
+        "this plan was made for llama-2x8",
+    ),
 }
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("command", ["eval", "draft", "repair", "heal", "pareto", "generate"])
-def test_a_plan_of_another_model_is_refused_before_weights_are_read(run, weightless, tmp_path, command, plan):
+@pytest.mark.parametrize(
+    "command", ["eval", "draft", "repair", "heal", "pareto", "generate"]
+)
+def test_a_plan_of_another_model_is_refused_before_weights_are_read(
+    run, weightless, tmp_path, command, plan
+):
     wrong, says = PLANS[plan]
     wrong.save(tmp_path / "plan.json")
-    more = {"pareto": ["--engine", "transformers"], "generate": ["a prompt"]}.get(command, [])
+    more = {"pareto": ["--engine", "transformers"], "generate": ["a prompt"]}.get(
+        command, []
+    )
     code, _, err = run(command, weightless, *more, "--plan", tmp_path / "plan.json")
     assert (code, err.count("\n")) == (2, 1), err
     assert says in err
@@ -74,23 +132,38 @@ def test_a_plan_of_another_model_is_refused_before_weights_are_read(run, weightl
         ["search", "--params", "1e300"],
         ["compare", "--skip", "attention:99"],
         ["compare", "--skip", "atention:1"],
-        ["compare", "--skip", "attention:1", "--rounds", "1", "--prompt-tokens", "9999"],
+        [
+            "compare",
+            "--skip",
+            "attention:1",
+            "--rounds",
+            "1",
+            "--prompt-tokens",
+            "9999",
+        ],
         ["search", "--skip", "mlp:1", "--length", "9999"],
     ],
 )
-def test_what_a_model_has_too_little_of_is_refused_before_a_text_is_written(run, folder, tmp_path, monkeypatch, words):
-    monkeypatch.setattr(texts_mix, "text_of", lambda *_, **__: pytest.fail("a text was written"))
+def test_what_a_model_has_too_little_of_is_refused_before_a_text_is_written(
+    run, folder, tmp_path, monkeypatch, words
+):
+    monkeypatch.setattr(
+        texts_mix, "text_of", lambda *_, **__: pytest.fail("a text was written")
+    )
     code, _, err = run(words[0], folder, *words[1:], "--out", tmp_path / "out.json")
     assert (code, err.count("\n")) == (2, 1), err
 
 
-# --- options of one meaning each --------------------------------------------------------------------------------------
+# --- options of one meaning each
+# --------------------------------------------------------------------------------------
 
 
 def given(command, *words):
     """The values of a command's options."""
     loaded = typer.main.get_command(app).commands[command].loaded()
-    return loaded.make_context(command, ["model", *words], resilient_parsing=True).params
+    return loaded.make_context(
+        command, ["model", *words], resilient_parsing=True
+    ).params
 
 
 @pytest.mark.parametrize("word", ["--per-step", "--batch-size"])
@@ -101,7 +174,11 @@ def test_the_batch_of_a_training_has_a_name_of_its_own_and_keeps_the_old_one(wor
 
 def help_of(command):
     loaded = typer.main.get_command(app).commands[command].loaded()
-    return [f"{' '.join(param.opts)}: {param.help}" for param in loaded.params if param.param_type_name == "option"]
+    return [
+        f"{' '.join(param.opts)}: {param.help}"
+        for param in loaded.params
+        if param.param_type_name == "option"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +195,9 @@ def test_a_time_says_of_which_clock_it_is(command, option, unit):
 
 
 def test_a_time_that_is_none_says_of_which_clock_it_would_be():
-    with pytest.raises(UsageError, match="-1 minutes of CPU time are none to train for"):
+    with pytest.raises(
+        UsageError, match="-1 minutes of CPU time are none to train for"
+    ):
         TrainConfig(minutes=-1)
     model = family("llama").build()
     space = Space(locate(model), "mlp")

@@ -1,4 +1,6 @@
-"""Objectives of the user's own, each against a slow twin: one prompt or one question at a time."""
+"""Objectives of the user's own, each against a slow twin: one prompt or one question at
+a time.
+"""
 
 import json
 
@@ -53,9 +55,13 @@ def test_answers_are_the_dense_models_own_and_only_they_count(model, tokenizer):
     assert cost(model, objective, frozenset()) == pytest.approx(0, abs=1e-6)
 
 
-def test_answers_are_greedy_whatever_the_checkpoint_would_rather_do(model, tokenizer, monkeypatch):
+def test_answers_are_greedy_whatever_the_checkpoint_would_rather_do(
+    model, tokenizer, monkeypatch
+):
     def rows():
-        (term,) = answers(model, tokenizer, ["the river stone of", "a bird"], new_tokens=12).terms
+        (term,) = answers(
+            model, tokenizer, ["the river stone of", "a bird"], new_tokens=12
+        ).terms
         return [batch.inputs["input_ids"].tolist() for batch in term.batches]
 
     expected = rows()
@@ -65,15 +71,24 @@ def test_answers_are_greedy_whatever_the_checkpoint_would_rather_do(model, token
 
 
 def test_a_tasks_margin_is_what_the_harness_answers(model, tokenizer, tasks):
-    """The harness's own log-likelihoods, of the task with its training documents as the ones to test on."""
+    """The harness's own log-likelihoods, of the task with its training documents as the
+    ones to test on.
+    """
     trained = tasks / "trained"
     trained.mkdir()
     body = (tasks / "tiny_choice.yaml").read_text()
     (trained / "trained_choice.yaml").write_text(
-        body.replace("task: tiny_choice", "task: trained_choice").replace("test.jsonl", "train.jsonl")
+        body.replace("task: tiny_choice", "task: trained_choice").replace(
+            "test.jsonl", "train.jsonl"
+        )
     )
-    (result, _) = run_tasks(model, tokenizer, [PLAN], ["trained_choice"], num_fewshot=0, task_path=trained)
-    golds = [json.loads(line)["label"] for line in (tasks / "train.jsonl").read_text().splitlines()]
+    result, _ = run_tasks(
+        model, tokenizer, [PLAN], ["trained_choice"], num_fewshot=0, task_path=trained
+    )
+    golds = [
+        json.loads(line)["label"]
+        for line in (tasks / "train.jsonl").read_text().splitlines()
+    ]
     margins = []
     for document in result.samples:
         likely = [answer[0] for answer in document.answers]
@@ -89,9 +104,13 @@ def test_a_tasks_margin_is_what_the_harness_answers(model, tokenizer, tasks):
 
 
 def test_a_mix_is_the_weighted_sum(model, tokenizer, tasks):
-    told = build_objective("kl + 0.5*task:tiny_choice + 2*nll", model, tokenizer, BATCHES, task_path=tasks)
+    told = build_objective(
+        "kl + 0.5*task:tiny_choice + 2*nll", model, tokenizer, BATCHES, task_path=tasks
+    )
     parts = [kl(BATCHES), task(model, tokenizer, "tiny_choice", tasks), nll(BATCHES)]
-    expected = sum(weight * cost(model, part) for weight, part in zip((1, 0.5, 2), parts))
+    expected = sum(
+        weight * cost(model, part) for weight, part in zip((1, 0.5, 2), parts)
+    )
     assert cost(model, told) == pytest.approx(expected, rel=1e-6)
     assert told.name == "kl + 0.5*task:tiny_choice + 2*nll"
 
@@ -137,7 +156,12 @@ def test_a_file_of_no_prompts_is_refused_in_one_line(tmp_path, name, content, sa
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"), [("", "no tokens"), ("half a pair \ud83d", "not UTF-8"), ("too long " * 99, "positions")]
+    ("prompt", "says"),
+    [
+        ("", "no tokens"),
+        ("half a pair \ud83d", "not UTF-8"),
+        ("too long " * 99, "positions"),
+    ],
 )
 def test_a_prompt_that_cannot_be_answered_is_refused(model, tokenizer, prompt, says):
     with pytest.raises(UsageError, match=says):
@@ -153,6 +177,14 @@ def test_prompts_are_lines_or_a_field(tmp_path):
 
 
 def test_another_objective_has_another_digest(model):
-    digests = {o.digest() for o in (nll(BATCHES), kl(BATCHES), nll(BATCHES, 2.0), mix([nll(BATCHES), kl(BATCHES)]))}
+    digests = {
+        o.digest()
+        for o in (
+            nll(BATCHES),
+            kl(BATCHES),
+            nll(BATCHES, 2.0),
+            mix([nll(BATCHES), kl(BATCHES)]),
+        )
+    }
     assert len(digests) == 4
     assert locate(model).fingerprint

@@ -1,4 +1,6 @@
-"""Everything is checked before anything is computed: what cannot be done is refused without a forward pass."""
+"""Everything is checked before anything is computed: what cannot be done is refused
+without a forward pass.
+"""
 
 import os
 import shutil
@@ -13,8 +15,13 @@ from command_line import FAST, QUICK
 from notall import Plan, UsageError
 from tiny_tasks import write_tasks
 
-pytestmark = [pytest.mark.usefixtures("short_prose"), pytest.mark.any_transformers]  # before transformers is asked
-needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is absent")
+pytestmark = [
+    pytest.mark.usefixtures("short_prose"),
+    pytest.mark.any_transformers,
+]  # before transformers is asked
+needs_harness = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm_eval is absent"
+)
 
 
 @pytest.fixture
@@ -27,12 +34,16 @@ def plan(tmp_path):
 @pytest.fixture
 def no_model(monkeypatch):
     """Nothing may be loaded."""
-    monkeypatch.setattr(ModelOptions, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        ModelOptions, "load", lambda *_: pytest.fail("a model was loaded")
+    )
 
 
 @pytest.fixture
 def no_forward(monkeypatch):
-    """The model may be looked at, with eight tokens, but compute nothing: what it writes itself is there already."""
+    """The model may be looked at, with eight tokens, but compute nothing: what it
+    writes itself is there already.
+    """
     forward = LlamaForCausalLM.forward
 
     def looked_at(self, input_ids=None, **more):
@@ -55,7 +66,18 @@ TEXTS = {
     "sweep": ["--text", "NONE"],
     "similarity": ["--text", "NONE"],
     "export": ["--plan", "PLAN", "--to", "hf", "--out", "OUT", "--measure", "NONE"],
-    "export, repair": ["--plan", "PLAN", "--to", "hf", "--out", "OUT", "--repair", "refit", "--repair-text", "NONE"],
+    "export, repair": [
+        "--plan",
+        "PLAN",
+        "--to",
+        "hf",
+        "--out",
+        "OUT",
+        "--repair",
+        "refit",
+        "--repair-text",
+        "NONE",
+    ],
 }
 
 
@@ -64,8 +86,12 @@ def spelled(words, **names):
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_an_unreadable_text_is_refused_before_a_model_is_loaded(run, folder, plan, tmp_path, no_model, case):
-    words = spelled(TEXTS[case], NONE=tmp_path / "none.txt", PLAN=plan, OUT=tmp_path / "out")
+def test_an_unreadable_text_is_refused_before_a_model_is_loaded(
+    run, folder, plan, tmp_path, no_model, case
+):
+    words = spelled(
+        TEXTS[case], NONE=tmp_path / "none.txt", PLAN=plan, OUT=tmp_path / "out"
+    )
     code, _, err = run(case.partition(",")[0], folder, *words)
     assert code == 2
     assert err.startswith("error: cannot read the text ")
@@ -86,11 +112,16 @@ WRITING = {
 
 
 @pytest.mark.parametrize("command", WRITING)
-def test_where_nothing_can_be_written_no_model_is_loaded(run, folder, plan, tmp_path, no_model, command):
+def test_where_nothing_can_be_written_no_model_is_loaded(
+    run, folder, plan, tmp_path, no_model, command
+):
     if command == "paper" and not find_spec("lm_eval"):
         pytest.skip("lm_eval is absent")
     (tmp_path / "file").write_text("")
-    words = [str(word).replace("FILE", str(tmp_path / "file")) for word in spelled(WRITING[command], PLAN=plan)]
+    words = [
+        str(word).replace("FILE", str(tmp_path / "file"))
+        for word in spelled(WRITING[command], PLAN=plan)
+    ]
     code, _, err = run(command, folder, *words)
     assert code == 2
     assert "cannot write" in err
@@ -98,7 +129,9 @@ def test_where_nothing_can_be_written_no_model_is_loaded(run, folder, plan, tmp_
     assert err.count("\n") == 1
 
 
-def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(
+    tmp_path, monkeypatch
+):
     lines.refuse_unwritable(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
@@ -114,24 +147,50 @@ def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(tmp_path, 
         (["--speedup", "1.1", "--max-nll", "nan"], "not nan: give a limit"),
         (["--skip", "mlp:1", "--max-minutes", "-1"], "end after -1.0 minutes"),
         (["--skip", "mlp:1", "--objective", "joy"], "no objective 'joy'"),
-        (["--skip", "mlp:1", "--objective", "answers", "--prompts", "none.txt"], "cannot read the text none.txt"),
+        (
+            ["--skip", "mlp:1", "--objective", "answers", "--prompts", "none.txt"],
+            "cannot read the text none.txt",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_search_refuses_what_it_is_asked_before_a_model_is_loaded(run, folder, tmp_path, no_model, options, says):
+def test_a_search_refuses_what_it_is_asked_before_a_model_is_loaded(
+    run, folder, tmp_path, no_model, options, says
+):
     code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json")
     assert (code, says in err) == (2, True), err
 
 
-def test_a_speedup_is_timed_when_all_else_is_known_to_be_possible(run, folder, tmp_path, no_forward, monkeypatch):
+def test_a_speedup_is_timed_when_all_else_is_known_to_be_possible(
+    run, folder, tmp_path, no_forward, monkeypatch
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("x" * 500)
-    monkeypatch.setattr(latency, "measure_times", lambda *_, **__: pytest.fail("it was timed"))
-    command = ["search", folder, "--speedup", "1.1", "-o", tmp_path / "plan.json", *QUICK]
+    monkeypatch.setattr(
+        latency, "measure_times", lambda *_, **__: pytest.fail("it was timed")
+    )
+    command = [
+        "search",
+        folder,
+        "--speedup",
+        "1.1",
+        "-o",
+        tmp_path / "plan.json",
+        *QUICK,
+    ]
     for options, says in (
         (["--prompt-tokens", "9999"], "exceed the model's 64 positions"),
         (
-            ["--prompt-tokens", "8", "--generation-tokens", "2", "--objective", "answers", "--prompts", prompts],
+            [
+                "--prompt-tokens",
+                "8",
+                "--generation-tokens",
+                "2",
+                "--objective",
+                "answers",
+                "--prompts",
+                prompts,
+            ],
             "exceed the model's 64",
         ),
     ):
@@ -145,7 +204,14 @@ IMPOSSIBLE = {
     "heal, another's plan": ["--plan", "DEEP"],
     "sweep, too long to time": ["--prompt-tokens", "9999"],
     "paper, too long to time": ["--prompt-tokens", "9999", "--tasks", "tiny_choice"],
-    "compare, too long to time": ["--rounds", "1", "--prompt-tokens", "9999", "--skip", "attention:1"],
+    "compare, too long to time": [
+        "--rounds",
+        "1",
+        "--prompt-tokens",
+        "9999",
+        "--skip",
+        "attention:1",
+    ],
     "compare, too many": ["--skip", "attention:1", "--skip", "mlp:9"],
     "export, another's plan": ["--plan", "DEEP", "--to", "hf", "--measure", "prose"],
     "export, no such form": ["--plan", "PLAN", "--to", "gguf", "--repair", "refit"],
@@ -187,12 +253,21 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(
     own_tasks_only,
     command,
 ):
-    words = {"eval": ["--plan", plan], "search": ["--skip", "mlp:1", "--objective", "task:tiny_chioce"]}.get(
-        command, []
-    )
+    words = {
+        "eval": ["--plan", plan],
+        "search": ["--skip", "mlp:1", "--objective", "task:tiny_chioce"],
+    }.get(command, [])
     if command != "search":
         words += ["--tasks", "tiny_chioce"]
-    code, _, err = run(command, folder, *words, "--task-path", write_tasks(tmp_path / "t"), "-o", tmp_path / "out")
+    code, _, err = run(
+        command,
+        folder,
+        *words,
+        "--task-path",
+        write_tasks(tmp_path / "t"),
+        "-o",
+        tmp_path / "out",
+    )
     assert code == 2
     assert "the harness has no task 'tiny_chioce'; did you mean tiny_choice" in err
 
@@ -200,11 +275,23 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(
 @needs_harness
 @pytest.mark.usefixtures("no_model", "own_tasks_only")
 @pytest.mark.parametrize("command", ["eval", "paper"])
-def test_a_limit_of_a_task_that_is_not_run_is_refused(run, folder, plan, tmp_path, command):
+def test_a_limit_of_a_task_that_is_not_run_is_refused(
+    run, folder, plan, tmp_path, command
+):
     words = ["--plan", plan] if command == "eval" else []
-    words += ["--tasks", "tiny_choice", "--task-path", write_tasks(tmp_path / "t"), "--limit", "tiny_choise=2"]
+    words += [
+        "--tasks",
+        "tiny_choice",
+        "--task-path",
+        write_tasks(tmp_path / "t"),
+        "--limit",
+        "tiny_choise=2",
+    ]
     code, _, err = run(command, folder, *words, "-o", tmp_path / "out")
-    said = "error: --limit tiny_choise=2 is of no task that is run (did you mean tiny_choice?): tiny_choice\n"
+    said = (
+        "error: --limit tiny_choise=2 is of no task that is run (did you mean"
+        " tiny_choice?): tiny_choice\n"
+    )
     assert (code, err) == (2, said)
 
 
@@ -217,11 +304,28 @@ def test_windows_longer_than_the_model_reads_are_refused_before_a_forward_pass(
     no_forward,
     command,
 ):
-    words = {"eval": ["--plan", plan], "search": ["--skip", "mlp:1"], "paper": ["--tasks", ""]}.get(command, [])
+    words = {
+        "eval": ["--plan", plan],
+        "search": ["--skip", "mlp:1"],
+        "paper": ["--tasks", ""],
+    }.get(command, [])
     if command == "paper" and find_spec("lm_eval") is None:
         pytest.skip("needs lm_eval")
-    code, _, err = run(command, folder, *words, "--length", "65", "--sequences", "2", "-o", tmp_path / "out")
-    assert (code, err) == (2, "error: windows of 65 tokens exceed the model's 64 positions: lower --length\n")
+    code, _, err = run(
+        command,
+        folder,
+        *words,
+        "--length",
+        "65",
+        "--sequences",
+        "2",
+        "-o",
+        tmp_path / "out",
+    )
+    assert (code, err) == (
+        2,
+        "error: windows of 65 tokens exceed the model's 64 positions: lower --length\n",
+    )
 
 
 @needs_harness
@@ -238,9 +342,22 @@ def test_tasks_without_data_are_refused_before_a_forward_pass_and_the_folder_tak
     tasks, out = write_tasks(tmp_path / "tasks"), tmp_path / "out"
     for file in tasks.glob("*.jsonl"):
         file.unlink()
-    words = {"eval": ["--plan", plan], "compare": ["--skip", "attention:1"]}.get(command, [])
+    words = {"eval": ["--plan", plan], "compare": ["--skip", "attention:1"]}.get(
+        command, []
+    )
     short = [*QUICK[:4], *(FAST[:4] if command == "paper" else [])]
-    code, _, err = run(command, folder, *words, "--tasks", "tiny_choice", "--task-path", tasks, "-o", out, *short)
+    code, _, err = run(
+        command,
+        folder,
+        *words,
+        "--tasks",
+        "tiny_choice",
+        "--task-path",
+        tasks,
+        "-o",
+        out,
+        *short,
+    )
     assert code == 2
     assert "cannot build the requests of tiny_choice" in err
     assert not list(out.glob("*.jsonl"))
@@ -260,7 +377,17 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
 ):
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(1 << 30, 1 << 30, 1 << 10))
-    code, _, err = run("export", folder, "--plan", plan, "--to", target, "--out", tmp_path / "out", *more)
+    code, _, err = run(
+        "export",
+        folder,
+        "--plan",
+        plan,
+        "--to",
+        target,
+        "--out",
+        tmp_path / "out",
+        *more,
+    )
     assert code == 2
     assert "the export takes " in err
     assert "has 1.0 KiB left; free some, or choose another disk" in err

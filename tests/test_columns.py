@@ -1,4 +1,6 @@
-"""Columns are described once: what the terminal, the page, Markdown, LaTeX and CSV show of a fact is the same."""
+"""Columns are described once: what the terminal, the page, Markdown, LaTeX and CSV show
+of a fact is the same.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +57,20 @@ def described():
         for module in iter_modules(package.__path__):
             found = import_module(f"{package.__name__}.{module.name}")
             for name, value in vars(found).items():
-                if isinstance(value, tuple) and value and all(isinstance(one, Column) for one in value):
+                if (
+                    isinstance(value, tuple)
+                    and value
+                    and all(isinstance(one, Column) for one in value)
+                ):
                     yield f"{module.name}.{name}", value
 
 
 TABLES = {
     "sweep": (result_folders.all_records(), SWEEP_COLUMNS),
-    "compare": (result_folders.all_compared(), comparison_columns(result_folders.all_compared())),
+    "compare": (
+        result_folders.all_compared(),
+        comparison_columns(result_folders.all_compared()),
+    ),
     "search": ([result_folders.chosen(3)], SEARCH_COLUMNS),
     "bench": (bench_rows(result_folders.all_benched()), BENCH_COLUMNS),
 }
@@ -87,11 +96,19 @@ def one_of(column, value):
 
 def test_lists_of_columns_have_a_heading_once_each_without_commas():
     lists = dict(described())
-    assert {"sweep.COLUMNS", "search.COLUMNS", "draft.COLUMNS", "repairs.MEASURED", "facts.QUALITY"} <= set(lists)
+    assert {
+        "sweep.COLUMNS",
+        "search.COLUMNS",
+        "draft.COLUMNS",
+        "repairs.MEASURED",
+        "facts.QUALITY",
+    } <= set(lists)
     for columns in lists.values():
         headings = [column.heading for column in columns]
         assert len(set(headings)) == len(headings)
-        assert not [heading for heading in headings if "," in heading]  # commas part what was left out
+        assert not [
+            heading for heading in headings if "," in heading
+        ]  # commas part what was left out
 
 
 @pytest.mark.parametrize("command", TABLES)
@@ -101,9 +118,17 @@ def test_the_terminal_markdown_and_latex_show_the_same_cells(command, monkeypatc
     monkeypatch.setattr("sys.stdout", out := io.StringIO())
     print_table(found)
     lines = [line for line in out.getvalue().splitlines() if line[:1] in "┃│"]
-    printed = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
-    assert printed == [[*found.headings], *([str(cell) for cell in row] for row in found.rows)]
-    head, _, *body = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.markdown().splitlines()]
+    printed = [
+        [cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines
+    ]
+    assert printed == [
+        [*found.headings],
+        *([str(cell) for cell in row] for row in found.rows),
+    ]
+    head, _, *body = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in found.markdown().splitlines()
+    ]
     assert [head, *body] == printed
     latex = as_latex(found, caption="c", label="l")
     assert latex.count(r"\\") == len(rows) + 1
@@ -114,7 +139,11 @@ def test_the_terminal_markdown_and_latex_show_the_same_cells(command, monkeypatc
 def test_the_page_shows_what_the_terminal_shows(command, tmp_path):
     """But for its own judgement, whether a model is usable."""
     rows, columns = TABLES[command]
-    folder = result_folders.WRITERS[command](tmp_path) if command != "search" else result_folders.write(tmp_path, *rows)
+    folder = (
+        result_folders.WRITERS[command](tmp_path)
+        if command != "search"
+        else result_folders.write(tmp_path, *rows)
+    )
     page = unescape(render(results_of(folder)))
     shown = re.search(r'<table id="table-results".*?</table>', page, re.S)[0]
     headings = re.findall(r"<th .*?<bdi>(.*?)</bdi>", shown)
@@ -127,25 +156,39 @@ def test_the_page_shows_what_the_terminal_shows(command, tmp_path):
 def test_a_csv_has_every_figure_of_the_facts_with_its_digits():
     records = result_folders.all_records()
     lines = list(csv.DictReader(io.StringIO(table("t", SWEEP_COLUMNS, records).csv)))
-    assert [float(line["delta_nll"]) for line in lines] == [record.quality.delta_nll for record in records]
+    assert [float(line["delta_nll"]) for line in lines] == [
+        record.quality.delta_nll for record in records
+    ]
     assert [float(line["speedup_decode_low"]) for line in lines] == [
         record.times.speedup_decode.low for record in records
     ]
     assert lines[2]["skipped"] == "attn.8"
     cells = [("a", 0.1), ("b", 1 / 3)]  # of rows that are no facts what they sort by
-    told = table("t", [words("name", lambda row: row[0]), number("loss", lambda row: row[1])], cells)
+    told = table(
+        "t",
+        [words("name", lambda row: row[0]), number("loss", lambda row: row[1])],
+        cells,
+    )
     assert told.csv == f"name,loss\na,0.1\nb,{1 / 3}\n"
 
 
 def test_quartiles_are_written_from_the_low_to_the_high():
     spread = Quartiles(median=1.25, low=1.0, high=1.5, n=3)
-    assert one_of(lambda get: with_quartiles("decode", get, ".2f"), spread) == "1.25 [1.00, 1.50]"
+    assert (
+        one_of(lambda get: with_quartiles("decode", get, ".2f"), spread)
+        == "1.25 [1.00, 1.50]"
+    )
     assert one_of(lambda get: with_quartiles("decode", get), None) == "-"
 
 
 def test_a_figure_stands_beside_its_difference_to_the_dense_model():
-    assert one_of(lambda get: with_delta("arc", get), (0.48, -0.02, 0.02)) == "0.480 (-0.020 ± 0.020)"
-    assert one_of(lambda get: with_delta("arc", get), (0.5, math.nan, math.nan)) == "0.500"
+    assert (
+        one_of(lambda get: with_delta("arc", get), (0.48, -0.02, 0.02))
+        == "0.480 (-0.020 ± 0.020)"
+    )
+    assert (
+        one_of(lambda get: with_delta("arc", get), (0.5, math.nan, math.nan)) == "0.500"
+    )
 
 
 def test_what_rounds_to_nothing_has_no_sign():
@@ -153,7 +196,9 @@ def test_what_rounds_to_nothing_has_no_sign():
     assert one_of(lambda get: number("", get, ".0%"), -0.0) == "0%"
     assert one_of(lambda get: number("", get, ".1f"), -0.051) == "-0.1"
     assert one_of(lambda get: number("", get), -math.inf) == "-"
-    assert one_of(lambda get: with_error("", get, "+.2f"), (-1e-9, 0.0)) == "+0.00 ± +0.00"
+    assert (
+        one_of(lambda get: with_error("", get, "+.2f"), (-1e-9, 0.0)) == "+0.00 ± +0.00"
+    )
 
 
 def test_a_perplexity_can_be_read_however_large():
@@ -167,28 +212,45 @@ def test_a_perplexity_can_be_read_however_large():
         1e300: "1.0e300",
         None: "-",
     }
-    assert {value: one_of(lambda get: number("perplexity", get, in_magnitude), value) for value in told} == told
+    assert {
+        value: one_of(lambda get: number("perplexity", get, in_magnitude), value)
+        for value in told
+    } == told
     assert one_of(lambda get: number("perplexity", get, in_magnitude), math.nan) == "-"
     assert in_magnitude(math.inf) == "inf"
 
 
 def test_bytes_come_in_the_unit_that_suits_them():
-    told = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1000 * 2**10: "1000.0 KiB", 2**20: "1.0 MiB", None: "-"}
+    told = {
+        0: "0 B",
+        1023: "1023 B",
+        1024: "1.0 KiB",
+        1000 * 2**10: "1000.0 KiB",
+        2**20: "1.0 MiB",
+        None: "-",
+    }
     assert {value: one_of(lambda get: size("b", get), value) for value in told} == told
     assert one_of(lambda get: size("b", get), 5000 * 2**30) == "5000.0 GiB"
 
 
 def test_small_probabilities_are_not_called_none():
     told = {0.0: "< 0.001", 0.002: "0.002", 0.0125: "0.013", 1.0: "1.000", None: "-"}
-    assert {value: P_VALUE.text(SimpleNamespace(p_value=value)) for value in told} == told
+    assert {
+        value: P_VALUE.text(SimpleNamespace(p_value=value)) for value in told
+    } == told
     assert P_VALUE.text(SimpleNamespace(p_value=math.nan)) == "-"
 
 
 def test_what_was_not_measured_is_a_dash_and_a_column_of_nothing_is_left_out():
     assert LOSS.text(Named(loss=math.nan)) == "-"
     assert one_of(lambda get: with_error("", get), (0.5, math.nan)) == "0.500 ± -"
-    assert table("t", [NAME, LOSS], [Named(name="a"), Named(name="b")]).headings == ("name",)
-    assert table("t", [NAME, LOSS], [Named(name="a"), Named(loss=0.0)]).headings == ("name", "loss")
+    assert table("t", [NAME, LOSS], [Named(name="a"), Named(name="b")]).headings == (
+        "name",
+    )
+    assert table("t", [NAME, LOSS], [Named(name="a"), Named(loss=0.0)]).headings == (
+        "name",
+        "loss",
+    )
     assert table("t", [NAME, LOSS], []).headings == ("name", "loss")
 
 
@@ -196,12 +258,19 @@ def test_a_column_of_a_fact_is_one_of_what_holds_it():
     (lifted,) = within((LOSS,), lambda holder: holder["held"])
     assert lifted.text({"held": Named(loss=0.5)}) == "0.500 ± 0.250"
     assert lifted.text({"held": None}) == "-"
-    assert (lifted.heading, lifted.unit, lifted.titled) == ("loss", "nats", "loss, nats")
+    assert (lifted.heading, lifted.unit, lifted.titled) == (
+        "loss",
+        "nats",
+        "loss, nats",
+    )
 
 
 def test_rows_sort_by_numbers_where_there_are_some_and_else_by_what_is_read():
     named = Named(name="a", loss=0.5)
-    assert [column.cell(named).value for column in (LOSS, NAME, words("other", lambda _: ""))] == [0.5, "a", None]
+    assert [
+        column.cell(named).value
+        for column in (LOSS, NAME, words("other", lambda _: ""))
+    ] == [0.5, "a", None]
     assert str(Cell(0.5, "0.500", "± 0.250")) == "0.500 ± 0.250"
 
 
@@ -211,7 +280,11 @@ def test_markdown_and_csv_hold_whatever_a_name_says():
         *("| loss | name |", "| ---: | --- |"),
         r"| 0.250 ± 0.125 | a\|b |",
     ]
-    assert next(csv.DictReader(io.StringIO(found.csv))) == {"loss": "0.25", "name": "a|b", "more": 'x,"y"\n'}
+    assert next(csv.DictReader(io.StringIO(found.csv))) == {
+        "loss": "0.25",
+        "name": "a|b",
+        "more": 'x,"y"\n',
+    }
     assert as_csv([Named(name="a", loss=1.0)]) == "name,loss,more\na,1.0,\n"
     assert found.legend == "±: one standard error."
     assert table("t", [NAME], []).legend == ""
@@ -219,7 +292,17 @@ def test_markdown_and_csv_hold_whatever_a_name_says():
 
 def test_the_headings_of_times_are_of_their_own_figures():
     """Figures that are all different, each beside its name in the fact."""
-    figures = {"prefill_ms": 11.0, "decode_ms_per_token": 12.0, "speedup_prefill": 1.3, "speedup_decode": 1.4}
+    figures = {
+        "prefill_ms": 11.0,
+        "decode_ms_per_token": 12.0,
+        "speedup_prefill": 1.3,
+        "speedup_decode": 1.4,
+    }
     times = Times(**{name: Quartiles.of([value]) for name, value in figures.items()})
     shown = {column.heading: float(column.text(times).split()[0]) for column in TIMES}
-    assert shown == {"decode speedup": 1.4, "prefill speedup": 1.3, "decode ms/token": 12.0, "prefill ms": 11.0}
+    assert shown == {
+        "decode speedup": 1.4,
+        "prefill speedup": 1.3,
+        "decode ms/token": 12.0,
+        "prefill ms": 11.0,
+    }

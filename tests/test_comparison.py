@@ -1,4 +1,6 @@
-"""Criteria side by side: every row against its parts computed alone; stopped and asked again; table and front."""
+"""Criteria side by side: every row against its parts computed alone; stopped and asked
+again; table and front.
+"""
 
 import math
 
@@ -52,7 +54,12 @@ WORKLOAD = Workload(4, 2, rounds=1)
 
 
 def run(model, runs, out, objectives=OBJECTIVES, about=ABOUT, tokenizer=None, **how):
-    return compare_criteria(Subject(model, tokenizer, HELD_OUT, out, Provenance(what=about)), runs, objectives, **how)
+    return compare_criteria(
+        Subject(model, tokenizer, HELD_OUT, out, Provenance(what=about)),
+        runs,
+        objectives,
+        **how,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,14 @@ def all_rows(model, criteria=tuple(CRITERIA)):
     return runs_of(criteria, list(OBJECTIVES), spaces)
 
 
-FEW = ("deepest", "gate-norm", "cosine", "angular", "leave-one-out", "search")  # of each kind, and quick
+FEW = (
+    "deepest",
+    "gate-norm",
+    "cosine",
+    "angular",
+    "leave-one-out",
+    "search",
+)  # of each kind, and quick
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +112,23 @@ def test_each_row_is_its_parts_alone(model, tmp_path):
         objective = OBJECTIVES[row.objective]
         evaluator = Evaluator(model, objective.objective)
         chosen = choose(
-            row.criterion, Setting(model, row.space, objective.batches, evaluator), by_count(row.space, row.count)
+            row.criterion,
+            Setting(model, row.space, objective.batches, evaluator),
+            by_count(row.space, row.count),
         )
         assert record.plan.indices == row.space.plan(chosen.skipped).indices, row.name
         assert record.order == chosen.order
         (alone,) = evaluate(model, [row.space.plan(chosen.skipped)], HELD_OUT)
         assert record.quality.delta_nll == pytest.approx(alone.delta_nll, abs=1e-5)
-        assert record.quality.delta_nll_se == pytest.approx(alone.delta_nll_se, rel=1e-3)
+        assert record.quality.delta_nll_se == pytest.approx(
+            alone.delta_nll_se, rel=1e-3
+        )
         assert record.quality.kl == pytest.approx(alone.kl, abs=1e-5)
         assert record.spent.evaluations == evaluator.spent.evaluations
-        assert record.provenance.what == ABOUT | {"seed": 0, "fingerprint": locate(model).fingerprint}
+        assert record.provenance.what == ABOUT | {
+            "seed": 0,
+            "fingerprint": locate(model).fingerprint,
+        }
         if row.criterion in ("greedy", "evolution", "quadratic", "search"):
             rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
             assert record.calibration_delta == pytest.approx(rise)
@@ -130,7 +151,11 @@ def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
 def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch, stage):
     _, records = compared
     rows = all_rows(model, ("cosine", "search"))
-    owner = {"score": quality, "time_plan": compare_module, "_choose": compare_module._Choosing}[stage]
+    owner = {
+        "score": quality,
+        "time_plan": compare_module,
+        "_choose": compare_module._Choosing,
+    }[stage]
     kept = getattr(owner, stage)
     calls = []
 
@@ -148,7 +173,9 @@ def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch,
     for record in found:
         other = whole[record.key]
         assert record.plan == other.plan
-        assert record.quality.delta_nll == pytest.approx(other.quality.delta_nll, abs=1e-6)
+        assert record.quality.delta_nll == pytest.approx(
+            other.quality.delta_nll, abs=1e-6
+        )
         assert record.spent.evaluations == other.spent.evaluations
     lines = read(tmp_path / ChoiceRecord.file, ChoiceRecord)
     assert len(lines) == len(rows)
@@ -164,7 +191,12 @@ def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
     with pytest.raises(UsageError, match="results with model"):
         run(model, first, tmp_path, about={"model": "other"})
     with pytest.raises(UsageError, match="results with by"):
-        run(model, first, tmp_path, {"nll": CalibratedObjective(nll(HELD_OUT), HELD_OUT)})
+        run(
+            model,
+            first,
+            tmp_path,
+            {"nll": CalibratedObjective(nll(HELD_OUT), HELD_OUT)},
+        )
 
 
 @pytest.mark.usefixtures("own_tasks_only")
@@ -178,7 +210,9 @@ def test_tasks_are_answered_for_every_plan(tmp_path):
     asked = TaskChoice(TaskShelf(folder), ("tiny_choice",), limits=Limits(10))
     records = run(model, rows, tmp_path / "out", tokenizer=tokenizer, tasks=asked)
     plans = [record.plan for record in records]
-    for result in run_tasks(model, tokenizer, plans, ["tiny_choice"], limit=10, task_path=folder):
+    for result in run_tasks(
+        model, tokenizer, plans, ["tiny_choice"], limit=10, task_path=folder
+    ):
         assert result.score in records[result.number].tasks
         assert result.score.documents == 10
     assert "tiny_choice acc" in comparison_table(records)
@@ -188,14 +222,22 @@ def test_the_table_has_a_part_for_each_budget_and_the_best_first(compared):
     text = comparison_table(compared[1])
     assert text.count("###") == 4
     part = text.partition("### 2 attentions")[2].partition("###")[0]
-    rows = [line for line in part.splitlines() if line.startswith("| ") and "±" in line and "criterion" not in line]
+    rows = [
+        line
+        for line in part.splitlines()
+        if line.startswith("| ") and "±" in line and "criterion" not in line
+    ]
     losses = [float(row.split("|")[3].split("±")[0]) for row in rows]
-    assert len(losses) == len([r for r in compared[1] if r.space == "attention" and r.count == 2])
+    assert len(losses) == len(
+        [r for r in compared[1] if r.space == "attention" and r.count == 2]
+    )
     assert losses == sorted(losses)
 
 
 def test_each_choice_stands_beside_the_best_of_as_many(model, compared):
-    """Paired by window, by hand: what both lose over the original model is of no account."""
+    """Paired by window, by hand: what both lose over the original model is of no
+    account.
+    """
     _, records = compared
     for (space, count), group in groups_of(records).items():
         best, *others = sorted(group, key=lambda record: record.quality.delta_nll)
@@ -203,15 +245,21 @@ def test_each_choice_stands_beside_the_best_of_as_many(model, compared):
         assert math.isnan(best.behind_se)
         for record in others:
             mine, least = (nll_by_window(model, one.plan) for one in (record, best))
-            assert record.behind == pytest.approx(float((mine - least).mean()), abs=1e-5)
-            assert record.behind_se == pytest.approx(float((mine - least).std() / len(mine) ** 0.5), abs=1e-5)
+            assert record.behind == pytest.approx(
+                float((mine - least).mean()), abs=1e-5
+            )
+            assert record.behind_se == pytest.approx(
+                float((mine - least).std() / len(mine) ** 0.5), abs=1e-5
+            )
 
 
 def nll_by_window(model, plan):
     """One window at a time."""
     with skip(model, plan), torch.no_grad():
         windows = [row[None] for batch in HELD_OUT for row in batch]
-        return torch.stack([cross_entropy(model(row).logits[0, :-1], row[0, 1:]) for row in windows])
+        return torch.stack(
+            [cross_entropy(model(row).logits[0, :-1], row[0, 1:]) for row in windows]
+        )
 
 
 def test_what_is_pasted_has_few_columns_and_says_what_they_are(compared, tmp_path):
@@ -219,7 +267,10 @@ def test_what_is_pasted_has_few_columns_and_says_what_they_are(compared, tmp_pat
     write_comparison(records, tmp_path, "Ways to choose", "Measured.")
     text = (tmp_path / "table.tex").read_text(encoding="utf-8")
     heads = [line for line in text.splitlines() if line.startswith("criterion &")]
-    told = "criterion & by & NLL added & KL & top-1 agreement & behind the best & decode speedup & forward passes \\\\"
+    told = (
+        "criterion & by & NLL added & KL & top-1 agreement & behind the best & decode"
+        " speedup & forward passes \\\\"
+    )
     assert heads == [told] * len(groups_of(records))
     assert "By: the objective that a criterion goes by, if by one." in text
     deepest = next(line for line in text.splitlines() if line.startswith("deepest &"))
@@ -241,7 +292,9 @@ def test_the_figure_holds_every_choice(compared):
     assert [point.plan for point in points] == list(range(len(points)))
 
 
-def test_objectives_whose_names_look_alike_in_a_file_name_are_kept_apart(model, tmp_path):
+def test_objectives_whose_names_look_alike_in_a_file_name_are_kept_apart(
+    model, tmp_path
+):
     space = Space(locate(model), "attention")
     alike = {"nll 1": OBJECTIVES["nll"], "nll-1": OBJECTIVES["kl"]}
     rows = [Run("leave-one-out", name, space, 1) for name in alike]
@@ -257,13 +310,20 @@ def test_a_criterion_says_what_it_takes_and_progress_goes_by_it(model, tmp_path)
         return dict.fromkeys(setting.space.units, 0.0)
 
     space, seen = Space(locate(model), "attention"), {}
-    for name, passes in (("cheap", None), ("dear", lambda units, count: 7 * units * count)):
+    for name, passes in (
+        ("cheap", None),
+        ("dear", lambda units, count: 7 * units * count),
+    ):
         one = Criterion(name, "", scores, passes=passes)
         assert one.cost(space, 3) == (7 * 6 * 3 if passes else 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(CRITERIA, name, one)
             row = [Run(name, "nll", space, 3)]
-            half = lambda done, total, doing: seen.update({name: total} if doing.endswith("half") else {})  # noqa: B023, E731
+
+            def half(done: float, total: float, doing: str, name: str = name) -> None:
+                if doing.endswith("half"):
+                    seen[name] = total
+
             run(model, row, tmp_path / name, progress=half)
     assert seen["dear"] == 126 * seen["cheap"]
 

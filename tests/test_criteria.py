@@ -1,4 +1,6 @@
-"""Every criterion against a slow twin or a case by hand, and the faults that others have been found to have."""
+"""Every criterion against a slow twin or a case by hand, and the faults that others
+have been found to have.
+"""
 
 import math
 import time
@@ -45,7 +47,12 @@ def model():
 
 
 def setting(model, kind="sublayer", *, objective=nll, **space):
-    return Setting(model, Space(locate(model), kind, **space), BATCHES, Evaluator(model, objective(BATCHES)))
+    return Setting(
+        model,
+        Space(locate(model), kind, **space),
+        BATCHES,
+        Evaluator(model, objective(BATCHES)),
+    )
 
 
 @torch.no_grad()
@@ -60,13 +67,17 @@ def slow_cost(model, skipped, objective="nll"):
         if objective == "nll":
             losses.append(float(cross_entropy(logits, ids[1:])))
         else:
-            losses.append(float((dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()))
+            losses.append(
+                float((dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean())
+            )
     return sum(losses) / len(losses)
 
 
 @torch.no_grad()
 def streams(model):
-    """The residual stream of a Llama around every sublayer and block, by hand: (sequences, tokens, hidden)."""
+    """The residual stream of a Llama around every sublayer and block, by hand:
+    (sequences, tokens, hidden).
+    """
     ids, found, caught = torch.cat(BATCHES), {}, {}
     handles = []
     for index, layer in enumerate(model.model.layers):
@@ -96,30 +107,42 @@ def cosine(a, b):
 @pytest.mark.parametrize("kind", ["attention", "mlp", "block", "sublayer"])
 def test_feature_scores_are_their_formulas(model, kind):
     by_hand = streams(model)
-    cosines, magnitudes = (score(setting(model, kind)) for score in (score_cosine, score_relative_magnitude))
+    cosines, magnitudes = (
+        score(setting(model, kind))
+        for score in (score_cosine, score_relative_magnitude)
+    )
     assert len(cosines) == LAYERS * (2 if kind == "sublayer" else 1)
     for unit in cosines:
         before, after = by_hand[unit]
-        assert cosines[unit] == pytest.approx(float((1 - cosine(before, after)).mean()), abs=1e-5)
+        assert cosines[unit] == pytest.approx(
+            float((1 - cosine(before, after)).mean()), abs=1e-5
+        )
         ratio = (after - before).norm(dim=-1) / after.norm(dim=-1)
         assert magnitudes[unit] == pytest.approx(float(ratio.mean()), rel=1e-5)
 
 
 def test_the_last_block_is_scored_before_the_final_norm(model):
-    """Others read it behind the final norm: their score of the last block changes with that norm's weights."""
+    """Others read it behind the final norm: their score of the last block changes with
+    that norm's weights.
+    """
     wild = family("llama").build(num_hidden_layers=LAYERS)
     wild.model.norm.weight.data = torch.linspace(-30, 30, 32)
     for name in ("cosine", "magnitude"):
         scores = [CRITERIA[name].score(setting(m, "block")) for m in (model, wild)]
         assert scores[0] == scores[1]
-    picked = [choose("angular", setting(m, "block"), by_count(Space(locate(m), "block"), 2)) for m in (model, wild)]
+    picked = [
+        choose("angular", setting(m, "block"), by_count(Space(locate(m), "block"), 2))
+        for m in (model, wild)
+    ]
     assert picked[0] == picked[1]
 
 
 @pytest.mark.parametrize("first", range(LAYERS - 1))
 @pytest.mark.parametrize("name", ["angular", "cosine"])
 def test_a_run_that_does_nothing_is_the_run_that_is_chosen(first, name):
-    """Also where it ends with the last block, or begins with the first: others are off by one there."""
+    """Also where it ends with the last block, or begins with the first: others are off
+    by one there.
+    """
     planted = family("llama").build(num_hidden_layers=LAYERS)
     for index in (first, first + 1):
         planted.model.layers[index].self_attn.o_proj.weight.data.zero_()
@@ -139,13 +162,17 @@ def test_angular_is_its_formula_for_every_run(model):
             angles.append(float((cosine(before, after).arccos() / math.pi).mean()))
         asked = setting(model, "block")
         first = angles.index(min(angles))
-        chosen = asked.space.plan(choose("angular", asked, by_count(asked.space, count)).skipped)
+        chosen = asked.space.plan(
+            choose("angular", asked, by_count(asked.space, count)).skipped
+        )
         assert chosen.blocks == tuple(range(first, first + count))
 
 
 def test_angular_keeps_first_and_last(model):
     asked = setting(model, "block", keep_first=1, keep_last=1)
-    chosen = asked.space.plan(choose("angular", asked, by_count(asked.space, LAYERS - 2)).skipped)
+    chosen = asked.space.plan(
+        choose("angular", asked, by_count(asked.space, LAYERS - 2)).skipped
+    )
     assert chosen.blocks == tuple(range(1, LAYERS - 1))
 
 
@@ -160,11 +187,18 @@ class Largest(TorchDispatchMode):
         return answer
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 makes a mask of that size itself")
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="transformers 4 makes a mask of that size itself",
+)
 def test_no_square_of_tokens_is_made_for_its_diagonal():
-    long = family("llama").build("sdpa", num_hidden_layers=2, max_position_embeddings=600)
+    long = family("llama").build(
+        "sdpa", num_hidden_layers=2, max_position_embeddings=600
+    )
     ids = torch.arange(600)[None] % 90 + 3
-    asked = Setting(long, Space(locate(long), "block"), [ids], Evaluator(long, nll([ids])))
+    asked = Setting(
+        long, Space(locate(long), "block"), [ids], Evaluator(long, nll([ids]))
+    )
     with Largest() as largest:
         score_cosine(asked)
     assert largest.elements < 600 * 600 / 2
@@ -172,10 +206,20 @@ def test_no_square_of_tokens_is_made_for_its_diagonal():
 
 @pytest.mark.parametrize("kind", ["sublayer", "block"])
 def test_gradients_are_finite_differences_of_a_gate(model, kind):
-    """h + gate * f(h), by scaling the output projections of a Llama: dL/dgate, sequence by sequence."""
-    first, fisher = (score(setting(model, kind)) for score in (score_first_order, score_fisher))
-    weights = {f"attn.{i}": layer.self_attn.o_proj.weight for i, layer in enumerate(model.model.layers)}
-    weights |= {f"mlp.{i}": layer.mlp.down_proj.weight for i, layer in enumerate(model.model.layers)}
+    """h + gate * f(h), by scaling the output projections of a Llama: dL/dgate, sequence
+    by sequence.
+    """
+    first, fisher = (
+        score(setting(model, kind)) for score in (score_first_order, score_fisher)
+    )
+    weights = {
+        f"attn.{i}": layer.self_attn.o_proj.weight
+        for i, layer in enumerate(model.model.layers)
+    }
+    weights |= {
+        f"mlp.{i}": layer.mlp.down_proj.weight
+        for i, layer in enumerate(model.model.layers)
+    }
 
     def losses(names, gate):
         kept = {name: weights[name].data for name in names}
@@ -183,7 +227,8 @@ def test_gradients_are_finite_differences_of_a_gate(model, kind):
             weights[name].data = kept[name] * gate
         with torch.no_grad():
             found = [
-                float(cross_entropy(model(row[None]).logits[0, :-1].double(), row[1:])) for row in torch.cat(BATCHES)
+                float(cross_entropy(model(row[None]).logits[0, :-1].double(), row[1:]))
+                for row in torch.cat(BATCHES)
             ]
         for name in names:
             weights[name].data = kept[name]
@@ -192,13 +237,19 @@ def test_gradients_are_finite_differences_of_a_gate(model, kind):
     for unit in first:
         slopes = (losses(unit, 1.01) - losses(unit, 0.99)) / 0.02
         assert first[unit] == pytest.approx(-float(slopes.mean()), abs=3e-3)
-        assert fisher[unit] == pytest.approx(float(slopes.square().mean()) / 2, rel=2e-2, abs=1e-3)
+        assert fisher[unit] == pytest.approx(
+            float(slopes.square().mean()) / 2, rel=2e-2, abs=1e-3
+        )
 
 
 def test_gradients_of_parallel_blocks(model):
-    """To first order, all gates of GPT-NeoX closed by a thousandth change the loss by that much."""
+    """To first order, all gates of GPT-NeoX closed by a thousandth change the loss by
+    that much.
+    """
     net = family("gpt_neox").build()
-    asked = Setting(net, Space(locate(net), "attention"), BATCHES, Evaluator(net, nll(BATCHES)))
+    asked = Setting(
+        net, Space(locate(net), "attention"), BATCHES, Evaluator(net, nll(BATCHES))
+    )
     scores = score_first_order(asked)
     for index, layer in enumerate(net.gpt_neox.layers):
         dense = layer.attention.dense
@@ -209,12 +260,18 @@ def test_gradients_of_parallel_blocks(model):
             with torch.no_grad():
                 values.append(
                     sum(
-                        float(cross_entropy(net(row[None]).logits[0, :-1].double(), row[1:]))
+                        float(
+                            cross_entropy(
+                                net(row[None]).logits[0, :-1].double(), row[1:]
+                            )
+                        )
                         for row in torch.cat(BATCHES)
                     )
                 )
         dense.weight.data, dense.bias.data = kept
-        assert scores[f"attn.{index}",] == pytest.approx(-(values[0] - values[1]) / 0.02 / 6, abs=3e-3)
+        assert scores[f"attn.{index}",] == pytest.approx(
+            -(values[0] - values[1]) / 0.02 / 6, abs=3e-3
+        )
 
 
 def test_gate_norm_is_the_norm_of_the_product_with_keys_repeated(model):
@@ -223,16 +280,26 @@ def test_gate_norm_is_the_norm_of_the_product_with_keys_repeated(model):
         q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
         product = torch.zeros(32, 32)
         for head in range(4):
-            product += q[8 * head : 8 * head + 8].T @ k[8 * (head // 2) : 8 * (head // 2) + 8]
-        assert scores[f"attn.{index}",] == pytest.approx(product.norm().item(), rel=1e-5)
+            product += (
+                q[8 * head : 8 * head + 8].T @ k[8 * (head // 2) : 8 * (head // 2) + 8]
+            )
+        assert scores[f"attn.{index}",] == pytest.approx(
+            product.norm().item(), rel=1e-5
+        )
 
 
 def test_gate_norm_says_what_it_cannot_rank(model):
     fused = family("gpt2").build()
     with pytest.raises(UsageError, match="no q_proj; take another criterion"):
-        score_gate_norm(Setting(fused, Space(locate(fused), "attention"), BATCHES, None))
+        score_gate_norm(
+            Setting(fused, Space(locate(fused), "attention"), BATCHES, None)
+        )
     with pytest.raises(UsageError, match="attention only"):
-        choose("gate-norm", setting(model, "block"), by_count(Space(locate(model), "block"), 1))
+        choose(
+            "gate-norm",
+            setting(model, "block"),
+            by_count(Space(locate(model), "block"), 1),
+        )
 
 
 @pytest.mark.parametrize("objective", [nll, kl], ids=["nll", "kl"])
@@ -241,25 +308,43 @@ def test_leave_one_out_is_one_evaluation_a_unit(model, kind, objective):
     scores = score_leave_one_out(setting(model, kind, objective=objective))
     dense = slow_cost(model, (), objective.__name__)
     for unit, score in scores.items():
-        assert score == pytest.approx(slow_cost(model, unit, objective.__name__) - dense, abs=1e-5)
+        assert score == pytest.approx(
+            slow_cost(model, unit, objective.__name__) - dense, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("objective", [nll, kl], ids=["nll", "kl"])
 @pytest.mark.parametrize(
-    "kind", ["block", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("attention", "sublayer"))]
+    "kind",
+    [
+        "block",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("attention", "sublayer")
+        ),
+    ],
 )
 def test_greedy_is_the_published_algorithm(model, kind, objective):
-    """SLEB, BlockPruner and FinerCut, written out: every candidate in full at every step."""
+    """SLEB, BlockPruner and FinerCut, written out: every candidate in full at every
+    step.
+    """
     asked = setting(model, kind, objective=objective)
     skipped = frozenset()
     for _ in range(3):
         left = [unit for unit in asked.space.units if not skipped.intersection(unit)]
-        costs = {unit: slow_cost(model, skipped.union(unit), objective.__name__) for unit in left}
+        costs = {
+            unit: slow_cost(model, skipped.union(unit), objective.__name__)
+            for unit in left
+        }
         skipped = skipped.union(min(costs, key=costs.__getitem__))
     chosen = choose("greedy", asked, by_count(asked.space, 3))
     assert chosen.skipped == skipped
-    assert frozenset(name for unit in chosen.order for name in unit) == skipped  # and the order is known
-    assert asked.evaluator.cost(skipped) == pytest.approx(slow_cost(model, skipped, objective.__name__), abs=1e-5)
+    assert (
+        frozenset(name for unit in chosen.order for name in unit) == skipped
+    )  # and the order is known
+    assert asked.evaluator.cost(skipped) == pytest.approx(
+        slow_cost(model, skipped, objective.__name__), abs=1e-5
+    )
     assert asked.evaluator.spent.executions < unshared(asked.evaluator)
 
 
@@ -268,7 +353,9 @@ def test_evolution_never_gets_worse_and_is_the_same_each_time(model):
     chosen = [choose("evolution", setting(model), budget).skipped for _ in range(2)]
     assert chosen[0] == chosen[1]
     assert len(chosen[0]) == 4
-    assert slow_cost(model, chosen[0]) < min(slow_cost(model, _drawn(model, budget, seed)) for seed in range(5))
+    assert slow_cost(model, chosen[0]) < min(
+        slow_cost(model, _drawn(model, budget, seed)) for seed in range(5)
+    )
 
 
 def test_no_generation_of_an_evolution_is_worse_than_the_one_before(model, monkeypatch):
@@ -291,14 +378,18 @@ def test_no_generation_of_an_evolution_is_worse_than_the_one_before(model, monke
 
 def _drawn(model, budget, seed):
     one = setting(model)
-    return choose("random", Setting(model, one.space, BATCHES, one.evaluator, seed=seed), budget).skipped
+    return choose(
+        "random", Setting(model, one.space, BATCHES, one.evaluator, seed=seed), budget
+    ).skipped
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp", "block"])
 @pytest.mark.parametrize("keep", [0, 1])
 def test_deepest_is_the_papers_rule(model, kind, keep):
     asked = setting(model, kind, keep_last=keep)
-    chosen = asked.space.plan(choose("deepest", asked, by_count(asked.space, 2)).skipped)
+    chosen = asked.space.plan(
+        choose("deepest", asked, by_count(asked.space, 2)).skipped
+    )
     expected = deepest(locate(model), kind, 2 / LAYERS, keep_last=bool(keep))
     assert (chosen.attention, chosen.mlp) == (expected.attention, expected.mlp)
 
@@ -310,14 +401,18 @@ def test_the_papers_rule_needs_no_weights(model, kind, amount):
     assert next(empty.parameters()).is_meta
     plan = deepest(locate(empty), kind, keep_last=True, **amount)
     space = Space(locate(model), kind, keep_last=1)
-    chosen = choose("deepest", setting(model, kind, keep_last=1), by_count(space, 2)).skipped
+    chosen = choose(
+        "deepest", setting(model, kind, keep_last=1), by_count(space, 2)
+    ).skipped
     assert plan.indices == space.plan(chosen).indices
     assert plan.fingerprint == locate(model).fingerprint
 
 
 def test_shallowest_and_random(model):
     asked = setting(model, "attention", keep_first=1)
-    assert asked.space.plan(choose("shallowest", asked, by_count(asked.space, 2)).skipped).attention == (1, 2)
+    assert asked.space.plan(
+        choose("shallowest", asked, by_count(asked.space, 2)).skipped
+    ).attention == (1, 2)
     orders = {
         tuple(sorted(s, key=s.get))
         for seed in range(9)
@@ -330,7 +425,13 @@ def test_shallowest_and_random(model):
 @pytest.mark.parametrize("kind", ["attention", "mlp", "block", "sublayer", "portable"])
 def test_every_criterion_keeps_to_its_space(model, name, kind):
     portable = kind == "portable"
-    asked = setting(model, "sublayer" if portable else kind, portable=portable, keep_first=1, keep_last=1)
+    asked = setting(
+        model,
+        "sublayer" if portable else kind,
+        portable=portable,
+        keep_first=1,
+        keep_last=1,
+    )
     if asked.space.kind not in CRITERIA[name].kinds:
         with pytest.raises(UsageError, match="only"):
             choose(name, asked, by_count(asked.space, 2))
@@ -345,7 +446,9 @@ def test_every_criterion_keeps_to_its_space(model, name, kind):
         assert model(BATCHES[0]).logits.isfinite().all()
     assert asked.space.allows(skipped)
     kept = "".join(name[0] for name in asked.space.order if name not in skipped)
-    assert not portable or kept == "am" * (len(kept) // 2)  # attention, MLP, attention, MLP: an ordinary model
+    assert not portable or kept == "am" * (
+        len(kept) // 2
+    )  # attention, MLP, attention, MLP: an ordinary model
 
 
 def test_a_limit_on_the_objective_is_kept(model):

@@ -1,4 +1,6 @@
-"""Commands on devices: on one, and with `--device-map`, print what they print on the CPU."""
+"""Commands on devices: on one, and with `--device-map`, print what they print on the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,18 @@ TWICE = pytest.mark.devices(count=2)
 on_each = pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE)])
 SKIP = ["--skip", "attention:0.5"]
 READ = ["--text", "prose", *QUICK]
-MEND = ["--plan", "plan.json", "--text", "prose", "--length", "16", "--batch-size", "4", "--dtype", "float32"]
+MEND = [
+    "--plan",
+    "plan.json",
+    "--text",
+    "prose",
+    "--length",
+    "16",
+    "--batch-size",
+    "4",
+    "--dtype",
+    "float32",
+]
 QUICKEST = {
     "similarity": ["similarity", *READ],
     "eval": ["eval", *SKIP, *READ],
@@ -36,17 +49,65 @@ QUICKEST = {
 }
 OTHERS = {
     "eval with diagnostics": ["eval", *SKIP, *READ, "--diagnostics"],
-    "eval with tasks": ["eval", *SKIP, *READ, "--tasks", "tiny_choice,tiny_words", "--limit", "4"],
-    "eval with own checks": ["eval", *SKIP, *READ, "--tasks", "passkey_256,answers", "--limit", "2"],
-    "search for a task": ["search", "--skip", "attention:1", *READ, "--objective", "task:tiny_choice"],
+    "eval with tasks": [
+        "eval",
+        *SKIP,
+        *READ,
+        "--tasks",
+        "tiny_choice,tiny_words",
+        "--limit",
+        "4",
+    ],
+    "eval with own checks": [
+        "eval",
+        *SKIP,
+        *READ,
+        "--tasks",
+        "passkey_256,answers",
+        "--limit",
+        "2",
+    ],
+    "search for a task": [
+        "search",
+        "--skip",
+        "attention:1",
+        *READ,
+        "--objective",
+        "task:tiny_choice",
+    ],
     "compare": ["compare", "--skip", "attention:1", "--criterion", "cosine", *READ],
-    "repair by replaceme": ["repair", *MEND, "--sequences", "16", "--repair", "replaceme"],
+    "repair by replaceme": [
+        "repair",
+        *MEND,
+        "--sequences",
+        "16",
+        "--repair",
+        "replaceme",
+    ],
     "heal": ["heal", *MEND, "--tokens", "256"],
-    "generate": ["generate", "Hello", *SKIP, "--max-new-tokens", "4", "--dtype", "float32"],
+    "generate": [
+        "generate",
+        "Hello",
+        *SKIP,
+        "--max-new-tokens",
+        "4",
+        "--dtype",
+        "float32",
+    ],
 }
 TIMED = {
     "bench": ["bench", *SKIP, *FAST],
-    "draft": ["draft", *SKIP, *FAST, "--text", "prose", "--sequences", "1", "--most", "1"],
+    "draft": [
+        "draft",
+        *SKIP,
+        *FAST,
+        "--text",
+        "prose",
+        "--sequences",
+        "1",
+        "--most",
+        "1",
+    ],
     "sweep": ["sweep", *READ, *FAST[:-2]],
 }
 
@@ -60,7 +121,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def typed(run, folder, tmp_path, monkeypatch):
-    """Run a command on the tiny checkpoint with more words; what it printed, as JSON where it can."""
+    """Run a command on the tiny checkpoint with more words; what it printed, as JSON
+    where it can.
+    """
 
     def typed(words, *more):
         monkeypatch.chdir(tempfile.mkdtemp(dir=tmp_path))

@@ -1,7 +1,8 @@
-"""What notall does on devices is what it does on the CPU: on one, and split over two by accelerate.
+"""What notall does on devices is what it does on the CPU: on one, and split over two by
+accelerate.
 
-Models and ids are made on the CPU; what moves is for notall to see to. Where there are no devices
-they are simulated, and compute what the CPU does (see `simulated_devices`).
+Models and ids are made on the CPU; what moves is for notall to see to. Where there are
+no devices they are simulated, and compute what the CPU does (see `simulated_devices`).
 """
 
 from __future__ import annotations
@@ -59,10 +60,16 @@ TWICE = pytest.mark.devices(count=2)
 on_each = pytest.mark.parametrize("place", ["one", pytest.param("two", marks=TWICE)])
 VOCABULARY = 280  # of the tokenizer of bytes
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
-GGUF_SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}
+GGUF_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "eos_token_id": None,
+}
 SHORT = Workload(prompt_tokens=8, generation_tokens=2, rounds=1)
 
-# A plain model, tied embeddings, windows and norms behind, experts, a hybrid, and shared KV.
+# A plain model, tied embeddings, windows and norms behind, experts, a hybrid, and
+# shared KV.
 FAMILIES = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
@@ -92,7 +99,9 @@ def inputs(model):
 
 
 def plans_for(structure):
-    """One of each kind; two blocks; the last ones; MLPs that go with attentions of other layers."""
+    """One of each kind; two blocks; the last ones; MLPs that go with attentions of
+    other layers.
+    """
     plans = [Plan([1], [2]), Plan([1, 2], [1, 2]), Plan([2, 3], [2, 3])]
     plans += [Plan([0, 2], [1]), Plan([1], [0])]
     return [fitting(plan, structure) for plan in plans]
@@ -102,7 +111,9 @@ def fitting(plan, structure):
     """What of it this model has: layers may have one sublayer alone."""
 
     def there(kind):
-        return [layer for layer in getattr(plan, kind) if kind in structure.kinds[layer]]
+        return [
+            layer for layer in getattr(plan, kind) if kind in structure.kinds[layer]
+        ]
 
     return Plan(there("attention"), there("mlp"))
 
@@ -114,7 +125,10 @@ def located(model, tokenizer):
     structure = notall.locate(model)
     return [
         *(structure.in_place, structure.apart),
-        *((part.name, part.mixer, part.parameters, part.read_by) for part in structure.sublayers),
+        *(
+            (part.name, part.mixer, part.parameters, part.read_by)
+            for part in structure.sublayers
+        ),
     ]
 
 
@@ -130,8 +144,12 @@ def skipped(model, tokenizer):
 def generated(model, tokenizer):
     found = []
     for plan in (Plan(), plans_for(notall.locate(model))[0]):
-        found.append(notall.generate_text(model, tokenizer, plan, "Hello", max_new_tokens=5))
-        notall.generate_text(model, tokenizer, plan, "Hello", max_new_tokens=5, temperature=0.7)
+        found.append(
+            notall.generate_text(model, tokenizer, plan, "Hello", max_new_tokens=5)
+        )
+        notall.generate_text(
+            model, tokenizer, plan, "Hello", max_new_tokens=5, temperature=0.7
+        )
     return found
 
 
@@ -143,13 +161,21 @@ IN_PROMPT = Plan(prefill={"attention": [1, 3], "mlp": [1, 2], "last_tokens": 2})
 
 
 def in_prompts(model, tokenizer, plan=IN_PROMPT):
-    """Skipped for a prompt alone: the logits, what `generate` writes, and the quality behind the prompt."""
+    """Skipped for a prompt alone: the logits, what `generate` writes, and the quality
+    behind the prompt.
+    """
     ids = inputs(model)
     with torch.no_grad(), notall.skip(model, plan):
         with notall.prompt(model, 16):
             logits = model(ids).logits.cpu()
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    return logits, written.cpu(), values(notall.evaluate(model, [plan], text(model), prompt_tokens=16))
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
+        )
+    return (
+        logits,
+        written.cpu(),
+        values(notall.evaluate(model, [plan], text(model), prompt_tokens=16)),
+    )
 
 
 def in_prompts_repaired(model, tokenizer):
@@ -159,7 +185,13 @@ def in_prompts_repaired(model, tokenizer):
 
 def in_prompts_healed(model, tokenizer):
     fitted, *held_out = text(model)
-    plan = notall.heal(model, notall.repair(model, IN_PROMPT, text(model)), [fitted], held_out, TrainConfig(rate=1e-3))
+    plan = notall.heal(
+        model,
+        notall.repair(model, IN_PROMPT, text(model)),
+        [fitted],
+        held_out,
+        TrainConfig(rate=1e-3),
+    )
     return values(notall.evaluate(model, [plan], text(model), prompt_tokens=16))
 
 
@@ -182,13 +214,18 @@ def searched(model, tokenizer, how):
     if how == "nll":
         goal = objective.nll(TEXT)
     elif how == "answers":
-        goal = objective.answers(model, tokenizer, ["hello there", "and so on"], new_tokens=6)
+        goal = objective.answers(
+            model, tokenizer, ["hello there", "and so on"], new_tokens=6
+        )
     elif how == "retrieval":
         goal = objective.retrieval(model, tokenizer)
     elif how == "limit":
         budget = by_limit(space, 0.5)
     elif how == "footprint":
-        budget, more = by_footprint(model, space, "params", 0.1), {"held_out": windows(1, seed=4)}
+        budget, more = (
+            by_footprint(model, space, "params", 0.1),
+            {"held_out": windows(1, seed=4)},
+        )
     elif how == "speedup":
         times = measure_times(model, SHORT)
         with suppress(UsageError):  # they differ from run to run
@@ -201,16 +238,31 @@ def searched(model, tokenizer, how):
 
 def scored(model, tokenizer):
     """Requests of a benchmark, packed."""
-    asked = [Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4)) for n in range(12)]
-    parts = list(Scorer(model).score([Plan(), plans_for(notall.locate(model))[0]], asked))
-    by_request = {n: part.log_likelihoods.T[at] for part in parts for at, n in enumerate(part.requests)}
+    asked = [
+        Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4))
+        for n in range(12)
+    ]
+    parts = list(
+        Scorer(model).score([Plan(), plans_for(notall.locate(model))[0]], asked)
+    )
+    by_request = {
+        n: part.log_likelihoods.T[at]
+        for part in parts
+        for at, n in enumerate(part.requests)
+    }
     return [by_request[n] for n in range(12)]
 
 
 def diagnosed(model, tokenizer):
     plans = plans_for(notall.locate(model))[:1]
     texts = windows(2, rows=1, tokens=80)
-    return [values(found) for found in [*check_texts(model, plans, texts), *check_writing(model, plans, texts, 4)]]
+    return [
+        values(found)
+        for found in [
+            *check_texts(model, plans, texts),
+            *check_writing(model, plans, texts, 4),
+        ]
+    ]
 
 
 def timed(model, tokenizer):
@@ -234,7 +286,12 @@ def weighed(model, tokenizer):
     return [footprint(model, plan) for plan in plans_for(notall.locate(model))]
 
 
-COMMON = {"locate": located, "skip": skipped, "evaluate": evaluated, "similarity": similar}
+COMMON = {
+    "locate": located,
+    "skip": skipped,
+    "evaluate": evaluated,
+    "similarity": similar,
+}
 CASES = {
     **COMMON,
     "generate": generated,
@@ -246,7 +303,10 @@ CASES = {
     "in prompts": in_prompts,
     "in prompts, repaired": in_prompts_repaired,
     "in prompts, healed": in_prompts_healed,
-    **{f"by {name}": functools.partial(chosen, criterion=name) for name in every_criterion()},
+    **{
+        f"by {name}": functools.partial(chosen, criterion=name)
+        for name in every_criterion()
+    },
     **{
         f"search by {how}": functools.partial(searched, how=how)
         for how in ("nll", "answers", "retrieval", "limit", "footprint", "speedup")
@@ -259,7 +319,10 @@ CASES = {
 
 def values(facts):
     """Numbers of records, in order."""
-    return [[number for number in fact.model_dump().values() if isinstance(number, float)] for fact in facts]
+    return [
+        [number for number in fact.model_dump().values() if isinstance(number, float)]
+        for fact in facts
+    ]
 
 
 def flat(found):
@@ -276,7 +339,9 @@ def assert_equal(found, expected):
         if isinstance(one, torch.Tensor):
             assert (one - other).abs().max() <= 1e-4 * other.abs().max()
         elif isinstance(one, float):
-            assert one == pytest.approx(other, rel=1e-4, abs=1e-5) or (math.isnan(one) and math.isnan(other))
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-5) or (
+                math.isnan(one) and math.isnan(other)
+            )
         else:
             assert one == other
 
@@ -288,7 +353,9 @@ def on_cpu(name):
     model = family(name).build("sdpa", **SIZES, **FAMILIES[name])
     try:
         notall.locate(model)
-    except UnsupportedModel as refusal:  # such as layers that share keys and values, on transformers 4.57
+    except (
+        UnsupportedModel
+    ) as refusal:  # such as layers that share keys and values, on transformers 4.57
         pytest.skip(str(refusal))
     return model
 
@@ -337,7 +404,11 @@ def drafted(model):
     """What it generates with a draft model, and without."""
     draft = notall.draft_model(model, Plan([1]))
     ids = inputs(model)[:1]
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
     plain = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, assistant_model=draft, **options), plain)
     return plain.cpu()
@@ -366,7 +437,9 @@ class Copies(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.count += func is torch.Tensor.to and args[0] is self.of and result is not self.of
+        self.count += (
+            func is torch.Tensor.to and args[0] is self.of and result is not self.of
+        )
         return result
 
 
@@ -375,7 +448,9 @@ def test_random_numbers_go_on_as_if_nothing_was_drawn(place):
     model = placed("llama", place)
     devices = range(torch.cuda.device_count())
     states = [torch.cuda.get_rng_state(device) for device in devices]
-    notall.generate_text(model, byte_tokenizer(), Plan(), "Hello", temperature=0.7, max_new_tokens=3)
+    notall.generate_text(
+        model, byte_tokenizer(), Plan(), "Hello", temperature=0.7, max_new_tokens=3
+    )
     for device, state in zip(devices, states):
         assert torch.equal(torch.cuda.get_rng_state(device), state)
 
@@ -394,7 +469,9 @@ def test_plans_with_weights_run_where_their_layers_do(place):
 
 
 def fetched(path):
-    """The model with a part on the CPU, from where accelerate fetches it: it is shown on `meta`."""
+    """The model with a part on the CPU, from where accelerate fetches it: it is shown
+    on `meta`.
+    """
     places = {path: "cpu", "model": 0, "lm_head": 0}
     return dispatch_model(copy.deepcopy(on_cpu("llama")), places, main_device=0)
 
@@ -418,14 +495,30 @@ def test_tasks_are_answered_as_on_the_cpu(place, name, tmp_path):
 def test_an_embedding_that_accelerate_fetches_takes_ids_of_the_cpu():
     model = fetched("model.embed_tokens")
     assert model.device.type == "meta"
-    for case in ("evaluate", "similarity", "generate", "score", "times", "by search", "diagnostics"):
+    for case in (
+        "evaluate",
+        "similarity",
+        "generate",
+        "score",
+        "times",
+        "by search",
+        "diagnostics",
+    ):
         assert_equal(outcome(model, case), expected("llama", case))
     assert speed.machine(*speed.devices_of(model))["device"] == "cpu, cuda:0"
 
 
 def test_a_layer_that_accelerate_fetches_counts_as_any_other():
     model = fetched("model.layers.3")
-    for case in ("locate", "skip", "evaluate", "similarity", "generate", "times", "by search"):
+    for case in (
+        "locate",
+        "skip",
+        "evaluate",
+        "similarity",
+        "generate",
+        "times",
+        "by search",
+    ):
         assert_equal(outcome(model, case), expected("llama", case))
 
 
@@ -436,7 +529,9 @@ def test_a_search_guesses_on_a_part_of_the_vocabulary(place, monkeypatch):
     for one in (model, on_cpu("llama")):
         space = Space(notall.locate(one), "sublayer")
         for goal in (objective.nll, objective.kl):
-            costs = Evaluator(one, goal(TEXT)).costs([frozenset(unit) for unit in space.units], 0.5)
+            costs = Evaluator(one, goal(TEXT)).costs(
+                [frozenset(unit) for unit in space.units], 0.5
+            )
             found.append(costs)
     assert_equal(found[:2], found[2:])
 
@@ -446,7 +541,9 @@ NAMES = ("moved", "plain")
 
 @on_each
 def test_a_live_model_is_exported_as_from_the_cpu(place, tmp_path):
-    """Portable, regrouped, and with weights of the plan's own, which are on devices too."""
+    """Portable, regrouped, and with weights of the plan's own, which are on devices
+    too.
+    """
     path = "model.layers.3.self_attn.o_proj.weight"
     for number, plan in enumerate((Plan([1], [1]), Plan([1], [2]))):
         for name, model in zip(NAMES, (placed("llama", place), on_cpu("llama"))):
@@ -454,7 +551,10 @@ def test_a_live_model_is_exported_as_from_the_cpu(place, tmp_path):
             repaired = RepairedPlan.of(plan, weights={path: own})
             out = tmp_path / f"{name} {number}"
             notall.export(model, repaired, "hf", out, tokenizer=byte_tokenizer())
-        written = [load_file(tmp_path / f"{name} {number}" / "model.safetensors") for name in NAMES]
+        written = [
+            load_file(tmp_path / f"{name} {number}" / "model.safetensors")
+            for name in NAMES
+        ]
         assert written[0].keys() == written[1].keys()
         assert all(torch.equal(written[0][key], written[1][key]) for key in written[1])
 
@@ -463,7 +563,9 @@ def test_a_live_model_is_exported_as_from_the_cpu(place, tmp_path):
 def test_weights_of_a_plan_are_kept_and_read(place, tmp_path):
     path = "model.layers.3.self_attn.o_proj.weight"
     model = placed("llama", place)
-    plan = RepairedPlan.of(Plan([1]), weights={path: 2 * model.get_parameter(path).detach()})
+    plan = RepairedPlan.of(
+        Plan([1]), weights={path: 2 * model.get_parameter(path).detach()}
+    )
     plan.knowing(model).save(tmp_path / "kept")
     found = values(notall.evaluate(model, [RepairedPlan.load(tmp_path / "kept")], TEXT))
     assert_equal(found, values(notall.evaluate(model, [plan], TEXT)))
@@ -474,7 +576,10 @@ def test_a_gguf_file_is_read_onto_devices(place, tmp_path):
     made = family("llama").build(vocab_size=len(WORDS), **GGUF_SIZES)
     file = write_gguf(made, tmp_path / "tiny.gguf", kind=Kind.Q8_0)
     where = {"device": "cuda:0"} if place == "one" else {"device_map": "balanced"}
-    moved, plain = (notall.load(file, dtype="float32", **how)[0] for how in (where, {"device": "cpu"}))
+    moved, plain = (
+        notall.load(file, dtype="float32", **how)[0]
+        for how in (where, {"device": "cpu"})
+    )
     assert len(devices_of(moved)) == (1 if place == "one" else 2)
     assert_equal(evaluated(moved, None), evaluated(plain, None))
 
@@ -501,11 +606,16 @@ def test_an_engine_tells_the_memory_of_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # some of the many are built otherwise by 4.57; those above run on both
+# some of the many are built otherwise by 4.57; those above run on both
+@pytest.mark.any_transformers
 @on_each
-@pytest.mark.parametrize("tested", [one for one in [*PLAIN, *HYBRIDS] if one.exists], ids=str)
+@pytest.mark.parametrize(
+    "tested", [one for one in [*PLAIN, *HYBRIDS] if one.exists], ids=str
+)
 def test_each_family(tested, place):
-    """All of them are found, skipped, evaluated and compared by layer on devices as on the CPU."""
+    """All of them are found, skipped, evaluated and compared by layer on devices as on
+    the CPU.
+    """
     try:
         model = tested.build("sdpa")
     except ValueError:  # it has no such attention

@@ -30,13 +30,19 @@ def model():
 
 def by_name(found):
     """By name and plan: `found` has one check after the other, each of every plan."""
-    return {(check.check, plan): check for checks in found for plan, check in enumerate(checks)}
+    return {
+        (check.check, plan): check
+        for checks in found
+        for plan, check in enumerate(checks)
+    }
 
 
 def token_losses(model, plan, window):
     with skip(model, plan), torch.no_grad():
         logits = model(window).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none"), logits.softmax(-1)
+    return torch.nn.functional.cross_entropy(
+        logits, window[0, 1:], reduction="none"
+    ), logits.softmax(-1)
 
 
 def test_nll_by_position_is_that_of_the_skipped_model(model):
@@ -49,21 +55,36 @@ def test_nll_by_position_is_that_of_the_skipped_model(model):
     }
     for number, plan in enumerate(PLANS):
         for low, high in ((0, 64), (64, 128), (128, 139)):
-            ours = [float(token_losses(model, plan, window)[0][low:high].mean()) for window in WINDOWS]
-            dense = [float(token_losses(model, Plan(), window)[0][low:high].mean()) for window in WINDOWS]
+            ours = [
+                float(token_losses(model, plan, window)[0][low:high].mean())
+                for window in WINDOWS
+            ]
+            dense = [
+                float(token_losses(model, Plan(), window)[0][low:high].mean())
+                for window in WINDOWS
+            ]
             check = found[f"NLL at {low} to {high - 1}", number]
             assert check.value == pytest.approx(sum(ours) / 3, rel=1e-5)
-            assert check.delta == pytest.approx((sum(ours) - sum(dense)) / 3, rel=1e-3, abs=1e-6)
+            assert check.delta == pytest.approx(
+                (sum(ours) - sum(dense)) / 3, rel=1e-3, abs=1e-6
+            )
 
 
 def test_calibration_by_hand():
     def read(confidence, correct):
-        return diagnostics._Read(torch.zeros(len(correct)), torch.tensor(confidence), torch.tensor(correct))
+        return diagnostics._Read(
+            torch.zeros(len(correct)), torch.tensor(confidence), torch.tensor(correct)
+        )
 
-    # One bin: confidence 0.9, half right: 0.4 off. Another: confidence 0.5 and right: 0.5 off.
-    assert calibration_error([read([0.9, 0.9], [True, False]), read([0.5, 0.5], [True, True])]) == pytest.approx(0.45)
+    # One bin: confidence 0.9, half right: 0.4 off. Another: confidence 0.5 and right:
+    # 0.5 off.
+    assert calibration_error(
+        [read([0.9, 0.9], [True, False]), read([0.5, 0.5], [True, True])]
+    ) == pytest.approx(0.45)
     assert calibration_error([read([1.0], [True])]) == 0
-    assert calibration_error([read([0.9, 0.9, 0.9, 0.9], [True, True, True, True])]) == pytest.approx(0.1, abs=1e-6)
+    assert calibration_error(
+        [read([0.9, 0.9, 0.9, 0.9], [True, True, True, True])]
+    ) == pytest.approx(0.1, abs=1e-6)
 
 
 def test_calibration_is_that_of_the_skipped_model(model):
@@ -77,14 +98,18 @@ def test_calibration_is_that_of_the_skipped_model(model):
     bins = [[] for _ in range(15)]
     for sure, right in zip(confidence, correct):
         bins[min(14, int(sure * 15))].append((sure, right))
-    expected = sum(abs(sum(r for _, r in some) - sum(s for s, _ in some)) for some in bins) / len(confidence)
+    expected = sum(
+        abs(sum(r for _, r in some) - sum(s for s, _ in some)) for some in bins
+    ) / len(confidence)
     assert found["calibration error", 1].value == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_passkey_is_found_where_greedy_decoding_says_it(model, monkeypatch):
     tokenizer, asked = byte_tokenizer(), []
     passkey = diagnostics._asked
-    monkeypatch.setattr(diagnostics, "_asked", lambda *args: asked.append(passkey(*args)) or asked[-1])
+    monkeypatch.setattr(
+        diagnostics, "_asked", lambda *args: asked.append(passkey(*args)) or asked[-1]
+    )
     found = by_name(check_passkey(model, tokenizer, PLANS, [60, 80]))
     keys = diagnostics.KEYS
     assert len(asked) == 2 * keys
@@ -99,25 +124,42 @@ def test_a_passkey_is_found_where_greedy_decoding_says_it(model, monkeypatch):
         hits = []
         for request in asked[:keys]:
             with skip(model, plan), torch.no_grad():
-                choices = model(torch.tensor([request.sequence])).logits[0].argmax(-1).tolist()
-            hits.append(tuple(choices[-len(request.continuation) :]) == request.continuation)
+                choices = (
+                    model(torch.tensor([request.sequence]))
+                    .logits[0]
+                    .argmax(-1)
+                    .tolist()
+                )
+            hits.append(
+                tuple(choices[-len(request.continuation) :]) == request.continuation
+            )
         assert found["passkey at 60", number].value == sum(hits) / keys
 
 
 def test_writing_is_compared_with_the_dense_model_s(model):
     found = by_name(check_writing(model, [Plan(), *PLANS], WINDOWS, 12))
-    assert found["tokens as dense", 0].value == found["length written", 0].value  # the original model beside itself
+    assert (
+        found["tokens as dense", 0].value == found["length written", 0].value
+    )  # the original model beside itself
     texts = []
     for plan in (Plan(), *PLANS):
         with skip(model, plan):
             rows = [
-                model.generate(window[:, :64], max_new_tokens=12, do_sample=False, pad_token_id=0) for window in WINDOWS
+                model.generate(
+                    window[:, :64], max_new_tokens=12, do_sample=False, pad_token_id=0
+                )
+                for window in WINDOWS
             ]
         texts.append([row[0, 64:].tolist() for row in rows])
     for number, some in enumerate(texts):
-        shared = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), len(x)) for x, y in zip(some, texts[0])]
+        shared = [
+            next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), len(x))
+            for x, y in zip(some, texts[0])
+        ]
         assert found["tokens as dense", number].value == pytest.approx(sum(shared) / 3)
-        assert found["repetition", number].value == pytest.approx(sum(map(repetition, some)) / 3)
+        assert found["repetition", number].value == pytest.approx(
+            sum(map(repetition, some)) / 3
+        )
 
 
 def test_writing_is_greedy_whatever_the_checkpoint_would_rather_do(model, monkeypatch):
@@ -135,7 +177,13 @@ def test_repetition_by_hand():
 
 def test_worse_is_what_lost_beyond_its_error():
     def check(delta, p_value, higher_is_better):
-        found = {"value": 1.0, "value_se": 0.1, "delta": delta, "delta_se": 0.1, "p_value": p_value}
+        found = {
+            "value": 1.0,
+            "value_se": 0.1,
+            "delta": delta,
+            "delta_se": 0.1,
+            "p_value": p_value,
+        }
         return Check(check="x", **found, higher_is_better=higher_is_better)
 
     assert check(0.5, 0.01, False).worse
@@ -152,7 +200,9 @@ def test_losing_every_passkey_is_worse_and_of_five_too_few_are_asked_for():
     def found(keys, right=None):
         right = keys if right is None else right
         dense = [1.0] * right + [0.0] * (keys - right)
-        (check,) = diagnostics._checks("passkey", [dense, [0.0] * keys], higher_is_better=True, right_or_wrong=True)
+        (check,) = diagnostics._checks(
+            "passkey", [dense, [0.0] * keys], higher_is_better=True, right_or_wrong=True
+        )
         return check.verdict
 
     assert found(diagnostics.KEYS) == "worse"
@@ -163,7 +213,9 @@ def test_losing_every_passkey_is_worse_and_of_five_too_few_are_asked_for():
 
 @pytest.mark.parametrize(("tokens", "expected"), [(3, 3), (20, diagnostics.WINDOWS)])
 def test_a_short_text_has_fewer_windows(tmp_path, tokens, expected):
-    """No option says how many windows the diagnostics read: a text that has fewer is not refused."""
+    """No option says how many windows the diagnostics read: a text that has fewer is
+    not refused.
+    """
     net, text = tiny_llama(64), tmp_path / "short.txt"
     text.write_text("a" * (64 * tokens + 5), encoding="utf-8")
     windows = PromptOptions(str(text)).for_diagnostics(net, byte_tokenizer(), 0)
@@ -175,7 +227,9 @@ def test_a_short_text_has_fewer_windows(tmp_path, tokens, expected):
 
 def test_windows_are_enough_to_tell_and_four_are_too_few():
     def found(windows):
-        (check,) = diagnostics._checks("NLL", [[3.0] * windows, [3.5] * windows], higher_is_better=False)
+        (check,) = diagnostics._checks(
+            "NLL", [[3.0] * windows, [3.5] * windows], higher_is_better=False
+        )
         return check.verdict
 
     assert found(diagnostics.WINDOWS) == "worse"
@@ -183,8 +237,12 @@ def test_windows_are_enough_to_tell_and_four_are_too_few():
 
 
 def test_all_of_it(model):
-    by_plan = run_diagnostics(model, byte_tokenizer(), PLANS, WINDOWS, contexts=[60], new_tokens=8)
+    by_plan = run_diagnostics(
+        model, byte_tokenizer(), PLANS, WINDOWS, contexts=[60], new_tokens=8
+    )
     assert len(by_plan) == 2
-    assert [len({check.check for check in checks}) for checks in by_plan] == [3 + 1 + 1 + 3] * 2
+    assert [len({check.check for check in checks}) for checks in by_plan] == [
+        3 + 1 + 1 + 3
+    ] * 2
     with pytest.raises(UsageError, match="at least one window"):
         check_texts(model, PLANS, [])

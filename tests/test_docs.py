@@ -1,4 +1,6 @@
-"""Every command and snippet of the README and the documentation runs, on a tiny model and smaller sizes."""
+"""Every command and snippet of the README and the documentation runs, on a tiny model
+and smaller sizes.
+"""
 
 import inspect
 import json
@@ -20,7 +22,14 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GENERATED = {"architectures.md", "commands.md", "engines.md", "notebook.md"}
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
+PAGES = [
+    ROOT / "README.md",
+    *(
+        page
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        if page.name not in GENERATED
+    ),
+]
 LONG = {
     "README.md",
     "add-criterion.md",
@@ -40,27 +49,38 @@ LONG = {
 }  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {
-    "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt-tokens 4 --generation-tokens 2 --rounds 1",
+    "sweep": (
+        "--sequences 2 --length 32 --batch-size 2 --prompt-tokens 4 --generation-tokens"
+        " 2 --rounds 1"
+    ),
     "bench": "--prompt-tokens 4 --generation-tokens 2 --rounds 1",
-    "draft": "--sequences 2 --prompt-tokens 8 --generation-tokens 4 --most 2 --rounds 1",
+    "draft": (
+        "--sequences 2 --prompt-tokens 8 --generation-tokens 4 --most 2 --rounds 1"
+    ),
     "eval": "--sequences 2 --length 32",
     "similarity": "--sequences 2 --length 32",
     "generate": "--max-new-tokens 4",
     "search": "--sequences 2 --length 32 --batch-size 1",
     "repair": "--sequences 4 --length 32 --batch-size 2",
     "heal": "--tokens 128 --length 32 --batch-size 2",
-    "compare": "--sequences 2 --length 32 --batch-size 1 --criterion cosine --criterion search",
+    "compare": (
+        "--sequences 2 --length 32 --batch-size 1 --criterion cosine --criterion search"
+    ),
 }
 
 
 def blocks(page):
     """(language, title, text) of each fenced block."""
-    return [match.groups() for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    return [
+        match.groups() for match in FENCE.finditer(page.read_text(encoding="utf-8"))
+    ]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=16)
+    return save_tiny_checkpoint(
+        tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=16
+    )
 
 
 @pytest.fixture
@@ -71,8 +91,13 @@ def workplace(tiny, tmp_path, monkeypatch, short_prose):
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
     Path(tiny.name).symlink_to(tiny)  # as records name it
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(16)]
-    times = lambda _, workload, **__: latency.SublayerTimes(workload, 100, dict.fromkeys(names, 2))  # noqa: E731
-    monkeypatch.setattr(latency, "measure_times", times)  # what so small a model saves is hard to time
+
+    def times(_: object, workload: object, **__: object) -> latency.SublayerTimes:
+        return latency.SublayerTimes(workload, 100, dict.fromkeys(names, 2))
+
+    monkeypatch.setattr(
+        latency, "measure_times", times
+    )  # what so small a model saves is hard to time
     monkeypatch.setattr(latency.SpeedBudget, "reached", lambda *_: True)
     path, loaded = list(sys.path), set(sys.modules)
     yield {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
@@ -100,16 +125,26 @@ def run_line(line, words, monkeypatch):
 def check_line(line):
     """Its options exist, though it needs more than is here to run."""
     _, command, *arguments = shlex.split(line, comments=True)
-    typer.main.get_command(cli.app).commands[command].loaded().make_context(command, arguments)
+    typer.main.get_command(cli.app).commands[command].loaded().make_context(
+        command, arguments
+    )
 
 
 def _marks(page):
-    """Of the long pages two have every command and function, and are run on both lines of transformers."""
+    """Of the long pages two have every command and function, and are run on both lines
+    of transformers.
+    """
     slow = [pytest.mark.slow] if page in LONG else []
-    return [*slow, pytest.mark.any_transformers] if slow and page not in ("README.md", "first-run.md") else slow
+    return (
+        [*slow, pytest.mark.any_transformers]
+        if slow and page not in ("README.md", "first-run.md")
+        else slow
+    )
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=_marks(p.name)) for p in PAGES])
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.name, marks=_marks(p.name)) for p in PAGES]
+)
 def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
     type_page(page, workplace, monkeypatch)
 
@@ -118,15 +153,21 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_it_works_on_a_device_too(page, workplace, monkeypatch, capsys):
-    """Commands and snippets name no device, so that models are loaded onto the one that is here."""
+    """Commands and snippets name no device, so that models are loaded onto the one that
+    is here.
+    """
     type_page(page, workplace, monkeypatch)
 
 
-WITH_SNIPPETS = [page for page in PAGES if any(language == "python" for language, *_ in blocks(page))]
+WITH_SNIPPETS = [
+    page for page in PAGES if any(language == "python" for language, *_ in blocks(page))
+]
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=[page.name for page in WITH_SNIPPETS])
+@pytest.mark.parametrize(
+    "page", WITH_SNIPPETS, ids=[page.name for page in WITH_SNIPPETS]
+)
 def test_snippets_run_on_a_device(page, workplace):
     namespace = {}
     for language, title, text in blocks(page):
@@ -153,10 +194,18 @@ def type_page(page, workplace, monkeypatch):
             run_snippet(page, title, text, workplace, namespace)
         elif language == "toml":
             (value,) = re.findall('^\\w+ = "(\\w+:\\w+)"$', text, re.M)
-            assert plugins.find(value, "of no package").__name__ == value.partition(":")[2]
+            assert (
+                plugins.find(value, "of no package").__name__ == value.partition(":")[2]
+            )
         elif language == "yaml":
-            question = {"question": "What is it?", "choices": ["a", "bird", "of", "stone"], "label": 1}
-            Path("questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for _ in range(4)))
+            question = {
+                "question": "What is it?",
+                "choices": ["a", "bird", "of", "stone"],
+                "label": 1,
+            }
+            Path("questions.jsonl").write_text(
+                "".join(f"{json.dumps(question)}\n" for _ in range(4))
+            )
             Path(title).parent.mkdir(exist_ok=True)
             Path(title).write_text(text.replace("/path/to", str(Path.cwd())))
             assert TaskShelf(Path(title).parent).build(Path(title).stem, 1, 2).tasks
@@ -178,7 +227,11 @@ def type_page(page, workplace, monkeypatch):
                     assert set(re.findall(r"notall\[(\w+)\]", line)) <= set(extras)
         else:  # what other programs take
             # test_readme runs a console's
-            assert language in ("text", "bibtex", "console"), f"{page.name} has a block of {language}, run by nothing"
+            assert language in (
+                "text",
+                "bibtex",
+                "console",
+            ), f"{page.name} has a block of {language}, run by nothing"
 
 
 @pytest.mark.any_transformers
@@ -201,7 +254,10 @@ def run_notebook(workplace):
     namespace = {}
     cells = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]
     for cell in cells:
-        shown = notebook.run("".join(cell["source"]).replace("smollm2", str(workplace["smollm2"])), namespace)
+        shown = notebook.run(
+            "".join(cell["source"]).replace("smollm2", str(workplace["smollm2"])),
+            namespace,
+        )
         kept = "".join(line for output in cell["outputs"] for line in output["text"])
         assert (shown == "") == (kept == ""), "run: make notebook"
         assert shown or "print(" not in cell["source"][-1]
@@ -212,7 +268,9 @@ def test_the_page_of_the_notebook_is_of_it():
     notebook = program("docs/notebook")
     written = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
     assert written == notebook.render(notebook.cells()), "run: make notebook"
-    assert {"nbformat", "nbformat_minor", "metadata", "cells"} == json.loads(notebook.NOTEBOOK.read_text()).keys()
+    assert {"nbformat", "nbformat_minor", "metadata", "cells"} == json.loads(
+        notebook.NOTEBOOK.read_text()
+    ).keys()
 
 
 def test_the_page_of_the_python_api_has_every_public_name_and_no_other():
@@ -226,23 +284,35 @@ def test_the_page_of_the_python_api_has_every_public_name_and_no_other():
 @pytest.mark.any_transformers
 def test_every_paper_that_the_code_names_is_a_reference_with_bibtex():
     page = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
-    named = {number for text in sources for number in re.findall(r"\b\d{4}\.\d{5}\b", text)}
+    sources = [
+        path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")
+    ]
+    named = {
+        number for text in sources for number in re.findall(r"\b\d{4}\.\d{5}\b", text)
+    }
     assert len(named) >= 20
     for number in named:
         assert f"](https://arxiv.org/abs/{number})" in page, number
         assert f"eprint = {{{number}}}" in page, number
     for name in (*CRITERIA, *set(METHODS) - {"none"}):
         assert f"`{name}`" in page, name
-    entries = re.findall(r"^@misc{(\w+),\n  title = {.+},\n  author = {.+},\n  year = {\d{4}},$", page, re.M)
+    entries = re.findall(
+        r"^@misc{(\w+),\n  title = {.+},\n  author = {.+},\n  year = {\d{4}},$",
+        page,
+        re.M,
+    )
     assert len(set(entries)) == page.count("@misc{") == page.count("eprint = ")
 
 
 @pytest.mark.any_transformers
 def test_the_faq_quotes_messages_that_notall_prints():
     page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
-    whole = re.sub(r"\"\s*\n\s*f?\"", "", source)  # a literal that goes on in the next line
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")
+    )
+    whole = re.sub(
+        r"\"\s*\n\s*f?\"", "", source
+    )  # a literal that goes on in the next line
     quoted = re.findall(r"^\*\*`(.+)`\*\*", page, re.M)
     assert len(quoted) >= 15
     for message in quoted:
@@ -253,16 +323,23 @@ def test_the_faq_quotes_messages_that_notall_prints():
 @pytest.mark.any_transformers
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
-        for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page.read_text(encoding="utf-8")):
+        for link, anchor in re.findall(
+            r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page.read_text(encoding="utf-8")
+        ):
             target = page.parent / link if link else page
             assert link.startswith("https://") or target.exists(), (page.name, link)
-            assert not anchor or link.startswith("https://") or anchor in anchors(target), (page.name, link, anchor)
+            assert (
+                not anchor or link.startswith("https://") or anchor in anchors(target)
+            ), (page.name, link, anchor)
 
 
 def anchors(page):
     """Of the headings of a page, as GitHub and the site make them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    return {
+        re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+        for title in titles
+    }
 
 
 def test_the_documentation_counts_shared_sublayer_runs_right():
@@ -271,6 +348,9 @@ def test_the_documentation_counts_shared_sublayer_runs_right():
 
     model = family("llama").build(num_hidden_layers=30)
     plans = [row.plan for row in paper_grid(locate(model))]
-    replay, alone = Replay(model, plans), sum(len(locate(model).running(plan)) for plan in plans)
+    replay, alone = (
+        Replay(model, plans),
+        sum(len(locate(model).running(plan)) for plan in plans),
+    )
     told = (ROOT / "docs" / "how-it-works.md").read_text()
     assert f"{replay.executions} of the {alone} sublayer runs" in " ".join(told.split())

@@ -1,7 +1,9 @@
-"""Nothing runs unasked, nothing of the user's is lost, and what is not listed is refused.
+"""Nothing runs unasked, nothing of the user's is lost, and what is not listed is
+refused.
 
-Each test plants what somebody else could have put there (in a results folder, a cache, a working
-folder, a model) and looks at what notall does with it. Code that must not run leaves a mark.
+Each test plants what somebody else could have put there (in a results folder, a cache,
+a working folder, a model) and looks at what notall does with it. Code that must not run
+leaves a mark.
 """
 
 from __future__ import annotations
@@ -97,12 +99,15 @@ def refused(ended: Ended, *said: str) -> str:
     return line
 
 
-# --- reproduce: what a record may ask for ---------------------------------------------------------
+# --- reproduce: what a record may ask for
+# ---------------------------------------------------------
 
 
 def recorded(folder: Path, command: str, **where: Any) -> Path:
     """A results folder whose record says that this command made it."""
-    about = Provenance(what=result_folders.ABOUT.what, where={"command": command, **where})
+    about = Provenance(
+        what=result_folders.ABOUT.what, where={"command": command, **where}
+    )
     record = result_folders.measured("t", "skipped", 0.1, provenance=about)
     return result_folders.write(folder, record)
 
@@ -129,13 +134,20 @@ HIDDEN = (  # ways to write an option that a record may not have
 
 
 @pytest.mark.parametrize("words", HIDDEN)
-def test_a_record_asks_for_nothing_but_what_is_listed(working, folder, run, own_tasks_only, words):
+def test_a_record_asks_for_nothing_but_what_is_listed(
+    working, folder, run, own_tasks_only, words
+):
     task = Path("r/evil/evil.yaml")
     task.parent.mkdir(parents=True)
     task.write_text("task: evil\ndataset_path: json\ndoc_to_text: !function utils.f\n")
-    (task.parent / "utils.py").write_text(marking(working, "def f(document): return 'a'\n"))
+    (task.parent / "utils.py").write_text(
+        marking(working, "def f(document): return 'a'\n")
+    )
     Path("t").write_text("a bird sings under the winter light of an old stone; " * 9)
-    command = f"notall eval {folder} --text t --skip attention:1 {' '.join(QUICK)} --tasks evil"
+    command = (
+        f"notall eval {folder} --text t --skip attention:1 {' '.join(QUICK)} --tasks"
+        " evil"
+    )
     recorded(Path("r"), f"{command} {words}")
     refused(run("reproduce", "r", "--out", "again"), "no record may ask for")
     assert not ran(working)
@@ -182,19 +194,28 @@ def test_a_record_runs_only_the_file_that_it_was_recorded_with(working, folder, 
     ended = run("reproduce", "same", "--functions", ".", "--out", "again")
     refused(ended, "mine.py is not the file")
     assert not ran(working)
-    refused(run("reproduce", "same", "--functions", "trusted", "--out", "again"), "lower --length")
+    refused(
+        run("reproduce", "same", "--functions", "trusted", "--out", "again"),
+        "lower --length",
+    )
     assert ran(working)
     assert str(working) not in sys.path
     assert str(working / "trusted") not in sys.path
 
 
 def test_bytecode_beside_a_module_is_not_run(working, run):
-    """Python takes it for the file's where its header says that nobody needs to compare."""
+    """Python takes it for the file's where its header says that nobody needs to
+    compare.
+    """
     source = Path("mine.py")
     source.write_text(marking(working))
-    py_compile.compile("mine.py", invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    py_compile.compile(
+        "mine.py", invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
     source.write_text("def f(setting):\n    return {}\n")
-    refused(run("search", "absent", "--skip", "mlp:1", "--criterion", "mine:f"), "absent")
+    refused(
+        run("search", "absent", "--skip", "mlp:1", "--criterion", "mine:f"), "absent"
+    )
     assert "mine" in sys.modules
     assert not ran(working)
 
@@ -203,7 +224,9 @@ def test_the_working_folder_is_on_the_path_for_a_function_alone(working, run):
     """What libraries look for later, such as flash_attn, is not taken from there."""
     Path("mine.py").write_text("import helper\ndef f(setting):\n    return {}\n")
     Path("helper.py").write_text("")
-    refused(run("search", "absent", "--skip", "mlp:1", "--criterion", "mine:f"), "absent")
+    refused(
+        run("search", "absent", "--skip", "mlp:1", "--criterion", "mine:f"), "absent"
+    )
     assert "helper" in sys.modules
     assert not {"", ".", str(working)} & set(sys.path)
     Path("flash_attn_9.py").write_text(marking(working))
@@ -211,15 +234,25 @@ def test_the_working_folder_is_on_the_path_for_a_function_alone(working, run):
         import_module("flash_attn_9")
 
 
-# --- what the user has in a folder ----------------------------------------------------------------
+# --- what the user has in a folder
+# --------------------------------------------------------------------------------------
 
 
 SEEDED = (torch.Generator().manual_seed(number) for number in range(2))
-TEXTS = [torch.randint(3, 99, (2, 12), generator=one) for one in SEEDED]  # (windows, tokens)
+TEXTS = [
+    torch.randint(3, 99, (2, 12), generator=one) for one in SEEDED
+]  # (windows, tokens)
 
 
 def healed(out: Path) -> None:
-    notall.heal(family("llama").build(), Plan([1]), TEXTS[:1], TEXTS[1:], TrainConfig(evaluations=1), out=out)
+    notall.heal(
+        family("llama").build(),
+        Plan([1]),
+        TEXTS[:1],
+        TEXTS[1:],
+        TrainConfig(evaluations=1),
+        out=out,
+    )
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -227,7 +260,13 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files_in}
 
 
-THEIRS = ["step-100.pt", "last.safetensors", "best.safetensors/weights", "ray/state", ".mine"]
+THEIRS = [
+    "step-100.pt",
+    "last.safetensors",
+    "best.safetensors/weights",
+    "ray/state",
+    ".mine",
+]
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -247,7 +286,9 @@ def test_a_link_in_place_of_checkpoints_is_not_followed(working):
     Path("out").mkdir()
     Path("out/checkpoints").symlink_to(working / "elsewhere")
     before = contents_of(Path("elsewhere"))
-    with pytest.raises(UsageError, match="checkpoints is there, and no healing wrote it"):
+    with pytest.raises(
+        UsageError, match="checkpoints is there, and no healing wrote it"
+    ):
         healed(Path("out"))
     assert contents_of(Path("elsewhere")) == before
 
@@ -260,14 +301,24 @@ def test_what_is_put_beside_checkpoints_stays_when_the_healing_ends(working):
     assert Path("out/checkpoints/notes.txt").read_text() == "of the user"
 
 
-def test_a_repair_with_minutes_refuses_others_checkpoints_before_it_repairs(working, monkeypatch):
-    monkeypatch.setattr(methods, "repair_into", lambda *_: pytest.fail("it was repaired"))
+def test_a_repair_with_minutes_refuses_others_checkpoints_before_it_repairs(
+    working, monkeypatch
+):
+    monkeypatch.setattr(
+        methods, "repair_into", lambda *_: pytest.fail("it was repaired")
+    )
     Path("out/checkpoints").mkdir(parents=True)
     Path("out/checkpoints/step-100.pt").write_text("of the user")
-    training = healing.Training(Plan([1]), TEXTS[:1], TEXTS[1:], TrainConfig(minutes=1.0))
+    training = healing.Training(
+        Plan([1]), TEXTS[:1], TEXTS[1:], TrainConfig(minutes=1.0)
+    )
     model = family("llama").build()
-    with pytest.raises(UsageError, match=r"step-100\.pt is there, and no healing wrote it"):
-        methods.recover(Path("out"), "refit", model, training, TEXTS, result_folders.ABOUT)
+    with pytest.raises(
+        UsageError, match=r"step-100\.pt is there, and no healing wrote it"
+    ):
+        methods.recover(
+            Path("out"), "refit", model, training, TEXTS, result_folders.ABOUT
+        )
     assert Path("out/checkpoints/step-100.pt").read_text() == "of the user"
 
 
@@ -283,7 +334,8 @@ def test_pareto_refuses_others_checkpoints_before_it_reads_a_model(working, run)
     assert Path("out/checkpoints/dense-float32/mine").read_text() == "of the user"
 
 
-# --- the cache ------------------------------------------------------------------------------------
+# --- the cache
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -293,12 +345,18 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_code_in_a_cache_is_neither_run_nor_copied(working, own_cache, monkeypatch):
-    """Where it cannot be written. `save_pretrained` copies a class's file beside the weights."""
+    """Where it cannot be written. `save_pretrained` copies a class's file beside the
+    weights.
+    """
     source = remote_code.source_of("llama")
-    file = own_cache / "modeling" / notall.__version__ / remote_code.modeling_file("llama")
+    file = (
+        own_cache / "modeling" / notall.__version__ / remote_code.modeling_file("llama")
+    )
     file.parent.mkdir(parents=True)
     file.write_text(marking(working, source))
-    monkeypatch.setattr(remote_code, "keep", lambda *_: None)  # root may write everywhere
+    monkeypatch.setattr(
+        remote_code, "keep", lambda *_: None
+    )  # root may write everywhere
     module = remote_code.load_modeling(remote_code._folder_with("llama"), "llama")
     assert not ran(working)
     assert Path(module.__file__).read_text() == source
@@ -336,7 +394,9 @@ def test_a_cache_is_made_for_its_owner_alone(own_cache):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="it looks up open files")
 def test_a_file_is_on_disk_before_it_has_its_name(working, monkeypatch):
-    """And its folder after that: no power cut leaves an empty file in place of an old one."""
+    """And its folder after that: no power cut leaves an empty file in place of an old
+    one.
+    """
     steps, sync, replace = [], os.fsync, os.replace
 
     def synced(number):
@@ -344,7 +404,9 @@ def test_a_file_is_on_disk_before_it_has_its_name(working, monkeypatch):
         sync(number)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", lambda *names: steps.append("renamed") or replace(*names))
+    monkeypatch.setattr(
+        os, "replace", lambda *names: steps.append("renamed") or replace(*names)
+    )
     files.write_whole(Path("plan.json"), "{}")
     first, second, third = steps
     assert Path(first).name.startswith(".plan.json.")
@@ -355,12 +417,15 @@ def test_a_file_is_on_disk_before_it_has_its_name(working, monkeypatch):
     assert Path(steps[0]).name.startswith(".w.safetensors.")
 
 
-# --- files beside a manifest, and headers that count wrongly --------------------------------------
+# --- files beside a manifest, and headers that count wrongly
+# --------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("dense") / "tiny", num_hidden_layers=4)
+    return save_tiny_checkpoint(
+        tmp_path_factory.mktemp("dense") / "tiny", num_hidden_layers=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +457,9 @@ PLANTED = {  # what transformers reads wherever it lies beside a model
 
 @pytest.mark.parametrize("kind", ["regrouped", "ordinary"])
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_file_that_a_manifest_does_not_list_is_refused(export_of, tmp_path, kind, name):
+def test_a_file_that_a_manifest_does_not_list_is_refused(
+    export_of, tmp_path, kind, name
+):
     planted = copytree(export_of[kind], tmp_path / "export") / name
     planted.parent.mkdir(exist_ok=True)
     planted.write_text(PLANTED[name])
@@ -415,12 +482,18 @@ def test_what_nothing_reads_may_lie_beside_an_export(export_of, tmp_path, name):
 
 
 @pytest.mark.parametrize("listed", [[], ["config.json"], {"config.json": 5}, None, "x"])
-def test_a_manifest_whose_files_are_no_table_is_damaged(export_of, tmp_path, listed, run):
+def test_a_manifest_whose_files_are_no_table_is_damaged(
+    export_of, tmp_path, listed, run
+):
     manifest = copytree(export_of["regrouped"], tmp_path / "export") / "notall.json"
     told = json.loads(manifest.read_text())
     del told["sealed"]
     manifest.write_bytes(sealed(json.dumps(told | {"files": listed}).encode()))
-    refused(run("inspect", tmp_path / "export"), "notall.json of ", "is damaged: export it anew")
+    refused(
+        run("inspect", tmp_path / "export"),
+        "notall.json of ",
+        "is damaged: export it anew",
+    )
 
 
 def gguf_of(layers: int, folder: Path) -> Path:
@@ -439,17 +512,26 @@ def test_a_file_planted_in_the_copy_of_a_gguf_file_is_not_read(own_cache, tmp_pa
 def test_records_planted_beside_a_repair_are_refused(working):
     """They would tell another history of the weights, which an export hands on."""
     RepairedPlan.of(Plan([1])).save("repair")
-    records_lines.append(Path("repair/healing.jsonl"), {"record": "header", "of": "heal"})
-    with pytest.raises(UsageError, match=r"holds healing\.jsonl, which is no part of its repair"):
+    records_lines.append(
+        Path("repair/healing.jsonl"), {"record": "header", "of": "heal"}
+    )
+    with pytest.raises(
+        UsageError, match=r"holds healing\.jsonl, which is no part of its repair"
+    ):
         RepairedPlan.load("repair")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("more", [{}, {"split.count": 2}, {"other.block_count": 4}])
-def test_a_gguf_file_that_counts_too_few_layers_is_refused(tmp_path, run, own_cache, count, more):
+def test_a_gguf_file_that_counts_too_few_layers_is_refused(
+    tmp_path, run, own_cache, count, more
+):
     whole = read_gguf(gguf_of(4, tmp_path))
     changed = {"llama.block_count": count, **more}
-    fields = {**whole.fields, **{name: Field.of(value) for name, value in changed.items()}}
+    fields = {
+        **whole.fields,
+        **{name: Field.of(value) for name, value in changed.items()},
+    }
     short = tmp_path / "short.gguf"
     write_fields(short, whole, fields, whole.tensors)
     for words in (("inspect", short), ("generate", short, "a")):
@@ -457,25 +539,32 @@ def test_a_gguf_file_that_counts_too_few_layers_is_refused(tmp_path, run, own_ca
         assert f"block_count {count}, and it has tensors of 4 layers" in said
 
 
-# --- links, names, signals ------------------------------------------------------------------------
+# --- links, names, signals
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("name", ["measured.jsonl", ".lock"])
-def test_a_link_in_a_results_folder_is_not_written_through(working, folder, run, there, name):
+def test_a_link_in_a_results_folder_is_not_written_through(
+    working, folder, run, there, name
+):
     victim = Path("victim")
     if there:
         victim.touch()
     Path("out").mkdir()
     (Path("out") / name).symlink_to(working / victim)
     ended = run("eval", folder, "--skip", "attention:1", *QUICK, "--out", "out")
-    refused(ended, f"{name} is a link: put the file itself there, or choose another folder")
+    refused(
+        ended, f"{name} is a link: put the file itself there, or choose another folder"
+    )
     assert victim.exists() == there
     assert not there or not victim.read_bytes()
 
 
 def test_a_link_that_is_made_meanwhile_is_not_written_through(working, monkeypatch):
-    monkeypatch.setattr(records_lines, "refuse_link", lambda _: None)  # it was none a moment ago
+    monkeypatch.setattr(
+        records_lines, "refuse_link", lambda _: None
+    )  # it was none a moment ago
     Path("results.jsonl").symlink_to(working / "victim")
     with pytest.raises(UsageError, match=r"cannot write results\.jsonl"):
         records_lines.append(Path("results.jsonl"), {"a": 1})
@@ -485,12 +574,17 @@ def test_a_link_that_is_made_meanwhile_is_not_written_through(working, monkeypat
 def test_a_lock_of_the_user_is_not_emptied(working):
     """Releases of filelock before 4 do so."""
     Path(".lock").write_text("of the user")
-    with pytest.raises(UsageError, match="lock is there, and notall did not write it: choose"):
+    with pytest.raises(
+        UsageError, match="lock is there, and notall did not write it: choose"
+    ):
         records_lines.lock(Path(".")).__enter__()
     assert Path(".lock").read_text() == "of the user"
 
 
-IMAGE, LINK = '<img src=x onerror="alert(1)">', "[here](javascript:alert(1)) ![](http://t.example/x)"
+IMAGE, LINK = (
+    '<img src=x onerror="alert(1)">',
+    "[here](javascript:alert(1)) ![](http://t.example/x)",
+)
 HOSTILE = f"{IMAGE} {LINK} `a` **b** | &lt;script>"
 
 
@@ -508,7 +602,9 @@ def test_a_note_is_no_markup_in_a_card(tiny, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_leaves_no_partial_file(working, name):
     number = getattr(signal, name)
-    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    before = signal.signal(
+        number, signal.SIG_DFL
+    )  # the tests themselves may run under nohup
 
     def work():
         with cli._own_manners(), files.beside(Path("o")) as partial:
@@ -543,7 +639,16 @@ NAMED = {
     "heal": ("heal", "MODEL", "--plan", "NAME", "--out", "healed"),
     "text": ("eval", "MODEL", "--skip", "mlp:1", "--text", "NAME"),
     "held out": ("search", "MODEL", "--skip", "mlp:1", "--held-out", "NAME"),
-    "tasks": ("eval", "MODEL", "--skip", "mlp:1", "--task-path", "NAME", "--tasks", "passkey"),
+    "tasks": (
+        "eval",
+        "MODEL",
+        "--skip",
+        "mlp:1",
+        "--task-path",
+        "NAME",
+        "--tasks",
+        "passkey",
+    ),
     "prompts": ("compare", "MODEL", "--objective", "answers", "--prompts", "NAME"),
     "model": ("inspect", "NAME"),
     "shape": ("bench", "--shape", "NAME", "--dummy-weights"),
@@ -551,28 +656,54 @@ NAMED = {
     "page": ("report", "results", "-o", "NAME"),
     "again": ("reproduce", "NAME"),
     "functions": ("reproduce", "results", "--functions", "NAME"),
-    "offload": ("repair", "MODEL", "--skip", "mlp:1", "--offload", "NAME", "--text", "t"),
+    "offload": (
+        "repair",
+        "MODEL",
+        "--skip",
+        "mlp:1",
+        "--offload",
+        "NAME",
+        "--text",
+        "t",
+    ),
     "export": ("export", "MODEL", "--plan", "plan.json", "--to", "hf", "--out", "NAME"),
     "out": ("sweep", "MODEL", "--out", "NAME"),
-    "also": ("pareto", "MODEL", "--engine", "transformers", "--also", "NAME", "--skip", "mlp:1"),
+    "also": (
+        "pareto",
+        "MODEL",
+        "--engine",
+        "transformers",
+        "--also",
+        "NAME",
+        "--skip",
+        "mlp:1",
+    ),
     "join": ("report", "results", "--join", "NAME"),
     "criterion": ("search", "MODEL", "--skip", "mlp:1", "--criterion", "NAME:f"),
 }
 
 
 @pytest.mark.parametrize("given", NAMED)
-@pytest.mark.parametrize("name", [LONG, f"{LONG}/x", "half \udcff"], ids=["long", "in it", "odd"])
-def test_names_of_no_file_are_one_line(working, folder, run, own_tasks_only, given, name):
+@pytest.mark.parametrize(
+    "name", [LONG, f"{LONG}/x", "half \udcff"], ids=["long", "in it", "odd"]
+)
+def test_names_of_no_file_are_one_line(
+    working, folder, run, own_tasks_only, given, name
+):
     recorded(Path("results"), f"notall search {folder} --skip mlp:1 --criterion mine:f")
     Plan([1]).save("plan.json")
     Path("t").write_text("a bird sings under the winter light of an old stone; " * 9)
-    words = [word.replace("NAME", name).replace("MODEL", str(folder)) for word in NAMED[given]]
+    words = [
+        word.replace("NAME", name).replace("MODEL", str(folder))
+        for word in NAMED[given]
+    ]
     said = refused(run(*words))
     assert len(said) < 700
     assert name.isascii() or "is not UTF-8: rename" in said
 
 
-# --- a model's folder -----------------------------------------------------------------------------
+# --- a model's folder
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -658,7 +789,10 @@ def plant_template(folder: Path, working: Path) -> None:
     ways = [
         f"{{{{ cycler.__init__.__globals__.os.system('{command}') }}}}",
         f"{{{{ lipsum.__globals__['os'].popen('{command}').read() }}}}",
-        f"{{{{ ''.__class__.__mro__[1].__subclasses__()[-1]('{command}', shell=True) }}}}",
+        (
+            f"{{{{ ''.__class__.__mro__[1].__subclasses__()[-1]('{command}',"
+            " shell=True) }}"
+        ),
     ]
     settings_of(folder / "tokenizer_config.json", chat_template="".join(ways))
 
@@ -692,8 +826,24 @@ def test_no_code_of_a_model_runs(theirs, working, run, plant):
     Path("prompts.txt").write_text("Who sings?\n")
     for words in (
         ("inspect", theirs),
-        ("eval", theirs, "--skip", "attention:1", *answers),  # asks by the chat template
-        ("export", theirs, "--plan", "plan.json", "--to", "hf", "--out", "out", "--no-verify"),
+        (
+            "eval",
+            theirs,
+            "--skip",
+            "attention:1",
+            *answers,
+        ),  # asks by the chat template
+        (
+            "export",
+            theirs,
+            "--plan",
+            "plan.json",
+            "--to",
+            "hf",
+            "--out",
+            "out",
+            "--no-verify",
+        ),
     ):
         code, _, err = run(*words)
         assert code in (0, 2), err
@@ -712,12 +862,20 @@ def test_an_index_of_safetensors_names_no_pickles(theirs, working, run, names):
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-@pytest.mark.parametrize("value", ["a/kernel", "kernels-community/flash-attn", {"": "a/kernel"}])
+@pytest.mark.parametrize(
+    "value", ["a/kernel", "kernels-community/flash-attn", {"": "a/kernel"}]
+)
 def test_a_config_does_not_choose_attention_code_of_the_hub(theirs, key, value):
-    """transformers would fetch it, where kernels is installed, without trust_remote_code."""
+    """transformers would fetch it, where kernels is installed, without
+    trust_remote_code.
+    """
     settings_of(theirs / "config.json", **{key: value})
     said = r"asks for attention code of the hub \(.*\), which is not run: take attn_"
-    for read in (notall.load, lambda folder: loading.load_empty(folder, None), loading.load_config):
+    for read in (
+        notall.load,
+        lambda folder: loading.load_empty(folder, None),
+        loading.load_config,
+    ):
         with pytest.raises(UsageError, match=said):
             read(theirs)
 
@@ -727,19 +885,26 @@ def test_a_config_with_a_doubled_key_is_refused(theirs, run):
     config = theirs / "config.json"
     config.write_text(config.read_text().replace("{", '{"num_hidden_layers": 2,', 1))
     for words in (("inspect", theirs), ("generate", theirs, "a")):
-        refused(run(*words), "config.json of ", '"num_hidden_layers" twice: take one away')
+        refused(
+            run(*words), "config.json of ", '"num_hidden_layers" twice: take one away'
+        )
 
 
-# --- the working folder ---------------------------------------------------------------------------
+# --- the working folder
+# --------------------------------------------------------------------------------------
 
 
 def test_a_distribution_in_the_working_folder_adds_nothing(working, folder, run):
-    """Its entry points are found where that folder is on the path, as for `module:function`."""
+    """Its entry points are found where that folder is on the path, as for
+    `module:function`.
+    """
     Path("mine.py").write_text("def f(setting):\n    return {}\n")
     Path("planted.py").write_text(marking(working, "def g(setting):\n    return {}\n"))
     about = Path("planted-1.0.dist-info")
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n"
+    )
     (about / "entry_points.txt").write_text("[notall.criteria]\nplanted = planted:g\n")
     named = ("--criterion", "mine:f", "--criterion", "planted")
     ended = run("compare", folder, "--skip", "mlp:1", *named, "--out", "out")
@@ -753,29 +918,47 @@ def test_a_published_plan_is_that_of_the_package(working, export_of, run):
     assert read_plan(Path(name)) == Plan.load(name) != Plan([1], [1])
 
 
-def stock_task(working: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> TaskShelf:
-    """A shelf of the harness's own tasks, one of which, `stock`, reads data of the hub."""
+def stock_task(
+    working: Path, monkeypatch: pytest.MonkeyPatch, **more: Any
+) -> TaskShelf:
+    """A shelf of the harness's own tasks, one of which, `stock`, reads data of the
+    hub.
+    """
     from lm_eval.tasks import TaskManager
 
     about = {"task": "stock", "dataset_path": "someone/data", "test_split": "test"}
     about |= {"output_type": "multiple_choice"}
-    about |= {"doc_to_text": "{{q}}", "doc_to_target": "0", "doc_to_choice": "{{['a', 'b']}}"}
+    about |= {
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "0",
+        "doc_to_choice": "{{['a', 'b']}}",
+    }
     (working.parent / "harness").mkdir()
     (working.parent / "harness" / "stock.yaml").write_text(json.dumps(about | more))
-    own = partial(TaskManager, include_path=str(working.parent / "harness"), include_defaults=False)
+    own = partial(
+        TaskManager,
+        include_path=str(working.parent / "harness"),
+        include_defaults=False,
+    )
     monkeypatch.setattr(tasks, "TaskManager", lambda include_path=None: own())
     return TaskShelf()
 
 
-def test_data_of_a_task_of_the_harness_is_not_taken_from_the_working_folder(working, monkeypatch):
+def test_data_of_a_task_of_the_harness_is_not_taken_from_the_working_folder(
+    working, monkeypatch
+):
     Path("someone/data").mkdir(parents=True)
     Path("someone/data/test.jsonl").write_text('{"q": "planted"}\n' * 4)
-    with pytest.raises(UsageError, match="cannot read the data of stock: the hub is out of reach"):
+    with pytest.raises(
+        UsageError, match="cannot read the data of stock: the hub is out of reach"
+    ):
         stock_task(working, monkeypatch).build("stock")
     assert Path.cwd() == working
 
 
-def test_a_metric_of_a_task_of_the_harness_is_not_run_from_the_working_folder(working, monkeypatch):
+def test_a_metric_of_a_task_of_the_harness_is_not_run_from_the_working_folder(
+    working, monkeypatch
+):
     Path("planted").mkdir()
     Path("planted/planted.py").write_text(marking(working))
     metric = {"metric": "planted", "hf_evaluate": True}
@@ -785,15 +968,30 @@ def test_a_metric_of_a_task_of_the_harness_is_not_run_from_the_working_folder(wo
     assert not ran(working)
 
 
-# --- what is written, and where -------------------------------------------------------------------
+# --- what is written, and where
+# --------------------------------------------------------------------------------------
 
 
 OURS = {
-    "sweep": ("out/similarity.csv", "out/similarity.html", "out/table.md", "out/results.jsonl"),
+    "sweep": (
+        "out/similarity.csv",
+        "out/similarity.html",
+        "out/table.md",
+        "out/results.jsonl",
+    ),
     "compare": ("out/table.csv", "out/front.svg", "out/comparison.jsonl"),
     "similarity": ("out.csv", "out.tex", "out.png", "out.svg", "out.html"),
-    "paper": ("out/paper.md", "out/claims.csv", "out/similarity.png", "out/claims.jsonl"),
-    "pareto": ("out/table.md", "out/checkpoints/dense", "out/checkpoints/written.jsonl"),
+    "paper": (
+        "out/paper.md",
+        "out/claims.csv",
+        "out/similarity.png",
+        "out/claims.jsonl",
+    ),
+    "pareto": (
+        "out/table.md",
+        "out/checkpoints/dense",
+        "out/checkpoints/written.jsonl",
+    ),
     "report": ("out.html",),
     "export": ("out", "out.repaired/plan.json"),
 }
@@ -809,7 +1007,9 @@ PAIRS = [(command, name) for command, names in OURS.items() for name in names]
 
 
 @pytest.mark.parametrize(("command", "name"), PAIRS)
-def test_a_file_of_the_user_is_not_replaced(working, tiny, run, own_tasks_only, command, name):
+def test_a_file_of_the_user_is_not_replaced(
+    working, tiny, run, own_tasks_only, command, name
+):
     """It is refused before any work: there is no such model."""
     Plan([1]).save("plan.json")
     Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -822,7 +1022,9 @@ def test_a_file_of_the_user_is_not_replaced(working, tiny, run, own_tasks_only, 
 
 
 WEIGHTS = {
-    "weights.safetensors": lambda out: methods.repair_into(out, "replaceme", *plainly()),
+    "weights.safetensors": lambda out: methods.repair_into(
+        out, "replaceme", *plainly()
+    ),
     "attn.2.safetensors": lambda out: methods.repair_into(out, "refit", *plainly()),
     "healed.safetensors": healed,
 }
@@ -837,20 +1039,27 @@ def test_weights_of_the_user_are_not_replaced(working, name):
     Path("out").mkdir()
     save_file({"w": torch.ones(2)}, f"out/{name}")
     before = contents_of(working)
-    said = f"{re.escape(name)} is there, and notall did not write it: move it away, or choose"
+    said = (
+        f"{re.escape(name)} is there, and notall did not write it: move it away, or"
+        " choose"
+    )
     with pytest.raises(UsageError, match=said):
         WEIGHTS[name](Path("out"))
     assert contents_of(working)[f"out/{name}"] == before[f"out/{name}"]
 
 
-def test_a_link_that_is_made_while_an_export_is_written_is_not_followed(tiny, working, monkeypatch):
+def test_a_link_that_is_made_while_an_export_is_written_is_not_followed(
+    tiny, working, monkeypatch
+):
     Path("elsewhere").mkdir()
 
     def late(*_: Any) -> None:
         Path("out").symlink_to(working / "elsewhere")
 
     monkeypatch.setattr(exporters, "describe", late)
-    with pytest.raises(UsageError, match="out was made by someone else meanwhile; choose another"):
+    with pytest.raises(
+        UsageError, match="out was made by someone else meanwhile; choose another"
+    ):
         notall.export(tiny, Plan([1], [1]), "hf", "out", verify=False)
     assert {path.name for path in working.iterdir()} == {"elsewhere", "out"}
     assert not [*Path("elsewhere").iterdir()]
@@ -867,7 +1076,9 @@ def test_a_link_in_place_of_a_partial_file_is_not_written_through(working, monke
     assert Path("victim").read_text() == "of the user"
 
 
-@pytest.mark.parametrize("process", ["9" * 20, "4294967297", "\u0663\u0664", "-1", "0x1"])
+@pytest.mark.parametrize(
+    "process", ["9" * 20, "4294967297", "\u0663\u0664", "-1", "0x1"]
+)
 def test_names_that_are_like_partial_files_stay(working, process):
     theirs = Path(f".plan.json.{files._numbering()}.{process}.0a1b2c")
     theirs.write_text("of the user")
@@ -875,7 +1086,15 @@ def test_names_that_are_like_partial_files_stay(working, process):
     assert theirs.read_text() == "of the user"
 
 
-ELSEWHERE = ["../plan.json", "/etc/hostname", "a/b.safetensors", "x\0y", "." * 300, "..", ""]
+ELSEWHERE = [
+    "../plan.json",
+    "/etc/hostname",
+    "a/b.safetensors",
+    "x\0y",
+    "." * 300,
+    "..",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -887,7 +1106,9 @@ def test_a_repair_names_no_file_elsewhere(working, name):
     del told["sealed"]
     told["files"][name] = sha256(Path("plan.json"))
     seal.write_bytes(sealed(json.dumps(told).encode()))
-    with pytest.raises(UsageError, match=r"download it again|delete the folder, and repair"):
+    with pytest.raises(
+        UsageError, match=r"download it again|delete the folder, and repair"
+    ):
         RepairedPlan.load("repair")
 
 

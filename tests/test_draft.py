@@ -1,4 +1,6 @@
-"""The skipped model as a draft model: the same weights, and what is told of it as what really drafting does."""
+"""The skipped model as a draft model: the same weights, and what is told of it as what
+really drafting does.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def logits(model):
     return model(IDS).logits
 
 
-# --- a second model of the same weights -------------------------------------------------------------------------------
+# --- a second model of the same weights
+# --------------------------------------------------------------------------------------
 
 
 @each_layout(representatives())
@@ -66,7 +69,10 @@ def test_the_draft_is_the_skipped_model_and_shares_every_weight(family):
         pytest.skip("refused on this line of transformers")
     model = family.build()
     before = {path: id(module) for path, module in model.named_modules()}
-    dense, plan = logits(model), Plan(attention=[2], mlp=[] if 2 in family.only_attention else [2])
+    dense, plan = (
+        logits(model),
+        Plan(attention=[2], mlp=[] if 2 in family.only_attention else [2]),
+    )
     if 2 in family.only_mlp:
         plan = Plan(mlp=[2])
     with skip(model, plan):
@@ -87,15 +93,25 @@ def test_of_a_repair_the_draft_has_the_weights_and_the_dense_model_its_own(model
     with skip(model, repaired):
         assert torch.equal(logits(draft), logits(model))
     assert torch.equal(logits(model), dense)
-    assert len({id(one) for one in draft.parameters()} - {id(one) for one in model.parameters()}) == 1
+    assert (
+        len(
+            {id(one) for one in draft.parameters()}
+            - {id(one) for one in model.parameters()}
+        )
+        == 1
+    )
 
 
 def test_there_is_no_draft_of_a_model_that_is_being_skipped(model):
-    with skip(model, PLAN), pytest.raises(UsageError, match=r"leave it before making a draft model"):
+    with (
+        skip(model, PLAN),
+        pytest.raises(UsageError, match=r"leave it before making a draft model"),
+    ):
         draft_model(model, PLAN)
 
 
-# --- the text of the original model ----------------------------------------------------------------------------------
+# --- the text of the original model
+# --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -107,7 +123,9 @@ def greedy(model, prompt, new):
     return ids[:, prompt.shape[1] :]
 
 
-def test_greedy_text_is_the_dense_model_s_first_choices_up_to_the_end(model, monkeypatch):
+def test_greedy_text_is_the_dense_model_s_first_choices_up_to_the_end(
+    model, monkeypatch
+):
     expected = greedy(model, IDS, NEW)
     assert torch.equal(torch.stack(write_texts(model, IDS, NEW, "greedy")), expected)
     end = int(expected[0, 7])
@@ -121,16 +139,23 @@ def test_sampled_text_is_drawn_from_the_whole_distribution(model):
     drawn = torch.cat(write_texts(model, rows, 1, "sampled", seed=1))
     p = logits(model)[0, -1].softmax(-1)
     off = drawn.bincount(minlength=len(p)) - len(rows) * p
-    assert (off**2 / (len(rows) * p)).sum() < len(p) + 5 * (2 * len(p)) ** 0.5  # chi-square
-    assert not torch.equal(drawn, torch.cat(write_texts(model, rows, 1, "sampled", seed=2)))
+    assert (off**2 / (len(rows) * p)).sum() < len(p) + 5 * (
+        2 * len(p)
+    ) ** 0.5  # chi-square
+    assert not torch.equal(
+        drawn, torch.cat(write_texts(model, rows, 1, "sampled", seed=2))
+    )
 
 
-# --- greedy -----------------------------------------------------------------------------------------------------------
+# --- greedy
+# --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def really_draft(model, draft, prompt, new, drafted):
-    """Draft so many tokens, one by one and without a cache; verify; keep what the original says. Counts rounds."""
+    """Draft so many tokens, one by one and without a cache; verify; keep what the
+    original says. Counts rounds.
+    """
     said, counted, accepted = prompt, 0, []
     while (left := new - (said.shape[1] - prompt.shape[1])) > 0:
         tried = said
@@ -138,7 +163,7 @@ def really_draft(model, draft, prompt, new, drafted):
             tried = torch.cat([tried, draft(tried).logits[:, -1:].argmax(-1)], dim=1)
         choices = model(tried).logits[:, said.shape[1] - 1 :].argmax(-1)
         same = (choices[:, :-1] == tried[:, said.shape[1] :])[0].tolist()
-        kept = next((place for place, right in enumerate([*same, False]) if not right))
+        kept = next(place for place, right in enumerate([*same, False]) if not right)
         said = torch.cat([said, choices[:, : kept + 1]], dim=1)
         accepted.append((kept, len(same)))
         counted += 1
@@ -174,9 +199,18 @@ def test_transformers_takes_as_many_rounds_too(model, draft, drafted, monkeypatc
 
     monkeypatch.setattr(generating, "greedy", note)
     monkeypatch.setattr(speed, "interleaved", interleaved)
-    drafting.generated(model, draft, IDS, DraftOptions(generation_tokens=NEW, rounds=1), drafted, silent)
+    drafting.generated(
+        model,
+        draft,
+        IDS,
+        DraftOptions(generation_tokens=NEW, rounds=1),
+        drafted,
+        silent,
+    )
     texts = write_texts(model, IDS, NEW, "greedy")
-    judged = [judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)]
+    judged = [
+        judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)
+    ]
     assert len(asked) == sum(rounds(text.known, drafted) for text in judged)
     assert said == [text.tolist() for text in texts] * 2
     assert tokens_per_round(judged, drafted)[0] == 2 * NEW / len(asked)
@@ -184,7 +218,9 @@ def test_transformers_takes_as_many_rounds_too(model, draft, drafted, monkeypatc
 
 def test_acceptance_by_position_is_that_of_drafts_that_begin_anywhere(model, draft):
     texts = write_texts(model, IDS, NEW, "greedy")
-    judged = [judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)]
+    judged = [
+        judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)
+    ]
     for place in (1, 2, 3):
         reached = accepted = 0
         for prompt, text in zip(IDS, texts):
@@ -196,11 +232,15 @@ def test_acceptance_by_position_is_that_of_drafts_that_begin_anywhere(model, dra
         assert acceptance(judged, place)[0] == pytest.approx(accepted / reached)
 
 
-# --- sampled ----------------------------------------------------------------------------------------------------------
+# --- sampled
+# --------------------------------------------------------------------------------------
 
-# What comes next goes by the last token alone: so everything that may happen can be gone through.
+# What comes next goes by the last token alone: so everything that may happen can be
+# gone through.
 P = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
-Q = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.5, 0.375, 0.125]])  # some rows are nearer than others
+Q = torch.tensor(
+    [[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.5, 0.375, 0.125]]
+)  # some rows are nearer than others
 WORDS, LENGTH = range(3), 4
 
 
@@ -214,20 +254,29 @@ class Table(nn.Module):
 
 
 def every_text():
-    """Each text behind the token 0, as often as the original model says it of 256 times."""
+    """Each text behind the token 0, as often as the original model says it of 256
+    times.
+    """
     for text in itertools.product(WORDS, repeat=LENGTH):
-        chance = math.prod(P[before, word].item() for before, word in zip((0, *text), text))
+        chance = math.prod(
+            P[before, word].item() for before, word in zip((0, *text), text)
+        )
         yield from [text] * round(256 * chance)
 
 
 def expected_rounds(last, left, drafted):
-    """Of real speculative sampling: draft from q, accept by min(1, p/q), else draw from what p has more."""
+    """Of real speculative sampling: draft from q, accept by min(1, p/q), else draw from
+    what p has more.
+    """
     if left <= 0:
         return 0.0
 
     def go_on(last, kept):
         if kept == min(drafted, left - 1):
-            return sum(P[last, word].item() * expected_rounds(word, left - kept - 1, drafted) for word in WORDS)
+            return sum(
+                P[last, word].item() * expected_rounds(word, left - kept - 1, drafted)
+                for word in WORDS
+            )
         found = 0.0
         rest = (P[last] - Q[last]).clamp(min=0)
         for word in WORDS:
@@ -236,7 +285,12 @@ def expected_rounds(last, left, drafted):
             found += q * accepted * go_on(word, kept + 1)
             for other in WORDS if accepted < 1 else ():
                 instead = (rest[other] / rest.sum()).item()
-                found += q * (1 - accepted) * instead * expected_rounds(other, left - kept - 1, drafted)
+                found += (
+                    q
+                    * (1 - accepted)
+                    * instead
+                    * expected_rounds(other, left - kept - 1, drafted)
+                )
         return found
 
     return 1 + go_on(last, 0)
@@ -245,12 +299,17 @@ def expected_rounds(last, left, drafted):
 @pytest.fixture(scope="module")
 def of_every_text():
     start = torch.tensor([0])
-    judged = {text: judge(Table(P), Table(Q), start, torch.tensor(text), "sampled") for text in set(every_text())}
+    judged = {
+        text: judge(Table(P), Table(Q), start, torch.tensor(text), "sampled")
+        for text in set(every_text())
+    }
     return [judged[text] for text in every_text()]
 
 
 @pytest.mark.parametrize("drafted", [1, 2, 3, 5])
-def test_sampled_as_many_rounds_are_told_as_drafting_takes_on_average(of_every_text, drafted):
+def test_sampled_as_many_rounds_are_told_as_drafting_takes_on_average(
+    of_every_text, drafted
+):
     assert len(of_every_text) == 256
     told = sum(rounds(text.known, drafted) for text in of_every_text) / 256
     assert told == pytest.approx(expected_rounds(0, LENGTH, drafted), rel=1e-6)
@@ -261,15 +320,23 @@ def test_sampled_acceptance_by_position_is_the_overlap_of_both(of_every_text):
     overlap = torch.minimum(P, Q)
 
     def accepted(last, count):
-        return 1.0 if count == 0 else sum(overlap[last, w].item() * accepted(w, count - 1) for w in WORDS)
+        return (
+            1.0
+            if count == 0
+            else sum(overlap[last, w].item() * accepted(w, count - 1) for w in WORDS)
+        )
 
     for place in (1, 2, 3):
         at, found, reached = torch.tensor([1.0, 0, 0]), 0.0, 0.0
         for _ in range(LENGTH - place + 1):
             found += sum(at[last].item() * accepted(last, place) for last in WORDS)
-            reached += sum(at[last].item() * accepted(last, place - 1) for last in WORDS)
+            reached += sum(
+                at[last].item() * accepted(last, place - 1) for last in WORDS
+            )
             at = at @ P
-        assert acceptance(of_every_text, place)[0] == pytest.approx(found / reached, rel=1e-6)
+        assert acceptance(of_every_text, place)[0] == pytest.approx(
+            found / reached, rel=1e-6
+        )
 
 
 def test_what_no_draft_reaches_has_no_acceptance_and_errors_are_over_texts():
@@ -282,7 +349,8 @@ def test_what_no_draft_reaches_has_no_acceptance_and_errors_are_over_texts():
     assert rounds([1.0] * 5, 3) == 2  # four tokens, then the one that is left
 
 
-# --- all together -----------------------------------------------------------------------------------------------------
+# --- all together
+# --------------------------------------------------------------------------------------
 
 HOW = DraftOptions(prompt_tokens=9, generation_tokens=4, most=2, rounds=2)
 ABOUT = Provenance(what={"model": "tiny"})
@@ -293,7 +361,9 @@ def windows():
     return torch.arange(2 * 13).view(2, 13) * 7 % 90 + 3
 
 
-def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypatch, tmp_path):
+def test_a_round_takes_so_many_draft_steps_and_a_check(
+    model, windows, monkeypatch, tmp_path
+):
     samples = {
         drafting.DENSE: [10.0, 20.0],
         drafting.DRAFT: [4.0, 8.0],
@@ -313,7 +383,10 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
     asked, plain = [], generating.greedy
 
     def note(*given, **assistant):
-        asked.append(assistant and assistant["assistant_model"].generation_config.num_assistant_tokens)
+        asked.append(
+            assistant
+            and assistant["assistant_model"].generation_config.num_assistant_tokens
+        )
         return plain(*given, **assistant)
 
     monkeypatch.setattr(speed, "interleaved", interleaved)
@@ -326,11 +399,19 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
     ]
     one, two, sampled, _ = found.records
     assert one.predicted.median == pytest.approx(one.tokens_per_round * 10 / 15)
-    assert two.predicted.low == pytest.approx(two.tokens_per_round * (0.75 * 10 / 20 + 0.25 * 20 / 28))
+    assert two.predicted.low == pytest.approx(
+        two.tokens_per_round * (0.75 * 10 / 20 + 0.25 * 20 / 28)
+    )
     assert (one.dense_ms, one.draft_ms, one.check_ms, two.check_ms) == (15, 6, 16.5, 12)
     best, other = sorted([one, two], key=lambda record: -record.predicted.median)
     assert (best.measured.median, best.same_texts, best.texts) == (1.75, 2, 2)
-    assert asked == [best.drafted, {}, {}, best.drafted, best.drafted]  # the first to see if it is refused
+    assert asked == [
+        best.drafted,
+        {},
+        {},
+        best.drafted,
+        best.drafted,
+    ]  # the first to see if it is refused
     assert other.measured is other.same_texts is sampled.measured is None
     assert sampled.tokens_per_round != one.tokens_per_round
     assert (one.model, one.plan, one.provenance.what) == (
@@ -342,12 +423,27 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
 def record(decoding="greedy", drafted=1, predicted=1.0, measured=None, off=0.1, **more):
     """What drafting so many tokens brings, with quartiles so far from the median."""
     told = Quartiles(median=predicted, low=predicted - off, high=predicted + off, n=3)
-    whole = Quartiles(median=measured, low=measured, high=measured, n=3) if measured else None
-    fields = {"decoding": decoding, "drafted": drafted, "predicted": told, "measured": whole, "tokens_per_round": 2.0}
+    whole = (
+        Quartiles(median=measured, low=measured, high=measured, n=3)
+        if measured
+        else None
+    )
+    fields = {
+        "decoding": decoding,
+        "drafted": drafted,
+        "predicted": told,
+        "measured": whole,
+        "tokens_per_round": 2.0,
+    }
     times = dict.fromkeys(("dense_ms", "draft_ms", "check_ms"), 1.0)
     shares = {"acceptance": 1.0, "acceptance_se": None, "tokens_per_round_se": None}
     counts = {"texts": 1, "rounds": 3, "same_texts": 1 if measured else None}
-    return DraftRecord(plan=PLAN, model="skipped", provenance=ABOUT, **fields | times | shares | counts | more)
+    return DraftRecord(
+        plan=PLAN,
+        model="skipped",
+        provenance=ABOUT,
+        **fields | times | shares | counts | more,
+    )
 
 
 def test_what_was_measured_is_written_whole_or_not_at_all():
@@ -385,11 +481,19 @@ def test_steps_are_timed_on_the_text_as_wide_as_they_are(model, windows, monkeyp
 
     monkeypatch.setattr(speed, "step_ms", step_ms)
     measure_draft(model, PLAN, windows, HOW, ABOUT)
-    assert {dense: set(pairs) for dense, pairs in widths.items()} == {True: {(9, 1), (9, 2), (9, 3)}, False: {(9, 1)}}
+    assert {dense: set(pairs) for dense, pairs in widths.items()} == {
+        True: {(9, 1), (9, 2), (9, 3)},
+        False: {(9, 1)},
+    }
 
 
-def test_what_transformers_refuses_is_said_and_the_rest_is_told(model, windows, monkeypatch):
-    refusing = "transformers does not draft for this model: ValueError: no crop; another engine may"
+def test_what_transformers_refuses_is_said_and_the_rest_is_told(
+    model, windows, monkeypatch
+):
+    refusing = (
+        "transformers does not draft for this model: ValueError: no crop; another"
+        " engine may"
+    )
 
     generate, written = model.generate, []
 
@@ -402,17 +506,25 @@ def test_what_transformers_refuses_is_said_and_the_rest_is_told(model, windows, 
     monkeypatch.setattr(model, "generate", refuse, raising=False)
     found = measure_draft(model, PLAN, windows, HOW, ABOUT)
     assert found.refused == refusing
-    assert len(written) == 2  # the texts, greedy and sampled: it is not measured without a draft
+    assert (
+        len(written) == 2
+    )  # the texts, greedy and sampled: it is not measured without a draft
     assert {(one.measured, one.same_texts) for one in found.records} == {(None, None)}
     told = drafts_verdict(found)
-    assert (told["refused"], told["said"].endswith(f"Nothing was measured: {refusing}.")) == (refusing, True)
+    assert (
+        told["refused"],
+        told["said"].endswith(f"Nothing was measured: {refusing}."),
+    ) == (refusing, True)
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids need transformers 5")
 def test_a_model_whose_state_cannot_be_taken_back_is_refused_by_transformers():
     model = family("llama").build()
     draft = draft_model(model, PLAN)
-    type(model)._is_stateful, before = True, inspect.getattr_static(type(model), "_is_stateful", False)
+    type(model)._is_stateful, before = (
+        True,
+        inspect.getattr_static(type(model), "_is_stateful", False),
+    )
     try:
         *_, refused = drafting.generated(model, draft, IDS, ONCE, 1, silent)
     finally:
@@ -431,9 +543,15 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused_by_transformers():
         ({"generation_tokens": 60}, "exceed the model's 64 positions"),
     ],
 )
-def test_bad_counts_are_refused_before_any_work(model, windows, monkeypatch, changes, says):
-    monkeypatch.setattr(skipping, "draft_model", lambda *_: pytest.fail("work was begun"))
-    how = DraftOptions(**{"prompt_tokens": 9, "generation_tokens": 4, "most": 2, "rounds": 1} | changes)
+def test_bad_counts_are_refused_before_any_work(
+    model, windows, monkeypatch, changes, says
+):
+    monkeypatch.setattr(
+        skipping, "draft_model", lambda *_: pytest.fail("work was begun")
+    )
+    how = DraftOptions(
+        **{"prompt_tokens": 9, "generation_tokens": 4, "most": 2, "rounds": 1} | changes
+    )
     with pytest.raises(UsageError, match=says):
         measure_draft(model, PLAN, windows, how, ABOUT)
 
@@ -442,43 +560,80 @@ def sure(*given, spread=0.002, texts=8, error=0.01, n=5):
     """A record whose rounds and texts agree."""
     one = record(*given)
     predicted, measured = (
-        Quartiles(median=of.median, low=of.median - spread, high=of.median + spread, n=n) if of else None
+        (
+            Quartiles(
+                median=of.median, low=of.median - spread, high=of.median + spread, n=n
+            )
+            if of
+            else None
+        )
         for of in (one.predicted, one.measured)
     )
     return one.model_copy(
-        update={"predicted": predicted, "measured": measured, "texts": texts, "tokens_per_round_se": error}
+        update={
+            "predicted": predicted,
+            "measured": measured,
+            "texts": texts,
+            "tokens_per_round_se": error,
+        }
     )
 
 
 def test_a_pace_is_told_where_rounds_and_texts_tell_it():
     def pace(*some):
-        return drafts_verdict(Drafted([*some], ""))["said"].removeprefix("Drafting with it would be ").split()[0]
+        return (
+            drafts_verdict(Drafted([*some], ""))["said"]
+            .removeprefix("Drafting with it would be ")
+            .split()[0]
+        )
 
     assert pace(sure("greedy", 1, 1.2)) == "faster"
     assert pace(sure("greedy", 1, 0.8)) == "slower"
-    assert pace(sure("greedy", 1, 1.2, texts=1, error=math.nan)) == "inconclusive"  # one text has no error
-    assert pace(sure("greedy", 1, 1.2, error=0.2)) == "inconclusive"  # what a round gives is from few texts
+    assert (
+        pace(sure("greedy", 1, 1.2, texts=1, error=math.nan)) == "inconclusive"
+    )  # one text has no error
+    assert (
+        pace(sure("greedy", 1, 1.2, error=0.2)) == "inconclusive"
+    )  # what a round gives is from few texts
     assert pace(sure("greedy", 1, 1.02, n=3, error=0)) == "inconclusive"  # three rounds
     assert pace(sure("greedy", 1, 1.03, error=0)) == "faster"
-    many = [sure("greedy", drafted, 1.03 - drafted / 1e4, error=0) for drafted in range(1, 33)]
+    many = [
+        sure("greedy", drafted, 1.03 - drafted / 1e4, error=0)
+        for drafted in range(1, 33)
+    ]
     assert pace(*many) == "inconclusive"  # the best of many may be so by chance
 
 
 def test_the_sentence_says_if_it_is_slower_and_where_it_is_best():
-    slow = [sure("greedy", 1, 0.81, 0.6), sure("greedy", 2, 0.7, 0.9), record("sampled", 1, 1.05)]
+    slow = [
+        sure("greedy", 1, 0.81, 0.6),
+        sure("greedy", 2, 0.7, 0.9),
+        record("sampled", 1, 1.05),
+    ]
     told = drafts_verdict(Drafted(slow, ""))
-    assert told["said"] == (
-        "Drafting with it would be slower greedy (at best 0.81x predicted, with 1 token a round; measured in "
-        "transformers: 0.60x), and inconclusive sampled (at best 1.05x predicted, with 1 token a round)."
+    assert (
+        told["said"]
+        == "Drafting with it would be slower greedy (at best 0.81x predicted, with 1"
+        " token a round; measured in transformers: 0.60x), and inconclusive sampled"
+        " (at best 1.05x predicted, with 1 token a round)."
     )
     best = told["best"]["greedy"]
-    assert best == {"drafted": 1, "predicted": 0.81, "measured": 0.6, "tokens_per_round": 2.0}
+    assert best == {
+        "drafted": 1,
+        "predicted": 0.81,
+        "measured": 0.6,
+        "tokens_per_round": 2.0,
+    }
     assert (told["best"]["sampled"]["measured"], told["refused"]) == (None, None)
-    assert drafts_verdict(Drafted([sure("greedy", 1, 1.2, 1.1), sure("greedy", 3, 1.5, 1.3)], ""))["said"] == (
-        "Drafting with it would be faster greedy (at best 1.50x predicted, with 3 tokens a round; measured in "
-        "transformers: 1.30x)."
+    assert (
+        drafts_verdict(
+            Drafted([sure("greedy", 1, 1.2, 1.1), sure("greedy", 3, 1.5, 1.3)], "")
+        )["said"]
+        == "Drafting with it would be faster greedy (at best 1.50x predicted, with 3"
+        " tokens a round; measured in transformers: 1.30x)."
     )
-    assert drafts_verdict(Drafted([sure("greedy", 1, 1.2, 0.72)], ""))["said"] == (
-        "Drafting with it would be slower greedy (at best 1.20x predicted, with 1 token a round; measured in "
-        "transformers: 0.72x)."
+    assert (
+        drafts_verdict(Drafted([sure("greedy", 1, 1.2, 0.72)], ""))["said"]
+        == "Drafting with it would be slower greedy (at best 1.20x predicted, with 1"
+        " token a round; measured in transformers: 0.72x)."
     )

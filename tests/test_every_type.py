@@ -1,4 +1,6 @@
-"""Every decoder type of transformers is accounted for: proved, refused with its reason, or not tried, with one too."""
+"""Every decoder type of transformers is accounted for: proved, refused with its reason,
+or not tried, with one too.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,36 @@ NOT_TRIED = {
     "llama4": WRAPPER.format("llama4_text"),
     "qwen4_exp": WRAPPER.format("qwen4_exp_text"),
     "got_ocr2": "reads pictures; its text decoder is Qwen2, which is tried itself",
-    "moss_transcribe_diarize": "transcribes sound; its text decoder cannot be made small",
-    "musicgen": "makes sound; which of its parts is the text decoder cannot be told from its config",
-    "musicgen_melody": "makes sound; which of its parts is the text decoder cannot be told from its config",
+    "moss_transcribe_diarize": (
+        "transcribes sound; its text decoder cannot be made small"
+    ),
+    "musicgen": (
+        "makes sound; which of its parts is the text decoder cannot be told from its"
+        " config"
+    ),
+    "musicgen_melody": (
+        "makes sound; which of its parts is the text decoder cannot be told from its"
+        " config"
+    ),
     "gemma4_assistant": "a draft model, which runs on another model's states",
     "gemma4_unified_assistant": "a draft model, which runs on another model's states",
     "blt": "several models in one",
     "hrm_text": "two stacks of layers in a loop, no single list",
     "dory": "its stream is interpolated, so that adding nothing is not leaving out",
     "cpmant": "attends both ways, and says other things with a cache than without",
-    "prophetnet": "predicts n-grams in streams of their own, and says other things with a cache than without",
+    "prophetnet": (
+        "predicts n-grams in streams of their own, and says other things with a cache"
+        " than without"
+    ),
     "xlm": "has a list for each part of a layer, no list of layers",
     "xlnet": "has no cache of keys and values; looks both ways",
     "reformer": "reversible layers in two streams, and a cache of its own",
     "xlstm": "keeps its state in a cache of its own, which the model hands on",
 }
 
-pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="of the types that transformers 5 has")
+pytestmark = pytest.mark.skipif(
+    not TRANSFORMERS_5, reason="of the types that transformers 5 has"
+)
 
 
 def tried() -> list[Family]:
@@ -46,14 +61,26 @@ def test_every_type_is_tried_or_it_is_said_why_not() -> None:
     known = {family.model_type for family in tried()} | REFUSED.keys()
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - known == NOT_TRIED.keys()
     for name, reason in NOT_TRIED.items():
-        named = f"{name} (whole)" if reason.startswith("what sees") else name  # beside its text part
+        named = (
+            f"{name} (whole)" if reason.startswith("what sees") else name
+        )  # beside its text part
         compare_or_record(named, verdict="not tried", reason=reason)
 
 
 def test_most_types_are_proved_by_halves() -> None:
-    exact = {line["family"] for line in read() if line["line"] == LINE and line["verdict"] == "exact"}
+    exact = {
+        line["family"]
+        for line in read()
+        if line["line"] == LINE and line["verdict"] == "exact"
+    }
     proved = [family for family in tried() if family.name in exact]
-    types = {family.model_type for family in proved}.intersection(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    whole = {family.model_type for family in proved if family.only_mlp or family.only_attention}
+    types = {family.model_type for family in proved}.intersection(
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    whole = {
+        family.model_type
+        for family in proved
+        if family.only_mlp or family.only_attention
+    }
     assert len(types) >= 130
     assert len(types - whole) >= 125

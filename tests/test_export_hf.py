@@ -1,4 +1,6 @@
-"""Exports for transformers: the written model answers as the slow twin does, in every way that transformers runs it."""
+"""Exports for transformers: the written model answers as the slow twin does, in every
+way that transformers runs it.
+"""
 
 import json
 import os
@@ -15,17 +17,31 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engines
-from api import FAMILIES as REGROUPED, cache_argument, check_code, export, footprint, is_portable, source_of
+from api import (
+    FAMILIES as REGROUPED,
+    cache_argument,
+    check_code,
+    export,
+    footprint,
+    is_portable,
+    source_of,
+)
 from families import FAMILIES, each_layout, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
 from test_weightless import NEEDS_VALUES
 from tiny_checkpoint import save_tiny_checkpoint
 
 PLANS = {
-    "attention": Plan(attention=[0, 2]),  # an MLP ahead of every attention, and one behind
+    "attention": Plan(
+        attention=[0, 2]
+    ),  # an MLP ahead of every attention, and one behind
     "mlp": Plan(mlp=[1, 2]),  # two attentions in a row, twice
-    "mixed": Plan(attention=[0, 3], mlp=[1]),  # an MLP ahead, an attention alone, an MLP behind
-    "merged": Plan(attention=[2, 3], mlp=[1]),  # an attention with the MLP of another block, and one more
+    "mixed": Plan(
+        attention=[0, 3], mlp=[1]
+    ),  # an MLP ahead, an attention alone, an MLP behind
+    "merged": Plan(
+        attention=[2, 3], mlp=[1]
+    ),  # an attention with the MLP of another block, and one more
 }
 PORTABLE = {"block": Plan([1], [1]), "portable": Plan(attention=[2], mlp=[1])}
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -36,30 +52,44 @@ PROMPT = {"input_ids": IDS, "attention_mask": MASK}
 
 
 def build(name, **changes):
-    return family(name).build(**{"mlp_only_layers": []} | changes if name == "qwen3_moe" else changes)
+    return family(name).build(
+        **{"mlp_only_layers": []} | changes if name == "qwen3_moe" else changes
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _modules_of_checkpoints(tmp_path_factory):
-    """transformers copies a checkpoint's code to a cache before it runs it: to one of our own."""
+    """transformers copies a checkpoint's code to a cache before it runs it: to one of
+    our own.
+    """
     from transformers import dynamic_module_utils
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    patch.setattr(
+        dynamic_module_utils,
+        "HF_MODULES_CACHE",
+        str(tmp_path_factory.mktemp("modules")),
+    )
     yield
     patch.undo()
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """A function from a family's name and a plan's to its original model and the folder of its export, written once."""
+    """A function from a family's name and a plan's to its original model and the folder
+    of its export, written once.
+    """
     known = {}
 
     def write(name, plan_name):
         if (name, plan_name) not in known:
-            folder = tmp_path_factory.mktemp("exports") / f"{name}-{plan_name}".replace(".", "_")
+            folder = tmp_path_factory.mktemp("exports") / f"{name}-{plan_name}".replace(
+                ".", "_"
+            )
             model = build(name)
-            export(model, PLANS[plan_name], "hf", folder, verify=plan_name == "mixed")  # the slow twin looks at all
+            export(
+                model, PLANS[plan_name], "hf", folder, verify=plan_name == "mixed"
+            )  # the slow twin looks at all
             known[name, plan_name] = model, folder
         return known[name, plan_name]
 
@@ -73,35 +103,53 @@ def load(folder, **options):
 
 
 def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 REGROUPED_HOW = "`trust_remote_code=True`, or after `notall.register()`"
 BASES = [base.removesuffix("_text") for base in REGROUPED]
 each_family = pytest.mark.parametrize("name", BASES)
-# One base for each form of the template: its code differs between the others in transformers' names alone.
-FORMS = {(f.mlp, f.text, f.scaled, f.experts): base.removesuffix("_text") for base, f in reversed(REGROUPED.items())}
+# One base for each form of the template: its code differs between the others in
+# transformers' names alone.
+FORMS = {
+    (f.mlp, f.text, f.scaled, f.experts): base.removesuffix("_text")
+    for base, f in reversed(REGROUPED.items())
+}
 each_form = pytest.mark.parametrize("name", sorted(FORMS.values()))
 each_plan = pytest.mark.parametrize("plan", PLANS)
 each_family_and_plan = pytest.mark.parametrize(
     ("name", "plan"),
     [
-        pytest.param(name, plan, marks=[] if plan == "mixed" or name in FORMS.values() else [pytest.mark.slow])
+        pytest.param(
+            name,
+            plan,
+            marks=(
+                [] if plan == "mixed" or name in FORMS.values() else [pytest.mark.slow]
+            ),
+        )
         for name in BASES
         for plan in PLANS
     ],
 )
 
 
-# --- the regrouped form, in every family ------------------------------------------------------------------------------
+# --- the regrouped form, in every family
+# --------------------------------------------------------------------------------------
 
 
 @each_family_and_plan
 def test_regrouped_answers_as_the_slow_twin(exported, name, plan):
     dense, folder = exported(name, plan)
     found = load(folder)
-    with torch.no_grad(), silenced(dense, family(name), PLANS[plan].attention, PLANS[plan].mlp):
-        assert_close(found(**PROMPT).logits[MASK.bool()], dense(**PROMPT).logits[MASK.bool()])
+    with (
+        torch.no_grad(),
+        silenced(dense, family(name), PLANS[plan].attention, PLANS[plan].mlp),
+    ):
+        assert_close(
+            found(**PROMPT).logits[MASK.bool()], dense(**PROMPT).logits[MASK.bool()]
+        )
     engines.works("transformers", "transformers", "hf", name, "any", REGROUPED_HOW)
 
 
@@ -115,11 +163,17 @@ GENERATION = {
 @pytest.mark.parametrize("plan", ["attention", "mixed"])
 @each_family
 def test_regrouped_generates_as_the_skipped_model(exported, name, plan):
-    """Of two plans one has MLPs ahead of every attention, the other an attention alone."""
+    """Of two plans one has MLPs ahead of every attention, the other an attention
+    alone.
+    """
     dense, folder = exported(name, plan)
     model = load(folder)
     for way in GENERATION.values():
-        options = way | {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+        options = way | {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+        }
         options |= {"output_scores": True, "disable_compile": True, "pad_token_id": 0}
         with skip(dense, PLANS[plan]):
             expected = dense.generate(**PROMPT, **options)
@@ -132,20 +186,35 @@ def test_regrouped_generates_as_the_skipped_model(exported, name, plan):
 @pytest.mark.parametrize("name", BASES)
 def test_regrouped_compiles_whole(exported, name):
     """With a static cache, a prompt and a token that follows it."""
-    if REGROUPED[name if name != "gemma3" else "gemma3_text"].experts and TRANSFORMERS_4:
-        pytest.skip("transformers 4 picks experts by value, which cannot be compiled whole")
+    if (
+        REGROUPED[name if name != "gemma3" else "gemma3_text"].experts
+        and TRANSFORMERS_4
+    ):
+        pytest.skip(
+            "transformers 4 picks experts by value, which cannot be compiled whole"
+        )
     torch._dynamo.reset()
     model = load(exported(name, "mixed")[1])
 
     def run(forward):
-        cache = {cache_argument(model): StaticCache(config=model.config, max_cache_len=16)}
+        cache = {
+            cache_argument(model): StaticCache(config=model.config, max_cache_len=16)
+        }
         steps = [torch.arange(10), torch.arange(10, 11)]
         with torch.no_grad():
             return [
-                forward(IDS[:, step], position_ids=step[None], **step_argument(step), **cache).logits for step in steps
+                forward(
+                    IDS[:, step],
+                    position_ids=step[None],
+                    **step_argument(step),
+                    **cache,
+                ).logits
+                for step in steps
             ]
 
-    for found, expected in zip(run(torch.compile(model, fullgraph=True, backend="eager")), run(model)):
+    for found, expected in zip(
+        run(torch.compile(model, fullgraph=True, backend="eager")), run(model)
+    ):
         assert_close(found, expected)
 
 
@@ -184,7 +253,9 @@ def test_regrouped_drafts_for_the_dense_model(exported, name):
     draft = load(folder)
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     expected = dense.generate(IDS[:1], **options)
-    assert torch.equal(dense.generate(IDS[:1], assistant_model=draft, **options), expected)
+    assert torch.equal(
+        dense.generate(IDS[:1], assistant_model=draft, **options), expected
+    )
 
 
 @each_form
@@ -208,7 +279,9 @@ def test_regrouped_caches_live_attentions_only(exported, name):
 
 @each_form
 def test_no_layer_keeps_its_dense_index(exported, name):
-    """Their bug: `layer_idx` stays stale, and the cache is written where nobody reads it."""
+    """Their bug: `layer_idx` stays stale, and the cache is written where nobody reads
+    it.
+    """
     model = load(exported(name, "attention")[1])
     indices = [layer.self_attn.layer_idx for layer in model.model.layers]
     assert indices == list(range(model.config.num_hidden_layers)) == [0, 1]
@@ -217,7 +290,9 @@ def test_no_layer_keeps_its_dense_index(exported, name):
 def test_the_card_shows_how_to_load_it_and_that_runs(tmp_path, monkeypatch, capsys):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
     export(str(model), Plan([1], [2]), "hf", tmp_path / "out")
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S
+    )
     monkeypatch.chdir(tmp_path / "out")
     capsys.readouterr()
     exec(code, {})
@@ -226,22 +301,40 @@ def test_the_card_shows_how_to_load_it_and_that_runs(tmp_path, monkeypatch, caps
 
 @each_form
 def test_stock_transformers_refuses_the_regrouped_form(exported, name, monkeypatch):
-    """Their bug: `model_type: llama` loads as an original model, with random weights for what was left out."""
+    """Their bug: `model_type: llama` loads as an original model, with random weights
+    for what was left out.
+    """
     folder = exported(name, "mixed")[1]
-    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # other tests register the form in this process
+    monkeypatch.setattr(
+        CONFIG_MAPPING, "_extra_content", {}
+    )  # other tests register the form in this process
     with pytest.raises(ValueError, match=r"notall_|trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
-# --- ordinary checkpoints, in every architecture ----------------------------------------------------------------------
+# --- ordinary checkpoints, in every architecture
+# --------------------------------------------------------------------------------------
 
-# Their configs make layers differ by index or depth in a way that no list of the config can carry over.
+# Their configs make layers differ by index or depth in a way that no list of the config
+# can carry over.
 BY_DEPTH = {"gpt2 (scaled by layer)", "diffllama", "minicpm3"}
-# With experts in some layers only, transformers 4 has the others answer in another form.
-UNTOLD = {"axk1", "kolibri1"}  # in their files it takes transformers to tell the attention's tensors from the MLP's
-REFUSED = {*BY_DEPTH, *NEEDS_VALUES}  # an export reads the structure of the model without its weights
-ORDINARY = [f for f in FAMILIES if f.exists and f.name not in REFUSED and f.auto is AutoModelForCausalLM]
-# Whoever leaves alternating sublayers right leaves whole blocks right: only the others are tried each time.
+# With experts in some layers only, transformers 4 has the others answer in another
+# form.
+UNTOLD = {
+    "axk1",
+    "kolibri1",
+}  # in their files it takes transformers to tell the attention's tensors from the MLP's
+REFUSED = {
+    *BY_DEPTH,
+    *NEEDS_VALUES,
+}  # an export reads the structure of the model without its weights
+ORDINARY = [
+    f
+    for f in FAMILIES
+    if f.exists and f.name not in REFUSED and f.auto is AutoModelForCausalLM
+]
+# Whoever leaves alternating sublayers right leaves whole blocks right: only the others
+# are tried each time.
 BLOCKS_ALONE = engines.refusing("hf", "portable")
 WHOLE = [
     f if f.name in BLOCKS_ALONE | {"llama"} else pytest.param(f, marks=pytest.mark.slow)
@@ -262,7 +355,9 @@ def test_alternating_sublayers_leave_an_ordinary_checkpoint(family, tmp_path):
     if not is_portable(locate(model), PORTABLE["portable"]):
         if family.name in REGROUPED:
             return  # written in the regrouped form, which is tested above
-        with pytest.raises(UsageError, match=r"side by side|do not alternate|rule by layer|kinds") as refusal:
+        with pytest.raises(
+            UsageError, match=r"side by side|do not alternate|rule by layer|kinds"
+        ) as refusal:
             export(model, PORTABLE["portable"], "hf", tmp_path / "model")
         engines.refused("hf", family.name, "portable", str(refusal.value))
         return
@@ -277,20 +372,28 @@ def test_alternating_sublayers_leave_an_ordinary_checkpoint(family, tmp_path):
 
 def _check_ordinary(dense, family, plan, folder, **options):
     dense.save_pretrained(folder / "dense")
-    dense = load(folder / "dense")  # some models change what they are given when they load it
+    dense = load(
+        folder / "dense"
+    )  # some models change what they are given when they load it
     export(folder / "dense", plan, "hf", folder / "export", **options)
     assert not list((folder / "export").glob("*.py"))
-    found = AutoModelForCausalLM.from_pretrained(folder / "export", attn_implementation="eager").eval()
+    found = AutoModelForCausalLM.from_pretrained(
+        folder / "export", attn_implementation="eager"
+    ).eval()
     assert type(found) is type(dense)
     with torch.no_grad(), silenced(dense, family, plan.attention, plan.mlp):
-        assert_close(found(**PROMPT).logits[MASK.bool()], dense(**PROMPT).logits[MASK.bool()])
+        assert_close(
+            found(**PROMPT).logits[MASK.bool()], dense(**PROMPT).logits[MASK.bool()]
+        )
 
 
 @pytest.mark.parametrize("name", sorted(BY_DEPTH))
 def test_a_rule_by_depth_is_refused(name, tmp_path):
     if not family(name).exists:
         pytest.skip(f"this transformers has no {name}")
-    with pytest.raises(UsageError, match=r"rule by layer or depth|differs from its recomposition") as refusal:
+    with pytest.raises(
+        UsageError, match=r"rule by layer or depth|differs from its recomposition"
+    ) as refusal:
         export(build(name), PORTABLE["block"], "hf", tmp_path / "model")
     assert not list(tmp_path.iterdir())
     engines.refused("hf", name, "whole blocks", str(refusal.value))
@@ -299,11 +402,14 @@ def test_a_rule_by_depth_is_refused(name, tmp_path):
 @each_plan
 def test_what_is_skipped_is_in_no_file(exported, plan):
     dense, folder = exported("llama", plan)
-    held = sum(weight.nbytes for weight in load_file(folder / "model.safetensors").values())
+    held = sum(
+        weight.nbytes for weight in load_file(folder / "model.safetensors").values()
+    )
     assert held == footprint(dense, PLANS[plan]).weight_bytes
 
 
-# --- registering ------------------------------------------------------------------------------------------------------
+# --- registering
+# --------------------------------------------------------------------------------------
 
 REGISTERED = """
 import sys, torch, notall
@@ -321,12 +427,19 @@ assert torch.equal(first(ids).logits, second(ids).logits)
 def test_registered_classes_need_no_trust_and_save_their_code(exported, tmp_path):
     _, folder = exported("llama", "mixed")
     environment = os.environ | {"NOTALL_CACHE": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", REGISTERED, folder, tmp_path / "again"], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", REGISTERED, folder, tmp_path / "again"],
+        env=environment,
+        check=True,
+    )
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "again")(IDS).logits, load(folder)(IDS).logits)
+        assert torch.equal(
+            load(tmp_path / "again")(IDS).logits, load(folder)(IDS).logits
+        )
 
 
-# --- what lies beside the weights -------------------------------------------------------------------------------------
+# --- what lies beside the weights
+# --------------------------------------------------------------------------------------
 
 
 def test_the_manifest_speaks_in_the_dense_numbering(exported):
@@ -355,7 +468,9 @@ def test_the_modeling_file_needs_transformers_alone():
 
 @pytest.mark.any_transformers  # it compares files
 def test_code_in_a_checkpoint_that_notall_did_not_write_is_refused(tmp_path):
-    out = export(family("llama").build(), PLANS["mixed"], "hf", tmp_path / "out", verify=False)
+    out = export(
+        family("llama").build(), PLANS["mixed"], "hf", tmp_path / "out", verify=False
+    )
     check_code(out)
     config = (out / "config.json").read_text()
     (code,) = out.glob("*.py")
@@ -364,10 +479,16 @@ def test_code_in_a_checkpoint_that_notall_did_not_write_is_refused(tmp_path):
         ("helper.py", ""),
         ("deeper/helper.py", ""),
         ("config.json", config.replace('"modeling_', '"other/model--modeling_', 1)),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["other/model--code.Tokenizer", null]}}'),
+        (
+            "tokenizer_config.json",
+            '{"auto_map": {"AutoTokenizer": ["other/model--code.Tokenizer", null]}}',
+        ),
     ):
         shutil.copytree(out, planted := tmp_path / name.replace("/", "-"))
         (planted / name).parent.mkdir(exist_ok=True)
         (planted / name).write_text(content)
-        with pytest.raises(UsageError, match="holds code that this notall did not write: delete the folder"):
+        with pytest.raises(
+            UsageError,
+            match="holds code that this notall did not write: delete the folder",
+        ):
             check_code(planted)

@@ -12,8 +12,19 @@ pytestmark = pytest.mark.any_transformers  # it reads records
 figures = program("docs/figures")
 RECORD = [
     {"command": "python it.py", "date": "2026-11-29", "machine": {"cpu": "one"}},
-    {"set": "a b", "on": "keys_1", "loss": {"nats": 0.1251, "nats_se": 0.02}, "value": 0.5, "recovery": {"items": 12}},
-    {"set": "a b", "on": "keys_2", "value": 1.0, "recovery": {"items": 4, "share": 0.9, "low": 0.8, "high": 1.0}},
+    {
+        "set": "a b",
+        "on": "keys_1",
+        "loss": {"nats": 0.1251, "nats_se": 0.02},
+        "value": 0.5,
+        "recovery": {"items": 12},
+    },
+    {
+        "set": "a b",
+        "on": "keys_2",
+        "value": 1.0,
+        "recovery": {"items": 4, "share": 0.9, "low": 0.8, "high": 1.0},
+    },
 ]
 
 
@@ -21,7 +32,9 @@ RECORD = [
 def page(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(figures, "PAGES", [tmp_path / "page.md"])
-    (tmp_path / "it.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORD))
+    (tmp_path / "it.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in RECORD)
+    )
     return tmp_path / "page.md"
 
 
@@ -29,7 +42,11 @@ def page(tmp_path, monkeypatch):
 def test_a_page_has_the_figures_of_its_records(page):
     content = page.read_text(encoding="utf-8")
     assert figures.filled(content) == content, "python docs/figures.py"
-    assert content.count("<!--=") == content.count("<!--/-->") == len(figures.FIGURE.findall(content))
+    assert (
+        content.count("<!--=")
+        == content.count("<!--/-->")
+        == len(figures.FIGURE.findall(content))
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,10 +59,14 @@ def test_a_page_has_the_figures_of_its_records(page):
         ("machine.cpu s", "one"),
     ],
 )
-def test_a_figure_is_filled_in_and_one_that_differs_is_seen(page, told, shown, monkeypatch):
+def test_a_figure_is_filled_in_and_one_that_differs_is_seen(
+    page, told, shown, monkeypatch
+):
     page.write_text(f"It is <!--= it.jsonl {told} -->7<!--/--> nats.")
     monkeypatch.setattr("sys.argv", ["figures.py", "--check"])
-    with pytest.raises(SystemExit, match=r"figures differ from their records in page\.md"):
+    with pytest.raises(
+        SystemExit, match=r"figures differ from their records in page\.md"
+    ):
         figures.main()
     monkeypatch.setattr("sys.argv", ["figures.py"])
     figures.main()
@@ -65,7 +86,9 @@ def test_a_figure_is_filled_in_and_one_that_differs_is_seen(page, told, shown, m
     ],
 )
 def test_a_figure_that_no_record_has_is_refused(page, told, said):
-    (page.parent / "undated.jsonl").write_text('{"command": "it", "machine": 1, "value": 1}')
+    (page.parent / "undated.jsonl").write_text(
+        '{"command": "it", "machine": 1, "value": 1}'
+    )
     page.write_text(f"<!--= {told} -->7<!--/-->")
     with pytest.raises(SystemExit, match=said):
         figures.main()

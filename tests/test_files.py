@@ -1,4 +1,6 @@
-"""What is written replaces what had the name, whole, and leaves alone what a link leads to."""
+"""What is written replaces what had the name, whole, and leaves alone what a link leads
+to.
+"""
 
 import os
 import re
@@ -50,15 +52,29 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
     with files.beside(out) as ours, files.beside(out) as again:  # as in two threads
         assert ours.name != again.name
     ours = ours.name.partition(f".{os.getpid()}.")[0]
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as running, subprocess.Popen(["true"]) as ended:
+    with (
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as running,
+        subprocess.Popen(["true"]) as ended,
+    ):
         ended.wait()
         left = [f"{ours}.{ended.pid}.{word}" for word in ("0a1b2c", "ffffff")]
-        others = [f"{ours}.{running.pid}.0a1b2c", f"{ours}.{os.getpid()}.0a1b2c", f"{ours}.x", ".o"]
-        others += [f".{name}.0.{ended.pid}.0a1b2c", f"{ours}.{ended.pid}", f"{ours}.{ended.pid}.txt"]  # named otherwise
+        others = [
+            f"{ours}.{running.pid}.0a1b2c",
+            f"{ours}.{os.getpid()}.0a1b2c",
+            f"{ours}.x",
+            ".o",
+        ]
+        others += [
+            f".{name}.0.{ended.pid}.0a1b2c",
+            f"{ours}.{ended.pid}",
+            f"{ours}.{ended.pid}.txt",
+        ]  # named otherwise
         for hidden in (*left, *others):
             (tmp_path / hidden).write_text("x")
         files.write_whole(out, "new")
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, *others])
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            [name, *others]
+        )
         (tmp_path / left[0]).mkdir()
         (tmp_path / left[0] / "weights").write_text("x")
         out.unlink()
@@ -69,19 +85,27 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
 
 
 def test_an_export_whose_name_leaves_no_room_for_another_beside_it_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot write to .*too long"), appearing(tmp_path / ("x" * 240)):
+    with (
+        pytest.raises(UsageError, match=r"cannot write to .*too long"),
+        appearing(tmp_path / ("x" * 240)),
+    ):
         pass
 
 
 def test_tables_and_figures_are_written_so():
     folder = Path(notall.__file__).parent
-    for file in (*(folder / "experiments").glob("*.py"), *(folder / "charts").glob("*.py")):
+    for file in (
+        *(folder / "experiments").glob("*.py"),
+        *(folder / "charts").glob("*.py"),
+    ):
         assert not re.search(r"\.write_(text|bytes)\(", file.read_text()), file.name
 
 
 @pytest.fixture(params=["pipe", "device"])
 def endless(request, tmp_path):
-    """Makes a pipe in which no one writes, or a link to a device; a test that waits for it ends by an error."""
+    """Makes a pipe in which no one writes, or a link to a device; a test that waits for
+    it ends by an error.
+    """
 
     def make(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +122,12 @@ def endless(request, tmp_path):
     signal.signal(signal.SIGALRM, before)
 
 
-KINDS = {"sweep": "sweep", "compare": "comparison", "paper": "claim", "pareto": "pareto"}
+KINDS = {
+    "sweep": "sweep",
+    "compare": "comparison",
+    "paper": "claim",
+    "pareto": "pareto",
+}
 READERS = {
     "config.json": lambda path: notall.load(path.parent),
     "my.json": notall.load,
@@ -114,12 +143,16 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_what_may_never_end_is_not_read(name, endless, tmp_path):
-    with pytest.raises(UsageError, match=rf"{name} is a pipe or a device: give a regular file"):
+    with pytest.raises(
+        UsageError, match=rf"{name} is a pipe or a device: give a regular file"
+    ):
         READERS[name](endless(tmp_path / name))
 
 
 def test_a_pipe_or_a_device_is_no_page(endless, tmp_path):
-    with pytest.raises(UsageError, match="is there, and is no page of notall: choose another -o"):
+    with pytest.raises(
+        UsageError, match="is there, and is no page of notall: choose another -o"
+    ):
         write_report(tmp_path, endless(tmp_path / "page.html"))
 
 
@@ -143,7 +176,9 @@ def test_a_huge_config_is_not_read(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["plan", "search"])
 @pytest.mark.parametrize("theirs", ["a,b\n1,2\n", '{"model": 1}', "endless"])
-def test_a_file_that_is_no_plan_is_not_replaced(name, theirs, run, folder, endless, tmp_path):
+def test_a_file_that_is_no_plan_is_not_replaced(
+    name, theirs, run, folder, endless, tmp_path
+):
     out = tmp_path / "theirs.json"
     endless(out) if theirs == "endless" else out.write_text(theirs)
     if out.is_symlink():
@@ -173,7 +208,13 @@ def test_a_plan_and_an_empty_file_are_replaced(tmp_path):
 def test_what_others_wrote_into_a_folder_is_not_replaced(command, name, tmp_path):
     theirs = tmp_path / name
     theirs.write_text("theirs")
-    with pytest.raises(UsageError, match=f"{theirs.name} is there, and notall did not write it: choose another folder"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            f"{theirs.name} is there, and notall did not write it: choose another"
+            " folder"
+        ),
+    ):
         check_folder(tmp_path, command)
     lines.append(tmp_path / HOMES[KINDS[command]][0], {"record": KINDS[command]})
     check_folder(tmp_path, command)  # a folder of results is ours, with what lies in it
@@ -183,5 +224,7 @@ def test_a_csv_that_is_no_table_of_similarities_is_not_replaced(run, folder, tmp
     (tmp_path / "theirs.csv").write_text("theirs")
     code, _, err = run("similarity", folder, *QUICK, "-o", tmp_path / "theirs")
     assert code == 2
-    assert "theirs.csv is there, and is no table of similarities: choose another -o" in err
+    assert (
+        "theirs.csv is there, and is no table of similarities: choose another -o" in err
+    )
     assert (tmp_path / "theirs.csv").read_text() == "theirs"

@@ -9,7 +9,11 @@ from notall import Plan, locate, remove, skip
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "gemma3", "mixtral"])
-@pytest.mark.parametrize("plan", [Plan(attention=[1]), Plan(mlp=[0, 3]), Plan([2], [2]), Plan([0, 1], [1, 2])], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(attention=[1]), Plan(mlp=[0, 3]), Plan([2], [2]), Plan([0, 1], [1, 2])],
+    ids=str,
+)
 def test_counts_equal_what_is_left_after_removing(name, plan):
     model = family(name).build()
     expected = footprint(model, plan)
@@ -32,8 +36,12 @@ def test_each_weight_of_a_layer_is_counted_with_one_sublayer(name):
     model = family(name).build()
     structure = locate(model)
     for block, layer in zip(structure.blocks, model.get_submodule(structure.layers)):
-        assert sum(part.parameters for part in block.sublayers) == sum(p.numel() for p in layer.parameters())
-        assert sum(part.weight_bytes for part in block.sublayers) == sum(p.nbytes for p in layer.parameters())
+        assert sum(part.parameters for part in block.sublayers) == sum(
+            p.numel() for p in layer.parameters()
+        )
+        assert sum(part.weight_bytes for part in block.sublayers) == sum(
+            p.nbytes for p in layer.parameters()
+        )
 
 
 def test_families_are_many():

@@ -1,4 +1,6 @@
-"""A few hundred damaged files, from seeds: each ends in one clear line, or works as what it says. See fuzzing.py."""
+"""A few hundred damaged files, from seeds: each ends in one clear line, or works as
+what it says. See fuzzing.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ KINDS = {  # so many each time, and so many in all with `make test-engines`
     "repair": (15, 40),
     "own exports": (20, 60),
 }
-EACH_TIME = [pytest.param(kind, range(few), id=kind) for kind, (few, _) in KINDS.items()]
+EACH_TIME = [
+    pytest.param(kind, range(few), id=kind) for kind, (few, _) in KINDS.items()
+]
 OTHERS = [
     pytest.param(kind, range(few, many), id=f"{kind}, others", marks=pytest.mark.slow)
     for kind, (few, many) in KINDS.items()
@@ -37,9 +41,18 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "numbers"), [*EACH_TIME, *OTHERS])
-def test_a_damaged_file_ends_in_one_clear_line_or_works_as_it_says(seeds, kind, numbers):
-    found = [fuzzing.try_case(fuzzing.Case(kind, number, seed=0), seeds) for number in numbers]
-    assert [(one.case.name, one.offence, one.ended.err or one.ended.trace) for one in found if one.offence] == []
+def test_a_damaged_file_ends_in_one_clear_line_or_works_as_it_says(
+    seeds, kind, numbers
+):
+    found = [
+        fuzzing.try_case(fuzzing.Case(kind, number, seed=0), seeds)
+        for number in numbers
+    ]
+    assert [
+        (one.case.name, one.offence, one.ended.err or one.ended.trace)
+        for one in found
+        if one.offence
+    ] == []
     assert {one.ended.code for one in found} == {0, 2}
 
 
@@ -65,7 +78,14 @@ def test_what_offends_is_told(wrong, said):
     assert fuzzing.offence(wrong) == said
 
 
-FORM = {"record": "row", "provenance": {"what": {}, "where": {}}, "batches": "all", "nll": 1.5, "kind": "mlp", "n": 3}
+FORM = {
+    "record": "row",
+    "provenance": {"what": {}, "where": {}},
+    "batches": "all",
+    "nll": 1.5,
+    "kind": "mlp",
+    "n": 3,
+}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +109,9 @@ def test_a_line_of_another_form_is_none(change):
 
 def test_what_a_line_may_lack():
     def is_a_line(command, *lacking):
-        return fuzzing._is_a_line({n: v for n, v in FORM.items() if n not in lacking}, [FORM], command)
+        return fuzzing._is_a_line(
+            {n: v for n, v in FORM.items() if n not in lacking}, [FORM], command
+        )
 
     assert is_a_line("sweep m")
     assert is_a_line("sweep m", "record")
@@ -100,6 +122,9 @@ def test_what_a_line_may_lack():
     assert not fuzzing._is_a_line([FORM], [FORM], "report r")
 
 
-@pytest.mark.parametrize("right", [ended(), ended(code=0, err=""), ended(err=f"error: no {'/x' * 300}: bad\n")])
+@pytest.mark.parametrize(
+    "right",
+    [ended(), ended(code=0, err=""), ended(err=f"error: no {'/x' * 300}: bad\n")],
+)
 def test_what_is_right_does_not_offend(right):
     assert fuzzing.offence(right) is None

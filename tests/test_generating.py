@@ -1,4 +1,6 @@
-"""Text of the skipped model: together as one at a time, and what makes no text refused in one line."""
+"""Text of the skipped model: together as one at a time, and what makes no text refused
+in one line.
+"""
 
 from __future__ import annotations
 
@@ -57,34 +59,56 @@ def test_the_text_is_handed_on_as_it_comes(model, tokenizer):
     spaced.__class__ = Spaced  # a streamer waits for a space
     pieces, steps = [], []
     handle = model.register_forward_hook(lambda *_: steps.append(len(pieces)))
-    said = generate_text(model, spaced, PLAN, "x", max_new_tokens=12, streamer=Streamer(spaced, pieces.append))
+    said = generate_text(
+        model,
+        spaced,
+        PLAN,
+        "x",
+        max_new_tokens=12,
+        streamer=Streamer(spaced, pieces.append),
+    )
     handle.remove()
     assert "".join(pieces) == said
     assert len(set(steps)) > 6
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("bos_token_id", "a"), ("min_length", "a"), ("bos_token_id", 1e308)], ids=str
+    ("name", "value"),
+    [("bos_token_id", "a"), ("min_length", "a"), ("bos_token_id", 1e308)],
+    ids=str,
 )
 def test_settings_that_cannot_be_used_are_one_line(tokenizer, name, value):
     model = tiny_llama()
     setattr(model.generation_config, name, value)
-    with pytest.raises(UsageError, match=r"cannot generate: (Type|Runtime)Error: .*; check .* generation_config"):
+    with pytest.raises(
+        UsageError,
+        match=r"cannot generate: (Type|Runtime)Error: .*; check .* generation_config",
+    ):
         generate_text(model, tokenizer, PLAN, "x", max_new_tokens=2, temperature=1.0)
-    generate_text(model, tokenizer, PLAN, "x", max_new_tokens=2)  # greedy text goes by none of them
+    generate_text(
+        model, tokenizer, PLAN, "x", max_new_tokens=2
+    )  # greedy text goes by none of them
 
 
 def test_an_end_that_is_no_token_is_one_line(tokenizer):
     model = tiny_llama()
     model.generation_config.eos_token_id = "a"
     for say in (generate_text, continue_prompts):
-        prompt, new = ("x", {"max_new_tokens": 2}) if say is generate_text else (["x"], {"new_tokens": 2})
-        with pytest.raises(UsageError, match=r"cannot generate: .*; check .* generation_config"):
+        prompt, new = (
+            ("x", {"max_new_tokens": 2})
+            if say is generate_text
+            else (["x"], {"new_tokens": 2})
+        )
+        with pytest.raises(
+            UsageError, match=r"cannot generate: .*; check .* generation_config"
+        ):
             say(model, tokenizer, PLAN, prompt, **new)
 
 
 @pytest.mark.parametrize("kind", [TypeError, RuntimeError])
-def test_what_is_wrong_elsewhere_is_not_blamed_on_the_settings(tokenizer, monkeypatch, kind):
+def test_what_is_wrong_elsewhere_is_not_blamed_on_the_settings(
+    tokenizer, monkeypatch, kind
+):
     def mistaken(*_, **__):
         raise kind("a mistake of the test")
 
@@ -96,12 +120,24 @@ def test_what_is_wrong_elsewhere_is_not_blamed_on_the_settings(tokenizer, monkey
 
 def test_only_a_number_that_is_too_large_is_a_runtime_error_of_the_settings():
     def ran_out(what):
-        exec(compile(f"raise RuntimeError({what!r})", "/somewhere/transformers/generation.py", "exec"))
+        exec(
+            compile(
+                f"raise RuntimeError({what!r})",
+                "/somewhere/transformers/generation.py",
+                "exec",
+            )
+        )
 
     said = "cannot: RuntimeError: no int64 without overflow; do so"
-    with pytest.raises(UsageError, match=said), raised_by("transformers", "cannot", "do so"):
+    with (
+        pytest.raises(UsageError, match=said),
+        raised_by("transformers", "cannot", "do so"),
+    ):
         ran_out("no int64 without overflow")
-    with pytest.raises(RuntimeError, match="out of memory"), raised_by("transformers", "cannot", "do so"):
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        raised_by("transformers", "cannot", "do so"),
+    ):
         ran_out("out of memory")
 
 
@@ -109,9 +145,17 @@ def test_greedy_is_greedy_whatever_the_model_would_rather_do(tokenizer):
     model = tiny_llama()
     expected = [slow(model, tokenizer, prompt, PLAN) for prompt in PROMPTS]
     own = model.generation_config
-    own.repetition_penalty, own.num_beams, own.num_return_sequences, own.no_repeat_ngram_size = 1.3, 3, 2, 1
+    (
+        own.repetition_penalty,
+        own.num_beams,
+        own.num_return_sequences,
+        own.no_repeat_ngram_size,
+    ) = (1.3, 3, 2, 1)
     assert continue_prompts(model, tokenizer, PLAN, PROMPTS, NEW) == expected
-    assert [generate_text(model, tokenizer, PLAN, prompt, max_new_tokens=NEW) for prompt in PROMPTS] == expected
+    assert [
+        generate_text(model, tokenizer, PLAN, prompt, max_new_tokens=NEW)
+        for prompt in PROMPTS
+    ] == expected
     assert model.generation_config is own
 
 
@@ -127,13 +171,17 @@ def test_the_random_numbers_of_others_go_on_as_they_would_have(model, tokenizer)
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
     for temperature in (0.0, 1.0):
-        generate_text(model, tokenizer, PLAN, "the", max_new_tokens=3, temperature=temperature)
+        generate_text(
+            model, tokenizer, PLAN, "the", max_new_tokens=3, temperature=temperature
+        )
         assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_seed_decides_what_is_drawn(model, tokenizer):
     first, again, other = (
-        generate_text(model, tokenizer, PLAN, "the", max_new_tokens=20, temperature=5.0, seed=seed)
+        generate_text(
+            model, tokenizer, PLAN, "the", max_new_tokens=20, temperature=5.0, seed=seed
+        )
         for seed in (1, 1, 2)
     )
     assert first == again != other
@@ -155,7 +203,9 @@ def test_the_seed_decides_what_is_drawn(model, tokenizer):
         ("the", {"chat": True}, "no chat template: leave chat out"),
     ],
 )
-def test_what_makes_no_text_is_refused_in_one_line(model, tokenizer, prompt, options, says):
+def test_what_makes_no_text_is_refused_in_one_line(
+    model, tokenizer, prompt, options, says
+):
     with pytest.raises(UsageError, match=says) as error:
         generate_text(model, tokenizer, PLAN, prompt, **options)
     assert str(error.value).isprintable()
@@ -178,7 +228,9 @@ def test_what_makes_no_text_is_refused_in_one_line(model, tokenizer, prompt, opt
         {"tool_use": "{{ messages }}"},
     ],
 )
-def test_a_broken_or_hostile_chat_template_is_refused_in_one_line(model, tokenizer, template):
+def test_a_broken_or_hostile_chat_template_is_refused_in_one_line(
+    model, tokenizer, template
+):
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match="chat template fails") as error:
         generate_text(model, tokenizer, PLAN, "the", chat=True)
@@ -188,11 +240,19 @@ def test_a_broken_or_hostile_chat_template_is_refused_in_one_line(model, tokeniz
 
 
 def test_a_chat_template_is_what_the_model_reads(model, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    said = generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW, chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    )
+    said = generate_text(
+        model, tokenizer, PLAN, "the river", max_new_tokens=NEW, chat=True
+    )
     tokenizer.chat_template = None
-    assert said == generate_text(model, tokenizer, PLAN, "<s>user: the river</s>", max_new_tokens=NEW)
-    assert said != generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)
+    assert said == generate_text(
+        model, tokenizer, PLAN, "<s>user: the river</s>", max_new_tokens=NEW
+    )
+    assert said != generate_text(
+        model, tokenizer, PLAN, "the river", max_new_tokens=NEW
+    )
 
 
 def test_a_chat_begins_with_the_bos_of_its_template_and_no_other(model):
@@ -200,7 +260,15 @@ def test_a_chat_begins_with_the_bos_of_its_template_and_no_other(model):
     streamer = SimpleNamespace(put=read.append, end=lambda: None)
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
     for chat in (True, False):
-        generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=1, chat=chat, streamer=streamer)
+        generate_text(
+            model,
+            tokenizer,
+            PLAN,
+            "the river",
+            max_new_tokens=1,
+            chat=chat,
+            streamer=streamer,
+        )
         assert read[0].flatten().tolist() == tokenizer("the river")["input_ids"]
         read.clear()
 

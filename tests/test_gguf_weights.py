@@ -1,4 +1,6 @@
-"""Weights of a repaired plan in GGUF files: each tensor of each family, as llama.cpp and transformers read it."""
+"""Weights of a repaired plan in GGUF files: each tensor of each family, as llama.cpp
+and transformers read it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ needs_llamacpp = engines.needs("xllamacpp", "pip install xllamacpp")
 
 
 def cases(names):
-    """Those that are not quick once: some are built otherwise by older transformers, and files are the same."""
+    """Those that are not quick once: some are built otherwise by older transformers,
+    and files are the same.
+    """
     rare = [pytest.mark.slow, pytest.mark.any_transformers]
     return [pytest.param(name, marks=[] if name in QUICK else rare) for name in names]
 
@@ -52,7 +56,9 @@ def every_weight(name):
 @needs_llamacpp
 @pytest.mark.parametrize("name", cases(BUILT))
 def test_llamacpp_answers_as_the_model_whose_every_weight_is_another(name, tmp_path):
-    """The file that is rewritten holds zeros, so that a tensor of which one number is elsewhere shows."""
+    """The file that is rewritten holds zeros, so that a tensor of which one number is
+    elsewhere shows.
+    """
     if name.startswith(("nemotron_h", "dots1")):
         pytest.skip("llama.cpp ends the process over its made-up header")
     model, plan = every_weight(name)
@@ -74,14 +80,24 @@ def test_llamacpp_answers_so_without_a_block_too(name, tmp_path):
     """Of Apertus the header has numbers of each MLP."""
     model, plan = every_weight(name)
     plan = RepairedPlan.of(Plan([1], [1]), weights=plan.weights)
-    out = export(write_skeleton(name, tmp_path / "dense.gguf"), plan, "gguf", tmp_path / "out", verify=False)
+    out = export(
+        write_skeleton(name, tmp_path / "dense.gguf"),
+        plan,
+        "gguf",
+        tmp_path / "out",
+        verify=False,
+    )
     (found,) = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), TOKENS)
     with skip(model, plan.unrepaired), torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
-    assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.03
+    assert (
+        max(abs(value - float(expected[token])) for token, value in found.items())
+        < 0.03
+    )
 
 
-# --- without llama.cpp ------------------------------------------------------------------------------------------------
+# --- without llama.cpp
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -95,32 +111,47 @@ def not_run(out):
 
 @pytest.mark.parametrize("name", cases(READ_BACK))
 def test_transformers_reads_back_every_weight(name, without_llamacpp, tmp_path):
-    """Of Qwen2-MoE it reads what llama-quantize wrote, and not what the converter did."""
+    """Of Qwen2-MoE it reads what llama-quantize wrote, and not what the converter
+    did.
+    """
     _, plan = every_weight(name)
     dense = write_skeleton(name, tmp_path / "dense.gguf", requantised=True)
     told = not_run(export(dense, plan, "gguf", tmp_path / "out"))
     assert "its weights, read back by transformers, are the plan's within " in told
-    assert float(told.rpartition(" ")[2]) < 1e-6  # 1 was added and taken away again, or exp and log
+    assert (
+        float(told.rpartition(" ")[2]) < 1e-6
+    )  # 1 was added and taken away again, or exp and log
 
 
-def test_weights_in_another_order_are_refused_without_an_engine(without_llamacpp, monkeypatch, tmp_path):
-    """Trap: llama.cpp has the rows of queries and keys in another order than transformers."""
+def test_weights_in_another_order_are_refused_without_an_engine(
+    without_llamacpp, monkeypatch, tmp_path
+):
+    """Trap: llama.cpp has the rows of queries and keys in another order than
+    transformers.
+    """
     monkeypatch.setattr(gguf_layout, "ROTATES_NEIGHBOURS", set())
     _, plan = every_weight("llama")
     dense = write_skeleton("llama", tmp_path / "dense.gguf")
-    with pytest.raises(UsageError, match="which reads the weights back, answers differently"):
+    with pytest.raises(
+        UsageError, match="which reads the weights back, answers differently"
+    ):
         export(dense, plan, "gguf", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["dense.gguf"]
 
 
-@pytest.mark.parametrize("name", ["olmo", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["olmo", pytest.param("qwen2_moe", marks=pytest.mark.slow)]
+)
 def test_what_transformers_does_not_read_is_said(name, without_llamacpp, tmp_path):
     _, plan = every_weight(name)
     dense = write_skeleton(name, tmp_path / "dense.gguf")
-    assert "its weights were not read back" in not_run(export(dense, plan, "gguf", tmp_path / "out"))
+    assert "its weights were not read back" in not_run(
+        export(dense, plan, "gguf", tmp_path / "out")
+    )
 
 
-# --- some of the weights ----------------------------------------------------------------------------------------------
+# --- some of the weights
+# --------------------------------------------------------------------------------------
 
 
 def filled(name, tmp_path, kind=Kind.F32):
@@ -130,7 +161,11 @@ def filled(name, tmp_path, kind=Kind.F32):
     whole = gguf_with_weights(skeleton, parameters(model))
     tensors = dict(whole.tensors)
     for tensor, held in whole.tensors.items():
-        if tensor.startswith("blk.") and held.data.ndim > 1 and held.data.shape[-1] % 32 == 0:
+        if (
+            tensor.startswith("blk.")
+            and held.data.ndim > 1
+            and held.data.shape[-1] % 32 == 0
+        ):
             tensors[tensor] = GGUFTensor(quantize(held.data, kind), kind)
     return model, GGUF(whole.path, whole.fields, tensors, whole.endianness)
 
@@ -143,10 +178,16 @@ def test_one_expert_of_several_leaves_the_others_as_they_are(name, tmp_path):
     path = path if name == "mixtral" else "model.layers.1.mlp.experts.2.up_proj.weight"
     before = file.tensors["blk.1.ffn_up_exps.weight"].data
     new = torch.randn(before.shape[1:], generator=torch.Generator().manual_seed(0))
-    after = gguf_with_weights(file, {path: new}).tensors["blk.1.ffn_up_exps.weight"].data
+    after = (
+        gguf_with_weights(file, {path: new}).tensors["blk.1.ffn_up_exps.weight"].data
+    )
     np.testing.assert_array_equal(after[2], new.numpy())
-    np.testing.assert_array_equal(np.delete(after, 2, axis=0), np.delete(before, 2, axis=0))
-    assert not np.array_equal(before[2], after[2])  # of the file itself nothing has changed
+    np.testing.assert_array_equal(
+        np.delete(after, 2, axis=0), np.delete(before, 2, axis=0)
+    )
+    assert not np.array_equal(
+        before[2], after[2]
+    )  # of the file itself nothing has changed
 
 
 def test_an_expert_of_a_tensor_in_few_bits_takes_the_others_to_8_bits(tmp_path, caplog):
@@ -154,17 +195,23 @@ def test_an_expert_of_a_tensor_in_few_bits_takes_the_others_to_8_bits(tmp_path, 
     name = "blk.0.ffn_up_exps.weight"
     shape = file.tensors[name].shape
     before = dequantize(file.tensors[name].data, Kind.Q4_1)
-    found = gguf_with_weights(file, {"model.layers.0.mlp.experts.1.up_proj.weight": torch.zeros(shape[1:])})
+    found = gguf_with_weights(
+        file, {"model.layers.0.mlp.experts.1.up_proj.weight": torch.zeros(shape[1:])}
+    )
     after = dequantize(found.tensors[name].data, found.tensors[name].quantization)
     assert found.tensors[name].quantization == Kind.Q8_0
     assert not after[1].any()
-    np.testing.assert_allclose(np.delete(after, 1, axis=0), np.delete(before, 1, axis=0), atol=0.02)
+    np.testing.assert_allclose(
+        np.delete(after, 1, axis=0), np.delete(before, 1, axis=0), atol=0.02
+    )
     assert "repaired weights that were Q4_1 are written in 8 bits" in caplog.text
 
 
 def test_heads_of_stablelm_have_norms_of_their_own(tmp_path):
     _, file = filled("stablelm", tmp_path)
-    norms = {"blk.1.attn_q_norm.weight": GGUFTensor(np.ones((4, 8), np.float32), Kind.F32)}
+    norms = {
+        "blk.1.attn_q_norm.weight": GGUFTensor(np.ones((4, 8), np.float32), Kind.F32)
+    }
     file = GGUF(file.path, file.fields, {**file.tensors, **norms}, file.endianness)
     new = {"model.layers.1.self_attn.q_layernorm.norms.3.weight": torch.full((8,), 2.0)}
     found = gguf_with_weights(file, new).tensors["blk.1.attn_q_norm.weight"].data
@@ -173,13 +220,17 @@ def test_heads_of_stablelm_have_norms_of_their_own(tmp_path):
 
 
 def test_a_tied_head_changes_with_the_embeddings(tmp_path):
-    """Of files that hold a copy of it, too, and not where the head is another matrix."""
+    """Of files that hold a copy of it, too, and not where the head is another
+    matrix.
+    """
     new = torch.randn(264, 32, generator=torch.Generator().manual_seed(0))
     weights = {"model.embed_tokens.weight": new}
     _, tied = filled("llama (tied)", tmp_path)
     assert "output.weight" not in tied.tensors
     copied = {**tied.tensors, "output.weight": tied.tensors["token_embd.weight"]}
-    found = gguf_with_weights(GGUF(tied.path, tied.fields, copied, tied.endianness), weights)
+    found = gguf_with_weights(
+        GGUF(tied.path, tied.fields, copied, tied.endianness), weights
+    )
     np.testing.assert_array_equal(found.tensors["output.weight"].data, new.numpy())
     _, untied = filled("llama", tmp_path)
     found = gguf_with_weights(untied, weights)
@@ -189,14 +240,23 @@ def test_a_tied_head_changes_with_the_embeddings(tmp_path):
 
 def test_what_the_converter_makes_of_more_than_the_file_holds_is_refused(tmp_path):
     _, file = filled("llama", tmp_path)
-    fields = {name.replace("llama.", "falcon-h1."): field for name, field in file.fields.items()}
+    fields = {
+        name.replace("llama.", "falcon-h1."): field
+        for name, field in file.fields.items()
+    }
     fields["general.architecture"] = fields["general.architecture"].of("falcon-h1")
     other = GGUF(file.path, fields, file.tensors, file.endianness)
-    with pytest.raises(UsageError, match=r"does not know how .* writes attn_q of falcon-h1.*convert_hf_to_gguf"):
-        gguf_with_weights(other, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32)})
+    with pytest.raises(
+        UsageError,
+        match=r"does not know how .* writes attn_q of falcon-h1.*convert_hf_to_gguf",
+    ):
+        gguf_with_weights(
+            other, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32)}
+        )
 
 
-# --- a healing --------------------------------------------------------------------------------------------------------
+# --- a healing
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
@@ -208,9 +268,17 @@ def test_a_healing_of_all_weights_is_verified(train, tmp_path):
     dense = tmp_path / "dense.gguf"
     write_gguf(dense, file, file.fields, file.tensors)
     net, _ = load(dense, dtype="float32", device="cpu")
-    batches = list(torch.randint(3, 93, (16, 12), generator=torch.Generator().manual_seed(0)).split(4))
+    batches = list(
+        torch.randint(
+            3, 93, (16, 12), generator=torch.Generator().manual_seed(0)
+        ).split(4)
+    )
     healed = heal(
-        net, Plan(attention=[2], mlp=[1]), batches[:3], batches[3:], TrainConfig(train=train, rate=0.02, rank=2)
+        net,
+        Plan(attention=[2], mlp=[1]),
+        batches[:3],
+        batches[3:],
+        TrainConfig(train=train, rate=0.02, rank=2),
     )
     assert any("q_proj" in path for path in healed.weights)
     out = export(dense, healed, "gguf", tmp_path / "out")

@@ -18,7 +18,9 @@ def run(out, *words):
     if not SCRIPT.is_file():
         pytest.skip("there is no benchmarks/gpu.sh beside these tests")
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(out)}
-    return subprocess.run([SCRIPT, *words], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [SCRIPT, *words], env=environment, capture_output=True, text=True
+    )
 
 
 def test_an_unknown_step_is_refused(tmp_path):

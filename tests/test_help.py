@@ -10,8 +10,13 @@ from api import cli
 
 pytestmark = pytest.mark.any_transformers  # it needs no model
 
-COMMANDS = {name: one.loaded() for name, one in typer.main.get_command(cli.app).commands.items()}
-FOREIGN = r"\bas many as\b|\bso many\b|\bso much\b|\belse\b|\botherwise\b|^Interrupted\b|\bagain for\b"
+COMMANDS = {
+    name: one.loaded() for name, one in typer.main.get_command(cli.app).commands.items()
+}
+FOREIGN = (
+    r"\bas many as\b|\bso many\b|\bso"
+    r" much\b|\belse\b|\botherwise\b|^Interrupted\b|\bagain for\b"
+)
 WORDS = 26  # of a sentence
 
 

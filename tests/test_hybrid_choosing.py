@@ -1,4 +1,6 @@
-"""Choosing and measuring on hybrids: the kinds of their mixers, layers of one sublayer, and what must stay."""
+"""Choosing and measuring on hybrids: the kinds of their mixers, layers of one sublayer,
+and what must stay.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ from test_architectures import prompt
 from test_repairing import SMALL as SMALL_TEXT, check_against_replay
 from tiny_checkpoint import save_tiny_checkpoint
 
-pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on")
+pytestmark = pytest.mark.skipif(
+    not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on"
+)
 
 NAMES = ["qwen3_next", "nemotron_h", "mamba2", "falcon_h1", "lfm2", "granitemoehybrid"]
 
@@ -56,17 +60,27 @@ def test_replay_is_what_hooks_leave(hybrid) -> None:
     for number, plan in enumerate(plans):
         with silenced(model, found, plan.attention, plan.mlp):
             expected = model(tokens, use_cache=False).logits
-        assert (answers[number] - expected).abs().max() <= 1e-5 * expected.abs().max(), plan
+        assert (
+            answers[number] - expected
+        ).abs().max() <= 1e-5 * expected.abs().max(), plan
 
 
 def test_sizes_are_those_of_what_is_kept(hybrid) -> None:
     _, model = hybrid
     structure = locate(model)
     plan = Plan(sorted(structure.counting)[1:])
-    kept = [part for part in structure.sublayers if part.index not in getattr(plan, part.kind)]
-    assert footprint(model, plan).kv_bytes_per_token == sum(part.kv_bytes_per_token for part in kept)
+    kept = [
+        part
+        for part in structure.sublayers
+        if part.index not in getattr(plan, part.kind)
+    ]
+    assert footprint(model, plan).kv_bytes_per_token == sum(
+        part.kv_bytes_per_token for part in kept
+    )
     states = sum(part.state_bytes for part in kept)
-    assert footprint(model, plan).state_bytes == (states if any(p.state_bytes for p in structure.sublayers) else None)
+    assert footprint(model, plan).state_bytes == (
+        states if any(p.state_bytes for p in structure.sublayers) else None
+    )
 
 
 def test_a_space_of_each_kind_of_mixer_holds_these_alone(hybrid) -> None:
@@ -74,7 +88,9 @@ def test_a_space_of_each_kind_of_mixer_holds_these_alone(hybrid) -> None:
     structure = locate(model)
     for kind in structure.mixers:
         names = Space(structure, kind).names
-        assert names == tuple(part.name for part in structure.sublayers if part.mixer == kind)
+        assert names == tuple(
+            part.name for part in structure.sublayers if part.mixer == kind
+        )
     with pytest.raises(UsageError, match=f"{structure.mixers[0]}"):
         Space(structure, "linear")
 
@@ -96,22 +112,32 @@ def test_one_attention_that_counts_tokens_is_always_left(hybrid, criterion) -> N
 def test_the_least_sum_leaves_an_attention_where_every_pair_is_allowed() -> None:
     model = family("falcon_h1").build()
     space = Space(locate(model))
-    setting = Setting(model, space, [prompt(False)[0]], Evaluator(model, nll([prompt(False)[0]])))
+    setting = Setting(
+        model, space, [prompt(False)[0]], Evaluator(model, nll([prompt(False)[0]]))
+    )
     program = measure(setting, space.units)
-    chosen = program.solve(program.limited + 1e-3, len(space.structure.counting) - 1, 99)
+    chosen = program.solve(
+        program.limited + 1e-3, len(space.structure.counting) - 1, 99
+    )
     assert chosen is not None
-    assert program.solve(program.limited + 1e-3, len(space.structure.counting), 99) is None
+    assert (
+        program.solve(program.limited + 1e-3, len(space.structure.counting), 99) is None
+    )
 
 
 def test_layers_of_one_sublayer_go_one_by_one_and_every_set_is_portable() -> None:
     space = Space(locate(family("nemotron_h").build()), portable=True)
     assert space.moves(frozenset()) == [(name,) for name in space.names]
-    assert Space(space.structure, "block").units == tuple((name,) for name in space.names)
+    assert Space(space.structure, "block").units == tuple(
+        (name,) for name in space.names
+    )
     assert Space(space.structure, "attention", portable=True).names
 
 
 def test_the_deepest_are_of_the_layers_that_have_them() -> None:
-    structure = locate(family("nemotron_h").build())  # a mixer in layers 0, 1, 3 and 5, an MLP in 2 and 4
+    structure = locate(
+        family("nemotron_h").build()
+    )  # a mixer in layers 0, 1, 3 and 5, an MLP in 2 and 4
     assert deepest(structure, "attention", 0.5).attention == (3, 5)
     assert deepest(structure, "attention", 0.5).note == "deepest 2 of 4 attentions"
     assert deepest(structure, "attention", 0.5, keep_last=True).attention == (1, 3)
@@ -126,10 +152,14 @@ def test_mixers_of_two_kinds_are_timed_apart() -> None:
     assert all(len({part.mixer for part in group}) == 1 for group in groups)
     full = next(group for group in groups if group[0].mixer == "full_attention")
     assert _half([full[0]], locate(model)).attention == (full[0].index,)
-    assert _half(full[::-1] + full, locate(model)).attention != tuple(part.index for part in full)
+    assert _half(full[::-1] + full, locate(model)).attention != tuple(
+        part.index for part in full
+    )
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "mamba2", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "nemotron_h", "mamba2", "lfm2", "falcon_h1"]
+)
 @torch.no_grad()
 def test_what_is_kept_is_refit_nearer_to_the_dense_stream(name) -> None:
     model = family(name).build()
@@ -149,14 +179,19 @@ def test_a_criterion_says_which_models_it_fits() -> None:
 
 
 def test_what_may_lose_a_fact_far_back() -> None:
-    qwen, falcon, mamba = (locate(family(name).build()) for name in ("qwen3_next", "falcon_h1", "mamba2"))
+    qwen, falcon, mamba = (
+        locate(family(name).build()) for name in ("qwen3_next", "falcon_h1", "mamba2")
+    )
     assert may_lose_retrieval(qwen, Plan([1]))
     assert not may_lose_retrieval(qwen, Plan([0, 2], [1]))
-    assert not may_lose_retrieval(falcon, Plan([1]))  # all of its mixers hold keys and values
+    assert not may_lose_retrieval(
+        falcon, Plan([1])
+    )  # all of its mixers hold keys and values
     assert not may_lose_retrieval(mamba, Plan([1]))  # it has none
 
 
-# --- at the command line ----------------------------------------------------------------------------------------------
+# --- at the command line
+# --------------------------------------------------------------------------------------
 
 SMALL = ["--sequences", "2", "--length", "24", "--batch-size", "2", "--device", "cpu"]
 
@@ -164,7 +199,9 @@ SMALL = ["--sequences", "2", "--length", "24", "--batch-size", "2", "--device", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("hybrid")
-    (place / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
+    (place / "text.txt").write_text(
+        "The river runs under the old bridge, and a green bird sings. " * 60
+    )
     save_tiny_checkpoint(place / "model", of="qwen3_next", max_position_embeddings=2048)
     return place
 
@@ -181,11 +218,17 @@ def run(capsys, *words: object) -> str:
 
 def test_inspect_and_plan_tell_kinds_and_states(folder, tmp_path, capsys) -> None:
     rows = json.loads(run(capsys, "inspect", folder / "model", "--json"))["sublayers"]
-    assert [row["mixer"] for row in rows if row["kind"] == "attention"] == ["linear_attention", "full_attention"] * 2
+    assert [row["mixer"] for row in rows if row["kind"] == "attention"] == [
+        "linear_attention",
+        "full_attention",
+    ] * 2
     assert [bool(row["state_bytes"]) for row in rows[:4]] == [True, False, False, False]
     assert "bytes of states" in run(capsys, "inspect", folder / "model")
     asked = ["--skip", "attention", "-o", tmp_path / "plan.json", "--json"]
-    sizes = [one["footprint"] for one in json.loads(run(capsys, "plan", folder / "model", *asked))["plan"]]
+    sizes = [
+        one["footprint"]
+        for one in json.loads(run(capsys, "plan", folder / "model", *asked))["plan"]
+    ]
     assert sizes[0]["state_bytes"] == sizes[1]["state_bytes"] > 0
 
 
@@ -212,24 +255,50 @@ def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> No
     page = (out / "page.html").read_text()
     assert "states" in page
     assert "linear_attention" in page
-    mixers = {row["mixer"] for row in map(json.loads, (out / "similarity.jsonl").read_text().splitlines())}
+    mixers = {
+        row["mixer"]
+        for row in map(json.loads, (out / "similarity.jsonl").read_text().splitlines())
+    }
     assert mixers == {"linear_attention", "full_attention", None}
     plan = tmp_path / "plan.json"
     search = ["search", folder / "model", *text, "-o", plan, "--json"]
     found = json.loads(run(capsys, *search, "--skip", "full_attention:1"))
-    assert [row["task"] for row in found["tasks"]] == ["passkey_256", "passkey_512", "passkey_1024"]
+    assert [row["task"] for row in found["tasks"]] == [
+        "passkey_256",
+        "passkey_512",
+        "passkey_1024",
+    ]
     assert set(Plan.load(plan).attention) < {1, 3}
     found = json.loads(run(capsys, *search, "--skip", "portable:2"))
-    assert isinstance(found, list) == (not {1, 3}.intersection(Plan.load(plan).attention))
-    export = ["export", folder / "model", "--plan", plan, "--to", "hf", "--out", tmp_path / "cut", "--json"]
+    assert isinstance(found, list) == (
+        not {1, 3}.intersection(Plan.load(plan).attention)
+    )
+    export = [
+        "export",
+        folder / "model",
+        "--plan",
+        plan,
+        "--to",
+        "hf",
+        "--out",
+        tmp_path / "cut",
+        "--json",
+    ]
     said = json.loads(run(capsys, *export))
     assert "answers as the skipped model" in said["check"]
-    assert len(json.loads(run(capsys, "inspect", tmp_path / "cut", "--json"))["sublayers"]) == 6
+    assert (
+        len(json.loads(run(capsys, "inspect", tmp_path / "cut", "--json"))["sublayers"])
+        == 6
+    )
 
 
-# --- periods ----------------------------------------------------------------------------------------------------------
+# --- periods
+# --------------------------------------------------------------------------------------
 
-LONG = {"num_hidden_layers": 8, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2}
+LONG = {
+    "num_hidden_layers": 8,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+}
 
 
 def test_a_period_is_as_many_layers_as_it_takes_until_the_kinds_come_again() -> None:
@@ -241,11 +310,19 @@ def test_a_period_is_as_many_layers_as_it_takes_until_the_kinds_come_again() -> 
 def test_periods_are_runs_from_any_layer_that_leave_the_kinds_in_their_order() -> None:
     structure = locate(family("qwen3_next").build(**LONG))
     space = Space(structure, "period")
-    assert [(unit[0], unit[-1]) for unit in space.units] == [(f"attn.{i}", f"mlp.{i + 3}") for i in range(5)]
+    assert [(unit[0], unit[-1]) for unit in space.units] == [
+        (f"attn.{i}", f"mlp.{i + 3}") for i in range(5)
+    ]
     for unit in space.units:
-        left = [part.mixer for part in structure.sublayers if part.mixer and part.name not in unit]
+        left = [
+            part.mixer
+            for part in structure.sublayers
+            if part.mixer and part.name not in unit
+        ]
         assert left == ["linear_attention"] * 3 + ["full_attention"]
-        assert space.moves(frozenset(unit)) == []  # one attention with keys and values stays
+        assert (
+            space.moves(frozenset(unit)) == []
+        )  # one attention with keys and values stays
         assert space.returns(frozenset(unit)) == [unit]
     assert by_count(space, 0.5).target == 1
     assert by_count(space, 1).met(space.units[2])
@@ -254,19 +331,29 @@ def test_periods_are_runs_from_any_layer_that_leave_the_kinds_in_their_order() -
 
 def test_what_is_given_back_leaves_whole_periods() -> None:
     types = (["linear_attention"] * 3 + ["full_attention"]) * 3
-    space = Space(locate(family("qwen3_next").build(num_hidden_layers=12, layer_types=types)), "period")
+    space = Space(
+        locate(family("qwen3_next").build(num_hidden_layers=12, layer_types=types)),
+        "period",
+    )
     both = frozenset(space.units[0] + space.units[4])  # layers 0 to 7
-    assert space.returns(both) == [space.units[0], space.units[4]]  # and none from between, which would leave LF LL LF
+    assert space.returns(both) == [
+        space.units[0],
+        space.units[4],
+    ]  # and none from between, which would leave LF LL LF
     assert not space.allows(both.difference(space.units[2]))
 
 
-@pytest.mark.parametrize("name", [name for name, one in CRITERIA.items() if "period" in one.kinds])
+@pytest.mark.parametrize(
+    "name", [name for name, one in CRITERIA.items() if "period" in one.kinds]
+)
 def test_every_criterion_chooses_a_period(name: str) -> None:
     model = family("qwen3_next").build(**LONG)
     if not CRITERIA[name].fits(model):
         pytest.skip("asks for other layers")
     batches = [prompt(False)[0]]
-    asked = Setting(model, Space(locate(model), "period"), batches, Evaluator(model, nll(batches)))
+    asked = Setting(
+        model, Space(locate(model), "period"), batches, Evaluator(model, nll(batches))
+    )
     plan = asked.space.plan(choose(name, asked, by_count(asked.space, 1)).skipped)
     assert len(plan.blocks) == 4
     assert plan.blocks == tuple(range(plan.blocks[0], plan.blocks[0] + 4))
@@ -276,15 +363,26 @@ def test_a_period_scores_what_its_blocks_do() -> None:
     model, batches = family("qwen3_next").build(**LONG), [prompt(False)[0]]
     scores = {}
     for kind in ("block", "period"):
-        asked = Setting(model, Space(locate(model), kind), batches, Evaluator(model, nll(batches)))
+        asked = Setting(
+            model, Space(locate(model), kind), batches, Evaluator(model, nll(batches))
+        )
         scores[kind] = CRITERIA["cosine"].scores(asked)
     blocks = [*scores["block"].values()]
-    assert [*scores["period"].values()] == pytest.approx([sum(blocks[i : i + 4]) for i in range(5)])
+    assert [*scores["period"].values()] == pytest.approx(
+        [sum(blocks[i : i + 4]) for i in range(5)]
+    )
 
 
-@pytest.mark.parametrize(("name", "why"), [("llama", "are all alike"), ("nemotron_h", "do not come again in a period")])
-def test_there_are_no_periods_where_kinds_do_not_come_again(name: str, why: str) -> None:
-    with pytest.raises(UsageError, match=f"the layers of {name} {why}: choose among blocks"):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("llama", "are all alike"), ("nemotron_h", "do not come again in a period")],
+)
+def test_there_are_no_periods_where_kinds_do_not_come_again(
+    name: str, why: str
+) -> None:
+    with pytest.raises(
+        UsageError, match=f"the layers of {name} {why}: choose among blocks"
+    ):
         Space(locate(family(name).build()), "period")
 
 
@@ -296,10 +394,13 @@ def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> Non
         Plan(blocks, blocks).save(plan)
         said = run(capsys, "export", model, "--plan", plan, "--to", "hf", "--out", out)
         assert ("no longer come again every 4 layers" in said) == (name == "broken")
-        assert json.loads((out / "notall.json").read_text()).get("breaks_period") == (4 if name == "broken" else None)
+        assert json.loads((out / "notall.json").read_text()).get("breaks_period") == (
+            4 if name == "broken" else None
+        )
 
 
-# --- layers that stay in place -------------------------------------------------------------------------------------
+# --- layers that stay in place
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("usable", [True, False])
@@ -307,23 +408,48 @@ def test_what_to_do_next_with_a_plan_of_layers_in_place_is_neither_an_export_nor
     usable: bool, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(verdict_module, "is_usable", lambda _: usable)
-    model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
-    (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
+    model = save_tiny_checkpoint(
+        tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259
+    )
+    (tmp_path / "text.txt").write_text(
+        "The river runs under the old bridge, and a green bird sings. " * 60
+    )
     plan, text = tmp_path / "plan.json", ["--text", tmp_path / "text.txt", *SMALL]
     said = run(capsys, "search", model, *text, "--skip", "attention:1", "-o", plan)
     assert f"notall bench {model} --plan {plan}" in said
-    assert f"notall bench {model} --plan {plan}" in run(capsys, "eval", model, *text, "--plan", plan)
+    assert f"notall bench {model} --plan {plan}" in run(
+        capsys, "eval", model, *text, "--plan", plan
+    )
 
 
 @pytest.mark.slow
-def test_a_sweep_of_layers_in_place_compares_their_layers(tmp_path: Path, capsys) -> None:
-    model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
-    (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
+def test_a_sweep_of_layers_in_place_compares_their_layers(
+    tmp_path: Path, capsys
+) -> None:
+    model = save_tiny_checkpoint(
+        tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259
+    )
+    (tmp_path / "text.txt").write_text(
+        "The river runs under the old bridge, and a green bird sings. " * 60
+    )
     out, text = tmp_path / "out", ["--text", tmp_path / "text.txt", *SMALL]
     run(
-        capsys, "sweep", model, *text, "--prompt-tokens", "4", "--generation-tokens", "2", "--rounds", "1", "--out", out
+        capsys,
+        "sweep",
+        model,
+        *text,
+        "--prompt-tokens",
+        "4",
+        "--generation-tokens",
+        "2",
+        "--rounds",
+        "1",
+        "--out",
+        out,
     )
-    rows = [json.loads(line) for line in (out / "similarity.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (out / "similarity.jsonl").read_text().splitlines()
+    ]
     assert [(row["layer"], row["kind"]) for row in rows][:4] == [
         (0, "block"),
         (0, "attention"),

@@ -1,4 +1,6 @@
-"""What is said by hand of the hybrid and plain families is so: without `notall`, whose tests lean on it."""
+"""What is said by hand of the hybrid and plain families is so: without `notall`, whose
+tests lean on it.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,32 @@ from hybrid_families import HYBRIDS
 from plain_families import NORMED_AFTER, OTHERS
 
 pytestmark = [
-    pytest.mark.slow,  # of transformers alone: what changes nothing here leaves them as they are
-    pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps the states of hybrids elsewhere"),
+    # of transformers alone: what changes nothing here leaves them as they are
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not TRANSFORMERS_5,
+        reason="transformers 4.57 keeps the states of hybrids elsewhere",
+    ),
 ]
 
 TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
-COUNT_FROM_THE_CACHE_ONLY_IF_TOLD = {"bamba"}  # without `position_ids`, each token is their first
+COUNT_FROM_THE_CACHE_ONLY_IF_TOLD = {
+    "bamba"
+}  # without `position_ids`, each token is their first
 ANSWER_NO_CACHE = {"recurrent_gemma"}
 KEEP_NOTHING = {"openai-gpt"}
-# Their layers scale, norm or mix the stream, or begin another, even if nothing is added to it.
+# Their layers scale, norm or mix the stream, or begin another, even if nothing is added
+# to it.
 CHANGE_THE_STREAM = {family.name for family in NORMED_AFTER if not family.whole} | {
-    *("beam", "deepseek_v4", "doge", "gemma3n_text", "gemma4_text", "gemma4_text (experts)", "gemma4_unified_text"),
+    *(
+        "beam",
+        "deepseek_v4",
+        "doge",
+        "gemma3n_text",
+        "gemma4_text",
+        "gemma4_text (experts)",
+        "gemma4_unified_text",
+    ),
     "gemma4 (text part)",
     "gemma4_text (nothing shared)",
     *("inkling2_text", "inkling2_loop_text", "minimax", "zaya"),
@@ -38,7 +55,9 @@ def hybrid(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
-Silent = tuple[tuple[int, ...], tuple[int, ...]]  # attentions and MLPs, as `silenced` takes them
+Silent = tuple[
+    tuple[int, ...], tuple[int, ...]
+]  # attentions and MLPs, as `silenced` takes them
 
 
 def every_sublayer(family: Family) -> Silent:
@@ -75,7 +94,9 @@ def test_layers_add_nothing_but_what_is_named(hybrid: Family) -> None:
     unchanged = []
 
     def compare(layer: nn.Module, args: tuple[Tensor, ...], answer: Any) -> None:
-        unchanged.append(torch.equal(args[0], answer if isinstance(answer, Tensor) else answer[0]))
+        unchanged.append(
+            torch.equal(args[0], answer if isinstance(answer, Tensor) else answer[0])
+        )
 
     with silenced(model, hybrid, *every_sublayer(hybrid)):
         for layer in stack_of(model):
@@ -90,7 +111,9 @@ def test_tokens_meet_only_where_it_is_said(hybrid: Family) -> None:
     model = hybrid.build()
     other = torch.cat([(TOKENS[:, :1] + 1) % 99, TOKENS[:, 1:]], 1)
     with silenced(model, hybrid, *every_sublayer(hybrid)):
-        apart = difference(model(other, use_cache=False).logits[:, 1:], uncached(model)[:, 1:])
+        apart = difference(
+            model(other, use_cache=False).logits[:, 1:], uncached(model)[:, 1:]
+        )
     assert apart < 1e-6
 
 
@@ -116,7 +139,11 @@ def uncached(model: PreTrainedModel) -> Tensor:
 
 def cached(model: PreTrainedModel, told: bool = False) -> Tensor:
     """Token by token; `told` the position of each."""
-    cache = DynamicCache(config=model.config) if model.config.model_type in ANSWER_NO_CACHE else None
+    cache = (
+        DynamicCache(config=model.config)
+        if model.config.model_type in ANSWER_NO_CACHE
+        else None
+    )
     logits = []
     for position, token in enumerate(TOKENS.split(1, dim=1)):
         where = {"position_ids": torch.full_like(token, position)} if told else {}

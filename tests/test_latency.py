@@ -1,4 +1,6 @@
-"""Times of sublayers add up: with a clock that counts what is run, so that nothing here depends on the machine."""
+"""Times of sublayers add up: with a clock that counts what is run, so that nothing here
+depends on the machine.
+"""
 
 import json
 import os
@@ -38,7 +40,9 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`compare` with a clock of its own: what each sublayer that runs takes, and 10 ms and 1 ms for the rest."""
+    """`compare` with a clock of its own: what each sublayer that runs takes, and 10 ms
+    and 1 ms for the rest.
+    """
     calls = []
 
     def compare(model, variants, workload, *, seed, progress):
@@ -48,15 +52,36 @@ def clock(monkeypatch):
             ran = []
             handles = []
             for layer in model.model.layers:
-                handles.append(layer.self_attn.register_forward_hook(lambda *_, ran=ran: ran.append("attn")))
-                handles.append(layer.mlp.register_forward_hook(lambda *_, ran=ran: ran.append("mlp")))
+                handles.append(
+                    layer.self_attn.register_forward_hook(
+                        lambda *_, ran=ran: ran.append("attn")
+                    )
+                )
+                handles.append(
+                    layer.mlp.register_forward_hook(
+                        lambda *_, ran=ran: ran.append("mlp")
+                    )
+                )
             with variant(), torch.no_grad():
-                model(torch.ones(workload.concurrency, workload.prompt_tokens, dtype=torch.int64))
+                model(
+                    torch.ones(
+                        workload.concurrency, workload.prompt_tokens, dtype=torch.int64
+                    )
+                )
             for handle in handles:
                 handle.remove()
-            prefill, decode = (start + sum(EACH[r][which] for r in ran) for which, start in enumerate((10.0, 1.0)))
-            drift = [1.0, 1.5, 1.1][: workload.rounds]  # the machine is slower in the second round
-            found[name] = Timing(tuple(d * prefill for d in drift), tuple(d * decode for d in drift), None)
+            prefill, decode = (
+                start + sum(EACH[r][which] for r in ran)
+                for which, start in enumerate((10.0, 1.0))
+            )
+            drift = [1.0, 1.5, 1.1][
+                : workload.rounds
+            ]  # the machine is slower in the second round
+            found[name] = Timing(
+                tuple(d * prefill for d in drift),
+                tuple(d * decode for d in drift),
+                None,
+            )
         return found
 
     monkeypatch.setattr(latency, "compare", compare)
@@ -82,23 +107,34 @@ def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
     plan = Plan([0, 2, 3], [5])
     check = check_times(model, plan, times, rounds=3)
     assert check.predicted_ms == pytest.approx(times.dense_ms - 3 * 5 - 4)
-    assert check.measured_speedup.median == pytest.approx(times.dense_ms / check.predicted_ms)
+    assert check.measured_speedup.median == pytest.approx(
+        times.dense_ms / check.predicted_ms
+    )
     assert check.off == pytest.approx(0)
 
 
 @pytest.mark.parametrize(("enough", "rounds"), [(0.6, 3), (0.3, 6), (-1.0, 12)])
-def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(model, monkeypatch, enough, rounds):
-    """Speedups of 2, 3 and 4 leave an error of 0.54, and none with three more of 3: quartiles are 3."""
+def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(
+    model, monkeypatch, enough, rounds
+):
+    """Speedups of 2, 3 and 4 leave an error of 0.54, and none with three more of 3:
+    quartiles are 3.
+    """
     asked = []
 
     def compare(model, variants, workload, **_):
         dense = (3.0, 3.0, 3.0) if asked else (2.0, 3.0, 4.0)
         asked.append(workload.rounds)
         none = (0.0, 0.0, 0.0)
-        return {"dense": Timing(dense, none, None), "skipped": Timing((1.0, 1.0, 1.0), none, None)}
+        return {
+            "dense": Timing(dense, none, None),
+            "skipped": Timing((1.0, 1.0, 1.0), none, None),
+        }
 
     monkeypatch.setattr(latency, "compare", compare)
-    times = SublayerTimes(WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers})
+    times = SublayerTimes(
+        WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers}
+    )
     check = check_times(model, Plan([1]), times, rounds=3, error=enough)
     assert asked == [3] * (rounds // 3)
     assert check.measured_speedup.n == rounds
@@ -111,18 +147,36 @@ def test_a_check_tells_how_far_it_is(model, monkeypatch):
     def compare(model, variants, workload, *, progress, **_):
         progress(1, 2, "timing skipped")
         dense = (2.0, 3.0, 4.0)
-        return {"dense": Timing(dense, none, None), "skipped": Timing((1.0, 1.0, 1.0), none, None)}
+        return {
+            "dense": Timing(dense, none, None),
+            "skipped": Timing((1.0, 1.0, 1.0), none, None),
+        }
 
     monkeypatch.setattr(latency, "compare", compare)
-    times = SublayerTimes(WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers})
-    check_times(model, Plan([1]), times, rounds=3, error=-1.0, progress=lambda *one: told.append(one))
+    times = SublayerTimes(
+        WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers}
+    )
+    check_times(
+        model,
+        Plan([1]),
+        times,
+        rounds=3,
+        error=-1.0,
+        progress=lambda *one: told.append(one),
+    )
     assert told == [(step + 0.5, 4, "timing skipped") for step in range(4)]
 
 
-def test_what_is_far_out_of_reach_is_refused_before_each_sublayer_is_timed(model, clock, cache):
+def test_what_is_far_out_of_reach_is_refused_before_each_sublayer_is_timed(
+    model, clock, cache
+):
     space = Space(locate(model), "mlp")
     with pytest.raises(
-        UsageError, match=r"^a speedup of 9 is far out of reach: .* is 1\.\d times as fast; ask for less$"
+        UsageError,
+        match=(
+            r"^a speedup of 9 is far out of reach: .* is 1\.\d times as fast; ask for"
+            r" less$"
+        ),
     ):
         measure_times(model, WORK, wanted=(space, 9))
     assert clock == [["dense", "emptiest"]]
@@ -143,13 +197,18 @@ def test_they_are_measured_once(model, clock, cache):
     assert clock == [["0", "1", "dense"]] * 4
 
 
-def test_times_that_no_longer_hold_are_measured_anew_with_a_word(model, clock, monkeypatch):
+def test_times_that_no_longer_hold_are_measured_anew_with_a_word(
+    model, clock, monkeypatch
+):
     """The original model takes 74 ms, and 12 of its sublayers 3 or 4 each."""
     first = measure_times(model, WORK)
     monkeypatch.setitem(EACH, "mlp", (4.0, 0.1))  # 80 ms: less than a tenth more
     assert measure_times(model, WORK) == first
     monkeypatch.setitem(EACH, "mlp", (3.0, 0.3))
-    with pytest.warns(UserWarning, match=r"took 74 ms then and takes 86 ms now; they are measured anew"):
+    with pytest.warns(
+        UserWarning,
+        match=r"took 74 ms then and takes 86 ms now; they are measured anew",
+    ):
         again = measure_times(model, WORK)
     assert again.sublayer_ms["mlp.3"] == pytest.approx(6.0)
     clock.clear()
@@ -178,7 +237,10 @@ def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
         json.dumps(held | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": None}}),
         json.dumps(held | {"sublayer_ms": {"attn.0": 1.0}}),
         json.dumps(held | {"dense_ms": str(held["dense_ms"])}),
-        json.dumps(held | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": 2 * held["dense_ms"]}}),
+        json.dumps(
+            held
+            | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": 2 * held["dense_ms"]}}
+        ),
         json.dumps(held | {"about": held["about"] | {"prompt_tokens": 9}}),
         whole[:-1] + ', "dense_ms": 1.0}',
         '{"about": ' + "[" * 5000 + "]" * 5000 + "}",
@@ -210,7 +272,9 @@ def test_another_dtype_is_measured_anew(model, clock):
     assert len(clock) == 2
 
 
-def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(model, clock, monkeypatch):
+def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(
+    model, clock, monkeypatch
+):
     decoded, timed = [], latency.compare
 
     def noting(model, variants, workload, **options):
@@ -226,7 +290,9 @@ def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(model, clock, m
 
 def test_sublayers_that_differ_are_timed_apart():
     """Windows and full attention; experts and plain MLPs."""
-    groups = {len(latency._alike(family(name).build())) for name in ("gemma3", "qwen3_moe")}
+    groups = {
+        len(latency._alike(family(name).build())) for name in ("gemma3", "qwen3_moe")
+    }
     assert groups == {3}
     assert len(latency._alike(family("llama").build())) == 2
 
@@ -244,9 +310,16 @@ def test_a_speedup_is_met_in_predicted_time(model, clock):
     found = search(space, budget, Table(space, 1))
     assert times.dense_ms / times.predicted_ms(space.plan(found.skipped)) >= 1.3
     least = min(times.sublayer_ms.values())
-    assert times.dense_ms / (times.predicted_ms(space.plan(found.skipped)) + least) < 1.3 * 1.1
+    assert (
+        times.dense_ms / (times.predicted_ms(space.plan(found.skipped)) + least)
+        < 1.3 * 1.1
+    )
     with pytest.raises(UsageError, match=r"out of reach.*2\.00"):
-        by_speedup(Space(locate(model)), SublayerTimes(WORK, 100.0, dict.fromkeys(space.names, 50 / 12)), 2.5)
+        by_speedup(
+            Space(locate(model)),
+            SublayerTimes(WORK, 100.0, dict.fromkeys(space.names, 50 / 12)),
+            2.5,
+        )
     with pytest.raises(UsageError, match=r"is none: give 1\.3"):
         by_speedup(space, times, 0.9)
 
@@ -262,12 +335,28 @@ def test_the_dear_sublayer_is_taken_for_the_time_it_saves():
     assert [unit[0].partition(".")[0] for unit in found.order] == ["mlp"] * 3
 
 
-def test_search_by_speedup_says_what_was_predicted_and_measured(run, clock, cache, folder, tmp_path):
+def test_search_by_speedup_says_what_was_predicted_and_measured(
+    run, clock, cache, folder, tmp_path
+):
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
-    asked = ["--speedup", "1.05", "--prompt-tokens", "8", "--generation-tokens", "4", "-o", tmp_path / "plan.json"]
-    code, out, err = run("search", folder, *asked, "--text", tmp_path / "text.txt", *QUICK, "--json")
+    asked = [
+        "--speedup",
+        "1.05",
+        "--prompt-tokens",
+        "8",
+        "--generation-tokens",
+        "4",
+        "-o",
+        tmp_path / "plan.json",
+    ]
+    code, out, err = run(
+        "search", folder, *asked, "--text", tmp_path / "text.txt", *QUICK, "--json"
+    )
     assert (code, err) == (0, "")
-    (record,) = (SearchRecord.model_validate_json(json.dumps(one)) for one in json.loads(out)["search"])
+    (record,) = (
+        SearchRecord.model_validate_json(json.dumps(one))
+        for one in json.loads(out)["search"]
+    )
     assert record.chosen == "search by kl: 1.05x at prompt 8, 4 new, batch 1"
     assert record.check.predicted_speedup >= 1.05
     assert record.check.measured_speedup.low <= record.check.measured_speedup.median

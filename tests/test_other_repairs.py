@@ -1,4 +1,6 @@
-"""Repairs of other papers as a stranger adds them: each matrix against its formula, on a tiny model."""
+"""Repairs of other papers as a stranger adds them: each matrix against its formula, on
+a tiny model.
+"""
 
 from copy import deepcopy
 
@@ -22,12 +24,21 @@ def model():
 
 
 def stream(model):
-    """Before the second layer, and before the third one's MLP, of the original model: (tokens, hidden)."""
+    """Before the second layer, and before the third one's MLP, of the original model:
+    (tokens, hidden).
+    """
     seen = {"before": [], "behind": []}
-    first, last = model.model.layers[1].input_layernorm, model.model.layers[2].post_attention_layernorm
+    first, last = (
+        model.model.layers[1].input_layernorm,
+        model.model.layers[2].post_attention_layernorm,
+    )
     handles = [
-        first.register_forward_pre_hook(lambda _, args: seen["before"].append(args[0].flatten(0, 1))),
-        last.register_forward_pre_hook(lambda _, args: seen["behind"].append(args[0].flatten(0, 1))),
+        first.register_forward_pre_hook(
+            lambda _, args: seen["before"].append(args[0].flatten(0, 1))
+        ),
+        last.register_forward_pre_hook(
+            lambda _, args: seen["behind"].append(args[0].flatten(0, 1))
+        ),
     ]
     with torch.no_grad():
         for batch in BATCHES:
@@ -60,7 +71,9 @@ def test_linear_patch_gives_each_turned_channel_its_magnitude(model):
     matrix = only_map(others.linear_patch(model, GAPS, BATCHES)).matrix + torch.eye(48)
     torch.testing.assert_close(matrix, matrix.T)
     turn = others.hadamard(48)
-    torch.testing.assert_close((before @ matrix.T @ turn).abs().mean(0), (behind @ turn).abs().mean(0))
+    torch.testing.assert_close(
+        (before @ matrix.T @ turn).abs().mean(0), (behind @ turn).abs().mean(0)
+    )
     inside = turn.T @ matrix @ turn
     torch.testing.assert_close(inside, torch.diag(inside.diagonal()))
 
@@ -71,7 +84,9 @@ def test_the_rotation_is_the_nearest_one(model):
     matrix = only_map(others.rotation(model, GAPS, BATCHES)).matrix + torch.eye(48)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(48, dtype=torch.float64))
     expected, _ = linalg.orthogonal_procrustes(before.numpy(), behind.numpy())
-    torch.testing.assert_close(matrix.T, torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        matrix.T, torch.from_numpy(expected), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_streamline_is_the_least_squares_layer_over_the_gap(model):
@@ -79,11 +94,16 @@ def test_streamline_is_the_least_squares_layer_over_the_gap(model):
     found = only_map(others.streamline(model, GAPS, BATCHES))
     biased = torch.cat([before, torch.ones(len(before), 1, dtype=torch.float64)], 1)
     expected = torch.linalg.lstsq(biased, behind - before).solution
-    torch.testing.assert_close(torch.cat([found.matrix.T, found.bias[None]]), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat([found.matrix.T, found.bias[None]]), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_over_one_block_streamline_and_nbl_are_the_same(model):
-    ours, theirs = others.streamline(model, Plan([2], [2]), BATCHES), nbl(model, Plan([2], [2]), BATCHES)
+    ours, theirs = (
+        others.streamline(model, Plan([2], [2]), BATCHES),
+        nbl(model, Plan([2], [2]), BATCHES),
+    )
     for one, other in zip(ours.maps["attn.2"].tensors, theirs.maps["attn.2"].tensors):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -107,7 +127,9 @@ def test_turns_of_one_layer_are_a_repair(model):
 
 
 @torch.no_grad()
-def test_a_turn_begins_with_the_weights_of_the_one_before_and_aims_at_the_original(model):
+def test_a_turn_begins_with_the_weights_of_the_one_before_and_aims_at_the_original(
+    model,
+):
     """By a model of its own with those weights, and the original's stream."""
     plan, weights = Plan([1, 3], [2]), {}
     for last in (Plan([3]), Plan([3], [2]), plan):
@@ -117,11 +139,21 @@ def test_a_turn_begins_with_the_weights_of_the_one_before_and_aims_at_the_origin
         text.before(len(text.lines))
         text.model, text.layers = changed, changed.model.layers
         text.projections = Projections(changed, BATCHES[0])
-        weights |= {path: weight.clone() for path, weight in Repair(text, last).run().weights.items()}
+        weights |= {
+            path: weight.clone()
+            for path, weight in Repair(text, last).run().weights.items()
+        }
     for gone in ("1.self_attn", "3.self_attn", "2.mlp"):
-        weights = {path: weight for path, weight in weights.items() if f"layers.{gone}." not in path}
+        weights = {
+            path: weight
+            for path, weight in weights.items()
+            if f"layers.{gone}." not in path
+        }
     found = others.turns(model, plan, BATCHES).weights
     assert found.keys() == weights.keys()
     for path, weight in found.items():
         torch.testing.assert_close(weight, weights[path])
-    assert any(not torch.equal(one, found[path]) for path, one in repair(model, plan, BATCHES).weights.items())
+    assert any(
+        not torch.equal(one, found[path])
+        for path, one in repair(model, plan, BATCHES).weights.items()
+    )

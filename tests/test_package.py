@@ -1,4 +1,6 @@
-"""The package as people install it: what is in it, that it works on its own, and what it does without its extras."""
+"""The package as people install it: what is in it, that it works on its own, and what
+it does without its extras.
+"""
 
 import ast
 import os
@@ -20,7 +22,17 @@ from tiny_checkpoint import save_tiny_checkpoint
 pytestmark = pytest.mark.any_transformers  # it packs and installs files
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "scipy", "datasets", "ray", "zensical", "playwright")
+OPTIONAL = (
+    "altair",
+    "vl_convert",
+    "jinja2",
+    "lm_eval",
+    "scipy",
+    "datasets",
+    "ray",
+    "zensical",
+    "playwright",
+)
 QUICK = ("--sequences", "1", "--length", "16", *TIMED, "--dtype", "float32")
 
 
@@ -28,7 +40,10 @@ QUICK = ("--sequences", "1", "--length", "16", *TIMED, "--dtype", "float32")
 def dist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "hatchling", "build", "-d", folder],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     return folder
 
@@ -36,9 +51,17 @@ def dist(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(dist):
     (wheel,) = dist.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    source = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src" / "notall").rglob("*") if file.is_file()}
+    source = {
+        str(file.relative_to(ROOT / "src"))
+        for file in (ROOT / "src" / "notall").rglob("*")
+        if file.is_file()
+    }
     source = {name for name in source if "__pycache__" not in name}
-    assert {"notall/py.typed", "notall/report/page.html", "notall/report/page.js"} <= source
+    assert {
+        "notall/py.typed",
+        "notall/report/page.html",
+        "notall/report/page.js",
+    } <= source
     assert {name for name in names if ".dist-info/" not in name} == source
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -47,13 +70,28 @@ def test_the_sdist_holds_what_the_tests_need(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "CHANGELOG.md", "tests/test_package.py", "docs/commands.py"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "tests/test_package.py",
+        "docs/commands.py",
+    } <= names
     assert "benchmarks/engines/load.py" in names
     assert not any(name.startswith((".venv", "results", "site")) for name in names)
 
 
-BROUGHT = {"pydantic_core": "pydantic", "datasets": "lm_eval"}  # what is never without the other
-ENGINES = {"vllm", "executorch", "torchao", "mlx", "mlx_lm"}  # imported where a user has them
+BROUGHT = {
+    "pydantic_core": "pydantic",
+    "datasets": "lm_eval",
+}  # what is never without the other
+ENGINES = {
+    "vllm",
+    "executorch",
+    "torchao",
+    "mlx",
+    "mlx_lm",
+}  # imported where a user has them
 
 
 def imported(file):
@@ -66,9 +104,20 @@ def imported(file):
 
 
 def test_what_is_imported_is_declared():
-    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
-    words = [*project["dependencies"], *(word for extra in project["optional-dependencies"].values() for word in extra)]
-    declared = {re.split(r"[^A-Za-z0-9_-]", word)[0].replace("-", "_").lower() for word in words}
+    project = pytest.importorskip("tomllib").loads(
+        (ROOT / "pyproject.toml").read_text()
+    )["project"]
+    words = [
+        *project["dependencies"],
+        *(
+            word
+            for extra in project["optional-dependencies"].values()
+            for word in extra
+        ),
+    ]
+    declared = {
+        re.split(r"[^A-Za-z0-9_-]", word)[0].replace("-", "_").lower() for word in words
+    }
     files = [*(ROOT / "src" / "notall").rglob("*.py")]
     found = {BROUGHT.get(name, name) for file in files for name in imported(file)}
     names = {name.removesuffix("_python") for name in declared} | ENGINES | {"notall"}
@@ -79,15 +128,34 @@ def test_what_is_imported_is_declared():
 def test_the_wheel_works_in_a_clean_environment(dist, tmp_path):
     """Its dependencies are those of this environment; notall itself is the wheel's."""
     (wheel,) = dist.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True
+    )
     python = tmp_path / "env" / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
     subprocess.run(install, check=True)
     inside = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     (inside / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -131,12 +199,32 @@ def test_without_extras_the_main_job_runs_and_the_rest_says_what_to_install(tmp_
 @pytest.mark.slow
 def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
-    (tmp_path / "text.txt").write_text("a bird sings under the winter light of an old stone; " * 4)
-    asked = ["--sequences", "1", "--length", "16", "--dtype", "float32", "--text", tmp_path / "text.txt"]
-    searched = blocked(["search", model, "--skip", "attention:1", "-o", tmp_path / "plan.json", *asked])
+    (tmp_path / "text.txt").write_text(
+        "a bird sings under the winter light of an old stone; " * 4
+    )
+    asked = [
+        "--sequences",
+        "1",
+        "--length",
+        "16",
+        "--dtype",
+        "float32",
+        "--text",
+        tmp_path / "text.txt",
+    ]
+    searched = blocked(
+        ["search", model, "--skip", "attention:1", "-o", tmp_path / "plan.json", *asked]
+    )
     assert searched.returncode == 0, searched.stderr
     assert len(Plan.load(tmp_path / "plan.json").attention) == 1
-    criteria = ["--criterion", "cosine", "--criterion", "search", "--skip", "attention:1"]
+    criteria = [
+        "--criterion",
+        "cosine",
+        "--criterion",
+        "search",
+        "--skip",
+        "attention:1",
+    ]
     compared = blocked(["compare", model, *criteria, "-o", tmp_path / "c", *asked])
     assert compared.returncode == 0, compared.stderr
     assert (tmp_path / "c" / "comparison.jsonl").read_text().count("\n") == 2
@@ -160,8 +248,16 @@ def test_the_harness_and_ray_are_imported_only_where_they_are_asked_for():
 
 
 def test_importing_notall_takes_less_than_a_third_of_a_second():
-    code = "import time; start = time.perf_counter(); import notall; print(time.perf_counter() - start)"
+    code = (
+        "import time; start = time.perf_counter(); import notall;"
+        " print(time.perf_counter() - start)"
+    )
     seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(3)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, check=True
+            ).stdout
+        )
+        for _ in range(3)
     ]
     assert min(seconds) < 0.3

@@ -1,4 +1,6 @@
-"""What the packed tree holds, against each sequence alone; and that no model is packed that computes otherwise."""
+"""What the packed tree holds, against each sequence alone; and that no model is packed
+that computes otherwise.
+"""
 
 import random
 import warnings
@@ -12,7 +14,9 @@ from notall import Plan, UsageError
 
 
 def questions(count, seed, *, shared=6, own=4, answers=3, vocabulary=90):
-    """Sequences as benchmarks have them: all begin alike, groups go on alike, then each has an end of its own."""
+    """Sequences as benchmarks have them: all begin alike, groups go on alike, then each
+    has an end of its own.
+    """
     draw = random.Random(seed)
 
     def some(n):
@@ -22,7 +26,10 @@ def questions(count, seed, *, shared=6, own=4, answers=3, vocabulary=90):
     found = []
     for _ in range(count):
         question = examples + some(own)
-        found += [Request((question + (answer := some(draw.randint(1, 4))))[:-1], answer) for _ in range(answers)]
+        found += [
+            Request((question + (answer := some(draw.randint(1, 4))))[:-1], answer)
+            for _ in range(answers)
+        ]
     return found
 
 
@@ -48,12 +55,17 @@ def test_a_sequence_that_another_one_begins_with_takes_no_tokens():
 
 def test_sequences_without_a_common_beginning_are_not_packed():
     found = packed([(9, 1, 2, 3, 4), (8, 1, 2, 3, 4)])
-    assert [list(pack.paths) for pack in found] == [[(8, 1, 2, 3, 4)], [(9, 1, 2, 3, 4)]]
+    assert [list(pack.paths) for pack in found] == [
+        [(8, 1, 2, 3, 4)],
+        [(9, 1, 2, 3, 4)],
+    ]
 
 
 def test_a_pack_stays_within_reach_of_its_longest_path():
     draw = random.Random(0)
-    packs = list(packed({(1, 2, *(draw.randrange(9) for _ in range(6))) for _ in range(500)}))
+    packs = list(
+        packed({(1, 2, *(draw.randrange(9) for _ in range(6))) for _ in range(500)})
+    )
     assert len(packs) > 1
     assert max(map(len, packs)) <= 2 * 8 + 256
     few = list(packed({path for pack in packs for path in pack.paths}, most=20))
@@ -62,7 +74,9 @@ def test_a_pack_stays_within_reach_of_its_longest_path():
 
 
 def test_packs_of_one_path_need_neither_mask_nor_positions():
-    assert inputs_of(list(plain([(4, 5, 6), (7,)])), torch.float32).keys() == {"input_ids"}
+    assert inputs_of(list(plain([(4, 5, 6), (7,)])), torch.float32).keys() == {
+        "input_ids"
+    }
     empty = Pack()
     empty.add((4, 5, 6))
     assert inputs_of([empty], torch.float32)["input_ids"].tolist() == [[4, 5, 6]]
@@ -73,7 +87,10 @@ def scored(scorer, plans, requests):
     values = torch.zeros(len(plans), len(requests), dtype=torch.float64)
     greedy = torch.zeros(len(plans), len(requests), dtype=torch.bool)
     for scores in scorer.score(plans, requests):
-        values[:, scores.requests], greedy[:, scores.requests] = scores.log_likelihoods, scores.greedy
+        values[:, scores.requests], greedy[:, scores.requests] = (
+            scores.log_likelihoods,
+            scores.greedy,
+        )
     return values, greedy
 
 
@@ -81,8 +98,14 @@ def one_by_one(model, requests):
     """The slow twin: each request in a forward pass of its own."""
     rows = []
     with torch.no_grad():
-        for sequence, continuation in ((request.sequence, request.continuation) for request in requests):
-            logits = model(input_ids=torch.tensor([sequence])).logits[0, -len(continuation) :].log_softmax(-1)
+        for sequence, continuation in (
+            (request.sequence, request.continuation) for request in requests
+        ):
+            logits = (
+                model(input_ids=torch.tensor([sequence]))
+                .logits[0, -len(continuation) :]
+                .log_softmax(-1)
+            )
             wanted = torch.tensor(continuation)
             greedy = bool((logits.argmax(-1) == wanted).all())
             rows.append((float(logits.gather(1, wanted[:, None]).sum()), greedy))
@@ -127,7 +150,9 @@ def test_what_can_be_packed_is_packed(name, attention):
 def test_a_model_that_computes_otherwise_when_packed_is_not_packed():
     model = family("gpt_neo").build()
     scorer = Scorer(model)
-    with pytest.warns(UserWarning, match="one by one, not packed: packed, a log-likelihood differs by"):
+    with pytest.warns(
+        UserWarning, match="one by one, not packed: packed, a log-likelihood differs by"
+    ):
         scored(scorer, [Plan()], questions(2, seed=4))
     assert not scorer.packs
 
@@ -160,7 +185,13 @@ def test_no_pack_is_longer_than_the_context(monkeypatch):
     assert 40 < max(widths) <= model.config.max_position_embeddings
 
 
-PLANS = [Plan(), Plan(attention=[3]), Plan(attention=[2, 3], mlp=[3]), Plan(mlp=[0]), Plan(attention=[3])]
+PLANS = [
+    Plan(),
+    Plan(attention=[3]),
+    Plan(attention=[2, 3], mlp=[3]),
+    Plan(mlp=[0]),
+    Plan(attention=[3]),
+]
 
 
 @pytest.fixture
@@ -176,13 +207,21 @@ def test_all_plans_at_once_equal_each_inside_skip(model):
     for row, plan in enumerate(PLANS):
         with skip(model, plan):
             expected = one_by_one(model, requests)
-        assert values[row].tolist() == pytest.approx([value for value, _ in expected], abs=1e-4)
+        assert values[row].tolist() == pytest.approx(
+            [value for value, _ in expected], abs=1e-4
+        )
         assert greedy[row].tolist() == [is_greedy for _, is_greedy in expected]
 
 
-@pytest.mark.parametrize("room", [pytest.param(30, marks=pytest.mark.slow), 10])  # for two packs, or not even for one
-@pytest.mark.parametrize("batch_size", ["auto", *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
-def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, batch_size, room, monkeypatch):
+@pytest.mark.parametrize(
+    "room", [pytest.param(30, marks=pytest.mark.slow), 10]
+)  # for two packs, or not even for one
+@pytest.mark.parametrize(
+    "batch_size", ["auto", *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))]
+)
+def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
+    model, batch_size, room, monkeypatch
+):
     requests = questions(15, seed=7, shared=1)
     expected, _ = scored(Scorer(model), [Plan()], requests)
     refused, run = [], Scorer._run
@@ -206,7 +245,10 @@ def test_one_sequence_too_many_for_the_memory_is_said_in_a_line(model, monkeypat
 
     monkeypatch.setattr(Scorer, "_prove", lambda *_: None)
     monkeypatch.setattr(Scorer, "_run", never)
-    with pytest.raises(UsageError, match=r"^one sequence of \d+ tokens takes more memory .* give a smaller dtype"):
+    with pytest.raises(
+        UsageError,
+        match=r"^one sequence of \d+ tokens takes more memory .* give a smaller dtype",
+    ):
         list(Scorer(model).score([Plan()], questions(2, seed=8)))
 
 

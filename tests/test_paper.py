@@ -1,4 +1,6 @@
-"""The paper's tables and claims from records whose right answers are known, and the whole command on a tiny model."""
+"""The paper's tables and claims from records whose right answers are known, and the
+whole command on a tiny model.
+"""
 
 import csv
 import html
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 if importlib.util.find_spec("lm_eval") is None:
-    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+    pytest.skip(
+        "lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True
+    )
 
 from lm_eval.models.huggingface import HFLM
 
@@ -78,15 +82,29 @@ def configured(key):
 
 def benchmark(task, key, values, dense):
     mean, base = sum(values) / len(values), sum(dense) / len(dense)
-    score = {"task": task, "metric": "acc,none", "num_fewshot": 0, "documents": len(values), "higher_is_better": True}
-    found = {"value": mean, "value_se": 0.05, "delta": mean - base, "delta_se": 0.01, "p_value": 0.01}
+    score = {
+        "task": task,
+        "metric": "acc,none",
+        "num_fewshot": 0,
+        "documents": len(values),
+        "higher_is_better": True,
+    }
+    found = {
+        "value": mean,
+        "value_se": 0.05,
+        "delta": mean - base,
+        "delta_se": 0.01,
+        "p_value": 0.01,
+    }
     return BenchmarkRecord(**configured(key), **score, **found, values=tuple(values))
 
 
 def cell(table, label, heading):
     """Of the row that skips so much of this."""
     place = table.headings.index(heading)
-    return next(str(row[place]) for row in table.rows if (row[0].text, row[1].text) == label)
+    return next(
+        str(row[place]) for row in table.rows if (row[0].text, row[1].text) == label
+    )
 
 
 KEYS = [("dense", 0.0, False)] + [
@@ -98,13 +116,17 @@ KEYS = [("dense", 0.0, False)] + [
 
 
 def board(shares):
-    """Each configuration gets a share of 200 documents right, of two tasks; the first ones of the list."""
+    """Each configuration gets a share of 200 documents right, of two tasks; the first
+    ones of the list.
+    """
     records = []
     for task in ("local_arc_challenge", "mmlu"):
         dense = [1.0] * 100 + [0.0] * 100
         for key in KEYS:
             right = round(200 * shares.get(key, 0.5))
-            records.append(benchmark(task, key, [1.0] * right + [0.0] * (200 - right), dense))
+            records.append(
+                benchmark(task, key, [1.0] * right + [0.0] * (200 - right), dense)
+            )
     return Scoreboard(records)
 
 
@@ -133,18 +155,26 @@ def verdicts(claims):
     return {claim.claim: claim.verdict for claim in claims}
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables
+# --------------------------------------------------------------------------------------
 
 
 def test_averages_and_differences_by_hand():
     scores = board({("mlp", 0.33, False): 0.3})
     assert scores.shared == ["ARC-C", "MMLU"]
-    difference, error, p_value = scores.difference(("mlp", 0.33, False), ("dense", 0.0, False))
-    # 40 of 200 differ by -1: variance 0.2 x 0.8 x 200/199, over 200 documents; two independent tasks.
+    difference, error, p_value = scores.difference(
+        ("mlp", 0.33, False), ("dense", 0.0, False)
+    )
+    # 40 of 200 differ by -1: variance 0.2 x 0.8 x 200/199, over 200 documents; two
+    # independent tasks.
     assert difference == pytest.approx(-0.2)
     assert error == pytest.approx(math.sqrt(2 * 0.2 * 0.8 / 199) / 2)
-    assert p_value == pytest.approx(math.erfc(math.sqrt(80) / math.sqrt(2)))  # 80 documents, all worse
-    rows = {(one.variant, one.fraction, one.keep_last): one for one in scores.averages()}
+    assert p_value == pytest.approx(
+        math.erfc(math.sqrt(80) / math.sqrt(2))
+    )  # 80 documents, all worse
+    rows = {
+        (one.variant, one.fraction, one.keep_last): one for one in scores.averages()
+    }
     assert rows.keys() == set(KEYS)
     assert rows["mlp", 0.33, False].delta == pytest.approx(-0.2)
     assert rows["mlp", 0.33, False].value == pytest.approx(0.3)
@@ -152,20 +182,36 @@ def test_averages_and_differences_by_hand():
 
 
 def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_give():
-    """Three documents of twenty are worse: by chance that happens one time in four, however small the error."""
+    """Three documents of twenty are worse: by chance that happens one time in four,
+    however small the error.
+    """
     worse = [0.0, 0.0, 0.0] + [1.0] * 17
-    records = [benchmark(task, key, [1.0] * 20, [1.0] * 20) for task in ("mmlu", "tiny") for key in KEYS[:1]]
-    records += [benchmark("mmlu", KEYS[1], worse, [1.0] * 20), benchmark("tiny", KEYS[1], [1.0] * 20, [1.0] * 20)]
+    records = [
+        benchmark(task, key, [1.0] * 20, [1.0] * 20)
+        for task in ("mmlu", "tiny")
+        for key in KEYS[:1]
+    ]
+    records += [
+        benchmark("mmlu", KEYS[1], worse, [1.0] * 20),
+        benchmark("tiny", KEYS[1], [1.0] * 20, [1.0] * 20),
+    ]
     board = Scoreboard(records)
     difference, _, p_value = board.difference(KEYS[1], KEYS[0])
     assert (difference, p_value) == (pytest.approx(-3 / 40), 2 / 8)
-    assert "*" not in str(half(benchmark_figures(board), keep_last=KEYS[1][2]).rows[-1][-1])
+    assert "*" not in str(
+        half(benchmark_figures(board), keep_last=KEYS[1][2]).rows[-1][-1]
+    )
     fewer = [
         benchmark("tiny", KEYS[0], [0.0] * 10, [0.0] * 10),
         benchmark("tiny", KEYS[1], [1.0] + [0.0] * 9, [0.0] * 10),
     ]
     records = [*(record for record in records if record.task == "mmlu"), *fewer]
-    flipped = [sum(signs) for signs in product(*((-term, term) for term in (1 / 20, 1 / 20, 1 / 20, 1 / 10)))]
+    flipped = [
+        sum(signs)
+        for signs in product(
+            *((-term, term) for term in (1 / 20, 1 / 20, 1 / 20, 1 / 10))
+        )
+    ]
     found = Scoreboard(records).difference(KEYS[1], KEYS[0])[2]
     assert found == sum(abs(total) > 0.05 - 1e-9 for total in flipped) / 16
 
@@ -179,11 +225,22 @@ def test_the_table_says_value_difference_error_and_significance():
     assert len(table.rows) == 1 + 6
 
 
-@pytest.mark.parametrize(("p_value", "mark"), [(0.0, "*"), (0.049, "*"), (0.05, ""), (1.0, ""), (math.nan, "")])
+@pytest.mark.parametrize(
+    ("p_value", "mark"),
+    [(0.0, "*"), (0.049, "*"), (0.05, ""), (1.0, ""), (math.nan, "")],
+)
 def test_a_star_is_a_small_probability_also_one_that_underflows(p_value, mark):
-    records = [cell for row in board({("mlp", 0.33, False): 0.3}).cells.values() for cell in row.values()]
-    scores = Scoreboard([record.model_copy(update={"p_value": p_value}) for record in records])
-    found = cell(half(benchmark_figures(scores), keep_last=False), ("MLP", "33%"), "MMLU")
+    records = [
+        cell
+        for row in board({("mlp", 0.33, False): 0.3}).cells.values()
+        for cell in row.values()
+    ]
+    scores = Scoreboard(
+        [record.model_copy(update={"p_value": p_value}) for record in records]
+    )
+    found = cell(
+        half(benchmark_figures(scores), keep_last=False), ("MLP", "33%"), "MMLU"
+    )
     assert found == f"30.0 (-20.0{mark} ± 1.0)"
 
 
@@ -192,7 +249,9 @@ def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
     records = [cell for row in scores.cells.values() for cell in row.values()]
     lacking = benchmark("gsm8k", KEYS[0], [0.0, 1.0], [0.0, 1.0])
     words = [benchmark("wikitext", key, [700.0, 900.0], [700.0, 900.0]) for key in KEYS]
-    rounded = [benchmark("truthfulqa_mc2", key, [0.2, 1.0000001], [0.2, 1.0]) for key in KEYS]
+    rounded = [
+        benchmark("truthfulqa_mc2", key, [0.2, 1.0000001], [0.2, 1.0]) for key in KEYS
+    ]
     more = Scoreboard([*records, lacking, *words, *rounded])
     assert more.shared == ["ARC-C", "MMLU", "TruthfulQA"]
     table = half(benchmark_figures(more), keep_last=True)
@@ -201,9 +260,16 @@ def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
 
 
 def test_the_time_table_reads_as_the_paper_s():
-    records = [timed(KEYS[0], 1, 1), timed(("block", 0.33, True), 1.5, 1.25), timed(("mlp", 0.33, False), 2, 2)]
+    records = [
+        timed(KEYS[0], 1, 1),
+        timed(("block", 0.33, True), 1.5, 1.25),
+        timed(("mlp", 0.33, False), 2, 2),
+    ]
     table = half(time_figures(records, "decode"), keep_last=True)
-    assert cell(table, ("block", "33%"), "prompt 128, batch 1") == "8.0 (1.25× [1.23, 1.27])"
+    assert (
+        cell(table, ("block", "33%"), "prompt 128, batch 1")
+        == "8.0 (1.25× [1.23, 1.27])"
+    )
     assert len(table.rows) == 2
 
 
@@ -211,23 +277,42 @@ def test_the_time_table_reads_as_the_paper_s():
 def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     scores = board({("mlp", 0.33, keep_last): 0.3})
     about = Provenance(what={"model": "smollm2_135", "lm_eval": "1.9e5"})
-    records = [one.model_copy(update={"provenance": about}) for row in scores.cells.values() for one in row.values()]
+    records = [
+        one.model_copy(update={"provenance": about})
+        for row in scores.cells.values()
+        for one in row.values()
+    ]
     caption = caption_of("benchmarks", records, keep_last)
-    text = as_latex(half(benchmark_figures(scores), keep_last), caption=caption, label="benchmarks-x")
+    text = as_latex(
+        half(benchmark_figures(scores), keep_last),
+        caption=caption,
+        label="benchmarks-x",
+    )
     assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
     assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
     assert text.count("\\toprule") == 1
-    assert "skipped & fraction & ARC-C & MMLU & average \\\\" in text  # the hyphen of a name is none of a number
+    assert (
+        "skipped & fraction & ARC-C & MMLU & average \\\\" in text
+    )  # the hyphen of a name is none of a number
     told = {False: "the last layer skipped too", True: "the last layer kept"}[keep_last]
-    assert "\\caption{Benchmarks of smollm2\\_135 with the deepest of its attentions, MLPs or blocks skipped, " in text
+    assert (
+        "\\caption{Benchmarks of smollm2\\_135 with the deepest of its attentions, MLPs"
+        " or blocks skipped, " in text
+    )
     assert f"{told}. Per cent $\\pm$ standard error;" in text
-    assert "lm-evaluation-harness $1.9\\times10^{5}$: ARC-C, 0-shot, accuracy of 200 documents; " in text
+    assert (
+        "lm-evaluation-harness $1.9\\times10^{5}$: ARC-C, 0-shot, accuracy of 200"
+        " documents; " in text
+    )
     assert "\\begin{tabular}{llrrr}" in text
     assert "$^{*}$ p $<$ 0.05" in text
 
 
 def of_words(rows, headings):
-    columns = [words(heading, lambda row, place=place: row[place]) for place, heading in enumerate(headings)]
+    columns = [
+        words(heading, lambda row, place=place: row[place])
+        for place, heading in enumerate(headings)
+    ]
     return table("", columns, rows)
 
 
@@ -248,13 +333,17 @@ def test_rows_that_begin_alike_stand_together_and_what_is_wide_spans_the_page():
 
 
 def test_sentences_are_broken_into_lines_of_their_column():
-    text = as_latex(of_words([["x" * 41, "y" * 40]], ["a", "b"]), caption="c", label="l")
+    text = as_latex(
+        of_words([["x" * 41, "y" * 40]], ["a", "b"]), caption="c", label="l"
+    )
     assert "\\begin{tabular}{p{0.4\\linewidth}l}" in text
 
 
 def test_latex_escapes_what_it_would_read_as_its_own():
-    assert escaped("50% of a_b & {c} #1 ~ ^ \\d $5") == (
-        "50\\% of a\\_b \\& \\{c\\} \\#1 \\textasciitilde{} \\textasciicircum{} \\textbackslash{}d \\$5"
+    assert (
+        escaped("50% of a_b & {c} #1 ~ ^ \\d $5")
+        == "50\\% of a\\_b \\& \\{c\\} \\#1 \\textasciitilde{} \\textasciicircum{}"
+        " \\textbackslash{}d \\$5"
     )
 
 
@@ -269,18 +358,35 @@ def test_latex_escapes_what_it_would_read_as_its_own():
     ],
 )
 def test_metrics_have_their_usual_names(metric, usual):
-    score = TaskScore(task="t", metric=metric, num_fewshot=0, documents=1, value=0.5, delta=0.0, delta_se=0.1)
+    score = TaskScore(
+        task="t",
+        metric=metric,
+        num_fewshot=0,
+        documents=1,
+        value=0.5,
+        delta=0.0,
+        delta_se=0.1,
+    )
     assert score.usual_metric == usual
 
 
 def test_a_task_of_two_metrics_has_a_column_each():
-    both = [benchmark("tiny", KEYS[0], [1.0], [1.0]).model_copy(update={"metric": m}) for m in ("acc,none", "f1,none")]
+    both = [
+        benchmark("tiny", KEYS[0], [1.0], [1.0]).model_copy(update={"metric": m})
+        for m in ("acc,none", "f1,none")
+    ]
     assert [*Scoreboard(both).cells[KEYS[0]]] == ["tiny, accuracy", "tiny, F1"]
 
 
 def test_the_diagnostics_table_marks_what_got_worse():
     def check(name, value, delta, key, p_value):
-        found = {"value": value, "delta": delta, "delta_se": 0.02, "p_value": p_value, "higher_is_better": False}
+        found = {
+            "value": value,
+            "delta": delta,
+            "delta_se": 0.02,
+            "p_value": p_value,
+            "higher_is_better": False,
+        }
         return DiagnosticsRecord(**configured(key), part="p", check=name, **found)
 
     records = [
@@ -291,32 +397,62 @@ def test_the_diagnostics_table_marks_what_got_worse():
     ]
     table = half(diagnostics_figures(records), keep_last=False)
     assert [str(one) for one in table.rows[0][2:]] == ["3", "0.3"]
-    assert [str(one) for one in table.rows[1][2:]] == ["3.5 (+0.5* ± 0.02)", "0.25 (-0.05 ± 0.02)"]
+    assert [str(one) for one in table.rows[1][2:]] == [
+        "3.5 (+0.5* ± 0.02)",
+        "0.25 (-0.05 ± 0.02)",
+    ]
     assert len(table.rows) == 2
 
 
-# --- claims -----------------------------------------------------------------------------------------------------------
+# --- claims
+# --------------------------------------------------------------------------------------
 
 
 def test_claims_that_hold_and_do_not():
     good = {("attention", 0.33, False): 0.5, ("mlp", 0.33, False): 0.2, ("mlp", 0.10, False): 0.45,
             ("attention", 0.33, True): 0.6, ("mlp", 0.33, True): 0.1}  # fmt: skip
     little = (
-        "skipping the deepest 33% of the attentions loses no more than 1.8 points of the average (13B), within 1 point"
+        "skipping the deepest 33% of the attentions loses no more than 1.8 points of"
+        " the average (13B), within 1 point"
     )
     found = verdicts(claims_of([], board(good), []))
-    assert found["skipping 33% of the attentions costs less than as many MLPs"] == "holds"
-    assert found["skipping 10% of the attentions costs less than as many MLPs"] == "holds"
+    assert (
+        found["skipping 33% of the attentions costs less than as many MLPs"] == "holds"
+    )
+    assert (
+        found["skipping 10% of the attentions costs less than as many MLPs"] == "holds"
+    )
     assert found[little] == "holds"
-    assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "holds"
-    assert found["keeping the last layer lowers quality when 33% of the blocks are skipped"] == "inconclusive"
-    kept = "keeping the last layer does not lower quality when 33% of the attentions are skipped, within 1 point"
+    assert (
+        found["keeping the last layer lowers quality when 33% of the MLPs are skipped"]
+        == "holds"
+    )
+    assert (
+        found[
+            "keeping the last layer lowers quality when 33% of the blocks are skipped"
+        ]
+        == "inconclusive"
+    )
+    kept = (
+        "keeping the last layer does not lower quality when 33% of the attentions are"
+        " skipped, within 1 point"
+    )
     assert found[kept] == "holds"
-    bad = {("attention", 0.33, False): 0.2, ("attention", 0.33, True): 0.1, ("mlp", 0.33, True): 0.6}
+    bad = {
+        ("attention", 0.33, False): 0.2,
+        ("attention", 0.33, True): 0.1,
+        ("mlp", 0.33, True): 0.6,
+    }
     found = verdicts(claims_of([], board(bad), []))
-    assert found["skipping 33% of the attentions costs less than as many MLPs"] == "does not hold"
+    assert (
+        found["skipping 33% of the attentions costs less than as many MLPs"]
+        == "does not hold"
+    )
     assert found[little] == "does not hold"
-    assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "does not hold"
+    assert (
+        found["keeping the last layer lowers quality when 33% of the MLPs are skipped"]
+        == "does not hold"
+    )
     assert found[kept] == "does not hold"
 
 
@@ -324,43 +460,80 @@ def test_claims_about_similarity():
     def rows(cosines):
         about = Provenance(what={"sequences": windows})
         return [
-            SimilarityRecord(layer=i, kind="block", cosine=c, cosine_se=0.001, provenance=about)
+            SimilarityRecord(
+                layer=i, kind="block", cosine=c, cosine_se=0.001, provenance=about
+            )
             for i, c in enumerate(cosines)
         ]
 
     windows = LEAST_WINDOWS
     rising = [0.5 + 0.01 * i for i in range(20)]
-    assert list(verdicts(claims_of(rows([*rising, 0.4]), Scoreboard([]), [])).values()) == ["holds", "holds"]
-    assert list(verdicts(claims_of(rows([*rising[::-1], 0.9]), Scoreboard([]), [])).values()) == ["does not hold"] * 2
+    assert list(
+        verdicts(claims_of(rows([*rising, 0.4]), Scoreboard([]), [])).values()
+    ) == ["holds", "holds"]
+    assert (
+        list(
+            verdicts(claims_of(rows([*rising[::-1], 0.9]), Scoreboard([]), [])).values()
+        )
+        == ["does not hold"] * 2
+    )
     flat = [0.5 + 0.01 * (i % 2) for i in range(20)]
-    assert list(verdicts(claims_of(rows([*flat, flat[-1]]), Scoreboard([]), [])).values()) == ["inconclusive"] * 2
+    assert (
+        list(verdicts(claims_of(rows([*flat, flat[-1]]), Scoreboard([]), [])).values())
+        == ["inconclusive"] * 2
+    )
     windows -= 1
     found = claims_of(rows([*rising, 0.4]), Scoreboard([]), [])
     assert {claim.verdict for claim in found} == {"too few"}
     assert all(claim.here.endswith(f", on {windows} windows") for claim in found)
     windows += 1
     few = claims_of(rows([0.5, 0.6, 0.7, 0.8, 0.9, 0.4]), Scoreboard([]), [])[0]
-    assert (few.verdict, few.here.endswith(", too few to tell a trend")) == ("too few", True)
+    assert (few.verdict, few.here.endswith(", too few to tell a trend")) == (
+        "too few",
+        True,
+    )
 
 
 def test_a_claim_says_what_is_subtracted_from_what_and_has_its_figures_as_numbers():
-    found = {claim.claim: claim for claim in claims_of([], board({("mlp", 0.33, True): 0.4}), [])}
-    kept = found["keeping the last layer lowers quality when 33% of the MLPs are skipped"]
-    told = "last layer skipped less last layer kept: +10.0 ± 1.5 points of the average of 2 tasks"
+    found = {
+        claim.claim: claim
+        for claim in claims_of([], board({("mlp", 0.33, True): 0.4}), [])
+    }
+    kept = found[
+        "keeping the last layer lowers quality when 33% of the MLPs are skipped"
+    ]
+    told = (
+        "last layer skipped less last layer kept: +10.0 ± 1.5 points of the average of"
+        " 2 tasks"
+    )
     assert kept.here == f"{told}, 95 % interval +7.0 to +13.0"
     assert (kept.figure, kept.unit, kept.threshold) == (pytest.approx(10), "points", 0)
-    skipping = [timed((variant, 0.33, False), 1.3, 1.3) for variant in ("attention", "mlp", "block")]
+    skipping = [
+        timed((variant, 0.33, False), 1.3, 1.3)
+        for variant in ("attention", "mlp", "block")
+    ]
     fast, *_ = claims_of([], Scoreboard([]), [timed(KEYS[0], 1, 1), *skipping])
-    reach = 4.302653 * 0.93 * 0.04 / math.sqrt(5)  # Student's t of two degrees of freedom
-    assert (fast.figure, fast.low, fast.high) == pytest.approx((1.3, 1.3 - reach, 1.3 + reach))
+    reach = (
+        4.302653 * 0.93 * 0.04 / math.sqrt(5)
+    )  # Student's t of two degrees of freedom
+    assert (fast.figure, fast.low, fast.high) == pytest.approx(
+        (1.3, 1.3 - reach, 1.3 + reach)
+    )
     assert (fast.threshold, fast.unit) == (pytest.approx(1.15), "times as fast")
     assert "last layer skipped too" in fast.claim
 
 
 def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_batch():
     def grid(attention, mlp, block, *size):
-        cells = {("attention", 0.33, False): attention, ("mlp", 0.33, False): mlp, ("block", 0.33, False): block}
-        return [timed(KEYS[0], 1, 1, *size), *(timed(key, value, value, *size) for key, value in cells.items())]
+        cells = {
+            ("attention", 0.33, False): attention,
+            ("mlp", 0.33, False): mlp,
+            ("block", 0.33, False): block,
+        }
+        return [
+            timed(KEYS[0], 1, 1, *size),
+            *(timed(key, value, value, *size) for key, value in cells.items()),
+        ]
 
     others = [*grid(1.0, 2.0, 1.0, 128), *grid(1.0, 2.0, 1.0, 512, 8)]
     found = claims_of([], Scoreboard([]), [*others, *grid(1.3, 1.1, 1.12, 512)])
@@ -372,7 +545,13 @@ def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_bat
 def few(documents):
     """Both tasks, each of so many documents, that every configuration answers alike."""
     answers = [1.0, 0.0] * (documents // 2) + [1.0] * (documents % 2)
-    return Scoreboard([benchmark(task, key, answers, answers) for task in ("mmlu", "tiny") for key in KEYS])
+    return Scoreboard(
+        [
+            benchmark(task, key, answers, answers)
+            for task in ("mmlu", "tiny")
+            for key in KEYS
+        ]
+    )
 
 
 @pytest.mark.parametrize("documents", [6, LEAST_DOCUMENTS - 1, LEAST_DOCUMENTS])
@@ -380,24 +559,46 @@ def test_no_claim_is_judged_on_a_few_documents(documents):
     found = claims_of([], few(documents), [])
     is_few = {claim.verdict == "too few" for claim in found}
     assert is_few == {documents < LEAST_DOCUMENTS}
-    assert {f"with as few as {documents} documents of a task" in claim.here for claim in found} == is_few
+    assert {
+        f"with as few as {documents} documents of a task" in claim.here
+        for claim in found
+    } == is_few
 
 
 @pytest.mark.parametrize("rounds", [1, LEAST_ROUNDS - 1, LEAST_ROUNDS])
 def test_no_claim_is_judged_in_a_few_rounds(rounds):
-    cells = {("attention", 0.33, False): 1.3, ("mlp", 0.33, False): 1.1, ("block", 0.33, False): 1.4}
-    grid = [timed(KEYS[0], 1, 1, rounds=rounds), *(timed(key, s, s, rounds=rounds) for key, s in cells.items())]
+    cells = {
+        ("attention", 0.33, False): 1.3,
+        ("mlp", 0.33, False): 1.1,
+        ("block", 0.33, False): 1.4,
+    }
+    grid = [
+        timed(KEYS[0], 1, 1, rounds=rounds),
+        *(timed(key, s, s, rounds=rounds) for key, s in cells.items()),
+    ]
     found = claims_of([], Scoreboard([]), grid)
-    assert {claim.verdict for claim in found} == {"too few" if rounds < LEAST_ROUNDS else "holds"}
-    assert all((f"in {rounds} round{'s' * (rounds > 1)}" in claim.here) == (rounds < LEAST_ROUNDS) for claim in found)
+    assert {claim.verdict for claim in found} == {
+        "too few" if rounds < LEAST_ROUNDS else "holds"
+    }
+    assert all(
+        (f"in {rounds} round{'s' * (rounds > 1)}" in claim.here)
+        == (rounds < LEAST_ROUNDS)
+        for claim in found
+    )
     unknown = [record.model_copy(update={"provenance": None}) for record in grid]
-    assert {claim.verdict for claim in claims_of([], Scoreboard([]), unknown)} == {"too few"}
+    assert {claim.verdict for claim in claims_of([], Scoreboard([]), unknown)} == {
+        "too few"
+    }
 
 
 def measured(drop, error, other=0.0):
-    """A board of one task, whose errors are told and whose documents are not: dense, and attentions without a third."""
+    """A board of one task, whose errors are told and whose documents are not: dense,
+    and attentions without a third.
+    """
     dense = benchmark("mmlu", KEYS[0], [0.5] * 4000, [0.5] * 4000)
-    rows = [dense.model_copy(update={**configured(key), "values": None}) for key in KEYS]
+    rows = [
+        dense.model_copy(update={**configured(key), "values": None}) for key in KEYS
+    ]
     lost = {"value": 0.5 - drop, "delta": -drop, "delta_se": error, "values": None}
     rows[KEYS.index(("attention", 0.33, False))] = dense.model_copy(
         update=configured(("attention", 0.33, False)) | lost
@@ -415,7 +616,7 @@ def measured(drop, error, other=0.0):
     ],
 )
 def test_a_loss_as_large_as_the_papers_is_what_it_says(drop, error, verdict):
-    (little, *_) = claims_of([], measured(drop, error), [])
+    little, *_ = claims_of([], measured(drop, error), [])
     assert (little.threshold, little.verdict) == (pytest.approx(-2.8), verdict)
 
 
@@ -425,8 +626,15 @@ def test_not_lowering_quality_holds_where_it_is_the_same_within_a_point():
     kept = ("attention", 0.33, True)
 
     def found(values):
-        records = [benchmark("mmlu", key, values if key == kept else same, same) for key in KEYS]
-        (claim,) = (one for one in claims_of([], Scoreboard(records), []) if "does not lower" in one.claim)
+        records = [
+            benchmark("mmlu", key, values if key == kept else same, same)
+            for key in KEYS
+        ]
+        (claim,) = (
+            one
+            for one in claims_of([], Scoreboard(records), [])
+            if "does not lower" in one.claim
+        )
         return claim.verdict
 
     assert found(same) == "holds"
@@ -437,10 +645,18 @@ def test_not_lowering_quality_holds_where_it_is_the_same_within_a_point():
 
 def test_a_speed_as_the_papers_is_about_as_fast():
     def found(speed, spread):
-        keys = [("attention", 0.33, False), ("mlp", 0.33, False), ("block", 0.33, False)]
-        quartiles = Quartiles(median=speed, low=speed - spread, high=speed + spread, n=5)
+        keys = [
+            ("attention", 0.33, False),
+            ("mlp", 0.33, False),
+            ("block", 0.33, False),
+        ]
+        quartiles = Quartiles(
+            median=speed, low=speed - spread, high=speed + spread, n=5
+        )
         records = [timed(key, 1, 1) for key in (KEYS[0], *keys)]
-        times = records[1].times.model_copy(update={"speedup_decode": quartiles, "speedup_prefill": quartiles})
+        times = records[1].times.model_copy(
+            update={"speedup_decode": quartiles, "speedup_prefill": quartiles}
+        )
         records[1] = records[1].model_copy(update={"times": times})
         return claims_of([], Scoreboard([]), records)[0].verdict
 
@@ -478,7 +694,9 @@ def test_one_of_anything_is_one():
     about = Provenance(what={"rounds": 1, "generation_tokens": 2})
     times = [timed(KEYS[0], 1, 1).model_copy(update={"provenance": about})]
     assert "Median of 1 round, each" in caption_of("prefill", times)
-    assert "accuracy of 1 document." in caption_of("benchmarks", [benchmark("tiny", KEYS[0], [1.0], [1.0])])
+    assert "accuracy of 1 document." in caption_of(
+        "benchmarks", [benchmark("tiny", KEYS[0], [1.0], [1.0])]
+    )
 
 
 def test_a_page_has_every_claim_whole(tmp_path):
@@ -491,7 +709,8 @@ def test_a_page_has_every_claim_whole(tmp_path):
         assert f"<bdi>{html.escape(claim.here)}</bdi>" in page
 
 
-# --- times ------------------------------------------------------------------------------------------------------------
+# --- times
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +718,9 @@ def model():
     return tiny_llama()
 
 
-def grid_of(model, out, rows=None, *, prompt_tokens=(4,), generation_tokens=2, concurrency=(1,)):
+def grid_of(
+    model, out, rows=None, *, prompt_tokens=(4,), generation_tokens=2, concurrency=(1,)
+):
     subject = Subject(model, None, [], out, Provenance(what=ABOUT))
     timing = TimingGrid(prompt_tokens, generation_tokens, concurrency, rounds=1)
     return time_grid(subject, rows or paper_grid(locate(model)), timing)
@@ -509,7 +730,10 @@ def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
     first = grid_of(model, tmp_path)
     assert len(first) == 19
     assert first[0].times.speedup_decode.median == 1
-    assert {record.prompt_tokens for record in grid_of(model, tmp_path, prompt_tokens=(4, 8))} == {4, 8}
+    assert {
+        record.prompt_tokens
+        for record in grid_of(model, tmp_path, prompt_tokens=(4, 8))
+    } == {4, 8}
     held = (tmp_path / TimesRecord.file).read_bytes()
     monkeypatch.setattr(speed, "compare", None)
     assert grid_of(model, tmp_path) == first
@@ -533,11 +757,15 @@ def test_times_of_another_row_or_batch_are_measured_again(model, tmp_path, chang
     path.unlink()
     lines.append(path, *held[:5], held[5] | change, *held[6:])
     again = grid_of(model, tmp_path)
-    assert [(record.key, record.plan) for record in again] == [(record.key, record.plan) for record in first]
+    assert [(record.key, record.plan) for record in again] == [
+        (record.key, record.plan) for record in first
+    ]
     assert {record.concurrency for record in again} == {1}
 
 
-@pytest.mark.parametrize("machine", [None, "here", {}, {"versions": []}, {"versions": {"torch": "2"}}])
+@pytest.mark.parametrize(
+    "machine", [None, "here", {}, {"versions": []}, {"versions": {"torch": "2"}}]
+)
 def test_a_machine_that_is_not_told_is_none(machine):
     assert place_of(machine) == "a machine that is not told"
 
@@ -553,25 +781,38 @@ def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(speed, "compare", short_of_memory)
     rows = paper_grid(locate(model))[:2]
-    (dense, _) = grid_of(model, tmp_path, rows, concurrency=(8,))
+    dense, _ = grid_of(model, tmp_path, rows, concurrency=(8,))
     assert tried == [8, 4, 2]
     assert (dense.concurrency, dense.asked_concurrency) == (2, 8)
-    monkeypatch.setattr(speed, "compare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
+    monkeypatch.setattr(
+        speed,
+        "compare",
+        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")),
+    )
     with pytest.raises(UsageError, match="one sequence"):
         grid_of(model, tmp_path / "b", rows)
 
 
-# --- the diagnostics --------------------------------------------------------------------------------------------------
+# --- the diagnostics
+# --------------------------------------------------------------------------------------
 
 
 def test_each_check_is_of_its_own_row(model, tmp_path, monkeypatch):
     def attentions(model, tokenizer, plans, windows, *, parts, seed):
         about = {"value_se": 0.0, "delta": 0.0, "delta_se": 0.0, "p_value": 1.0}
-        return [[Check(check="attentions", value=float(sum(plan.attention)), **about)] for plan in plans]
+        return [
+            [Check(check="attentions", value=float(sum(plan.attention)), **about)]
+            for plan in plans
+        ]
 
     monkeypatch.setattr(diagnostics, "run_diagnostics", attentions)
     rows, windows = paper_grid(locate(model))[1:], [torch.zeros(1, 8)]
-    records = diagnose(Subject(model, object(), [], tmp_path, Provenance(what=ABOUT)), rows, windows, silent)
+    records = diagnose(
+        Subject(model, object(), [], tmp_path, Provenance(what=ABOUT)),
+        rows,
+        windows,
+        silent,
+    )
     assert len(records) == 3 * len(rows)
     assert len({record.value for record in records}) > 2
     for record in records:
@@ -579,7 +820,9 @@ def test_each_check_is_of_its_own_row(model, tmp_path, monkeypatch):
 
 
 class Machine:
-    """A clock that only work moves: a token that is read takes 1, of one sequence 2, one that is generated 20."""
+    """A clock that only work moves: a token that is read takes 1, of one sequence 2,
+    one that is generated 20.
+    """
 
     def __init__(self):
         self.time, self.told = 0.0, []
@@ -589,32 +832,52 @@ class Machine:
 
 
 @pytest.mark.usefixtures("own_tasks_only")
-def test_the_bar_tells_the_share_of_the_time_that_has_passed(model, tmp_path, monkeypatch):
-    """What generates does so plan by plan, and on seven of them; all plans read the rest in the time of four."""
+def test_the_bar_tells_the_share_of_the_time_that_has_passed(
+    model, tmp_path, monkeypatch
+):
+    """What generates does so plan by plan, and on seven of them; all plans read the
+    rest in the time of four.
+    """
     machine, score, answer = Machine(), Scorer.score, HFLM.generate_until
 
     def scoring(self, plans, requests):
         for scores in score(self, plans, requests):
-            machine.time += sum(len(requests[number].sequence) for number in scores.requests) * len(plans) / 5
+            machine.time += (
+                sum(len(requests[number].sequence) for number in scores.requests)
+                * len(plans)
+                / 5
+            )
             yield scores
 
     def generating(self, requests, **how):
         for request in requests:
-            machine.time += len(request.args[0]) / 4 + 20 * int(request.args[1]["max_gen_toks"])
+            machine.time += len(request.args[0]) / 4 + 20 * int(
+                request.args[1]["max_gen_toks"]
+            )
         return answer(self, requests, **how)
 
     def timing(model, plans, workload, *, seed, progress):
         for number in range(len(plans) + 1):
             progress(number, len(plans) + 1, "timing")
-            machine.time += 2 * (workload.rounds + 1) * (workload.prompt_tokens + 20 * workload.generation_tokens)
+            machine.time += (
+                2
+                * (workload.rounds + 1)
+                * (workload.prompt_tokens + 20 * workload.generation_tokens)
+            )
         return {name: timed(KEYS[0], 1, 1).times for name in ("dense", *plans)}
 
     monkeypatch.setattr(Scorer, "score", scoring)
     monkeypatch.setattr(HFLM, "generate_until", generating)
     monkeypatch.setattr(speed, "time_plans", timing)
-    choice = TaskChoice(TaskShelf(write_tasks(tmp_path / "tasks")), ("tiny_letters", "tiny_words"), limits=Limits(40))
+    choice = TaskChoice(
+        TaskShelf(write_tasks(tmp_path / "tasks")),
+        ("tiny_letters", "tiny_words"),
+        limits=Limits(40),
+    )
     about = Provenance(what={"model": "tiny", "dtype": "float32", "revision": "none"})
-    subject = Subject(model, byte_tokenizer(), [torch.arange(32).view(2, 16)], tmp_path / "out", about)
+    subject = Subject(
+        model, byte_tokenizer(), [torch.arange(32).view(2, 16)], tmp_path / "out", about
+    )
     run_paper(subject, choice, TimingGrid((8, 64), 4, rounds=2), progress=machine.tell)
     assert machine.told[-1][0] == pytest.approx(1)
     off = [abs(share - time / machine.time) for share, time in machine.told if time]
@@ -622,7 +885,8 @@ def test_the_bar_tells_the_share_of_the_time_that_has_passed(model, tmp_path, mo
     assert max(off) < 0.08, max(off)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -635,8 +899,26 @@ def folders(tmp_path_factory):
 def test_a_refused_run_leaves_no_folder(folders, tmp_path, run):
     model, task_path = folders
     out = tmp_path / "new" / "paper"
-    words = ["paper", model, "--task-path", task_path, "--tasks", "tiny_text", "--sequences", "2", "--length", "16"]
-    sizes = ["--prompt-tokens", "4", "--generation-tokens", "2", "--num-fewshot", "30"]  # more than there are
+    words = [
+        "paper",
+        model,
+        "--task-path",
+        task_path,
+        "--tasks",
+        "tiny_text",
+        "--sequences",
+        "2",
+        "--length",
+        "16",
+    ]
+    sizes = [
+        "--prompt-tokens",
+        "4",
+        "--generation-tokens",
+        "2",
+        "--num-fewshot",
+        "30",
+    ]  # more than there are
     code, _, err = run(*words, *sizes, "--out", out)
     assert code == 2
     assert "cannot build the requests of tiny_text" in err
@@ -665,7 +947,17 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
         task_path,
         "--json",
     ]
-    sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16", "--diagnostics"]
+    sizes = [
+        "--limit",
+        "6",
+        "--limit",
+        "tiny_words=2",
+        "--sequences",
+        "2",
+        "--length",
+        "16",
+        "--diagnostics",
+    ]
     times = [
         "--prompt-tokens",
         "4",
@@ -679,12 +971,19 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
         "float32",
     ]
     claims = told_claims(*words, *sizes, *times)
-    assert {claim["verdict"] for claim in claims} == {"too few"}  # six documents, one round, two windows
+    assert {claim["verdict"] for claim in claims} == {
+        "too few"
+    }  # six documents, one round, two windows
     assert len(claims) >= 10
-    assert [one.claim for one in read(tmp_path / "claims.jsonl", ClaimRecord)] == [claim["claim"] for claim in claims]
+    assert [one.claim for one in read(tmp_path / "claims.jsonl", ClaimRecord)] == [
+        claim["claim"] for claim in claims
+    ]
     story = (tmp_path / "paper.md").read_text()
     assert story.count("| skipped ") == 8
-    assert "fewer than 30 documents of a task, 5 timed rounds, 8 windows of text, or 6 layers" in story
+    assert (
+        "fewer than 30 documents of a task, 5 timed rounds, 8 windows of text, or 6"
+        " layers" in story
+    )
     assert "tiny_letters, 0-shot, accuracy of 6 documents" in story
     assert story.index("## The paper's claims") < story.index("## Benchmarks")
     for claim in claims:
@@ -694,7 +993,9 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
         for name in ("benchmarks", "diagnostics", "prefill", "decode")
         for ending in ("last-kept", "last-skipped")
     } | {"claims.tex", "similarity.tex"}
-    assert {"claims.csv", "similarity.csv", "averages.csv"} <= {path.name for path in tmp_path.glob("*.csv")}
+    assert {"claims.csv", "similarity.csv", "averages.csv"} <= {
+        path.name for path in tmp_path.glob("*.csv")
+    }
     with open(tmp_path / "averages.csv") as file:
         assert len(list(csv.DictReader(file))) == 19
     assert "tiny_letters, 0-shot, accuracy of 6 documents" in (
@@ -702,12 +1003,18 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
     ).read_text().replace("\\_", "_")
     for name in ("benchmarks", "diagnostics"):
         with open(tmp_path / f"{name}.csv") as file:
-            assert len(list(csv.DictReader(file))) == len(lines.read(tmp_path / f"{name}.jsonl"))
+            assert len(list(csv.DictReader(file))) == len(
+                lines.read(tmp_path / f"{name}.jsonl")
+            )
     checks = lines.read(tmp_path / "diagnostics.jsonl")
     assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in checks}) == 18
     assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".md", ".jsonl", ".csv")}
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.iterdir()
+        if path.suffix in (".md", ".jsonl", ".csv")
+    }
     assert told_claims(*words, *sizes, *times) == claims
     assert before == {path: path.read_bytes() for path in before}
 
@@ -726,9 +1033,39 @@ cli.main()
 @pytest.mark.parametrize("stage", ["diagnostics.jsonl", "times.jsonl"])
 def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     model, task_path = folders
-    words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "6"]
-    words += ["--task-batch-size", "1", "--sequences", "2", "--length", "16", "--diagnostics", "--dtype", "float32"]
-    words += ["--prompt-tokens", "4", "--prompt-tokens", "8", "--generation-tokens", "2", "--rounds", "1"]
+    words = [
+        "paper",
+        model,
+        "--out",
+        tmp_path,
+        "--tasks",
+        "tiny_letters",
+        "--task-path",
+        task_path,
+        "--limit",
+        "6",
+    ]
+    words += [
+        "--task-batch-size",
+        "1",
+        "--sequences",
+        "2",
+        "--length",
+        "16",
+        "--diagnostics",
+        "--dtype",
+        "float32",
+    ]
+    words += [
+        "--prompt-tokens",
+        "4",
+        "--prompt-tokens",
+        "8",
+        "--generation-tokens",
+        "2",
+        "--rounds",
+        "1",
+    ]
     forked.kill_at(tmp_path / stage, 5, COMMAND, *words)
     assert not (tmp_path / "paper.md").exists()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
@@ -741,21 +1078,42 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
         "times": ("prompt_tokens",),
     }.items():
         path = tmp_path / f"{name}.jsonl"
-        found = [tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys)) for r in lines.read(path)]
+        found = [
+            tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys))
+            for r in lines.read(path)
+        ]
         again = len(found) - len(set(found))
         whole = before.get(path, b"").count(b"\n")
-        torn = set(found[whole - again : whole])  # what was written of a group that was not all there
-        assert torn == {each for each in found if found.count(each) > 1}, "a record was written twice"
+        torn = set(
+            found[whole - again : whole]
+        )  # what was written of a group that was not all there
+        assert torn == {each for each in found if found.count(each) > 1}, (
+            "a record was written twice"
+        )
         groups = {each[3] for each in torn}
-        assert not torn or torn < {each for each in found if each[3] in groups}, "a whole group was measured again"
+        assert not torn or torn < {each for each in found if each[3] in groups}, (
+            "a whole group was measured again"
+        )
     assert "## What accuracy hides" in (tmp_path / "paper.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_tasks_only")
-def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(
+    folders, tmp_path, monkeypatch, capsys
+):
     model, task_path = folders
-    words = ["notall", "paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path]
+    words = [
+        "notall",
+        "paper",
+        model,
+        "--out",
+        tmp_path,
+        "--tasks",
+        "tiny_letters",
+        "--task-path",
+        task_path,
+    ]
     words += [
         "--limit",
         "3",

@@ -18,7 +18,9 @@ def structure():
 
 
 def test_round_trip_is_readable(tmp_path):
-    plan = Plan(attention=[7, 5], mlp=[12], fingerprint="llama-30x576-1f0c2a9b", note="by hand")
+    plan = Plan(
+        attention=[7, 5], mlp=[12], fingerprint="llama-30x576-1f0c2a9b", note="by hand"
+    )
     plan.save(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["attention"] == [5, 7]
     assert Plan.load(tmp_path / "plan.json").model_dump() == plan.model_dump()
@@ -71,7 +73,10 @@ def test_a_plan_is_frozen():
         ('{"attention": [1], "note": 3}', "note"),
         ('{"attention": [1], "self": 3}', "self"),
         ('{"attention": [1], "%s": 3}' % ("speed" * 999), "speed"),
-        ('{"attention": [1], "%s": [{"a": 1, "a": 2}]}' % ("speed" * 999), 'says "a" twice'),
+        (
+            '{"attention": [1], "%s": [{"a": 1, "a": 2}]}' % ("speed" * 999),
+            'says "a" twice',
+        ),
         ('{"%s": 1, "%s": 2}' % (("speed" * 999,) * 2), 'says "speed'),
         ('{"attention": "%s"}' % ("x\x1b[31m" * 999), "not valid JSON"),
         ('{"attention": "%s"}' % ("x" * 999), "give a list"),
@@ -94,7 +99,9 @@ def test_a_plan_that_is_not_text_is_refused(tmp_path):
     path.write_bytes(b'{"attention": [1], "note": "\xff"}')
     with pytest.raises(UsageError, match="not valid JSON"):
         Plan.load(path)
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"attention": [1]}')  # some editors begin UTF-8 so
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b'{"attention": [1]}'
+    )  # some editors begin UTF-8 so
     assert Plan.load(path) == Plan([1])
 
 
@@ -155,7 +162,10 @@ def test_a_missing_plan_and_an_unwritable_place(tmp_path):
         (Plan(mlp=[99]), "0 to 3"),
         (Plan(attention=range(4)), "keep at least one"),
         (Plan(attention=range(4), mlp=range(4)), "keep at least one"),
-        (Plan(attention=[1], fingerprint="llama-30x576-00000000"), "made for llama-30x576"),
+        (
+            Plan(attention=[1], fingerprint="llama-30x576-00000000"),
+            "made for llama-30x576",
+        ),
     ],
 )
 def test_plans_that_do_not_fit_the_model(structure, plan, says):
@@ -164,9 +174,14 @@ def test_plans_that_do_not_fit_the_model(structure, plan, says):
 
 
 def test_a_plan_for_another_model_names_a_fix_for_any_plan(structure):
-    """A published plan is no file of the user's, and one made in Python no file at all."""
+    """A published plan is no file of the user's, and one made in Python no file at
+    all.
+    """
     published = Plan.load("published:smollm2-attention-8-by-mix")
-    with pytest.raises(UsageError, match="make a plan for this model, or copy this one without its fingerprint"):
+    with pytest.raises(
+        UsageError,
+        match="make a plan for this model, or copy this one without its fingerprint",
+    ):
         published.check(structure)
 
 
@@ -174,7 +189,10 @@ def test_in_words_a_block_is_one_and_a_plural_has_its_s():
     among = {"attention": 24, "mlp": 24, "block": 24}
     assert Plan([3], [3]).in_words() == "1 block"
     assert Plan([3, 9], [3, 9]).in_words(among) == "2 of 24 blocks"
-    assert Plan([3], [3]).in_words({"attention": 1, "mlp": 1, "block": 1}) == "1 of 1 block"
+    assert (
+        Plan([3], [3]).in_words({"attention": 1, "mlp": 1, "block": 1})
+        == "1 of 1 block"
+    )
     assert Plan([3, 9], [9]).in_words(among) == "2 of 24 attentions and 1 of 24 MLPs"
     assert Plan(mlp=[0]).in_words() == "1 MLP"
     assert Plan().in_words(among) == "nothing"
@@ -194,8 +212,14 @@ def test_the_papers_rule(structure):
 def test_the_papers_rule_takes_a_count_too(structure):
     assert deepest(structure, "attention", count=2).attention == (2, 3)
     assert deepest(structure, "mlp", count=3, keep_last=True).mlp == (0, 1, 2)
-    for more in ({"count": 4, "keep_last": True}, {"count": -1}, {"count": 1, "fraction": 0.5}):
-        with pytest.raises(UsageError, match=r"of [34] MLPs: give a fraction, or a count from 0 to"):
+    for more in (
+        {"count": 4, "keep_last": True},
+        {"count": -1},
+        {"count": 1, "fraction": 0.5},
+    ):
+        with pytest.raises(
+            UsageError, match=r"of [34] MLPs: give a fraction, or a count from 0 to"
+        ):
             deepest(structure, "mlp", **more)
     with pytest.raises(UsageError, match="a number from 0 to 1, not NoneType"):
         deepest(structure, "mlp")
@@ -223,18 +247,29 @@ def test_regrouping_gives_each_layer_one_attention(structure):
         Layer(1, None, before=[0], after=[2]),
         Layer(3, 3),
     ]
-    assert regroup(structure.kinds, plan, lambda *_: True) == [Layer(1, 2, before=[0]), Layer(3, 3)]
+    assert regroup(structure.kinds, plan, lambda *_: True) == [
+        Layer(1, 2, before=[0]),
+        Layer(3, 3),
+    ]
 
 
 def test_portable_is_an_even_length_of_every_skipped_run(structure):
-    # Sublayers in order, A0 M0 A1 M1 ...: each maximal run of skipped ones has even length, or it ends the list.
+    # Sublayers in order, A0 M0 A1 M1 ...: each maximal run of skipped ones has even
+    # length, or it ends the list.
     for bits in range(1 << 8):
         skipped = [bool(bits >> position & 1) for position in range(8)]
-        plan = Plan(attention=[i for i in range(4) if skipped[2 * i]], mlp=[i for i in range(4) if skipped[2 * i + 1]])
+        plan = Plan(
+            attention=[i for i in range(4) if skipped[2 * i]],
+            mlp=[i for i in range(4) if skipped[2 * i + 1]],
+        )
         if len(plan.attention) == 4:
             continue
-        kept = "".join("AM"[position % 2] for position in range(8) if not skipped[position])
-        assert is_portable(structure, plan) == (kept == "AM" * (len(kept) // 2) and len(kept) % 2 == 0), plan
+        kept = "".join(
+            "AM"[position % 2] for position in range(8) if not skipped[position]
+        )
+        assert is_portable(structure, plan) == (
+            kept == "AM" * (len(kept) // 2) and len(kept) % 2 == 0
+        ), plan
 
 
 def test_a_complaint_is_one_line_whatever_it_quotes():

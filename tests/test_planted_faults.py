@@ -1,4 +1,6 @@
-"""Faults about devices, planted one by one in a copy of the package: the tests see each."""
+"""Faults about devices, planted one by one in a copy of the package: the tests see
+each.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ pytestmark = [
     pytest.mark.any_transformers,
 ]
 
-# In a fork of a process that has imported the package as it is, and all that is slow to import.
+# In a fork of a process that has imported the package as it is, and all that is slow to
+# import.
 PROGRAM = """
 import sys
 
@@ -53,19 +56,55 @@ class Fault:
 REPLAY, SKIPPING = "running/replay.py", "running/skipping.py"
 MLP_AHEAD = "in self.before:\n            hidden = holder(scaled(hidden), call){}"
 FAULTS = [
-    Fault("models/texts.py", "yield batch.to(device=device)", "yield batch", "one-similarity"),
-    Fault(REPLAY, "hidden.to(recording.devices[step.block.index])", "hidden", "llama-two-evaluate"),
+    Fault(
+        "models/texts.py",
+        "yield batch.to(device=device)",
+        "yield batch",
+        "one-similarity",
+    ),
+    Fault(
+        REPLAY,
+        "hidden.to(recording.devices[step.block.index])",
+        "hidden",
+        "llama-two-evaluate",
+    ),
     Fault(REPLAY, "value.to(inputs_device(inner))", "value", "llama-one-score"),
     Fault(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
-    Fault("measuring/token_scores.py", "expected.to(found.device)", "expected", "two-evaluate"),
-    Fault("measuring/token_scores.py", "one.to(here)", "one.to(likely.device)", "two and guesses"),
-    Fault("structure/observation.py", "self.sharing.hand_on(args[0], result)", "pass", "two-locate"),
-    Fault(SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"),
+    Fault(
+        "measuring/token_scores.py",
+        "expected.to(found.device)",
+        "expected",
+        "two-evaluate",
+    ),
+    Fault(
+        "measuring/token_scores.py",
+        "one.to(here)",
+        "one.to(likely.device)",
+        "two and guesses",
+    ),
+    Fault(
+        "structure/observation.py",
+        "self.sharing.hand_on(args[0], result)",
+        "pass",
+        "two-locate",
+    ),
+    Fault(
+        SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"
+    ),
     Fault(SKIPPING, " and runs_on(one) == runs_on(other)", "", "llama-two-remove"),
     Fault("running/generating.py", "inputs_device(model)", "model.device", "embedding"),
-    Fault("running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"),
-    Fault("measuring/speed.py", 'if device.type != "cpu"]', "if False]", "llama-one-times"),
-    Fault("engines/__init__.py", "not torch.cuda.is_initialized()", "torch", "engine_tells"),
+    Fault(
+        "running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"
+    ),
+    Fault(
+        "measuring/speed.py", 'if device.type != "cpu"]', "if False]", "llama-one-times"
+    ),
+    Fault(
+        "engines/__init__.py",
+        "not torch.cuda.is_initialized()",
+        "torch",
+        "engine_tells",
+    ),
 ]
 
 STREAMS, SOLVING = "repairing/streams.py", "repairing/solving.py"
@@ -73,32 +112,87 @@ PROJECTIONS, PUBLISHED = "repairing/projections.py", "repairing/methods/publishe
 HEALING = "repairing/healing.py"
 BEFORE = "stream.before(step.line, step.behind)"
 AT_LAYER = f"(stream.at_layer(step, states) for states in {BEFORE})"
-ON_DEVICE, LIKE_FEATURES = "torch.empty(0, dtype=self.exact, device=self.device)", "self.features[0].new_empty(0)"
+ON_DEVICE, LIKE_FEATURES = (
+    "torch.empty(0, dtype=self.exact, device=self.device)",
+    "self.features[0].new_empty(0)",
+)
 FAULTS += [
     Fault(file, right, wrong, seen_by, "test_repair_devices.py")
     for file, right, wrong, seen_by in (
         (STREAMS, "hidden.to(recording.devices[index])", "hidden", "llama-two-repair"),
-        (STREAMS, "scaled(behind, self.scale).to(hidden.device)", "scaled(behind, self.scale)", "llama-two-by"),
+        (
+            STREAMS,
+            "scaled(behind, self.scale).to(hidden.device)",
+            "scaled(behind, self.scale)",
+            "llama-two-by",
+        ),
         (STREAMS, "one.embedded.to(one.device)", "one.embedded", "no_layer"),
         (SOLVING, ON_DEVICE, LIKE_FEATURES, "one-repair"),
-        (SOLVING, "stream.to(self.device, self.exact)", "stream.to(self.exact)", "one-repair"),
-        (SOLVING, "self.metric.to(self.device, self.exact)", "self.metric.to(self.exact)", "llama-two-repair"),
-        (SOLVING, "dtype=self.before[0].dtype, device=self.device", "dtype=self.before[0].dtype", "gemma3-two-repair"),
-        (PROJECTIONS, "self.probe.embedded.to(self.probe.devices[part.index])", "self.probe.embedded", "two-repair"),
+        (
+            SOLVING,
+            "stream.to(self.device, self.exact)",
+            "stream.to(self.exact)",
+            "one-repair",
+        ),
+        (
+            SOLVING,
+            "self.metric.to(self.device, self.exact)",
+            "self.metric.to(self.exact)",
+            "llama-two-repair",
+        ),
+        (
+            SOLVING,
+            "dtype=self.before[0].dtype, device=self.device",
+            "dtype=self.before[0].dtype",
+            "gemma3-two-repair",
+        ),
+        (
+            PROJECTIONS,
+            "self.probe.embedded.to(self.probe.devices[part.index])",
+            "self.probe.embedded",
+            "two-repair",
+        ),
         (PROJECTIONS, "gain.to(ones.device)", "gain", "llama-two-repair"),
-        (PROJECTIONS, "device=inputs_device(model)", "device=next(layers[0].parameters()).device", "no_layer"),
+        (
+            PROJECTIONS,
+            "device=inputs_device(model)",
+            "device=next(layers[0].parameters()).device",
+            "no_layer",
+        ),
         (PUBLISHED, AT_LAYER, BEFORE, "llama-two-by"),
-        ("repairing/methods/__init__.py", "[*checked(batches, model)]", "[*batches]", "one-repair"),
-        (HEALING, "torch.ones_like(same)]).to(student.device)", "torch.ones_like(same)])", "llama-two-heal"),
-        (HEALING, "seeded(self.config.seed)", "torch.random.fork_rng([self.teacher.device])", "random_numbers"),
-        (HEALING, "any(one.is_meta for one in model.parameters())", "False", "offloaded"),
+        (
+            "repairing/methods/__init__.py",
+            "[*checked(batches, model)]",
+            "[*batches]",
+            "one-repair",
+        ),
+        (
+            HEALING,
+            "torch.ones_like(same)]).to(student.device)",
+            "torch.ones_like(same)])",
+            "llama-two-heal",
+        ),
+        (
+            HEALING,
+            "seeded(self.config.seed)",
+            "torch.random.fork_rng([self.teacher.device])",
+            "random_numbers",
+        ),
+        (
+            HEALING,
+            "any(one.is_meta for one in model.parameters())",
+            "False",
+            "offloaded",
+        ),
     )
 ]
 
 
 def copied(folder):
     """The package in a folder of its own, which comes first on the path."""
-    return shutil.copytree(SOURCE, folder / "notall", ignore=shutil.ignore_patterns("__pycache__"))
+    return shutil.copytree(
+        SOURCE, folder / "notall", ignore=shutil.ignore_patterns("__pycache__")
+    )
 
 
 @pytest.mark.parametrize("tests", ["test_devices.py", "test_repair_devices.py"])
@@ -113,8 +207,12 @@ def test_without_a_fault_the_same_tests_pass(tests, tmp_path):
 def test_is_seen(fault, tmp_path):
     file = copied(tmp_path) / fault.file
     content = file.read_text(encoding="utf-8")
-    assert content.count(fault.right) == 1, "it is written in another way now: plant the fault there"
+    assert content.count(fault.right) == 1, (
+        "it is written in another way now: plant the fault there"
+    )
     file.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
     run = forked.run(PROGRAM, tmp_path, TESTS / fault.tests, "-k", fault.seen_by)
-    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout[-2000:] + run.stderr[-2000:]
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, (
+        run.stdout[-2000:] + run.stderr[-2000:]
+    )
     assert "1 failed" in run.stdout

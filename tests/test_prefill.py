@@ -1,4 +1,6 @@
-"""Prefill-only skipping as it runs: one forward pass gives what a prompt and the rest give, read in two calls."""
+"""Prefill-only skipping as it runs: one forward pass gives what a prompt and the rest
+give, read in two calls.
+"""
 
 from collections import Counter
 
@@ -7,7 +9,14 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from api import cache_argument
-from families import FAMILIES, REFUSED_IN_4, TRANSFORMERS_5, each_structure, family as named, silenced
+from families import (
+    FAMILIES,
+    REFUSED_IN_4,
+    TRANSFORMERS_5,
+    each_structure,
+    family as named,
+    silenced,
+)
 from notall import Plan, UnsupportedModel, UsageError, locate, prompt, skip
 
 TOKENS, NEW = 14, 6
@@ -30,7 +39,11 @@ def ids_and_mask():
 def deep(model, last_tokens=1, attention=True, mlp=True):
     """All but the first attention and MLP, skipped in the prompt."""
     structure = locate(model)
-    mixers = [p.index for p in structure.sublayers if p.kind == "attention" and p.kv_bytes_per_token]
+    mixers = [
+        p.index
+        for p in structure.sublayers
+        if p.kind == "attention" and p.kv_bytes_per_token
+    ]
     mlps = [p.index for p in structure.sublayers if p.kind == "mlp"]
     return Plan(
         prefill={
@@ -42,7 +55,9 @@ def deep(model, last_tokens=1, attention=True, mlp=True):
 
 
 def adding_nothing(model, plan, of=LLAMA):
-    """The slow, obvious reference: what is skipped runs and writes keys and values, and adds nothing."""
+    """The slow, obvious reference: what is skipped runs and writes keys and values, and
+    adds nothing.
+    """
     return silenced(model, of, plan.prefill.attention, plan.prefill.mlp)
 
 
@@ -57,7 +72,9 @@ def in_two_calls(model, plan, ids, mask, of=LLAMA):
     early = ids.shape[1] - plan.prefill.last_tokens
     with adding_nothing(model, plan, of):
         read = model(ids[:, :early], attention_mask=mask[:, :early], use_cache=True)
-    return model(ids[:, early:], attention_mask=mask, use_cache=True, **cached(model, read))
+    return model(
+        ids[:, early:], attention_mask=mask, use_cache=True, **cached(model, read)
+    )
 
 
 def tensors(model, output):
@@ -71,12 +88,18 @@ def close(found, expected):
     return float((found - expected).abs().max() / expected.abs().max()) < ROUNDING
 
 
-KNOWN = [one for one in FAMILIES if one.exists and (TRANSFORMERS_5 or one.name not in REFUSED_IN_4)]
+KNOWN = [
+    one
+    for one in FAMILIES
+    if one.exists and (TRANSFORMERS_5 or one.name not in REFUSED_IN_4)
+]
 each_family = each_structure(KNOWN)
 
 
 def begins_again(model):
-    """Whether transformers 4 counts positions from 0 behind a cache, unless `generate` says them."""
+    """Whether transformers 4 counts positions from 0 behind a cache, unless `generate`
+    says them.
+    """
     return not TRANSFORMERS_5 and hasattr(model.base_model, "rope_deltas")
 
 
@@ -88,11 +111,18 @@ def test_one_pass_is_two_calls_and_leaving_restores_the_model(family):
     original = model(ids, attention_mask=mask).logits
     plan = deep(model, last_tokens=3)
     if family.name in WITHOUT:
-        with pytest.raises(UnsupportedModel, match="cannot be skipped in the prompt alone"), skip(model, plan):
+        with (
+            pytest.raises(
+                UnsupportedModel, match="cannot be skipped in the prompt alone"
+            ),
+            skip(model, plan),
+        ):
             pass
         return
     with skip(model, plan):
-        assert torch.equal(model(ids, attention_mask=mask).logits, original), "no prompt is declared"
+        assert torch.equal(model(ids, attention_mask=mask).logits, original), (
+            "no prompt is declared"
+        )
         with prompt(model, TOKENS):
             one = model(ids, attention_mask=mask, use_cache=True)
     changed = one.logits[:, -3:]
@@ -105,7 +135,9 @@ def test_one_pass_is_two_calls_and_leaving_restores_the_model(family):
     two = in_two_calls(model, plan, ids, mask, family)
     assert close(changed, two.logits)
     for found, expected in zip(tensors(model, one), tensors(model, two)):
-        rows = mask[:, None, -found.shape[2] :, None].bool()  # what stands at padding is read by nothing
+        rows = mask[
+            :, None, -found.shape[2] :, None
+        ].bool()  # what stands at padding is read by nothing
         assert close(found.masked_fill(~rows, 0), expected.masked_fill(~rows, 0))
 
 
@@ -122,7 +154,9 @@ def test_prompt_in_chunks_is_the_prompt_at_once(family):
         whole = model(ids, attention_mask=mask).logits[:, -2:]
         cache = {}
         for start, end in [(0, 5), (5, 9), (9, TOKENS)]:
-            found = model(ids[:, start:end], attention_mask=mask[:, :end], use_cache=True, **cache)
+            found = model(
+                ids[:, start:end], attention_mask=mask[:, :end], use_cache=True, **cache
+            )
             cache = cached(model, found)
     assert close(found.logits[:, -2:], whole)
 
@@ -130,12 +164,18 @@ def test_prompt_in_chunks_is_the_prompt_at_once(family):
 @each_family
 @torch.no_grad()
 def test_last_block_is_free(family):
-    """Nothing reads what it makes of all but the last token; one row is a matrix product of another rounding."""
+    """Nothing reads what it makes of all but the last token; one row is a matrix
+    product of another rounding.
+    """
     model = family.build()
     ids, mask = ids_and_mask()
     structure = locate(model)
     last = structure.blocks[-1]
-    skipped = {kind: [last.index] for kind in last.kinds if kind == "mlp" or last.attention.kv_bytes_per_token}
+    skipped = {
+        kind: [last.index]
+        for kind in last.kinds
+        if kind == "mlp" or last.attention.kv_bytes_per_token
+    }
     if family.name in WITHOUT:
         pytest.skip("its keys and values cannot be written alone")
     original = model(ids, attention_mask=mask).logits[:, -1]
@@ -146,9 +186,16 @@ def test_last_block_is_free(family):
 
 def tiny(layers=6, **more):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+    }
     ends = {"eos_token_id": None, "pad_token_id": 0}
-    config = LlamaConfig(**sizes, **ends, num_hidden_layers=layers, num_key_value_heads=2, **more)
+    config = LlamaConfig(
+        **sizes, **ends, num_hidden_layers=layers, num_key_value_heads=2, **more
+    )
     model = LlamaForCausalLM(config).eval()
     for weight in model.parameters():
         weight.data.mul_(3 if weight.dim() > 1 else 1)
@@ -157,7 +204,13 @@ def tiny(layers=6, **more):
 
 def generated(model, ids, mask, **how):
     how = {"max_new_tokens": NEW, "do_sample": False} | how
-    return model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **how)
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **how,
+    )
 
 
 @torch.no_grad()
@@ -191,7 +244,9 @@ def test_generate_declares_its_prompt():
 def test_caches_and_ways_to_generate_agree(how):
     model, (ids, mask) = tiny(), ids_and_mask()
     if "prefill_chunk_size" in how and not TRANSFORMERS_5:
-        mask = torch.ones_like(mask)  # there a padded prompt in chunks is another one, without a skip too
+        mask = torch.ones_like(
+            mask
+        )  # there a padded prompt in chunks is another one, without a skip too
     if "prompt_lookup_num_tokens" in how and not TRANSFORMERS_5:
         pytest.skip("transformers 4 wants a token that ends texts")
     if "prompt_lookup_num_tokens" in how:
@@ -231,7 +286,9 @@ def test_beams_and_samples_share_the_prompt():
 
 @torch.no_grad()
 def test_answers_are_whole_when_the_next_turn_begins():
-    """A second `generate` with the first one's cache: of what was read and written, only the new prompt is skipped."""
+    """A second `generate` with the first one's cache: of what was read and written,
+    only the new prompt is skipped.
+    """
     model, (ids, _) = tiny(), ids_and_mask()
     plan, ids = deep(model, last_tokens=2), ids[:1]
     with skip(model, plan):
@@ -252,7 +309,9 @@ def test_answers_are_whole_when_the_next_turn_begins():
 
 @torch.no_grad()
 def test_work_is_not_done_for_what_is_skipped():
-    """Rows that each projection is given: all of them for keys and values, the last ones for all else."""
+    """Rows that each projection is given: all of them for keys and values, the last
+    ones for all else.
+    """
     model, (ids, _) = tiny(), ids_and_mask()
     rows: Counter[str] = Counter()
 
@@ -268,26 +327,40 @@ def test_work_is_not_done_for_what_is_skipped():
                 module.register_forward_pre_hook(counting(name))
         with prompt(model, TOKENS):
             model(ids)
-    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ):
         assert (rows[f"3.{name}"], rows[f"4.{name}"]) == (TOKENS, 2)
 
 
 @torch.no_grad()
 def test_every_token_and_the_prompt_at_once():
-    """A plan of both parts: what is skipped for every token is gone, the rest as with the prompt's part alone."""
+    """A plan of both parts: what is skipped for every token is gone, the rest as with
+    the prompt's part alone.
+    """
     model, (ids, mask) = tiny(), ids_and_mask()
     both = Plan(attention=[1], mlp=[3, 4], prefill={"attention": [3, 5], "mlp": [2, 5]})
     fewer = Plan(attention=both.attention, mlp=both.mlp)
     with skip(model, both), prompt(model, TOKENS):
         found = model(ids, attention_mask=mask).logits[:, -1]
-    with skip(model, fewer), skip(model, Plan(prefill=both.prefill)), prompt(model, TOKENS):
+    with (
+        skip(model, fewer),
+        skip(model, Plan(prefill=both.prefill)),
+        prompt(model, TOKENS),
+    ):
         nested = model(ids, attention_mask=mask).logits[:, -1]
     assert torch.equal(found, nested)
     early = TOKENS - 1
     with adding_nothing(model, both), skip(model, fewer):
         read = model(ids[:, :early], attention_mask=mask[:, :early], use_cache=True)
     with skip(model, fewer):
-        expected = model(ids[:, early:], attention_mask=mask, **cached(model, read)).logits[:, -1]
+        expected = model(
+            ids[:, early:], attention_mask=mask, **cached(model, read)
+        ).logits[:, -1]
     assert close(found, expected)
 
 
@@ -297,10 +370,20 @@ def test_static_cache_of_more_places_than_tokens():
     plan = deep(model, last_tokens=1)
     with skip(model, plan), prompt(model, TOKENS):
         plain = model(ids).logits[:, -1]
-        found = model(ids, **{cache_argument(model): StaticCache(config=model.config, max_cache_len=40)}).logits[:, -1]
+        found = model(
+            ids,
+            **{
+                cache_argument(model): StaticCache(
+                    config=model.config, max_cache_len=40
+                )
+            },
+        ).logits[:, -1]
     assert close(found, plain)
 
 
 def test_a_prompt_has_tokens():
-    with pytest.raises(UsageError, match="prompt of 0 tokens"), prompt(tiny(layers=2), 0):
+    with (
+        pytest.raises(UsageError, match="prompt of 0 tokens"),
+        prompt(tiny(layers=2), 0),
+    ):
         pass

@@ -12,7 +12,18 @@ pytestmark = pytest.mark.usefixtures("short_prose")
 
 def test_plan_writes_a_prefill_only_plan(run, folder, tmp_path):
     path = tmp_path / "plan.json"
-    code, out, err = run("plan", folder, "--skip", "block:2", "--phase", "prefill", "--last-tokens", 3, "-o", path)
+    code, out, err = run(
+        "plan",
+        folder,
+        "--skip",
+        "block:2",
+        "--phase",
+        "prefill",
+        "--last-tokens",
+        3,
+        "-o",
+        path,
+    )
     assert (code, err) == (0, "")
     assert "skip prefill-only block 4, 5 (last 3 tokens whole)" in " ".join(out.split())
     plan = Plan.load(path)
@@ -23,23 +34,40 @@ def test_plan_writes_a_prefill_only_plan(run, folder, tmp_path):
 
 def test_the_last_block_is_told_to_be_free(run, folder, tmp_path):
     path = tmp_path / "plan.json"
-    code, out, _ = run("plan", folder, "--skip", "block:1", "--phase", "prefill", "-o", path, "--json")
+    code, out, _ = run(
+        "plan", folder, "--skip", "block:1", "--phase", "prefill", "-o", path, "--json"
+    )
     assert code == 0
-    assert json.loads(path.read_text())["prefill"] == {"attention": [5], "mlp": [5], "last_tokens": 1}
+    assert json.loads(path.read_text())["prefill"] == {
+        "attention": [5],
+        "mlp": [5],
+        "last_tokens": 1,
+    }
     assert [row["footprint"] for row in json.loads(out)["plan"]][:1] * 2 == [
         row["footprint"] for row in json.loads(out)["plan"]
     ]
-    _, out, _ = run("plan", folder, "--skip", "block:1", "--phase", "prefill", "-o", path)
+    _, out, _ = run(
+        "plan", folder, "--skip", "block:1", "--phase", "prefill", "-o", path
+    )
     assert "No answer reads what this leaves out of the prompt" in out
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--skip", "block:6", "--phase", "prefill"], "skips every attention in the prompt; keep at least one"),
-        (["--skip", "block:1", "--last-tokens", 2], "--last-tokens says how much of a prompt runs whole: add --phase"),
+        (
+            ["--skip", "block:6", "--phase", "prefill"],
+            "skips every attention in the prompt; keep at least one",
+        ),
+        (
+            ["--skip", "block:1", "--last-tokens", 2],
+            "--last-tokens says how much of a prompt runs whole: add --phase",
+        ),
         (["--skip", "block:1", "--phase", "prefil"], "did you mean prefill?"),
-        (["--skip", "block:1", "--phase", "prefill", "--last-tokens", 0], "greater than or equal to 1"),
+        (
+            ["--skip", "block:1", "--phase", "prefill", "--last-tokens", 0],
+            "greater than or equal to 1",
+        ),
     ],
 )
 def test_what_plan_refuses(run, folder, tmp_path, words, says):
@@ -55,7 +83,9 @@ def test_a_phase_needs_something_to_skip(run, folder):
 
 def test_deepest_in_python():
     structure = locate(family("llama").build())
-    assert deepest(structure, "mlp", count=1, phase="prefill") == Plan(prefill={"mlp": [3]})
+    assert deepest(structure, "mlp", count=1, phase="prefill") == Plan(
+        prefill={"mlp": [3]}
+    )
     assert not deepest(structure, "mlp", 0.0, phase="prefill")
     with pytest.raises(UsageError, match="phase is 'decode': give one of all, prefill"):
         deepest(structure, "mlp", 0.5, phase="decode")
@@ -77,7 +107,8 @@ def test_what_nothing_reads(plan, is_unread):
     assert locate(family("llama").build()).is_unread(plan) == is_unread
 
 
-# --- eval -------------------------------------------------------------------------------------------------------------
+# --- eval
+# --------------------------------------------------------------------------------------
 
 TEXT = ["--sequences", 3, "--length", 24]
 
@@ -95,7 +126,9 @@ def evaluated(run, folder, *words):
     return json.loads(out)
 
 
-def test_eval_scores_what_follows_half_of_each_window(run, folder, prefill_only, tmp_path):
+def test_eval_scores_what_follows_half_of_each_window(
+    run, folder, prefill_only, tmp_path
+):
     found = evaluated(run, folder, "--plan", prefill_only, "--out", tmp_path / "kept")
     dense, skipped = (row["quality"] for row in found["quality"])
     assert dense["kl"] == 0
@@ -113,7 +146,10 @@ def test_eval_scores_what_follows_half_of_each_window(run, folder, prefill_only,
 def test_eval_of_another_plan_behind_a_prompt(run, folder):
     everywhere = evaluated(run, folder, "--skip", "mlp:1")
     behind = evaluated(run, folder, "--skip", "mlp:1", "--prompt-tokens", 12)
-    assert everywhere["quality"][1]["quality"]["nll"] != behind["quality"][1]["quality"]["nll"]
+    assert (
+        everywhere["quality"][1]["quality"]["nll"]
+        != behind["quality"][1]["quality"]["nll"]
+    )
     assert "behind a prompt" not in everywhere["verdict"]["said"]
 
 
@@ -125,8 +161,14 @@ def test_eval_of_the_last_block_says_that_nothing_is_lost(run, folder):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--prompt-tokens", 24], "leaves nothing to score in windows of 24: give 1 to 23"),
-        (["--prompt-tokens", 1], "nothing is skipped where its last 1 run whole: give more than 1"),
+        (
+            ["--prompt-tokens", 24],
+            "leaves nothing to score in windows of 24: give 1 to 23",
+        ),
+        (
+            ["--prompt-tokens", 1],
+            "nothing is skipped where its last 1 run whole: give more than 1",
+        ),
         (["--prompt-tokens", 0], "greater than or equal to 1"),
     ],
 )
@@ -135,16 +177,21 @@ def test_prompts_that_eval_refuses(run, folder, prefill_only, words, says):
     assert (code, says in err) == (2, True), err
 
 
-# --- inspect ----------------------------------------------------------------------------------------------------------
+# --- inspect
+# --------------------------------------------------------------------------------------
 
 
-@pytest.mark.any_transformers  # older ones hold a recurrent state otherwise, and are refused
+# older ones hold a recurrent state otherwise, and are refused
+@pytest.mark.any_transformers
 def test_inspect_says_what_always_runs_in_a_prompt(run, folder, tmp_path):
     family("qwen3_next").build().save_pretrained(tmp_path / "hybrid")
     code, out, err = run("inspect", tmp_path / "hybrid", "--json")
     assert code == 0, err
     bound = {part["sublayer"]: part["bound"] for part in json.loads(out)["sublayers"]}
-    assert bound["attn.0"] == "a linear_attention keeps other things than keys and values of each token"
+    assert (
+        bound["attn.0"]
+        == "a linear_attention keeps other things than keys and values of each token"
+    )
     assert bound["mlp.0"] == ""
     _, out, _ = run("inspect", tmp_path / "hybrid")
     assert "always runs" in out

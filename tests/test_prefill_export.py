@@ -1,4 +1,6 @@
-"""Exports that skip in the prompt alone: their own code, without notall, answers as `notall.skip` does."""
+"""Exports that skip in the prompt alone: their own code, without notall, answers as
+`notall.skip` does.
+"""
 
 import json
 import os
@@ -13,10 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from api import engines_regrouped_base, export, prompt_code
 from families import family
 from notall import Plan, UsageError, load, prompt, repair, skip
-from test_export_hf import _modules_of_checkpoints  # noqa: F401  code of checkpoints is cached apart
+from test_export_hf import _modules_of_checkpoints  # noqa: F401  a fixture
 
 BASES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-TEXT = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+TEXT = [
+    torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n))
+    for n in range(2)
+]
 IDS = torch.arange(2 * 11).view(2, 11) * 7 % 90 + 3
 MASK = torch.ones_like(IDS)
 MASK[0, :4] = 0
@@ -49,19 +54,25 @@ torch.save(out, sys.argv[2])
 
 
 def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A function from a family's name and a plan's to its original model, the plan and its export, written once."""
+    """A function from a family's name and a plan's to its original model, the plan and
+    its export, written once.
+    """
     known = {}
 
     def write(name, which):
         if (name, which) not in known:
             model, plan = family(name).build(), PLANS[which]
             plan = repair(model, plan, TEXT) if which == "repaired" else plan
-            folder = tmp_path_factory.mktemp("exports") / f"{name}_{which.replace(' ', '_')}"
+            folder = (
+                tmp_path_factory.mktemp("exports") / f"{name}_{which.replace(' ', '_')}"
+            )
             known[name, which] = model, plan, export(model, plan, "hf", folder)
         return known[name, which]
 
@@ -84,7 +95,9 @@ def alone(exported, tmp_path_factory):
 
 
 def of(folder, **how):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, **how
+    ).eval()
 
 
 @pytest.mark.parametrize("which", PLANS)
@@ -120,7 +133,9 @@ def test_it_generates_in_every_way(exported, implementation, way, unpadded):
     model.set_attn_implementation(implementation)
     with skip(model, plan):
         expected = model.generate(**given, **HOW | way)
-    found = of(folder, attn_implementation=implementation).generate(**given, **HOW | way)
+    found = of(folder, attn_implementation=implementation).generate(
+        **given, **HOW | way
+    )
     assert torch.equal(found.sequences, expected.sequences)
     if way.get("output_logits", True):
         assert_close(torch.stack(found.logits), torch.stack(expected.logits))
@@ -153,9 +168,18 @@ def test_what_is_written(exported):
     own = {name: weight for name, weight in written.items() if ".prompt_" in name}
     path = "model.layers.3.self_attn."
     assert len(own) == 4
-    assert torch.equal(own[f"{path}prompt_k_proj.bias"], plan.prompt_weights[f"{path}k_proj.bias"])
-    assert all(torch.equal(written[name], weight) for name, weight in model.state_dict().items() if name in written)
-    manifest, card = (folder / "notall.json").read_text(), (folder / "README.md").read_text()
+    assert torch.equal(
+        own[f"{path}prompt_k_proj.bias"], plan.prompt_weights[f"{path}k_proj.bias"]
+    )
+    assert all(
+        torch.equal(written[name], weight)
+        for name, weight in model.state_dict().items()
+        if name in written
+    )
+    manifest, card = (
+        (folder / "notall.json").read_text(),
+        (folder / "README.md").read_text(),
+    )
     assert json.loads(manifest)["plan"]["prefill"] == plan.prefill.indices
     assert "Prefill-only" in card
     assert "time to the first token" in card
@@ -195,7 +219,10 @@ def test_what_would_run_it_otherwise_refuses_it(exported):
         load(str(folder))
     with pytest.raises(UsageError, match="in the prompt alone"):
         engines_regrouped_base(folder)
-    assert "AutoModel" not in AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map
+    assert (
+        "AutoModel"
+        not in AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map
+    )
     assert not of(folder)._supports_attention_backend
 
 
@@ -207,7 +234,9 @@ def test_a_prompt_that_is_compared_skips_something(tmp_path, width):
 
 
 def test_code_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
-    broken = prompt_code._MODEL.replace("keys, values.transpose(1, 2)", "keys, 0 * values.transpose(1, 2)")
+    broken = prompt_code._MODEL.replace(
+        "keys, values.transpose(1, 2)", "keys, 0 * values.transpose(1, 2)"
+    )
     assert broken != prompt_code._MODEL
     monkeypatch.setattr(prompt_code, "_MODEL", broken)
     with pytest.raises(UsageError, match="answers differently"):

@@ -1,4 +1,5 @@
-"""GGUF files of plans that skip the deepest blocks in the prompt alone: what they hold, and what is refused.
+"""GGUF files of plans that skip the deepest blocks in the prompt alone: what they hold,
+and what is refused.
 
 `test_upstream.py` runs them in llama.cpp with the patch.
 """
@@ -28,7 +29,10 @@ SIZES = {
     "eos_token_id": None,
 }
 TAIL = {"attention": [2, 3], "mlp": [2, 3]}
-TEXT = [torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+TEXT = [
+    torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n))
+    for n in range(2)
+]
 needs_llamacpp = engines.needs("xllamacpp", "pip install xllamacpp")
 
 
@@ -40,7 +44,9 @@ def _cache_of_its_own(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def repaired(request, tmp_path_factory):
-    """A tiny model as a GGUF file in float32, and a plan with weights for its prompt."""
+    """A tiny model as a GGUF file in float32, and a plan with weights for its
+    prompt.
+    """
     model = family(request.param).build(**SIZES)
     file = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
     return write_gguf(model, file), repair(model, Plan(prefill=TAIL), TEXT)
@@ -56,10 +62,17 @@ def test_it_holds_the_original_and_the_prompts_keys_and_values(repaired, tmp_pat
     source, found = read_gguf(dense), written(dense, plan, tmp_path / "out")
     name = source.architecture
     assert found.fields[f"{name}.prefill_kv_only_block_count"].value == 2
-    assert all(np.array_equal(found.tensors[key].data, one.data) for key, one in source.tensors.items())
-    own = {key: one.data for key, one in found.tensors.items() if key not in source.tensors}
+    assert all(
+        np.array_equal(found.tensors[key].data, one.data)
+        for key, one in source.tensors.items()
+    )
+    own = {
+        key: one.data for key, one in found.tensors.items() if key not in source.tensors
+    }
     assert own.keys() == {
-        f"blk.3.attn_{part}_prefill.{kind}" for part in "kv" for kind in ("weight", "bias")
+        f"blk.3.attn_{part}_prefill.{kind}"
+        for part in "kv"
+        for kind in ("weight", "bias")
     }  # block 2 reads what it always did
     path = "model.layers.3.self_attn."
     heads = source.count("attention.head_count_kv")
@@ -79,11 +92,19 @@ def test_it_holds_the_original_and_the_prompts_keys_and_values(repaired, tmp_pat
     assert "| attention | 2, 3 |" in card
 
 
-def test_a_projection_with_a_bias_of_its_own_keeps_the_originals_matrix(repaired, tmp_path):
+def test_a_projection_with_a_bias_of_its_own_keeps_the_originals_matrix(
+    repaired, tmp_path
+):
     dense, plan = repaired
-    only = {path: one for path, one in plan.prompt_weights.items() if path.endswith("v_proj.bias")}
+    only = {
+        path: one
+        for path, one in plan.prompt_weights.items()
+        if path.endswith("v_proj.bias")
+    }
     found = written(dense, RepairedPlan.of(plan, prompt_weights=only), tmp_path / "out")
-    matrix, original = (found.tensors[f"blk.3.attn_v{part}.weight"] for part in ("_prefill", ""))
+    matrix, original = (
+        found.tensors[f"blk.3.attn_v{part}.weight"] for part in ("_prefill", "")
+    )
     np.testing.assert_array_equal(matrix.data, original.data)
     assert not any("attn_k_prefill" in name for name in found.tensors)
 
@@ -91,7 +112,11 @@ def test_a_projection_with_a_bias_of_its_own_keeps_the_originals_matrix(repaired
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.F16])
 def test_fitted_numbers_have_at_least_8_bits(repaired, kind, tmp_path):
     _, plan = repaired
-    name = "llama" if "blk.3.attn_k.bias" not in read_gguf(repaired[0]).tensors else "qwen2"
+    name = (
+        "llama"
+        if "blk.3.attn_k.bias" not in read_gguf(repaired[0]).tensors
+        else "qwen2"
+    )
     dense = write_gguf(family(name).build(**SIZES), tmp_path / "dense.gguf", kind=kind)
     found = written(dense, plan, tmp_path / "out")
     tensor = found.tensors["blk.3.attn_v_prefill.weight"]
@@ -108,9 +133,13 @@ def test_stock_llama_cpp_refuses_it_or_runs_it_whole(repaired, tmp_path):
     tokens = [5, 30, 31, 32, 90, 41, 7]
     written(dense, plan, tmp_path / "repaired", verify=False)
     with pytest.raises(UsageError, match="wrong number of tensors"):
-        llamacpp.next_token_logprobs(next((tmp_path / "repaired").glob("*.gguf")), tokens)
+        llamacpp.next_token_logprobs(
+            next((tmp_path / "repaired").glob("*.gguf")), tokens
+        )
     written(dense, plan.unrepaired, tmp_path / "skipped", verify=False)
-    found = llamacpp.next_token_logprobs(next((tmp_path / "skipped").glob("*.gguf")), tokens)
+    found = llamacpp.next_token_logprobs(
+        next((tmp_path / "skipped").glob("*.gguf")), tokens
+    )
     assert found == llamacpp.next_token_logprobs(dense, tokens)
 
 
@@ -118,10 +147,16 @@ def test_stock_llama_cpp_refuses_it_or_runs_it_whole(repaired, tmp_path):
     ("plan", "reason"),
     [
         (Plan([1], [1], prefill=TAIL), "both|a plan of one part"),
-        (Plan(prefill={"attention": [1, 2], "mlp": [1, 2]}), "skips the deepest blocks.*export to hf"),
+        (
+            Plan(prefill={"attention": [1, 2], "mlp": [1, 2]}),
+            "skips the deepest blocks.*export to hf",
+        ),
         (Plan(prefill={"attention": [3]}), "skips the deepest blocks"),
         (Plan(prefill={"attention": [2, 3], "mlp": [3]}), "skips the deepest blocks"),
-        (Plan(prefill=TAIL | {"last_tokens": 3}), "the last 3; make a plan with --last-tokens 1"),
+        (
+            Plan(prefill=TAIL | {"last_tokens": 3}),
+            "the last 3; make a plan with --last-tokens 1",
+        ),
     ],
 )
 def test_what_has_no_such_file_is_refused(repaired, plan, reason, tmp_path):
@@ -132,7 +167,10 @@ def test_what_has_no_such_file_is_refused(repaired, plan, reason, tmp_path):
 
 def test_another_architecture_is_refused_by_name(repaired, tmp_path):
     dense = read_gguf(repaired[0])
-    fields = {name.replace(f"{dense.architecture}.", "qwen3."): field for name, field in dense.fields.items()}
+    fields = {
+        name.replace(f"{dense.architecture}.", "qwen3."): field
+        for name, field in dense.fields.items()
+    }
     fields["general.architecture"] = Field.of("qwen3")
     write_file(tmp_path / "qwen3.gguf", dense, fields, dense.tensors)
     with pytest.raises(UsageError, match=r"for qwen3 \(it has for llama, qwen2\)"):
@@ -143,7 +181,11 @@ def test_weights_of_other_projections_or_shapes_are_refused(repaired, tmp_path):
     dense, plan = repaired
     path = "model.layers.3.self_attn."
     for name, shape, reason in (
-        ("q_proj.weight", (64, 64), "no projection of keys or values; repair this model"),
+        (
+            "q_proj.weight",
+            (64, 64),
+            "no projection of keys or values; repair this model",
+        ),
         ("v_proj.bias", (7,), r"is \(7,\), and the model's"),
     ):
         of = RepairedPlan.of(plan, prompt_weights={f"{path}{name}": torch.zeros(shape)})
@@ -155,7 +197,9 @@ def test_nothing_else_takes_such_a_file_for_the_original(repaired, tmp_path):
     dense, plan = repaired
     export(dense, plan.unrepaired, "gguf", tmp_path / "out")
     (file,) = (tmp_path / "out").glob("*.gguf")
-    with pytest.raises(UsageError, match=r"only a patched llama\.cpp runs it; give the original"):
+    with pytest.raises(
+        UsageError, match=r"only a patched llama\.cpp runs it; give the original"
+    ):
         load(file)
     with pytest.raises(UsageError, match=r"only a patched llama\.cpp runs it"):
         export(file, Plan([1], [1]), "gguf", tmp_path / "again")
@@ -169,14 +213,21 @@ def test_the_command_says_what_runs_it(repaired, run, tmp_path):
     code, said, _ = run("export", dense, *how)
     assert code == 0
     assert re.search(
-        r"^Check: +not compared .*: only llama\.cpp with \S+llamacpp-prefill\.patch runs it$",
+        r"^Check: +not compared .*: only llama\.cpp with \S+llamacpp-prefill\.patch"
+        r" runs it$",
         said,
         re.M,
     )
-    assert re.search(r"^Next: +llama-cli -m \S+ -fa on, of llama\.cpp with \S+llamacpp-prefill\.patch", said, re.M)
+    assert re.search(
+        r"^Next: +llama-cli -m \S+ -fa on, of llama\.cpp with"
+        r" \S+llamacpp-prefill\.patch",
+        said,
+        re.M,
+    )
 
 
-# --- benchmarks/prefill/llamacpp.py -----------------------------------------------------------------------------------
+# --- benchmarks/prefill/llamacpp.py
+# --------------------------------------------------------------------------------------
 
 # In the place of llama-bench: the files of a plan, which are larger, take half as long.
 BENCH = """#!{python}
@@ -194,12 +245,18 @@ def test_files_are_timed_in_turn(repaired, tmp_path, monkeypatch):
     dense, _ = repaired
     bench, order = tmp_path / "bin/llama-bench", tmp_path / "order"
     bench.parent.mkdir()
-    bench.write_text(BENCH.format(python=sys.executable, dense=dense.stat().st_size, order=str(order)))
+    bench.write_text(
+        BENCH.format(
+            python=sys.executable, dense=dense.stat().st_size, order=str(order)
+        )
+    )
     bench.chmod(0o755)
     timing = program("benchmarks/prefill/llamacpp")
     out = tmp_path / "times.jsonl"
     asked = f"--out {out} --model {dense} --blocks 1 2 --prompts 5 7 --new 2 --rounds 3"
-    monkeypatch.setattr("sys.argv", ["llamacpp.py", *asked.split(), "--bin", str(bench.parent)])
+    monkeypatch.setattr(
+        "sys.argv", ["llamacpp.py", *asked.split(), "--bin", str(bench.parent)]
+    )
     timing.main()
     there, back = [dense.parent.name, "1", "2"], ["2", "1", dense.parent.name]
     assert order.read_text().split() == [*there, *back, *there]

@@ -9,7 +9,11 @@ from notall import Plan, UsageError, skip
 from test_prefill_quality import logits_behind
 
 PLAN = Plan(prefill={"attention": [2], "mlp": [2, 3]})
-PLANS = [Plan([1]), PLAN, Plan(prefill={"attention": [1], "mlp": [1], "last_tokens": 3})]
+PLANS = [
+    Plan([1]),
+    PLAN,
+    Plan(prefill={"attention": [1], "mlp": [1], "last_tokens": 3}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,8 @@ def model():
     return family("llama").build()
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
+# --- timing
+# --------------------------------------------------------------------------------------
 
 
 def test_the_prompt_that_is_timed_is_declared(model, monkeypatch):
@@ -29,7 +34,9 @@ def test_the_prompt_that_is_timed_is_declared(model, monkeypatch):
         rows = {}
         hooks = [
             layer.mlp.down_proj.register_forward_hook(
-                lambda m, args, _, index=index: rows.setdefault(index, []).append(args[0].shape[1])
+                lambda m, args, _, index=index: rows.setdefault(index, []).append(
+                    args[0].shape[1]
+                )
             )
             for index, layer in enumerate(dense)
         ]
@@ -53,15 +60,24 @@ def test_the_prompt_that_is_timed_is_declared(model, monkeypatch):
 def test_a_prompt_of_which_nothing_is_skipped_is_not_timed(model):
 
     plan = Plan(prefill={"mlp": [1], "last_tokens": 9})
-    with pytest.raises(UsageError, match="nothing is skipped where its last 9 run whole"):
-        time_plans(model, {"one": plan}, Workload(prompt_tokens=9, generation_tokens=2, rounds=1))
+    with pytest.raises(
+        UsageError, match="nothing is skipped where its last 9 run whole"
+    ):
+        time_plans(
+            model,
+            {"one": plan},
+            Workload(prompt_tokens=9, generation_tokens=2, rounds=1),
+        )
 
 
-# --- scoring ----------------------------------------------------------------------------------------------------------
+# --- scoring
+# --------------------------------------------------------------------------------------
 
 
 def requests():
-    """Of four prompts, two as long as each other, and two that begin alike: some with several continuations."""
+    """Of four prompts, two as long as each other, and two that begin alike: some with
+    several continuations.
+    """
     some = torch.Generator().manual_seed(2)
 
     def tokens(count):
@@ -69,11 +85,17 @@ def requests():
 
     prompts = [tokens(7), tokens(7), shot := tokens(9), [*shot, *tokens(4)]]
     ends = [tokens(count) for count in (1, 3, 2)]
-    return [Request((*prompt, *end)[:-1], tuple(end)) for prompt in map(tuple, prompts) for end in ends]
+    return [
+        Request((*prompt, *end)[:-1], tuple(end))
+        for prompt in map(tuple, prompts)
+        for end in ends
+    ]
 
 
 def slowly(model, plan, request):
-    """The log-likelihood of the continuation by the two calls of a model, one request at a time."""
+    """The log-likelihood of the continuation by the two calls of a model, one request
+    at a time.
+    """
     whole = torch.tensor([[*request.sequence, request.continuation[-1]]])
     cut = whole.shape[1] - len(request.continuation)
     if not plan.prefill:
@@ -92,7 +114,10 @@ def test_a_continuation_is_whole_and_what_is_ahead_of_it_the_prompt(name, batch_
     found = {}
     for scores in Scorer(model, batch_size).score(PLANS, asked):
         for place, number in enumerate(scores.requests):
-            found[number] = scores.log_likelihoods[:, place].tolist(), scores.greedy[:, place].tolist()
+            found[number] = (
+                scores.log_likelihoods[:, place].tolist(),
+                scores.greedy[:, place].tolist(),
+            )
     assert sorted(found) == list(range(len(asked)))
     for number, request in enumerate(asked):
         for plan, value, is_greedy in zip(PLANS, *found[number]):
@@ -115,18 +140,26 @@ def test_continuations_of_one_prompt_are_packed(model):
     assert scorer.tokens < scorer.plain_tokens
 
 
-# --- diagnostics ------------------------------------------------------------------------------------------------------
+# --- diagnostics
+# --------------------------------------------------------------------------------------
 
 
 def test_long_texts_are_judged_behind_half_of_each_window(model):
-    windows = [torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    windows = [
+        torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(n))
+        for n in range(3)
+    ]
     names = [[one.check for one in row] for row in check_texts(model, [PLAN], windows)]
     assert names == [["NLL at 19 to 38"], ["calibration error"]]
-    assert [row[0].check for row in check_texts(model, [Plan([1])], windows)] == ["NLL at 0 to 38", "calibration error"]
+    assert [row[0].check for row in check_texts(model, [Plan([1])], windows)] == [
+        "NLL at 0 to 38",
+        "calibration error",
+    ]
 
 
 def test_a_step_of_a_page_says_what_the_prompt_skips():
     assert Step("one", PLAN).told == "3 sublayers skipped in the prompt."
     assert (
-        Step("one", Plan([1], prefill={"mlp": [2]})).told == "1 sublayer skipped and 1 sublayer skipped in the prompt."
+        Step("one", Plan([1], prefill={"mlp": [2]})).told
+        == "1 sublayer skipped and 1 sublayer skipped in the prompt."
     )

@@ -1,4 +1,6 @@
-"""How far long work is: one count for its stages, and a bar that says what has passed and what is left."""
+"""How far long work is: one count for its stages, and a bar that says what has passed
+and what is left.
+"""
 
 import math
 import re
@@ -35,7 +37,9 @@ def test_stages_are_one_count_in_steps_of_the_whole():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still at what is put into it, from the beginning of a command on."""
+    """A clock that stands still at what is put into it, from the beginning of a command
+    on.
+    """
     now = [0.0]
     monkeypatch.setattr(progress_bars.time, "monotonic", lambda: now[0])
     progress_bars.CLOCK.begin()
@@ -48,12 +52,17 @@ def test_a_log_is_told_now_and_then(clock, capsys):
     with progress_bar() as tell:
         for done, clock[0] in enumerate((30.0, 61.0, 90.0, 200.0)):
             tell(done, 4, f"part [{done}]")
-    told = ["0:01:01: part [1], 25% of this part", "0:03:20: part [3], 75% of this part"]
+    told = [
+        "0:01:01: part [1], 25% of this part",
+        "0:03:20: part [3], 75% of this part",
+    ]
     assert capsys.readouterr().err.splitlines() == told
 
 
 def test_a_command_has_one_clock_and_is_not_silent_over_its_parts(clock, capsys):
-    """Loading and reading take less than a minute each, and are told of all the same; later parts go on counting."""
+    """Loading and reading take less than a minute each, and are told of all the same;
+    later parts go on counting.
+    """
     for doing, clock[0] in (("loading", 40.0), ("reading", 80.0)):
         with progress_bar(doing) as tell:
             tell(1, 2, doing)
@@ -81,10 +90,17 @@ def test_the_time_of_a_bar_is_that_of_the_whole_command(terminal, clock, capsys)
 def test_time_that_is_limited_moves_the_count_on(clock):
     """What takes most of its time in a few of its steps."""
     told = []
-    tell = by_the_clock(lambda done, total, doing: told.append((done, total, doing)), clock[0] + 100)
+    tell = by_the_clock(
+        lambda done, total, doing: told.append((done, total, doing)), clock[0] + 100
+    )
     for clock[0], done in ((10.0, 1), (50.0, 2), (60.0, 9), (200.0, 9)):
         tell(done, 10, "looking")
-    assert told == [(1, 10, "looking"), (5, 10, "looking"), (9, 10, "looking"), (10, 10, "looking")]
+    assert told == [
+        (1, 10, "looking"),
+        (5, 10, "looking"),
+        (9, 10, "looking"),
+        (10, 10, "looking"),
+    ]
     assert by_the_clock(silent, math.inf) is silent
 
 
@@ -125,7 +141,11 @@ def test_stages_nest():
 
 def test_what_is_tracked_reaches_its_end():
     seen = []
-    assert list(tracked("abc", "spelling", lambda *state: seen.append(state))) == ["a", "b", "c"]
+    assert list(tracked("abc", "spelling", lambda *state: seen.append(state))) == [
+        "a",
+        "b",
+        "c",
+    ]
     assert seen == [(number, 3, "spelling") for number in range(4)]
 
 
@@ -147,20 +167,29 @@ def test_a_bar_says_what_is_done_and_leaves_nothing(terminal, capsys):
     assert "evaluating [bold]this[/bold]" in shown
     assert "25%" in shown
     assert "elapsed" in shown
-    assert shown.endswith("\x1b[2K")  # the line is cleared: nothing stands there when the work is over
+    assert shown.endswith(
+        "\x1b[2K"
+    )  # the line is cleared: nothing stands there when the work is over
 
 
 def test_another_part_of_the_work_is_timed_by_itself(terminal, monkeypatch):
     """Its pace is not that of the part before, and neither is the time that is left."""
     bars, made = [], Progress
-    monkeypatch.setattr("rich.progress.Progress", lambda *given, **how: bars.append(made(*given, **how)) or bars[0])
+    monkeypatch.setattr(
+        "rich.progress.Progress",
+        lambda *given, **how: bars.append(made(*given, **how)) or bars[0],
+    )
     with progress_bar() as tell:
         for done in range(57):
             tell(done, 56, "refitting")
         before = bars[0].tasks[0].start_time
         tell(0, 2, "measuring")
         assert bars[0].tasks[0].start_time > before
-        assert (bars[0].tasks[0].completed, bars[0].tasks[0].total, bars[0].tasks[0].speed) == (0, 2, None)
+        assert (
+            bars[0].tasks[0].completed,
+            bars[0].tasks[0].total,
+            bars[0].tasks[0].speed,
+        ) == (0, 2, None)
 
 
 def test_what_tells_of_no_steps_is_shown_too(terminal, capsys):
@@ -176,10 +205,22 @@ def test_nothing_is_written_where_nobody_looks(capsys):
 
 
 def test_a_line_of_80_columns_holds_the_clock_whole(terminal, capsys, monkeypatch):
-    monkeypatch.setattr(progress_bars, "Console", lambda **options: Console(**options, force_terminal=True, width=80))
-    monkeypatch.setattr("rich.progress.TimeRemainingColumn.render", lambda self, task: Text("12:00:01"))
+    monkeypatch.setattr(
+        progress_bars,
+        "Console",
+        lambda **options: Console(**options, force_terminal=True, width=80),
+    )
+    monkeypatch.setattr(
+        "rich.progress.TimeRemainingColumn.render", lambda self, task: Text("12:00:01")
+    )
     monkeypatch.setattr(type(progress_bars.CLOCK), "__str__", lambda _: "10:01:23")
     with progress_bar() as progress:
         progress(1, 4, "comparing with the skipped model")
-    line = next(line for line in capsys.readouterr().err.splitlines() if "comparing" in line)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip().endswith("10:01:23 elapsed, 12:00:01 left")
+    line = next(
+        line for line in capsys.readouterr().err.splitlines() if "comparing" in line
+    )
+    assert (
+        re.sub(r"\x1b\[[0-9;]*m", "", line)
+        .rstrip()
+        .endswith("10:01:23 elapsed, 12:00:01 left")
+    )

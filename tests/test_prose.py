@@ -1,4 +1,6 @@
-"""The documents are written in the field's words: those that the table of CONTRIBUTING.md lists are not used."""
+"""The documents are written in the field's words: those that the table of
+CONTRIBUTING.md lists are not used.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,15 @@ GENERATED = {"architectures.md", "engines.md"}  # they quote what the product re
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] + [
     page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED
 ]
-LIST = re.compile(r"^## Words\n.*?(?=^## |\Z)", re.M | re.S)  # the table itself names them
+LIST = re.compile(
+    r"^## Words\n.*?(?=^## |\Z)", re.M | re.S
+)  # the table itself names them
 START = r"(?:^|[.:!?] )"  # of a sentence, in a paragraph of one line
 UNITS = "token|byte|window|round|layer|second|sequence|file|function|field|command|target|gap|plan|evaluation"
 UNWANTED = {
-    "a token (of a rate)": rf"\b(?:nats|bits|bytes|ms|seconds?|times|one|once|computed) an? (?:{UNITS})\b",
+    "a token (of a rate)": (
+        rf"\b(?:nats|bits|bytes|ms|seconds?|times|one|once|computed) an? (?:{UNITS})\b"
+    ),
     "beside": r"\bbeside\b",
     "bits a byte": r"\bbits a byte\b",
     "come to": r"\b(?:comes?|came) to\b",
@@ -30,7 +36,9 @@ UNWANTED = {
     "prove": r"\bprov(?:e|es|ed|en|ing)\b",
     "told": r"\b(?:told|tells?)\b",
     "twin": r"\btwins?\b",
-    "what is kept": r"\bwhat (?:is|was) (?:kept|skipped|left|lost|measured|asked|removed|written)\b",
+    "what is kept": (
+        r"\bwhat (?:is|was) (?:kept|skipped|left|lost|measured|asked|removed|written)\b"
+    ),
     "What ... (no question)": rf"{START}What [^.?!]*[.!]",
     "Of the ...": rf"{START}Of (?:an?|the|those|these|each|all)\b",
     "within error": r"\bwithin (?:the |its |their )?errors?\b",
@@ -48,7 +56,10 @@ def prose(markdown: str) -> list[str]:
 
 def unwanted(markdown: str) -> list[str]:
     return [
-        f"{word}: {line}" for line in prose(markdown) for word, pattern in UNWANTED.items() if re.search(pattern, line)
+        f"{word}: {line}"
+        for line in prose(markdown)
+        for word, pattern in UNWANTED.items()
+        if re.search(pattern, line)
     ]
 
 
@@ -85,22 +96,32 @@ def test_contributing_lists_the_unwanted_words():
     ],
 )
 def test_a_planted_sentence_is_seen(planted, word):
-    assert word in [found.split(": ")[0] for found in unwanted(f"A page.\n\n{planted}\n")]
+    assert word in [
+        found.split(": ")[0] for found in unwanted(f"A page.\n\n{planted}\n")
+    ]
 
 
 @pytest.mark.parametrize(
-    "fine", ["## What breaks", "What breaks? It does.", "`what is kept`", "<!-- by the dense one -->", "[a](told.md)"]
+    "fine",
+    [
+        "## What breaks",
+        "What breaks? It does.",
+        "`what is kept`",
+        "<!-- by the dense one -->",
+        "[a](told.md)",
+    ],
 )
 def test_code_comments_and_questions_are_let_be(fine):
     assert unwanted(fine) == []
 
 
 COUNTED = (
-    "windows|rounds|documents|prompts|sequences|plans|choices|records|steps|items|layers|blocks|examples|questions|"
-    "requests|texts|tasks|workers|cores|sublayers|sets|tensors|benchmarks|evaluations|scores|prompt tokens|"
-    "new tokens|new ones"
+    "windows|rounds|documents|prompts|sequences|plans|choices|records|steps|items|layers|blocks|examples|questions|requests|texts|tasks|workers|cores|sublayers|sets|tensors|benchmarks|evaluations|scores|prompt"
+    " tokens|new tokens|new ones"
 )
-BY_HAND = re.compile(rf"\{{[^{{}}]*\}}+ (?:{COUNTED})\b")  # a number, and a plural whatever the number
+BY_HAND = re.compile(
+    rf"\{{[^{{}}]*\}}+ (?:{COUNTED})\b"
+)  # a number, and a plural whatever the number
 ALWAYS_MORE = {  # or none, or a word
     "{num_fewshot} examples",
     "{shortened(new)} new tokens",
@@ -119,8 +140,14 @@ ALWAYS_MORE = {  # or none, or a word
 
 
 def test_a_plural_is_written_by_the_number():
-    """`1 rounds` comes of a plural that is written by hand: `several` knows the number."""
+    """`1 rounds` comes of a plural that is written by hand: `several` knows the
+    number.
+    """
     package = ROOT / "src" / "notall"
-    found = [one for path in sorted(package.rglob("*.py")) for one in BY_HAND.findall(path.read_text(encoding="utf-8"))]
+    found = [
+        one
+        for path in sorted(package.rglob("*.py"))
+        for one in BY_HAND.findall(path.read_text(encoding="utf-8"))
+    ]
     assert sorted(set(found) - ALWAYS_MORE) == []
     assert BY_HAND.findall('f"on {windows} windows"') == ["{windows} windows"]

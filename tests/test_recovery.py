@@ -1,4 +1,6 @@
-"""Recovery: the share of the original model's score that is kept, and whether its interval says so."""
+"""Recovery: the share of the original model's score that is kept, and whether its
+interval says so.
+"""
 
 import math
 import random
@@ -13,30 +15,51 @@ def of(ours, theirs):
 
 
 def pairs(draw, items, dense, share):
-    """Right and wrong answers to items: the original model's, and those of a plan that keeps `share` of its score."""
+    """Right and wrong answers to items: the original model's, and those of a plan that
+    keeps `share` of its score.
+    """
     gained = 0.1
     kept = share - (1 - dense) * gained / dense
     theirs = [float(draw.random() < dense) for _ in range(items)]
-    return [float(draw.random() < (kept if right else gained)) for right in theirs], theirs
+    return [
+        float(draw.random() < (kept if right else gained)) for right in theirs
+    ], theirs
 
 
 def score(both, lost, gained, ratio):
-    """Tang, Tang and Chan's score, with the likeliest share that is lost by search and not by a formula."""
+    """Tang, Tang and Chan's score, with the likeliest share that is lost by search and
+    not by a formula.
+    """
     count = both + lost + gained
 
     def likelihood(share):
-        shares = ((1 - share * (1 + ratio)) / ratio, share, (share - (1 - ratio)) / ratio)
-        if any(one < 0 or (not one and seen) for one, seen in zip(shares, (both, lost, gained))):
+        shares = (
+            (1 - share * (1 + ratio)) / ratio,
+            share,
+            (share - (1 - ratio)) / ratio,
+        )
+        if any(
+            one < 0 or (not one and seen)
+            for one, seen in zip(shares, (both, lost, gained))
+        ):
             return -math.inf
-        return sum(seen * math.log(one) for one, seen in zip(shares, (both, lost, gained)) if seen)
+        return sum(
+            seen * math.log(one)
+            for one, seen in zip(shares, (both, lost, gained))
+            if seen
+        )
 
     steps = 100_000
-    share = max((likelihood(step / steps), step / steps) for step in range(steps + 1))[1]
+    share = max((likelihood(step / steps), step / steps) for step in range(steps + 1))[
+        1
+    ]
     more = both + gained - ratio * (both + lost)
     return more / math.sqrt(count * ((1 + ratio) * share + ratio - 1))
 
 
-@pytest.mark.parametrize(("both", "lost", "gained"), [(50, 10, 3), (37, 3, 0), (12, 4, 4)])
+@pytest.mark.parametrize(
+    ("both", "lost", "gained"), [(50, 10, 3), (37, 3, 0), (12, 4, 4)]
+)
 def test_an_interval_of_answers_ends_where_the_score_test_does(both, lost, gained):
     theirs = [1.0] * (both + lost) + [0.0] * (gained + 5)
     ours = [1.0] * both + [0.0] * lost + [1.0] * gained + [0.0] * 5
@@ -83,7 +106,11 @@ def test_items_of_one_document_count_as_one():
 def test_an_interval_that_reaches_below_is_never_kept():
     draw = random.Random(1)
     for _ in range(500):
-        found = of(*pairs(draw, draw.randint(2, 80), draw.uniform(0.3, 1), draw.uniform(0.7, 1)))
+        found = of(
+            *pairs(
+                draw, draw.randint(2, 80), draw.uniform(0.3, 1), draw.uniform(0.7, 1)
+            )
+        )
         for least in (0.8, 0.95, 1.0):
             assert (found.is_kept(least) == "kept") == (found.low >= least)
             assert (found.is_kept(least) == "lost") == (found.high < least)
@@ -92,7 +119,9 @@ def test_an_interval_that_reaches_below_is_never_kept():
 def test_agreement_on_few_items_tells_nothing_and_on_many_it_does():
     assert of([1.0] * 15, [1.0] * 15).is_kept() == "inconclusive"
     assert of([1.0] * 15, [1.0] * 15).items_to_tell() == 73
-    assert of([1.0] * 72, [1.0] * 72).is_kept() == "inconclusive"  # as docs/evaluating.md has it
+    assert (
+        of([1.0] * 72, [1.0] * 72).is_kept() == "inconclusive"
+    )  # as docs/evaluating.md has it
     assert of([1.0] * 73, [1.0] * 73).is_kept() == "kept"
 
 
@@ -116,4 +145,6 @@ def test_a_dense_model_that_finds_nothing_tells_nothing():
     few = of([0.5, 0.9], [0.1, 0.9])
     assert few.low < 0.5 < 2 < few.high
     apart = [0.001, 0.9, 0.002, 0.001] * 4
-    assert of(apart[::-1], [value - 0.2 for value in apart]) is None  # the original may be at zero
+    assert (
+        of(apart[::-1], [value - 0.2 for value in apart]) is None
+    )  # the original may be at zero

@@ -1,4 +1,6 @@
-"""What cannot be skipped by halves is refused, each in one clear line that says what was found and what to do."""
+"""What cannot be skipped by halves is refused, each in one clear line that says what
+was found and what to do.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from verdicts import compare_or_record
 # model type: config, what the message says
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rwkv": (
-        TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "attention_hidden_size": 32},
+        TOKENS
+        | {
+            "hidden_size": 32,
+            "num_hidden_layers": LAYERS,
+            "attention_hidden_size": 32,
+        },
         "other layers' answers|recurrent state",
     ),
 }
@@ -29,7 +36,9 @@ def test_refused_with_a_reason(model_type: str) -> None:
         pytest.skip(f"this transformers has no {model_type}")
     config, reason = REFUSED[model_type]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config)).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **config)
+    ).eval()
     with pytest.raises(UnsupportedModel, match=reason) as refusal:
         locate(model)
     said = str(refusal.value)
@@ -43,7 +52,9 @@ def test_encoder_decoder(model_type: str) -> None:
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **sizes))
     with pytest.raises(UnsupportedModel, match="encoder-decoder") as refusal:
         locate(model)
-    compare_or_record(f"{model_type} (encoder-decoder)", verdict="refused", reason=str(refusal.value))
+    compare_or_record(
+        f"{model_type} (encoder-decoder)", verdict="refused", reason=str(refusal.value)
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "mixtral"])
@@ -56,15 +67,21 @@ def test_a_model_that_looks_ahead_is_refused(name: str) -> None:
         return args, kwargs | {"attention_mask": torch.zeros_like(mask)}
 
     for block in locate(model).blocks:
-        model.get_submodule(locate(model).layers)[block.index].register_forward_pre_hook(seeing, with_kwargs=True)
+        model.get_submodule(locate(model).layers)[
+            block.index
+        ].register_forward_pre_hook(seeing, with_kwargs=True)
     LOCATED.pop(model)
-    with pytest.raises(UnsupportedModel, match="looks at the tokens that follow, as encoders do"):
+    with pytest.raises(
+        UnsupportedModel, match="looks at the tokens that follow, as encoders do"
+    ):
         locate(model)
 
 
 def test_module_that_scales_the_stream_it_is_given() -> None:
     model = family("bloom").build()
-    model.transformer.h[1].mlp.register_forward_hook(lambda mlp, args, answer: answer + 0.5 * args[1])
+    model.transformer.h[1].mlp.register_forward_hook(
+        lambda mlp, args, answer: answer + 0.5 * args[1]
+    )
     with pytest.raises(UnsupportedModel, match="mlp changes the residual stream"):
         locate(model)
 
@@ -72,12 +89,16 @@ def test_module_that_scales_the_stream_it_is_given() -> None:
 def test_a_layer_that_answers_no_number_is_not_proved() -> None:
     model = family("llama").build()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(UnsupportedModel, match=r"layer 1 .* differs from its recomposition by nan"):
+    with pytest.raises(
+        UnsupportedModel, match=r"layer 1 .* differs from its recomposition by nan"
+    ):
         locate(model)
 
 
 def test_model_without_a_list_of_layers() -> None:
     model = family("llama").build()
-    model.model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(model.model.layers)})
+    model.model.layers = torch.nn.ModuleDict(
+        {str(i): layer for i, layer in enumerate(model.model.layers)}
+    )
     with pytest.raises(UnsupportedModel, match="no list of 4 decoder layers"):
         locate(model)

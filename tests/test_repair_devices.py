@@ -1,7 +1,8 @@
-"""Repairs and healings on devices come to what they come to on the CPU: on one, and split over two.
+"""Repairs and healings on devices come to what they come to on the CPU: on one, and
+split over two.
 
-Models and ids are made on the CPU; what moves is for notall to see to. Where there are no devices
-they are simulated, and compute what the CPU does (see `simulated_devices`).
+Models and ids are made on the CPU; what moves is for notall to see to. Where there are
+no devices they are simulated, and compute what the CPU does (see `simulated_devices`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ pytestmark = pytest.mark.devices(count=2)
 
 PLACES = {"one": on_one, "two": on_two}
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# A plain model, tied embeddings, norms behind projections, experts, a hybrid, and shared KV.
+# A plain model, tied embeddings, norms behind projections, experts, a hybrid, and
+# shared KV.
 NAMES = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
@@ -49,7 +51,9 @@ NAMES = {
     "gemma4_text": {},
     "gemma4_text (nothing shared)": {},
 }
-PLAN = Plan(attention=[2, 3], mlp=[1])  # a gap from one device to the other, and one on the second
+PLAN = Plan(
+    attention=[2, 3], mlp=[1]
+)  # a gap from one device to the other, and one on the second
 
 
 def windows(count, rows=4, tokens=16, seed=0):
@@ -66,8 +70,13 @@ TEXT, TRAINED, HELD_OUT = windows(4), windows(6, seed=1), windows(2, seed=2)
 
 def repaired(model, **options):
     found = repair(model, PLAN, TEXT, **options)
-    assert all(weight.device == model.get_parameter(path).device for path, weight in found.weights.items())
-    return weights_of(found), [(one.sublayers, one.ridge, one.left, one.why) for one in found.refits]
+    assert all(
+        weight.device == model.get_parameter(path).device
+        for path, weight in found.weights.items()
+    )
+    return weights_of(found), [
+        (one.sublayers, one.ridge, one.left, one.why) for one in found.refits
+    ]
 
 
 def repaired_into_files(model):
@@ -98,20 +107,34 @@ def of_few_tokens(model):
 def by_method(model, name):
     found = method(name).repair(model, PLAN, TEXT)
     maps = [tensor.cpu() for one in found.maps.values() for tensor in one.tensors]
-    return weights_of(found), maps, [values(one) for one in evaluate(model, [found], HELD_OUT)]
+    return (
+        weights_of(found),
+        maps,
+        [values(one) for one in evaluate(model, [found], HELD_OUT)],
+    )
 
 
 def own_repair(model, plan, batches):
     """By how much the model's own forward takes the ids as they are given."""
     with torch.no_grad():
         size = float(model(batches[0]).logits.float().abs().mean().sigmoid())
-    own = {path: one for path, one in model.named_parameters() if "layers.3." in path and one.dim() == 2}
-    return RepairedPlan.of(plan, weights={path: size * one.detach() for path, one in own.items()})
+    own = {
+        path: one
+        for path, one in model.named_parameters()
+        if "layers.3." in path and one.dim() == 2
+    }
+    return RepairedPlan.of(
+        plan, weights={path: size * one.detach() for path, one in own.items()}
+    )
 
 
 def healed(model, train, plan=PLAN, **options):
-    found = heal(model, plan, TRAINED, HELD_OUT, TrainConfig(train, rate=1e-3, **options))
-    return weights_of(found), [values(one) for one in evaluate(model, [plan, found], HELD_OUT)]
+    found = heal(
+        model, plan, TRAINED, HELD_OUT, TrainConfig(train, rate=1e-3, **options)
+    )
+    return weights_of(found), [
+        values(one) for one in evaluate(model, [plan, found], HELD_OUT)
+    ]
 
 
 def healed_behind_repair(model):
@@ -121,7 +144,9 @@ def healed_behind_repair(model):
 def healed_for_a_time(model):
     clock = itertools.count()  # each look at it is a second later
     config = TrainConfig(minutes=1.0, rate=1e-3)
-    found = heal(model, PLAN, TRAINED, HELD_OUT, config, clock=lambda: float(next(clock)))
+    found = heal(
+        model, PLAN, TRAINED, HELD_OUT, config, clock=lambda: float(next(clock))
+    )
     return weights_of(found)
 
 
@@ -132,14 +157,18 @@ def healed_in_two_runs(model, train="outputs"):
 
     def run(name, **more):
         config = TrainConfig(train, rate=1e-3, warm_up=0.3)
-        return heal(model, PLAN, TRAINED, HELD_OUT, config, out=Path(folder) / name, **more)
+        return heal(
+            model, PLAN, TRAINED, HELD_OUT, config, out=Path(folder) / name, **more
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         with pytest.raises(RuntimeError, match="planted"):
             run("stopped", progress=fail)
         found = run("stopped")
         assert_equal(weights_of(found), weights_of(run("whole")))
-        return weights_of(found), applied(model, RepairedPlan.load(Path(folder) / "stopped"))
+        return weights_of(found), applied(
+            model, RepairedPlan.load(Path(folder) / "stopped")
+        )
 
 
 def applied(model, found):
@@ -161,7 +190,9 @@ def saved(model):
 
 def chosen_after_repair(model):
     space = Space(locate(model), "sublayer", keep_last=1)
-    found = choose_plan(model, "search", space, by_count(space, 1), TEXT, after_repair=True)
+    found = choose_plan(
+        model, "search", space, by_count(space, 1), TEXT, after_repair=True
+    )
     return found.plan.indices, found.cost
 
 
@@ -174,7 +205,10 @@ CASES = {
     "repair of one's own": functools.partial(by_method, name=own_repair),
     "choice after repair": chosen_after_repair,
     **{f"by {name}": functools.partial(by_method, name=name) for name in METHODS},
-    **{f"heal {train}": functools.partial(healed, train=train) for train in ("outputs", "all", "lora")},
+    **{
+        f"heal {train}": functools.partial(healed, train=train)
+        for train in ("outputs", "all", "lora")
+    },
     "heal in a warm-up": functools.partial(healed, train="outputs", warm_up=1.0),
     "heal behind a repair": healed_behind_repair,
     "heal for a time": healed_for_a_time,
@@ -187,11 +221,15 @@ CASES = {
 
 
 def weights_of(found):
-    return [(path, weight.float().cpu()) for path, weight in sorted(found.weights.items())]
+    return [
+        (path, weight.float().cpu()) for path, weight in sorted(found.weights.items())
+    ]
 
 
 def values(facts):
-    return [number for number in facts.model_dump().values() if isinstance(number, float)]
+    return [
+        number for number in facts.model_dump().values() if isinstance(number, float)
+    ]
 
 
 def flat(found):
@@ -240,7 +278,8 @@ def expected(name, case, dtype=torch.float32):
 
 
 RARE = [pytest.mark.slow, pytest.mark.any_transformers]
-# Of what differs by device: all of it where a plain model is split, repairs of one with norms behind.
+# Of what differs by device: all of it where a plain model is split, repairs of one with
+# norms behind.
 QUICK = {
     ("llama", "two"): {*CASES},
     ("gemma3", "two"): {case for case in CASES if case.startswith(("repair", "by"))},
@@ -255,7 +294,8 @@ QUICK = {
 def test_it_comes_to_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
     assert len(devices_of(model)) == (1 if place == "one" else 2)
-    # Adam divides gradients by their size, so that rounding moves a weight by a part of a step of 1e-3.
+    # Adam divides gradients by their size, so that rounding moves a weight by a part of
+    # a step of 1e-3.
     rounding = 5e-4 if case.startswith("heal") else 1e-4
     assert_equal(outcome(case, model), expected(name, case), rounding)
 
@@ -265,7 +305,9 @@ IN_HALF = {
     "replaceme": lambda model: method("replaceme").repair(model, PLAN, TEXT),
     "ghosted": lambda model: method("ghosted").repair(model, PLAN, TEXT),
     **{
-        f"heal {train}": lambda model, train=train: heal(model, PLAN, TRAINED, HELD_OUT, TrainConfig(train, rate=1e-3))
+        f"heal {train}": lambda model, train=train: heal(
+            model, PLAN, TRAINED, HELD_OUT, TrainConfig(train, rate=1e-3)
+        )
         for train in ("outputs", "all", "lora")
     },
 }
@@ -288,13 +330,18 @@ def lost_in_half(name, place, dtype, case):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
 def test_in_half_precision_it_loses_about_as_much(name, dtype, place, case):
-    """Other kernels than the CPU's round otherwise, and a token may go to another expert."""
-    found, on_the_cpu = (lost_in_half(name, where, dtype, case) for where in (place, ""))
+    """Other kernels than the CPU's round otherwise, and a token may go to another
+    expert.
+    """
+    found, on_the_cpu = (
+        lost_in_half(name, where, dtype, case) for where in (place, "")
+    )
     assert found == pytest.approx(on_the_cpu, rel=0.03, abs=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # some of the many are built otherwise by 4.57; those above run on both
+# some of the many are built otherwise by 4.57; those above run on both
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *OTHERS], ids=str)
 def test_every_family_is_repaired_where_it_is_split(family):
     if not family.exists:
@@ -310,7 +357,10 @@ def test_every_family_is_repaired_where_it_is_split(family):
 
 def test_random_numbers_of_each_device_go_on_as_if_none_were_drawn():
     def states():
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in (ONE, TWO))]
+        return [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(device) for device in (ONE, TWO)),
+        ]
 
     model = placed("llama", "two")
     before = states()
@@ -320,11 +370,15 @@ def test_random_numbers_of_each_device_go_on_as_if_none_were_drawn():
 
 def embedding_apart(model):
     """Every layer on another device than the inputs."""
-    layers = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), TWO)
+    layers = dict.fromkeys(
+        ("model.layers", "model.norm", "model.rotary_emb", "lm_head"), TWO
+    )
     return dispatch_model(model, {"model.embed_tokens": ONE} | layers, force_hooks=True)
 
 
-@pytest.mark.parametrize("case", ["repair", "repair in files", "by replaceme", "heal in a warm-up"])
+@pytest.mark.parametrize(
+    "case", ["repair", "repair in files", "by replaceme", "heal in a warm-up"]
+)
 def test_inputs_may_be_where_no_layer_is(case):
     model = embedding_apart(copy.deepcopy(on_cpu("llama")))
     assert_equal(outcome(case, model), expected("llama", case))
@@ -336,13 +390,19 @@ def test_inputs_may_be_where_no_layer_is(case):
 def offloaded():
     """A model whose last layer waits on the CPU."""
     model = copy.deepcopy(on_cpu("llama"))
-    layers = {f"model.layers.{layer}": ONE for layer in range(3)} | {"model.layers.3": "cpu"}
-    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), ONE)
+    layers = {f"model.layers.{layer}": ONE for layer in range(3)} | {
+        "model.layers.3": "cpu"
+    }
+    rest = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), ONE
+    )
     return dispatch_model(model, layers | rest, main_device=ONE)
 
 
 def test_an_offloaded_model_is_not_healed_in_a_line(tmp_path):
-    with pytest.raises(UsageError, match="offloaded a part of this model: load it on devices that hold") as refusal:
+    with pytest.raises(
+        UsageError, match="offloaded a part of this model: load it on devices that hold"
+    ) as refusal:
         heal(offloaded(), PLAN, TRAINED, HELD_OUT, out=tmp_path / "out")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
@@ -351,8 +411,14 @@ def test_an_offloaded_model_is_not_healed_in_a_line(tmp_path):
 def test_of_an_offloaded_model_what_is_there_is_repaired():
     model = offloaded()
     found, whole = repair(model, PLAN, TEXT), repair(on_cpu("llama"), PLAN, TEXT)
-    here = {path: weight for path, weight in whole.weights.items() if "layers.3." not in path}
-    assert_equal(weights_of(found), [(path, weight) for path, weight in sorted(here.items())])
+    here = {
+        path: weight
+        for path, weight in whole.weights.items()
+        if "layers.3." not in path
+    }
+    assert_equal(
+        weights_of(found), [(path, weight) for path, weight in sorted(here.items())]
+    )
     assert {refit.sublayers for refit in found.refits if refit.why} == {("mlp.3",)}
     ids = HELD_OUT[0].to(ONE)
     with torch.no_grad(), skip(model, found):

@@ -1,4 +1,6 @@
-"""What a repair is fitted to and what it is measured on are drawn together, from texts that are tokenised once."""
+"""What a repair is fitted to and what it is measured on are drawn together, from texts
+that are tokenised once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ def sources(tmp_path):
     """Two texts, of which no window is like another."""
     paths = [tmp_path / name for name in ("one.txt", "two.txt")]
     for place, path in enumerate(paths):
-        path.write_text(" ".join(f"{name} {number}" for number in range(3000) for name in "ab"[place]))
+        path.write_text(
+            " ".join(
+                f"{name} {number}" for number in range(3000) for name in "ab"[place]
+            )
+        )
     return [str(path) for path in paths]
 
 
@@ -32,8 +38,12 @@ def rows_in(batches):
 
 
 @pytest.mark.parametrize("sequences", [None, 10, 200])
-def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(model, sources, sequences):
-    texts = RepairTexts.draw(model, byte_tokenizer(), sources, sequences=sequences, length=LENGTH)
+def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(
+    model, sources, sequences
+):
+    texts = RepairTexts.draw(
+        model, byte_tokenizer(), sources, sequences=sequences, length=LENGTH
+    )
     own = rows_in(one.rows for one in texts.fitted)
     other = rows_in(row for rows in texts.other.values() for row in rows)
     assert len(own) == (sequences or 128) == texts.described["sequences"]
@@ -67,12 +77,17 @@ def count(tokenizer, asked):
 
 
 def test_held_out_texts_take_the_place_of_other_windows(model, sources):
-    texts = RepairTexts.draw(model, byte_tokenizer(), sources[:1], sources[1:], sequences=4, length=LENGTH)
+    texts = RepairTexts.draw(
+        model, byte_tokenizer(), sources[:1], sources[1:], sequences=4, length=LENGTH
+    )
     assert list(texts.other) == ["two.txt"]
     assert len(rows_in(texts.other["two.txt"])) == 16
     assert texts.described["texts"][0]["text"] == "one.txt"
 
 
 def test_windows_longer_than_the_model_are_refused(model, sources):
-    with pytest.raises(UsageError, match="windows of 65 tokens exceed the model's 64 positions: lower --length"):
+    with pytest.raises(
+        UsageError,
+        match="windows of 65 tokens exceed the model's 64 positions: lower --length",
+    ):
         RepairTexts.draw(model, byte_tokenizer(), sources, length=65)

@@ -1,4 +1,6 @@
-"""A repair is what its slow twin comes to, leaves the original model alone, and goes on where it was stopped."""
+"""A repair is what its slow twin comes to, leaves the original model alone, and goes on
+where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,15 @@ from api import (
     streams,
 )
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family, replayed_logits
-from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
+from notall import (
+    Plan,
+    RepairedPlan,
+    UnsupportedModel,
+    UsageError,
+    locate,
+    repair,
+    skip,
+)
 from small_disk import room_for
 from twin_of_repair import DIRECT, NORMED, Hand, Twin
 
@@ -43,7 +53,9 @@ def texts(*shapes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(3, 99, shape, generator=generator) for shape in shapes]
 
 
-TEXTS = texts((3, 12), (9, 10), (5, 12))  # 17 sequences: the 8th and the 16th are held out
+TEXTS = texts(
+    (3, 12), (9, 10), (5, 12)
+)  # 17 sequences: the 8th and the 16th are held out
 
 
 def with_odd_gains(hand: Hand):
@@ -51,51 +63,83 @@ def with_odd_gains(hand: Hand):
     model = hand.build()
     for name, weight in model.named_parameters():
         if hand.behind and any(f"{norm}.weight" in name for norm in hand.behind):
-            weight.data[::5] = -weight.data[::5] - (2 if hand.name == "gemma3" else 0)  # Gemma's gain is 1 + it
+            weight.data[::5] = -weight.data[::5] - (
+                2 if hand.name == "gemma3" else 0
+            )  # Gemma's gain is 1 + it
             weight.data[3] = -0.999 if hand.name == "gemma3" else 1e-3
     return model
 
 
-TWINS = [*((DIRECT[0], name) for name in PLANS), (NORMED[0], "attentions"), (NORMED[0], "blocks")]
+TWINS = [
+    *((DIRECT[0], name) for name in PLANS),
+    (NORMED[0], "attentions"),
+    (NORMED[0], "blocks"),
+]
 if TRANSFORMERS_5:
     TWINS += [(NORMED[-1], "attentions")]
 OTHER_TWINS = [(NORMED[0], name) for name in PLANS if (NORMED[0], name) not in TWINS]
-OTHER_TWINS += [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs") if hand.exists]
+OTHER_TWINS += [
+    (hand, name)
+    for hand in (*DIRECT[1:], *NORMED[1:])
+    for name in ("attentions", "MLPs")
+    if hand.exists
+]
 OTHER_TWINS = [twin for twin in OTHER_TWINS if twin not in TWINS]
 
 
 @pytest.mark.parametrize(
     ("hand", "plan"),
     [pytest.param(hand, PLANS[name], id=f"{hand}-{name}") for hand, name in TWINS]
-    + [pytest.param(hand, PLANS[name], id=f"{hand}-{name}", marks=pytest.mark.slow) for hand, name in OTHER_TWINS],
+    + [
+        pytest.param(hand, PLANS[name], id=f"{hand}-{name}", marks=pytest.mark.slow)
+        for hand, name in OTHER_TWINS
+    ],
 )
 def test_it_comes_to_what_the_slow_twin_comes_to(hand, plan):
-    """Ridges and weights, with the change of the next gap aimed at in part, and without."""
+    """Ridges and weights, with the change of the next gap aimed at in part, and
+    without.
+    """
     model = with_odd_gains(hand)
     ridges, all_ahead = ((0.03, 3.0), (0.5,)) if hand.behind else (RIDGES, (0.5, 0.0))
     for ahead in all_ahead:
         found = repair(model, plan, TEXTS, ridges=ridges, ahead=ahead)
         expected = Twin(hand, model, plan, TEXTS, ridges).run(ahead)
-        assert [refit.sublayers for refit in found.refits] == [one.names for one in expected.found]
-        assert [refit.ridge for refit in found.refits] == [one.ridge for one in expected.found]
-        assert [refit.left for refit in found.refits] == pytest.approx([one.left for one in expected.found], abs=1e-6)
+        assert [refit.sublayers for refit in found.refits] == [
+            one.names for one in expected.found
+        ]
+        assert [refit.ridge for refit in found.refits] == [
+            one.ridge for one in expected.found
+        ]
+        assert [refit.left for refit in found.refits] == pytest.approx(
+            [one.left for one in expected.found], abs=1e-6
+        )
         assert found.weights.keys() == expected.weights.keys() != set()
         for path, weight in expected.weights.items():
             # A norm adds its own small number, and computes in float32.
-            assert (found.weights[path] - weight).norm() <= (1e-5 if hand.behind else 1e-6) * weight.norm(), path
+            assert (found.weights[path] - weight).norm() <= (
+                1e-5 if hand.behind else 1e-6
+            ) * weight.norm(), path
 
 
 def test_no_ridge_is_plain_least_squares():
-    """Of the only step that is refit: with no change aimed at ahead, the one before the last attention."""
+    """Of the only step that is refit: with no change aimed at ahead, the one before the
+    last attention.
+    """
     model = DIRECT[0].build()
-    found = repair(model, Plan(attention=[3]), texts((128, 24)), ridges=[0.0], ahead=0.0)
+    found = repair(
+        model, Plan(attention=[3]), texts((128, 24)), ridges=[0.0], ahead=0.0
+    )
     refit = found.refits[0]
     assert (refit.sublayers, refit.ridge) == (("mlp.2",), 0.0)
     seen = {}
     layers = model.model.layers
     handles = [
-        layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(z=args[0].flatten(0, 1))),
-        layers[3].input_layernorm.register_forward_pre_hook(lambda _, args: seen.update(here=args[0].flatten(0, 1))),
+        layers[2].mlp.down_proj.register_forward_pre_hook(
+            lambda _, args: seen.update(z=args[0].flatten(0, 1))
+        ),
+        layers[3].input_layernorm.register_forward_pre_hook(
+            lambda _, args: seen.update(here=args[0].flatten(0, 1))
+        ),
         layers[3].post_attention_layernorm.register_forward_pre_hook(
             lambda _, args: seen.update(there=args[0].flatten(0, 1))
         ),
@@ -105,12 +149,22 @@ def test_no_ridge_is_plain_least_squares():
     for handle in handles:
         handle.remove()
     gains = [model.model.norm.weight, layers[3].post_attention_layernorm.weight]
-    metric = sum(gain.detach().square() / gain.detach().square().mean() for gain in gains) / 2
+    metric = (
+        sum(gain.detach().square() / gain.detach().square().mean() for gain in gains)
+        / 2
+    )
     counts = 1 / (seen["there"].square() @ metric)
     weighted = counts[:, None] * seen["z"]
-    change = torch.linalg.solve(weighted.T @ seen["z"], weighted.T @ (seen["there"] - seen["here"])).T
+    change = torch.linalg.solve(
+        weighted.T @ seen["z"], weighted.T @ (seen["there"] - seen["here"])
+    ).T
     expected = layers[2].mlp.down_proj.weight.detach() + change
-    torch.testing.assert_close(found.weights["model.layers.2.mlp.down_proj.weight"], expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        found.weights["model.layers.2.mlp.down_proj.weight"],
+        expected,
+        rtol=1e-6,
+        atol=1e-8,
+    )
 
 
 def test_an_endless_ridge_changes_nothing():
@@ -125,7 +179,9 @@ def test_an_endless_ridge_changes_nothing():
 
 
 def test_a_refit_that_does_not_help_is_given_up_soon(monkeypatch):
-    """At the strongest ridges: weaker ones leave more still, and would be solved for nothing."""
+    """At the strongest ridges: weaker ones leave more still, and would be solved for
+    nothing.
+    """
     tried = []
 
     def solve(self, ridge, solve=Moments.solve, **more):
@@ -150,7 +206,8 @@ def test_a_refit_that_does_not_help_is_given_up_soon(monkeypatch):
             assert ridges == [*strongest_first[: place + 3], refit.ridge]
 
 
-# --- what is held out -------------------------------------------------------------------------------------------------
+# --- what is held out
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,7 +219,9 @@ def test_a_refit_that_does_not_help_is_given_up_soon(monkeypatch):
         ([(8, 8)], [7]),
     ],
 )
-def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(shapes, held):
+def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(
+    shapes, held
+):
     found = torch.cat(held_out(texts(*shapes), HELD))
     assert found.nonzero().flatten().tolist() == held
 
@@ -185,11 +244,15 @@ def test_what_cannot_be_repaired_is_refused(plan, shapes, said):
 
 def test_a_model_that_is_skipping_is_refused():
     model = family("llama").build()
-    with skip(model, Plan([2])), pytest.raises(UsageError, match="leave it before repairing"):
+    with (
+        skip(model, Plan([2])),
+        pytest.raises(UsageError, match="leave it before repairing"),
+    ):
         repair(model, Plan([1]), TEXTS)
 
 
-# --- the original model stays as it is -------------------------------------------------------------------------------
+# --- the original model stays as it is
+# --------------------------------------------------------------------------------------
 
 
 def parameters(model):
@@ -198,7 +261,9 @@ def parameters(model):
 
 
 def assert_untouched(model, before):
-    for (name, here, bits), (known, there, old) in zip(parameters(model), before, strict=True):
+    for (name, here, bits), (known, there, old) in zip(
+        parameters(model), before, strict=True
+    ):
         assert (name, here) == (known, there)
         assert torch.equal(bits, old), name
 
@@ -209,7 +274,10 @@ def test_the_model_itself_stays_as_it_is(name):
     before = parameters(model)
     assert repair(model, PLANS["portable"], TEXTS).weights
     assert_untouched(model, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in locate_layers(model))
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in locate_layers(model)
+    )
 
 
 def locate_layers(model):
@@ -217,9 +285,16 @@ def locate_layers(model):
 
 
 def test_progress_counts_a_refit_as_the_several_runs_that_it_takes():
-    """Before the first gap the text is only run: of eleven steps the last three are refit."""
+    """Before the first gap the text is only run: of eleven steps the last three are
+    refit.
+    """
     seen, model = [], family("llama").build(num_hidden_layers=6)
-    repair(model, Plan([5]), TEXTS, progress=lambda done, total, _: seen.append((done, total)))
+    repair(
+        model,
+        Plan([5]),
+        TEXTS,
+        progress=lambda done, total, _: seen.append((done, total)),
+    )
     (total,) = {total for _, total in seen}
     steps = [after - before for (before, _), (after, _) in zip(seen, seen[1:])]
     assert steps == [1] * 8 + [6] * 3
@@ -235,7 +310,9 @@ def test_also_where_it_fails_in_the_middle(step, monkeypatch):
     def fail(self, *args):
         runs.append(args)
         answer = run(self, *args)
-        if len(runs) == 2 * step + 2:  # the second run of a step is with its new weights
+        if (
+            len(runs) == 2 * step + 2
+        ):  # the second run of a step is with its new weights
             raise RuntimeError("planted")
         return answer
 
@@ -243,17 +320,33 @@ def test_also_where_it_fails_in_the_middle(step, monkeypatch):
     with pytest.raises(RuntimeError, match="planted"):
         repair(model, PLANS["portable"], TEXTS)
     assert_untouched(model, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in locate_layers(model))
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in locate_layers(model)
+    )
 
 
-# --- what a projection is, in every family ----------------------------------------------------------------------------
+# --- what a projection is, in every family
+# --------------------------------------------------------------------------------------
 
 SMALL = texts((3, 10), (3, 10))
 ALL_MLPS, LAST_MLPS = ("mlp.0", "mlp.1", "mlp.3"), ("mlp.1", "mlp.3")
 ALONE = "no matrix of its own is the last before the stream"
-# Of `Plan([1], [2])`: what is left alone, since experts share the work and none is the last before the stream.
+# Of `Plan([1], [2])`: what is left alone, since experts share the work and none is the
+# last before the stream.
 LEFT_ALONE = {
-    **dict.fromkeys(("mixtral", "olmoe", "flex_olmo", "granitemoe", "gpt_oss", "minimax_m2", "phimoe"), ALL_MLPS),
+    **dict.fromkeys(
+        (
+            "mixtral",
+            "olmoe",
+            "flex_olmo",
+            "granitemoe",
+            "gpt_oss",
+            "minimax_m2",
+            "phimoe",
+        ),
+        ALL_MLPS,
+    ),
     **dict.fromkeys(("granitemoeshared", "mellum", "kolibri1"), ALL_MLPS),
     **dict.fromkeys(("afmoe", "axk1", "mimo_v2_flash"), LAST_MLPS),
     "qwen2_moe": ("mlp.1",),
@@ -275,21 +368,29 @@ def test_every_family_is_repaired(family):
         pytest.skip(str(refusal))
     for plan in (Plan([1], [2]), Plan([1], [1]))[: 1 + parallel]:
         found = repair(model, plan, SMALL)
-        left_alone = {name for refit in found.refits if refit.why for name in refit.sublayers}
+        left_alone = {
+            name for refit in found.refits if refit.why for name in refit.sublayers
+        }
         if plan.attention != plan.mlp:
-            assert left_alone == set(LEFT_ALONE.get(family.name, ())), "say it in LEFT_ALONE"
+            assert left_alone == set(LEFT_ALONE.get(family.name, ())), (
+                "say it in LEFT_ALONE"
+            )
         assert {refit.why for refit in found.refits} <= {"", ALONE}
         assert all((refit.ridge is None) == (refit.left == 1) for refit in found.refits)
         check_against_replay(model, plan, found)
 
 
 def check_against_replay(model, plan, found):
-    """Skipping with the weights is what replay says, and its last stream is nearer to the dense one."""
+    """Skipping with the weights is what replay says, and its last stream is nearer to
+    the dense one.
+    """
     left = {1: 0.0, 2: 0.0}
     for tokens in SMALL:
         replay = Replay(model, [Plan(), plan, found])
         streams = {
-            n: hidden for numbers, hidden in replay.hidden_states(record(model, input_ids=tokens)) for n in numbers
+            n: hidden
+            for numbers, hidden in replay.hidden_states(record(model, input_ids=tokens))
+            for n in numbers
         }
         for number in left:
             left[number] += float((streams[number] - streams[0]).square().sum())
@@ -302,7 +403,8 @@ def check_against_replay(model, plan, found):
 
 NORMS = {
     **dict.fromkeys(
-        ("gemma2", "gemma3", "olmo2", "olmo3", "exaone4"), ("post_attention_layernorm", "post_feedforward_layernorm")
+        ("gemma2", "gemma3", "olmo2", "olmo3", "exaone4"),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
     "hyperclovax": ("post_norm1", "post_norm2"),
@@ -328,9 +430,13 @@ def test_projections_are_what_one_reads_in_transformers(name):
         pytest.skip("this transformers does not have it")
     found = projections(family(name).build())
     norms = NORMS.get(name, (None, None))
-    assert tuple(one.path for one in found) == LAST.get(name, ("self_attn.o_proj", "mlp.down_proj"))
+    assert tuple(one.path for one in found) == LAST.get(
+        name, ("self_attn.o_proj", "mlp.down_proj")
+    )
     assert tuple(one.norm for one in found) == norms
-    assert [one.scale for one in found] == pytest.approx([SCALES.get(name, 1.0)] * 2, rel=1e-4)
+    assert [one.scale for one in found] == pytest.approx(
+        [SCALES.get(name, 1.0)] * 2, rel=1e-4
+    )
 
 
 @torch.no_grad()
@@ -350,7 +456,9 @@ class Bent(torch.nn.Module):
         return self.bend(self.inner(hidden))
 
 
-@pytest.mark.parametrize("bend", [torch.tanh, torch.nn.functional.gelu, lambda answer: answer.flip(-1)])
+@pytest.mark.parametrize(
+    "bend", [torch.tanh, torch.nn.functional.gelu, lambda answer: answer.flip(-1)]
+)
 def test_a_matrix_that_something_else_follows_is_no_projection(bend):
     model = family("llama").build()
     model.model.layers[2].mlp = Bent(model.model.layers[2].mlp, bend)
@@ -358,7 +466,9 @@ def test_a_matrix_that_something_else_follows_is_no_projection(bend):
     assert projections(model)[0].path == "self_attn.o_proj"
 
 
-@pytest.mark.parametrize("bend", [torch.nn.Tanh(), torch.nn.GELU(), torch.nn.Softmax(-1)])
+@pytest.mark.parametrize(
+    "bend", [torch.nn.Tanh(), torch.nn.GELU(), torch.nn.Softmax(-1)]
+)
 def test_what_follows_in_the_place_of_a_norm_is_tried_too(bend):
     """A module without weights, called by the layer itself."""
     model = family("gemma3").build()
@@ -368,7 +478,9 @@ def test_what_follows_in_the_place_of_a_norm_is_tried_too(bend):
 
 def test_a_norm_without_weights_is_one():
     model = family("gemma3").build()
-    model.model.layers[2].post_feedforward_layernorm = torch.nn.RMSNorm(32, elementwise_affine=False)
+    model.model.layers[2].post_feedforward_layernorm = torch.nn.RMSNorm(
+        32, elementwise_affine=False
+    )
     assert projections(model)[1].norm == "post_feedforward_layernorm"
 
 
@@ -376,17 +488,22 @@ def test_weights_that_layers_share_are_left_alone():
     model = family("llama").build()
     layers = model.model.layers
     layers[0].mlp.down_proj.weight = layers[3].mlp.down_proj.weight
-    refits = {refit.sublayers[0]: refit for refit in repair(model, Plan([1, 2]), TEXTS).refits}
+    refits = {
+        refit.sublayers[0]: refit for refit in repair(model, Plan([1, 2]), TEXTS).refits
+    }
     assert refits["mlp.0"].why == refits["mlp.3"].why == ALONE
     assert not refits["mlp.1"].why
 
 
-# --- where the streams are --------------------------------------------------------------------------------------------
+# --- where the streams are
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch, name, dtype):
+def test_streams_in_files_come_to_the_same_and_leave_none(
+    tmp_path, monkeypatch, name, dtype
+):
     model, moved = family(name).build().to(dtype), []
 
     def keep(tensor, folder, keep=offloaded):
@@ -405,7 +522,11 @@ def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.arange(15.0).view(3, 5).T, torch.arange(7).to(torch.bfloat16), torch.empty(0, 4)],
+    [
+        torch.arange(15.0).view(3, 5).T,
+        torch.arange(7).to(torch.bfloat16),
+        torch.empty(0, 4),
+    ],
     ids=["turned", "half", "none"],
 )
 def test_a_tensor_in_a_file_is_the_tensor(tmp_path, tensor):
@@ -420,7 +541,8 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
         offloaded(torch.zeros(1 << 10), tmp_path)
 
 
-# --- a folder that goes on --------------------------------------------------------------------------------------------
+# --- a folder that goes on
+# --------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys, time
@@ -431,12 +553,20 @@ test_repairing.run_repair(Path(sys.argv[1]), progress=lambda *_: time.sleep(0.1)
 
 
 def run_repair(folder, plan=PLANS["blocks"], dtype=torch.float32, **options):
-    return repair(family("llama").build().to(dtype), plan, TEXTS, out=folder, provenance={"seed": 0}, **options)
+    return repair(
+        family("llama").build().to(dtype),
+        plan,
+        TEXTS,
+        out=folder,
+        provenance={"seed": 0},
+        **options,
+    )
 
 
 def same(found, expected):
     return found.weights.keys() == expected.weights.keys() and all(
-        torch.equal(found.weights[path], weight) for path, weight in expected.weights.items()
+        torch.equal(found.weights[path], weight)
+        for path, weight in expected.weights.items()
     )
 
 
@@ -444,7 +574,9 @@ def same(found, expected):
 @pytest.mark.slow  # the next one stops likewise, in this process
 @pytest.mark.parametrize("lines", [2, 3, 4])
 def test_killed_in_the_middle_it_comes_to_the_same(tmp_path, lines):
-    forked.kill_at(tmp_path / "killed" / "refits.jsonl", lines, SCRIPT, tmp_path / "killed")
+    forked.kill_at(
+        tmp_path / "killed" / "refits.jsonl", lines, SCRIPT, tmp_path / "killed"
+    )
     goes_on(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -464,21 +596,33 @@ def test_stopped_in_the_middle_it_comes_to_the_same(tmp_path, lines):
 
 
 def goes_on(folder, elsewhere):
-    """What was cut short in a folder comes to what a whole run comes to, and keeps what it had."""
+    """What was cut short in a folder comes to what a whole run comes to, and keeps what
+    it had.
+    """
     whole = run_repair(elsewhere)
     known = (folder / "refits.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="was not finished: run the command that began it again"):
+    with pytest.raises(
+        UsageError, match="was not finished: run the command that began it again"
+    ):
         RepairedPlan.load(folder)
     found = run_repair(folder)
-    assert (folder / "refits.jsonl").read_bytes().startswith(known[: known.rfind(b"\n") + 1])
+    assert (
+        (folder / "refits.jsonl")
+        .read_bytes()
+        .startswith(known[: known.rfind(b"\n") + 1])
+    )
     assert len(whole.refits) == 4
     assert same(found, whole)
     assert same(RepairedPlan.load(folder), whole)
     assert RepairedPlan.load(folder) == whole
-    assert [one.sublayers for one in RepairedPlan.load(folder).refits] == [one.sublayers for one in whole.refits]
+    assert [one.sublayers for one in RepairedPlan.load(folder).refits] == [
+        one.sublayers for one in whole.refits
+    ]
 
 
-def test_new_weights_lie_in_files_and_are_never_in_memory_together(tmp_path, monkeypatch):
+def test_new_weights_lie_in_files_and_are_never_in_memory_together(
+    tmp_path, monkeypatch
+):
     made, alive = [], []
 
     def add(kept, refit, brought, model, add=Kept.add):
@@ -520,11 +664,25 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, changes, said):
 def test_a_folder_of_other_text_or_another_command_is_refused(tmp_path):
     run_repair(tmp_path / "a")
     with pytest.raises(UsageError, match="results with calibration"):
-        repair(family("llama").build(), PLANS["blocks"], TEXTS[:2], out=tmp_path / "a", provenance={"seed": 0})
+        repair(
+            family("llama").build(),
+            PLANS["blocks"],
+            TEXTS[:2],
+            out=tmp_path / "a",
+            provenance={"seed": 0},
+        )
     with pytest.raises(UsageError, match="results with seed"):
-        repair(family("llama").build(), PLANS["blocks"], TEXTS, out=tmp_path / "a", provenance={"seed": 1})
+        repair(
+            family("llama").build(),
+            PLANS["blocks"],
+            TEXTS,
+            out=tmp_path / "a",
+            provenance={"seed": 1},
+        )
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "healing.jsonl").write_text('{"record": "header", "of": "healing"}\n')
+    (tmp_path / "b" / "healing.jsonl").write_text(
+        '{"record": "header", "of": "healing"}\n'
+    )
     with pytest.raises(UsageError, match="holds results of notall heal"):
         run_repair(tmp_path / "b")
 
@@ -536,11 +694,16 @@ def test_weights_that_are_damaged_or_gone_are_one_line(tmp_path):
     for content in (sound[:-5], sound[:20], b"", b"\xff" * len(sound)):
         weights.write_bytes(content)
         for read in (RepairedPlan.load, run_repair):
-            with pytest.raises(UsageError, match=r"is damaged .*delete the folder, and repair the plan again"):
+            with pytest.raises(
+                UsageError,
+                match=r"is damaged .*delete the folder, and repair the plan again",
+            ):
                 read(tmp_path)
     weights.unlink()
     for read in (RepairedPlan.load, run_repair):
-        with pytest.raises(UsageError, match=r"lacks .*: delete the folder, and repair the plan again"):
+        with pytest.raises(
+            UsageError, match=r"lacks .*: delete the folder, and repair the plan again"
+        ):
             read(tmp_path)
 
 
@@ -551,10 +714,14 @@ def test_a_folder_of_something_else_is_no_repaired_plan(tmp_path):
 
 def test_nothing_is_pickled(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("a pickle was read"))
-    monkeypatch.setattr("torch.save", lambda *_, **__: pytest.fail("a pickle was written"))
+    monkeypatch.setattr(
+        "torch.save", lambda *_, **__: pytest.fail("a pickle was written")
+    )
     run_repair(tmp_path)
     RepairedPlan.load(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
+    assert {
+        path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")
+    } == {
         ".jsonl",
         ".json",
         ".safetensors",

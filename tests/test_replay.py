@@ -19,7 +19,13 @@ def plans_for(structure):
         for fraction in (0.25, 0.5)
         for keep in (False, True)
     ]
-    return [Plan(), *grid, Plan(attention=[0], mlp=[0, 2]), Plan(attention=[1, 2]), Plan(mlp=[0, 1, 2, 3])]
+    return [
+        Plan(),
+        *grid,
+        Plan(attention=[0], mlp=[0, 2]),
+        Plan(attention=[1, 2]),
+        Plan(mlp=[0, 1, 2, 3]),
+    ]
 
 
 @pytest.mark.parametrize("tested", representatives(), ids=str)
@@ -30,7 +36,9 @@ def test_replay_equals_one_by_one(tested):
         plans = plans_for(locate(model))
     except UnsupportedModel as refusal:
         pytest.skip(str(refusal))
-    found = dict(replayed_logits(Replay(model, plans), input_ids=IDS, attention_mask=MASK))
+    found = dict(
+        replayed_logits(Replay(model, plans), input_ids=IDS, attention_mask=MASK)
+    )
     assert len(found) == len(plans)
     for number, plan in enumerate(plans):
         with skip(model, plan):
@@ -65,7 +73,11 @@ def test_each_distinct_prefix_runs_once():
 def test_equal_plans_are_answered_once_each():
     model = family("llama").build()
     with torch.no_grad():
-        found = dict(replayed_logits(Replay(model, [Plan([1]), Plan(), Plan([1])]), input_ids=IDS))
+        found = dict(
+            replayed_logits(
+                Replay(model, [Plan([1]), Plan(), Plan([1])]), input_ids=IDS
+            )
+        )
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
 
@@ -73,5 +85,10 @@ def test_equal_plans_are_answered_once_each():
 def test_the_dense_model_is_answered_first_also_where_a_plan_ends_on_its_way():
     model = family("llama").build()
     with torch.no_grad():
-        order = [n for n, _ in replayed_logits(Replay(model, [Plan(), Plan([0]), Plan(mlp=[3])]), input_ids=IDS)]
+        order = [
+            n
+            for n, _ in replayed_logits(
+                Replay(model, [Plan(), Plan([0]), Plan(mlp=[3])]), input_ids=IDS
+            )
+        ]
     assert order[0] == 0

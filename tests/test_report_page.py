@@ -1,4 +1,6 @@
-"""The report in a real browser: opened from a file, without a network, by people with mouse, keyboard or phone."""
+"""The report in a real browser: opened from a file, without a network, by people with
+mouse, keyboard or phone.
+"""
 
 import re
 import shutil
@@ -9,24 +11,36 @@ import result_folders
 import shown_pages
 from api import Costs, Shown, write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    None,
+)
 if CHROMIUM is None:
-    pytest.skip("no chromium here: make browser, or apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent: pip install 'notall[dev]'")
+    pytest.skip(
+        "no chromium here: make browser, or apt-get install chromium",
+        allow_module_level=True,
+    )
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is absent: pip install 'notall[dev]'"
+)
 pytestmark = pytest.mark.any_transformers  # it looks at a page
 
 
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return shown_pages.page(tmp_path_factory.mktemp("results"), shown_pages.swept(), shown_pages.alike())
+    return shown_pages.page(
+        tmp_path_factory.mktemp("results"), shown_pages.swept(), shown_pages.alike()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +50,16 @@ def nasty(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    return shown_pages.page(tmp_path_factory.mktemp("comparison"), shown_pages.compared())
+    return shown_pages.page(
+        tmp_path_factory.mktemp("comparison"), shown_pages.compared()
+    )
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A page of a folder of each command, and one of a wide table, made when it is first asked for."""
+    """A page of a folder of each command, and one of a wide table, made when it is
+    first asked for.
+    """
     made = {}
 
     def page_of(kind):
@@ -50,7 +68,9 @@ def pages(tmp_path_factory):
             made[kind] = (
                 shown_pages.page(folder, shown_pages.wide())
                 if kind == "wide"
-                else write_report(result_folders.WRITERS[kind](folder), folder / "report.html")
+                else write_report(
+                    result_folders.WRITERS[kind](folder), folder / "report.html"
+                )
             )
         return made[kind]
 
@@ -72,14 +92,24 @@ def view(browser):
 
     def view(path, width=1280, colours="light"):
         context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=colours, offline=True, accept_downloads=True
+            viewport={"width": width, "height": 800},
+            color_scheme=colours,
+            offline=True,
+            accept_downloads=True,
         )
-        context.set_default_timeout(300_000)  # beside three other suites it waits for the processor
+        context.set_default_timeout(
+            300_000
+        )  # beside three other suites it waits for the processor
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
+        page.on(
+            "request",
+            lambda request: (
+                complaints.append(request.url) if request.url != path.as_uri() else None
+            ),
+        )
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
         page.goto(path.as_uri())
         page.wait_for_selector("body[data-drawn]")
@@ -103,18 +133,24 @@ def hatched(page):
 def boxes(page, selector):
     """Where elements are on the page: left, right, top, bottom."""
     return page.locator(selector).evaluate_all(
-        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right, box.top, box.bottom])"
+        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left,"
+        " box.right, box.top, box.bottom])"
     )
 
 
 def resize(page, width, height=800):
     """And wait until what follows the width is drawn again."""
     page.set_viewport_size({"width": width, "height": height})
-    page.evaluate("new Promise(frame => requestAnimationFrame(() => requestAnimationFrame(frame))).then(() => drawing)")
+    page.evaluate(
+        "new Promise(frame => requestAnimationFrame(() =>"
+        " requestAnimationFrame(frame))).then(() => drawing)"
+    )
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], *map(slow, KINDS[1:])])
-def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_the_screen(view, pages, kind):
+def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_the_screen(
+    view, pages, kind
+):
     page = view(pages(kind))
     for width in (1680, 1280, 800, 390):
         resize(page, width)
@@ -136,10 +172,14 @@ def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_th
 def test_what_is_printed_is_whole_and_light(view, pages, kind, colours):
     """On a landscape A4; a phone's page is the hardest to print."""
     page = view(pages(kind), 390, colours)
-    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")  # and tells the page that it is printed
+    assert page.pdf(prefer_css_page_size=True).startswith(
+        b"%PDF"
+    )  # and tells the page that it is printed
     page.emulate_media(media="print", color_scheme=colours)
     resize(page, 1047, 718)
-    wide = "all => all.forEach(one => one.setAttribute('width', 3000))"  # as where a wide screen's are not drawn again
+    wide = (  # as where a wide screen's are not drawn again
+        "all => all.forEach(one => one.setAttribute('width', 3000))"
+    )
     page.locator(".chart svg").evaluate_all(wide)
     charts = boxes(page, ".chart svg")
     assert len(charts) == int(page.get_attribute("body", "data-drawn"))
@@ -147,10 +187,17 @@ def test_what_is_printed_is_whole_and_light(view, pages, kind, colours):
         assert 0 <= left < right <= 1047
         assert bottom - top > 40
     for element in (".scroll", ".said", ".prompt", ".provenance dd"):
-        ways = page.locator(element).evaluate_all("all => all.map(one => getComputedStyle(one).overflowY)")
+        ways = page.locator(element).evaluate_all(
+            "all => all.map(one => getComputedStyle(one).overflowY)"
+        )
         assert set(ways) <= {"visible"}
-    assert page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor") == "rgb(255, 255, 255)"
-    light = page.locator(".chart svg").evaluate_all("all => all.every(one => getComputedStyle(one).filter == 'none')")
+    assert (
+        page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
+    light = page.locator(".chart svg").evaluate_all(
+        "all => all.every(one => getComputedStyle(one).filter == 'none')"
+    )
     assert light == (colours == "light" or not charts)
 
 
@@ -158,11 +205,18 @@ def test_what_is_printed_is_whole_and_light(view, pages, kind, colours):
 def test_no_label_of_a_point_lies_on_another(view, report, width):
     page = view(report, width)
     texts = boxes(page, "#tradeoff .mark-text.role-mark > text")
-    labels = {tuple(round(side) for side in box) for box in texts}  # each is there twice, with its halo
+    labels = {
+        tuple(round(side) for side in box) for box in texts
+    }  # each is there twice, with its halo
     assert len(labels) > 5
     for a in labels:
         assert not [
-            b for b in labels - {a} if a[0] < b[1] - 1 and b[0] < a[1] - 1 and a[2] < b[3] - 2 and b[2] < a[3] - 2
+            b
+            for b in labels - {a}
+            if a[0] < b[1] - 1
+            and b[0] < a[1] - 1
+            and a[2] < b[3] - 2
+            and b[2] < a[3] - 2
         ]
 
 
@@ -170,7 +224,9 @@ def test_the_next_command_is_copied_whole(view, report):
     page = view(report)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator("#copy-next").click()
-    page.wait_for_function("document.querySelector('#copy-next').textContent == 'copied'")
+    page.wait_for_function(
+        "document.querySelector('#copy-next').textContent == 'copied'"
+    )
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == "notall search tiny"
 
@@ -242,10 +298,16 @@ def test_the_table_sorts_and_filters(view, report):
     page = view(report)
     lost = page.locator("#table-results tbody tr td:nth-child(3)")
     page.get_by_role("button", name="NLL added").click()
-    values = [float(value) for value in lost.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+    values = [
+        float(value)
+        for value in lost.evaluate_all("cells => cells.map(cell => cell.dataset.value)")
+    ]
     assert values == sorted(values)
     page.get_by_role("button", name="NLL added").press("Enter")
-    again = [float(value) for value in lost.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+    again = [
+        float(value)
+        for value in lost.evaluate_all("cells => cells.map(cell => cell.dataset.value)")
+    ]
     assert again == sorted(values, reverse=True)
     assert page.locator("th[aria-sort=descending]").count() == 1
     page.get_by_label("filter").fill("mlp kept")
@@ -263,29 +325,46 @@ def test_figures_are_saved_and_numbers_copied(view, report, tmp_path):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     button = page.locator("[data-copy=results]")
     button.click()
-    page.wait_for_function("document.querySelector('[data-copy=results]').textContent == 'copied'")
+    page.wait_for_function(
+        "document.querySelector('[data-copy=results]').textContent == 'copied'"
+    )
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied.splitlines()[0].startswith("step,lost")
     assert len(copied.splitlines()) == 20
 
 
 @pytest.mark.parametrize("which", ["report", slow("comparison")])
-@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), slow(1280, "dark"), slow(360, "light"), (360, "dark")])
-def test_it_fits_and_can_be_read_in_every_size_and_colour(view, request, which, width, colours):
+@pytest.mark.parametrize(
+    ("width", "colours"),
+    [(1280, "light"), slow(1280, "dark"), slow(360, "light"), (360, "dark")],
+)
+def test_it_fits_and_can_be_read_in_every_size_and_colour(
+    view, request, which, width, colours
+):
     page = view(request.getfixturevalue(which), width, colours)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ink = page.locator("#plans").evaluate("section => getComputedStyle(section).color")
-    paper = page.locator("#plans").evaluate("section => getComputedStyle(section).backgroundColor")
-    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    paper = page.locator("#plans").evaluate(
+        "section => getComputedStyle(section).backgroundColor"
+    )
+    brightness = [
+        sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)
+    ]
     assert (brightness[0] < brightness[1]) == (colours == "light")
-    assert page.evaluate("() => views.map.background()") == {"light": "#ffffff", "dark": "#15181c"}[colours]
+    assert (
+        page.evaluate("() => views.map.background()")
+        == {"light": "#ffffff", "dark": "#15181c"}[colours]
+    )
 
 
 @pytest.mark.slow
 def test_the_colours_follow_the_reader(view, report):
     page = view(report)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function("views.map.background() == '#15181c' && views.tradeoff.background() == '#15181c'")
+    page.wait_for_function(
+        "views.map.background() == '#15181c' && views.tradeoff.background() =="
+        " '#15181c'"
+    )
 
 
 def test_every_control_is_reached_by_keyboard(view, report):
@@ -294,7 +373,12 @@ def test_every_control_is_reached_by_keyboard(view, report):
     reached = set()
     for _ in range(wanted + 40):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("[...document.querySelectorAll('button, input')].indexOf(document.activeElement)"))
+        reached.add(
+            page.evaluate(
+                "[...document.querySelectorAll('button,"
+                " input')].indexOf(document.activeElement)"
+            )
+        )
     assert len(reached - {-1}) == wanted
 
 
@@ -324,7 +408,10 @@ def test_every_figure_of_a_comparison_is_drawn(view, comparison, colours):
         assert marks(page, panel, "symbol") == 2 * 6  # and their rings
     assert marks(page, "tradeoff", "symbol") == 2 * 12 + 1
     ink = {"light": "#222222", "dark": "#e8eaed"}[colours]
-    assert page.locator("#front0 .mark-line.role-mark path").first.get_attribute("stroke") == ink
+    assert (
+        page.locator("#front0 .mark-line.role-mark path").first.get_attribute("stroke")
+        == ink
+    )
 
 
 @pytest.mark.slow
@@ -337,10 +424,18 @@ def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, compari
     assert hatched(page) == 4
     page.locator("#front1 .mark-symbol.role-mark path").nth(5).dispatch_event("click")
     page.wait_for_function("document.querySelector('#plan').value == '11'")
-    assert page.evaluate("[views.front0, views.front1, views.tradeoff].map(view => view.signal('plan'))") == [11] * 3
+    assert (
+        page.evaluate(
+            "[views.front0, views.front1, views.tradeoff].map(view =>"
+            " view.signal('plan'))"
+        )
+        == [11] * 3
+    )
     assert page.locator("tr.chosen").get_attribute("data-plan") == "11"
     rings = page.locator("#front1 .mark-symbol.role-mark path[stroke-width='2.5']")
-    drawn = rings.evaluate_all("rings => rings.map(ring => ring.getBoundingClientRect().width > 10)")
+    drawn = rings.evaluate_all(
+        "rings => rings.map(ring => ring.getBoundingClientRect().width > 10)"
+    )
     assert drawn == [False] * 5 + [True]
     page.locator("#table-results button[data-show='2']").click()
     page.wait_for_function("views.tradeoff.signal('plan') == 2")
@@ -350,7 +445,9 @@ def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, compari
 @pytest.mark.parametrize("width", [1280, 390])
 def test_hostile_names_are_short_and_text(view, nasty, width):
     page = view(nasty, width)
-    assert "<script>window.pwned = 1</script>" in page.locator("#plan-name").inner_text()
+    assert (
+        "<script>window.pwned = 1</script>" in page.locator("#plan-name").inner_text()
+    )
     assert len(page.locator("#plan-name").inner_text()) < 200
     assert len(page.locator("#table-results").inner_text()) < 4_000
     page.get_by_role("button", name="next plan").click()
@@ -365,13 +462,21 @@ def test_a_long_table_scrolls_in_itself_under_its_headings(view, tmp_path):
     box, heading = page.locator(".long"), page.locator("#table-checks thead")
     box.evaluate("box => box.scrollTop = 2000")
     inside = box.evaluate("box => box.getBoundingClientRect().top")
-    assert abs(heading.evaluate("head => head.getBoundingClientRect().top") - inside) < 2
+    assert (
+        abs(heading.evaluate("head => head.getBoundingClientRect().top") - inside) < 2
+    )
 
 
 @pytest.mark.slow
 def test_cells_of_which_nothing_is_known_are_grey(view, tmp_path):
-    known = {place: cost for place, cost in shown_pages.costs().found.items() if place[0] == "attention"}
-    shown = Shown(steps=shown_pages.steps()[5:6], costs=Costs(known, "KL added", "some text"))
+    known = {
+        place: cost
+        for place, cost in shown_pages.costs().found.items()
+        if place[0] == "attention"
+    }
+    shown = Shown(
+        steps=shown_pages.steps()[5:6], costs=Costs(known, "KL added", "some text")
+    )
     page = view(shown_pages.page(tmp_path, shown))
     assert hatched(page) == 3
     assert page.locator("#plan").is_hidden()
@@ -379,14 +484,20 @@ def test_cells_of_which_nothing_is_known_are_grey(view, tmp_path):
         "cells => cells.map(cell => cell.getAttribute('fill'))"
     )
     assert cells.count("#8884") == result_folders.LAYERS  # the MLPs
-    assert len({fill for fill in cells if fill.startswith("rgb")}) == result_folders.LAYERS
+    assert (
+        len({fill for fill in cells if fill.startswith("rgb")}) == result_folders.LAYERS
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (390, "dark")])
 @pytest.mark.parametrize(("figure", "count"), [("refits", 5), ("healing", 3)])
-def test_a_repair_is_a_figure_over_its_table(view, tmp_path, figure, count, width, colours):
-    page = view(shown_pages.page(tmp_path, shown_pages.repaired(figure)), width, colours)
+def test_a_repair_is_a_figure_over_its_table(
+    view, tmp_path, figure, count, width, colours
+):
+    page = view(
+        shown_pages.page(tmp_path, shown_pages.repaired(figure)), width, colours
+    )
     assert page.get_attribute("body", "data-drawn") == "2"
     assert marks(page, figure, "symbol") == count
     assert hatched(page) == 3

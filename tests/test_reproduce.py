@@ -1,4 +1,6 @@
-"""A results folder is made again from its records alone: equal, within a tolerance, differing, or refused."""
+"""A results folder is made again from its records alone: equal, within a tolerance,
+differing, or refused.
+"""
 
 import json
 import shlex
@@ -9,7 +11,17 @@ from shutil import copytree
 import pytest
 import torch
 
-from api import MISSED, REMADE_KINDS, cli, compare_module, methods, quality, read_folder, shown_comparison, speed
+from api import (
+    MISSED,
+    REMADE_KINDS,
+    cli,
+    compare_module,
+    methods,
+    quality,
+    read_folder,
+    shown_comparison,
+    speed,
+)
 from notall import Plan
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -29,16 +41,31 @@ def halved(model, plan, batches, progress=None):
 SIZE = "--sequences 4 --length 32 --batch-size 2 --dtype float32"
 TIMED = "--prompt-tokens 4 --generation-tokens 2 --rounds 1"
 MADE = {
-    "compared": "compare tiny --text a.txt --held-out b.txt --skip attention:1,2 --criterion cosine --criterion search "
-    f"--criterion mine:by_depth --repair refit --repair mine:halved {SIZE} --out compared",
+    "compared": (
+        "compare tiny --text a.txt --held-out b.txt --skip attention:1,2 --criterion"
+        " cosine --criterion search --criterion mine:by_depth --repair refit --repair"
+        f" mine:halved {SIZE} --out compared"
+    ),
     "swept": f"sweep tiny --text a.txt {SIZE} {TIMED} --out swept",
     "measured": f"eval tiny --plan plan.json --text a.txt {SIZE} --out=measured",
     "timed": f"bench tiny --skip block:1 --dtype float32 {TIMED} -o timed",
-    "chosen.search": f"search tiny --skip attention:2 --text a.txt --held-out b.txt --patience 1 {SIZE} -o chosen.json",
-    "repaired": f"repair tiny --plan plan.json --text a.txt --held-out b.txt {SIZE} --out repaired",
-    "healed": f"heal tiny --plan plan.json --text a.txt --tokens 64 {SIZE} --out healed".replace("--sequences 4", ""),
-    "drafted": "draft tiny --plan plan.json --text a.txt --sequences 2 --prompt-tokens 4 --generation-tokens 4 "
-    "--most 2 --rounds 1 --dtype float32 --out drafted",
+    "chosen.search": (
+        "search tiny --skip attention:2 --text a.txt --held-out b.txt --patience 1"
+        f" {SIZE} -o chosen.json"
+    ),
+    "repaired": (
+        f"repair tiny --plan plan.json --text a.txt --held-out b.txt {SIZE} --out"
+        " repaired"
+    ),
+    "healed": (
+        f"heal tiny --plan plan.json --text a.txt --tokens 64 {SIZE} --out healed".replace(
+            "--sequences 4", ""
+        )
+    ),
+    "drafted": (
+        "draft tiny --plan plan.json --text a.txt --sequences 2 --prompt-tokens 4"
+        " --generation-tokens 4 --most 2 --rounds 1 --dtype float32 --out drafted"
+    ),
 }
 ROW = "mine:by_depth, refit: 2 attentions"
 OWN = ("--functions", ".")  # `compared` names functions of mine.py
@@ -46,11 +73,19 @@ OWN = ("--functions", ".")  # `compared` names functions of mine.py
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a model, texts, a plan and a module, for results that are made when they are first asked for."""
+    """A folder with a model, texts, a plan and a module, for results that are made when
+    they are first asked for.
+    """
     place = tmp_path_factory.mktemp("place")
     save_tiny_checkpoint(place / "tiny", num_hidden_layers=4)
-    (place / "a.txt").write_text("The quick brown fox jumps over the lazy dog, and a river runs to the sea. " * 40)
-    (place / "b.txt").write_text("A green bird sings under the old stone bridge while the winter light fades. " * 40)
+    (place / "a.txt").write_text(
+        "The quick brown fox jumps over the lazy dog, and a river runs to the sea. "
+        * 40
+    )
+    (place / "b.txt").write_text(
+        "A green bird sings under the old stone bridge while the winter light fades. "
+        * 40
+    )
     (place / "mine.py").write_text(MINE)
     Plan([1]).save(place / "plan.json")
     return place
@@ -113,13 +148,22 @@ def commanded(file, command):
 OFTEN = ("measured", "timed")
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in OFTEN)) for one in MADE])
-def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(place, answered, name):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one not in OFTEN)) for one in MADE],
+)
+def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(
+    place, answered, name
+):
     place(name)
     found = answered("reproduce", name, *OWN, "--out", "again")
     assert {one["agreement"] for one in found["reproduced"]} == {"equal"}
     files = [Path(name) / kind.file for kind in REMADE_KINDS]
-    assert len(found["reproduced"]) == sum(len(file.read_text().splitlines()) for file in files if file.exists()) > 0
+    assert (
+        len(found["reproduced"])
+        == sum(len(file.read_text().splitlines()) for file in files if file.exists())
+        > 0
+    )
     assert ("not judged" in found["verdict"]) == (name in ("swept", "timed"))
 
 
@@ -140,12 +184,21 @@ def test_what_was_made_again_can_be_made_again(place, answered):
     place("measured")
     answered("reproduce", "measured", "--out", "again")
     line = json.loads((Path("again") / "measured.jsonl").read_text().splitlines()[0])
-    assert line["provenance"]["where"]["command"].startswith("notall eval tiny --plan plan.json --text a.txt")
-    assert answered("reproduce", "again", "--out", "third")["reproduced"][0]["agreement"] == "equal"
+    assert line["provenance"]["where"]["command"].startswith(
+        "notall eval tiny --plan plan.json --text a.txt"
+    )
+    assert (
+        answered("reproduce", "again", "--out", "third")["reproduced"][0]["agreement"]
+        == "equal"
+    )
 
 
-@pytest.mark.parametrize(("errors", "agreement"), [(0.4, "within tolerance"), (0.6, "differs")])
-def test_a_figure_is_held_against_half_of_its_standard_error(place, run, errors, agreement):
+@pytest.mark.parametrize(
+    ("errors", "agreement"), [(0.4, "within tolerance"), (0.6, "differs")]
+)
+def test_a_figure_is_held_against_half_of_its_standard_error(
+    place, run, errors, agreement
+):
     place("measured")
 
     def change(line):
@@ -159,12 +212,18 @@ def test_a_figure_is_held_against_half_of_its_standard_error(place, run, errors,
     assert one["recorded"] != one["made_again"]
 
 
-@pytest.mark.parametrize(("factor", "agreement"), [(1.049, "within tolerance"), (1.06, "differs")])
-def test_a_figure_without_an_error_is_held_against_a_part_of_it(place, run, factor, agreement):
+@pytest.mark.parametrize(
+    ("factor", "agreement"), [(1.049, "within tolerance"), (1.06, "differs")]
+)
+def test_a_figure_without_an_error_is_held_against_a_part_of_it(
+    place, run, factor, agreement
+):
     place("measured")
     rewritten(
         "measured/measured.jsonl",
-        lambda line: line["quality"].update(perplexity=line["quality"]["perplexity"] * factor),
+        lambda line: line["quality"].update(
+            perplexity=line["quality"]["perplexity"] * factor
+        ),
     )
     code, out, _ = run("reproduce", "measured", "--out", "again", "--json")
     one = json.loads(out)["reproduced"][0]
@@ -175,11 +234,18 @@ def test_a_figure_without_an_error_is_held_against_a_part_of_it(place, run, fact
     )
 
 
-@pytest.mark.parametrize(("factor", "agreement"), [(1.9, "within tolerance"), (2.1, "differs")])
+@pytest.mark.parametrize(
+    ("factor", "agreement"), [(1.9, "within tolerance"), (2.1, "differs")]
+)
 def test_an_error_is_held_against_half_of_itself(place, run, factor, agreement):
     place("measured")
-    rewritten("measured/measured.jsonl", lambda line: line["quality"].update(kl_se=line["quality"]["kl_se"] * factor))
-    one = json.loads(run("reproduce", "measured", "--out", "again", "--json")[1])["reproduced"][0]
+    rewritten(
+        "measured/measured.jsonl",
+        lambda line: line["quality"].update(kl_se=line["quality"]["kl_se"] * factor),
+    )
+    one = json.loads(run("reproduce", "measured", "--out", "again", "--json")[1])[
+        "reproduced"
+    ][0]
     assert (one["agreement"], one["differs_most"]) == (agreement, "kl_se")
 
 
@@ -189,7 +255,10 @@ def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place,
 
     def change(line):
         if line["criterion"] == "cosine":
-            line["plan"] = {"attention": [3] if line["plan"]["attention"] != [3] else [0], "mlp": []}
+            line["plan"] = {
+                "attention": [3] if line["plan"]["attention"] != [3] else [0],
+                "mlp": [],
+            }
         if line["criterion"] == "search" and line["count"] == 1:
             line["count"] = 3
 
@@ -200,10 +269,14 @@ def test_another_plan_differs_and_a_record_that_is_not_made_again_is_told(place,
     by = {one["row"]: one for one in found}
     assert by["cosine: 1 attention"]["agreement"] == "differs"
     assert by["cosine: 1 attention"]["differs_most"] == "skipped"
-    assert [one["agreement"] for one in found if one["row"].startswith("search") and ": 3 " in one["row"]] == [
-        "not made"
-    ] * 3
-    code, out, _ = run("reproduce", "compared", *OWN, "--out", "again")  # which has all, and is read
+    assert [
+        one["agreement"]
+        for one in found
+        if one["row"].startswith("search") and ": 3 " in one["row"]
+    ] == ["not made"] * 3
+    code, out, _ = run(
+        "reproduce", "compared", *OWN, "--out", "again"
+    )  # which has all, and is read
     assert code == MISSED
     assert "3 not made" in " ".join(out.split())
 
@@ -219,7 +292,9 @@ def test_a_changed_digit_of_a_sealed_line_is_refused(place, run):
 
 @pytest.mark.parametrize("name", ["compared", "measured"])
 @pytest.mark.parametrize("changed", ["text", "weights"])
-def test_another_text_or_model_is_refused_before_any_work(place, run, no_work, name, changed):
+def test_another_text_or_model_is_refused_before_any_work(
+    place, run, no_work, name, changed
+):
     place(name)
     no_work()
     if changed == "text":
@@ -228,7 +303,10 @@ def test_another_text_or_model_is_refused_before_any_work(place, run, no_work, n
         save_tiny_checkpoint(Path("tiny"), num_hidden_layers=4, rms_norm_eps=0.5)
     code, out, err = run("reproduce", name, *OWN, "--out", "again")
     assert (code, out) == (2, "")
-    assert f"{name} holds results with {'text_sha256' if changed == 'text' else 'revision'}" in err
+    assert (
+        f"{name} holds results with"
+        f" {'text_sha256' if changed == 'text' else 'revision'}" in err
+    )
     assert "give it as it was" in err
     assert not Path("again/comparison.jsonl").exists()
 
@@ -238,11 +316,16 @@ def test_another_plan_file_is_refused_before_any_work(place, run, no_work, name)
     place(name)
     no_work()
     if name == "timed":
-        commanded("timed/bench.jsonl", f"notall bench tiny --plan plan.json --dtype float32 {TIMED} --out timed")
+        commanded(
+            "timed/bench.jsonl",
+            f"notall bench tiny --plan plan.json --dtype float32 {TIMED} --out timed",
+        )
     Plan([2]).save("plan.json")
     code, out, err = run("reproduce", name, *OWN, "--out", "again")
     assert (code, out) == (2, "")
-    assert f"plan.json skips attention 2, and {name} holds records of another plan" in err
+    assert (
+        f"plan.json skips attention 2, and {name} holds records of another plan" in err
+    )
 
 
 @pytest.mark.slow
@@ -262,30 +345,53 @@ def test_weights_that_the_run_fits_are_judged_by_their_figures(place, answered):
 def test_another_function_is_refused(place, run):
     place("compared")
     Path("mine.py").write_text(MINE.replace("- 2", "- 3"))
-    code, _, err = run("reproduce", "compared", "--row", "mine:by_depth: 1 attention", *OWN, "--out", "again")
+    code, _, err = run(
+        "reproduce",
+        "compared",
+        "--row",
+        "mine:by_depth: 1 attention",
+        *OWN,
+        "--out",
+        "again",
+    )
     assert code == 2
     assert "mine.py is not the file that mine:by_depth was recorded with" in err
 
 
 def test_a_row_of_a_comparison_is_made_alone(place, answered):
     place("compared")
-    (found,) = answered("reproduce", "compared", "--row", ROW, *OWN, "--out", "again")["reproduced"]
+    (found,) = answered("reproduce", "compared", "--row", ROW, *OWN, "--out", "again")[
+        "reproduced"
+    ]
     assert (found["row"], found["agreement"]) == (ROW, "equal")
-    lines = [json.loads(line) for line in Path("again/comparison.jsonl").read_text().splitlines()]
-    assert {(line["criterion"], line["count"], line.get("repair", "none")) for line in lines} == {
+    lines = [
+        json.loads(line)
+        for line in Path("again/comparison.jsonl").read_text().splitlines()
+    ]
+    assert {
+        (line["criterion"], line["count"], line.get("repair", "none")) for line in lines
+    } == {
         ("mine:by_depth", 2, "none"),
         ("mine:by_depth", 2, "refit"),
     }
-    (other,) = answered("reproduce", "compared", "--row", "search by kl, mine:halved: 1", *OWN, "--out", "again")[
-        "reproduced"
-    ]
+    (other,) = answered(
+        "reproduce",
+        "compared",
+        "--row",
+        "search by kl, mine:halved: 1",
+        *OWN,
+        "--out",
+        "again",
+    )["reproduced"]
     assert other["agreement"] == "equal"
 
 
 @pytest.mark.slow
 def test_several_rows_are_those_that_begin_with_these_words(place, answered):
     place("compared")
-    found = answered("reproduce", "compared", "--row", "cosine", *OWN, "--out", "again")["reproduced"]
+    found = answered(
+        "reproduce", "compared", "--row", "cosine", *OWN, "--out", "again"
+    )["reproduced"]
     assert len(found) == 2 * 3
     assert {one["agreement"] for one in found} == {"equal"}
 
@@ -307,9 +413,18 @@ def test_files_that_are_elsewhere_are_named(place, run, answered, tmp_path):
     code, _, err = run("reproduce", "measured", "--out", "again")
     assert code == 2
     assert "cannot read the text a.txt" in err
-    assert err.startswith("making again: notall eval tiny --plan plan.json --text a.txt")
+    assert err.startswith(
+        "making again: notall eval tiny --plan plan.json --text a.txt"
+    )
     assert err.endswith("; --replace WORD=OTHER changes a word of that command\n")
-    found = answered("reproduce", "measured", "--replace", f"a.txt={tmp_path / 'a.txt'}", "--out", "again")
+    found = answered(
+        "reproduce",
+        "measured",
+        "--replace",
+        f"a.txt={tmp_path / 'a.txt'}",
+        "--out",
+        "again",
+    )
     assert found["reproduced"][0]["agreement"] == "equal"
 
 
@@ -318,7 +433,9 @@ def test_a_dtype_that_suits_another_machine_is_that_of_the_records(place, run):
 
     def change(line):
         line["provenance"]["what"]["dtype"] = "bfloat16"
-        line["provenance"]["where"]["command"] = line["provenance"]["where"]["command"].replace("--dtype float32", "")
+        line["provenance"]["where"]["command"] = line["provenance"]["where"][
+            "command"
+        ].replace("--dtype float32", "")
 
     rewritten("measured/measured.jsonl", change)
     _, _, err = run("reproduce", "measured", "--out", "again")
@@ -336,11 +453,31 @@ def test_what_can_not_be_tried_is_one_line(place, run, no_work):
     cases = {
         ("measured", "--out", "measured"): "choose another folder (--out)",
         ("absent", "--out", "again"): "absent has no records to make again",
-        ("compared", "--row", "fisher", "--out", "again"): "compared has no row fisher to make again",
+        (
+            "compared",
+            "--row",
+            "fisher",
+            "--out",
+            "again",
+        ): "compared has no row fisher to make again",
         ("measured", "--row", "cosine", "--out", "again"): "measured has no row cosine",
-        ("measured", "--replace", "a.txt", "--out", "again"): "write wiki.txt=data/wiki.txt",
-        (ROOT / "benchmarks" / "comparison", "--out", "again"): "give a folder of notall compare, notall sweep",
-        (ROOT / "benchmarks" / "paper", "--out", "again"): "was made by notall paper smollm2: give a folder of",
+        (
+            "measured",
+            "--replace",
+            "a.txt",
+            "--out",
+            "again",
+        ): "write wiki.txt=data/wiki.txt",
+        (
+            ROOT / "benchmarks" / "comparison",
+            "--out",
+            "again",
+        ): "give a folder of notall compare, notall sweep",
+        (
+            ROOT / "benchmarks" / "paper",
+            "--out",
+            "again",
+        ): "was made by notall paper smollm2: give a folder of",
     }
     for words, says in cases.items():
         code, out, err = run("reproduce", *words)
@@ -376,7 +513,10 @@ def test_a_table_has_all_rows_and_of_similarities_those_that_differ(place, run):
 def test_the_page_of_a_comparison_has_the_command_of_each_row(place, run):
     place("compared")
     steps = shown_comparison(read_folder(Path("compared"))).steps
-    commands = {step.name: shlex.split(step.told.partition("Reproduce with: notall ")[2]) for step in steps}
+    commands = {
+        step.name: shlex.split(step.told.partition("Reproduce with: notall ")[2])
+        for step in steps
+    }
     assert len(commands) == 2 * 3 * 3
     for name in (ROW, "search by kl, mine:halved: 1 attention"):
         code, out, _ = run(*commands[name], *OWN)

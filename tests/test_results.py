@@ -1,4 +1,6 @@
-"""Records: what is written stays, and each is of a kind: torn lines, full disks, killed writers, two processes."""
+"""Records: what is written stays, and each is of a kind: torn lines, full disks, killed
+writers, two processes.
+"""
 
 import json
 import math
@@ -40,7 +42,10 @@ from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it writes and reads lines of JSON
 
-RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}} for i in range(3)]
+RECORDS = [
+    {"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}}
+    for i in range(3)
+]
 
 
 @pytest.fixture
@@ -59,9 +64,9 @@ def read_quietly(path):
 
 def test_records_come_back_in_order_one_a_line(path):
     assert read_quietly(path) == RECORDS
-    assert [{**json.loads(line), "sealed": 0} for line in path.read_text().splitlines()] == [
-        {**record, "sealed": 0} for record in RECORDS
-    ]
+    assert [
+        {**json.loads(line), "sealed": 0} for line in path.read_text().splitlines()
+    ] == [{**record, "sealed": 0} for record in RECORDS]
     assert path.read_bytes().endswith(b"}\n")
 
 
@@ -73,8 +78,17 @@ def test_no_file_holds_no_records(tmp_path):
 
 def test_floats_come_back_exactly_and_no_number_is_null(tmp_path):
     path = tmp_path / "results.jsonl"
-    lines.append(path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]})
-    assert lines.read(path) == [{"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}]
+    lines.append(
+        path,
+        {
+            "nll": 0.1 + 0.2,
+            "se": float("nan"),
+            "all": [float("inf"), (1.5, {"x": float("-inf")})],
+        },
+    )
+    assert lines.read(path) == [
+        {"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}
+    ]
 
 
 def test_any_torn_last_line_is_dropped_with_a_warning_and_overwritten(path):
@@ -102,7 +116,10 @@ def test_a_malformed_line_elsewhere_is_named(path, bad):
     whole = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([whole[0], b"", bad, whole[2]]) + b"\n")
     before = path.read_bytes()
-    with pytest.raises(UsageError, match=r"line 3 of .*results.jsonl is no JSON record; repair or delete"):
+    with pytest.raises(
+        UsageError,
+        match=r"line 3 of .*results.jsonl is no JSON record; repair or delete",
+    ):
         lines.read(path)
     lines.append(path, {"variant": "mlp"})
     assert path.read_bytes() == before + sealed(b'{"variant": "mlp"}') + b"\n"
@@ -120,17 +137,45 @@ def quartiles(median):
 
 
 RECORD = {
-    **{"record": "sweep", "provenance": {"what": {"model": "smollm2", "seed": 0}, "where": {}}},
-    **{"plan": {"attention": [], "mlp": [27, 28]}, "variant": "mlp", "fraction": 0.1, "keep_last": True},
+    **{
+        "record": "sweep",
+        "provenance": {"what": {"model": "smollm2", "seed": 0}, "where": {}},
+    },
+    **{
+        "plan": {"attention": [], "mlp": [27, 28]},
+        "variant": "mlp",
+        "fraction": 0.1,
+        "keep_last": True,
+    },
     "quality": {
-        **{"nll": 2.9, "nll_se": 0.1, "delta_nll": 0.4, "delta_nll_se": None, "perplexity": 18.2},
-        **{"kl": 0.5, "kl_se": 0.1, "top1_agreement": 0.7, "top1_agreement_se": 0.02, "sequences": 8},
+        **{
+            "nll": 2.9,
+            "nll_se": 0.1,
+            "delta_nll": 0.4,
+            "delta_nll_se": None,
+            "perplexity": 18.2,
+        },
+        **{
+            "kl": 0.5,
+            "kl_se": 0.1,
+            "top1_agreement": 0.7,
+            "top1_agreement_se": 0.02,
+            "sequences": 8,
+        },
     },
     "times": {
         **{"prefill_ms": quartiles(300.0), "decode_ms_per_token": quartiles(60.0)},
-        **{"speedup_prefill": quartiles(1.1), "speedup_decode": quartiles(1.2), "peak_bytes": None},
+        **{
+            "speedup_prefill": quartiles(1.1),
+            "speedup_decode": quartiles(1.2),
+            "peak_bytes": None,
+        },
     },
-    "footprint": {"params": 120_000_000, "weight_bytes": 480_000_000, "kv_bytes_per_token": 46_080},
+    "footprint": {
+        "params": 120_000_000,
+        "weight_bytes": 480_000_000,
+        "kv_bytes_per_token": 46_080,
+    },
 }
 
 
@@ -158,17 +203,33 @@ def test_a_record_as_a_line_of_a_table_has_every_figure_by_its_name(tmp_path):
     lines.append(tmp_path / "results.jsonl", RECORD)
     (record,) = read(tmp_path / "results.jsonl", SweepRecord)
     figures = record.figures()
-    assert (figures["skipped"], figures["nll"], figures["delta_nll_se"]) == ("mlp.27 mlp.28", 2.9, None)
-    assert (figures["speedup_decode"], figures["speedup_decode_low"], figures["params"]) == (1.2, 1.08, 120_000_000)
+    assert (figures["skipped"], figures["nll"], figures["delta_nll_se"]) == (
+        "mlp.27 mlp.28",
+        2.9,
+        None,
+    )
+    assert (
+        figures["speedup_decode"],
+        figures["speedup_decode_low"],
+        figures["params"],
+    ) == (1.2, 1.08, 120_000_000)
     assert "record" not in figures
 
 
 def test_of_a_record_that_was_measured_again_the_last_one_counts(tmp_path):
     path = tmp_path / "results.jsonl"
-    lines.append(path, RECORD, RECORD | {"variant": "dense"}, changed("quality.nll", 2.8))
-    assert [(one.variant, one.quality.nll) for one in read(path, SweepRecord)] == [("mlp", 2.8), ("dense", 2.9)]
+    lines.append(
+        path, RECORD, RECORD | {"variant": "dense"}, changed("quality.nll", 2.8)
+    )
+    assert [(one.variant, one.quality.nll) for one in read(path, SweepRecord)] == [
+        ("mlp", 2.8),
+        ("dense", 2.9),
+    ]
     answers = tmp_path / "answers.jsonl"  # which have no key
-    lines.append(answers, *[{"plans": ["a"], "answers": {"x": [answer]}} for answer in (1.5, 1.5)])
+    lines.append(
+        answers,
+        *[{"plans": ["a"], "answers": {"x": [answer]}} for answer in (1.5, 1.5)],
+    )
     assert len(read(answers, AnswersRecord)) == 2
 
 
@@ -210,7 +271,9 @@ def test_a_record_with_a_wrong_field_is_named_with_its_line(tmp_path, field, val
 
 def test_a_record_without_a_field_is_named_with_its_line(tmp_path):
     path = tmp_path / "results.jsonl"
-    quality = {name: value for name, value in RECORD["quality"].items() if name != "nll"}
+    quality = {
+        name: value for name, value in RECORD["quality"].items() if name != "nll"
+    }
     lines.append(path, RECORD | {"quality": quality})
     with pytest.raises(UsageError, match=r"line 1 of .*: quality.nll: Field required"):
         read(path, SweepRecord)
@@ -219,7 +282,9 @@ def test_a_record_without_a_field_is_named_with_its_line(tmp_path):
 def test_every_figure_of_a_sweep_is_described():
     for kind in ("quality", "times", "footprint"):
         fact = SweepRecord.model_fields[kind].annotation
-        assert not [name for name, field in fact.model_fields.items() if not field.description], kind
+        assert not [
+            name for name, field in fact.model_fields.items() if not field.description
+        ], kind
 
 
 def test_a_line_nested_deeper_than_any_record_is_named(path):
@@ -231,13 +296,22 @@ def test_a_line_nested_deeper_than_any_record_is_named(path):
 
 
 @pytest.mark.parametrize(
-    "doubled", ['"fraction": 0.1', '"provenance": {"what": {"model": "a", "model": "b"}}', '"extra": 1e999']
+    "doubled",
+    [
+        '"fraction": 0.1',
+        '"provenance": {"what": {"model": "a", "model": "b"}}',
+        '"extra": 1e999',
+    ],
 )
 def test_a_line_that_says_two_things_or_no_number_is_named(tmp_path, doubled):
     path = tmp_path / "results.jsonl"
-    whole = json.dumps({name: value for name, value in RECORD.items() if name != "provenance"})
+    whole = json.dumps(
+        {name: value for name, value in RECORD.items() if name != "provenance"}
+    )
     path.write_text(f"{whole[:-1]}, {doubled}}}\n")
-    with pytest.raises(UsageError, match=r"line 1 of .* is no JSON record; repair or delete"):
+    with pytest.raises(
+        UsageError, match=r"line 1 of .* is no JSON record; repair or delete"
+    ):
         read(path, SweepRecord)
 
 
@@ -246,15 +320,27 @@ def test_scores_and_answers_that_are_not_one_for_each_are_named(tmp_path):
     path = tmp_path / "scores.jsonl"
     lines.append(path, {"batch": 0, "scores": {"": scores, "attn.1": scores}})
     assert read(path, ScoresRecord)[0].scores["attn.1"].kl == (0.1, 0.2)
-    lines.append(path, {"batch": 1, "scores": {"": scores, "attn.1": scores | {"kl": [0.1]}}})
-    with pytest.raises(UsageError, match=r"line 2 of .*scores.attn.1: .* of different numbers of sequences; repair"):
+    lines.append(
+        path, {"batch": 1, "scores": {"": scores, "attn.1": scores | {"kl": [0.1]}}}
+    )
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"line 2 of .*scores.attn.1: .* of different numbers of sequences; repair"
+        ),
+    ):
         read(path, ScoresRecord)
     path = tmp_path / "answers.jsonl"
     lines.append(path, {"plans": ["a", "b"], "answers": {"x": [1.5, 2.5]}})
     assert read(path, AnswersRecord)[0].answers["x"] == (1.5, 2.5)
     for wrong in ([1.5], [1.5, 2.5, 3.5]):
-        path.write_text(json.dumps({"plans": ["a", "b"], "answers": {"x": wrong}}) + "\n")
-        with pytest.raises(UsageError, match=r"line 1 of .* not one answer for each plan; repair or delete"):
+        path.write_text(
+            json.dumps({"plans": ["a", "b"], "answers": {"x": wrong}}) + "\n"
+        )
+        with pytest.raises(
+            UsageError,
+            match=r"line 1 of .* not one answer for each plan; repair or delete",
+        ):
             read(path, AnswersRecord)
 
 
@@ -266,7 +352,8 @@ def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
     assert len(str(error.value)) < 300 + len(str(path))
 
 
-# --- kinds, and what a folder is of -----------------------------------------------------------------------------------
+# --- kinds, and what a folder is of
+# --------------------------------------------------------------------------------------
 
 
 def test_each_kind_has_a_file_and_a_name_of_its_own():
@@ -282,16 +369,29 @@ def test_each_kind_has_a_file_and_a_name_of_its_own():
 
 def test_a_folder_of_a_verb_that_nothing_has_imported_is_refused(tmp_path):
     lines.append(tmp_path / "drafts.jsonl", {"record": "draft"})
-    told = "import sys; from pathlib import Path; from api import KINDS, kind_at, working_in\n"
-    told += "folder = Path(sys.argv[1]); print(kind_at(folder / 'drafts.jsonl'), 'draft' in KINDS)\n"
-    told += "with working_in(folder, 'draft'): pass\nwith working_in(folder, 'repair'): pass"
+    told = (
+        "import sys; from pathlib import Path; from api import KINDS, kind_at,"
+        " working_in\n"
+    )
+    told += (
+        "folder = Path(sys.argv[1]); print(kind_at(folder / 'drafts.jsonl'), 'draft' in"
+        " KINDS)\n"
+    )
+    told += (
+        "with working_in(folder, 'draft'): pass\nwith working_in(folder, 'repair'):"
+        " pass"
+    )
     out, said = python(told, tmp_path, stderr=subprocess.PIPE).communicate()
     assert out == "draft False\n"
-    assert said.splitlines()[-1].endswith("(drafts.jsonl); choose another folder for notall repair")
+    assert said.splitlines()[-1].endswith(
+        "(drafts.jsonl); choose another folder for notall repair"
+    )
 
 
 def sweep_record(variant="mlp", **what):
-    line = json.dumps(RECORD | {"variant": variant, "provenance": {"what": what, "where": {}}})
+    line = json.dumps(
+        RECORD | {"variant": variant, "provenance": {"what": what, "where": {}}}
+    )
     return SweepRecord.model_validate_json(line)
 
 
@@ -306,13 +406,27 @@ def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
     assert list(again) == list(ledger)
     assert keys[0] in again
     assert again[keys[0]].variant == "mlp"
-    assert Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})).missing(keys)
-    with pytest.raises(UsageError, match=r"holds results with seed 0, not 1; choose another folder \(--out\)"):
+    assert Ledger(
+        tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})
+    ).missing(keys)
+    with pytest.raises(
+        UsageError,
+        match=r"holds results with seed 0, not 1; choose another folder \(--out\)",
+    ):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 1}))
     with pytest.raises(UsageError, match=r"holds results with length None, not 8"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0, "length": 8}))
-    lines.append(tmp_path / SweepRecord.file, {n: v for n, v in RECORD.items() if n != "provenance"})
-    with pytest.raises(UsageError, match="does not say where it comes from; delete its line, or choose another folder"):
+    lines.append(
+        tmp_path / SweepRecord.file,
+        {n: v for n, v in RECORD.items() if n != "provenance"},
+    )
+    with pytest.raises(
+        UsageError,
+        match=(
+            "does not say where it comes from; delete its line, or choose another"
+            " folder"
+        ),
+    ):
         Ledger(tmp_path, SweepRecord, about)
 
 
@@ -329,7 +443,9 @@ def test_a_file_with_a_header_is_held_against_it(tmp_path):
     assert (header_of(path).provenance, header_of(path).of) == (about, "evaluation")
     assert kind_at(path) == "evaluation"
     assert [line["record"] for line in lines.read(path)] == ["header", "evaluation"]
-    assert math.isnan(Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost)
+    assert math.isnan(
+        Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost
+    )
     with pytest.raises(UsageError, match="results with objective"):
         Ledger(tmp_path, EvaluationRecord, Provenance(what={"objective": "nll"}))
     Ledger(tmp_path, EvaluationRecord, about).add(found)
@@ -337,7 +453,10 @@ def test_a_file_with_a_header_is_held_against_it(tmp_path):
 
 
 def test_a_ledger_holds_every_record_of_a_kind_without_a_key(tmp_path, monkeypatch):
-    records = [AnswersRecord(plans=("dense",), answers={"asked": (number,)}) for number in (1.0, 2.0, 2.0)]
+    records = [
+        AnswersRecord(plans=("dense",), answers={"asked": (number,)})
+        for number in (1.0, 2.0, 2.0)
+    ]
     ledger = Ledger(tmp_path, AnswersRecord)
     ledger.add(*records[:2])
     ledger.add(records[2])
@@ -346,7 +465,11 @@ def test_a_ledger_holds_every_record_of_a_kind_without_a_key(tmp_path, monkeypat
     assert len(ledger) == len(again) == 3
     read = []
     numbered = lines.numbered
-    monkeypatch.setattr(lines, "numbered", lambda *given, **how: read.append(given) or numbered(*given, **how))
+    monkeypatch.setattr(
+        lines,
+        "numbered",
+        lambda *given, **how: read.append(given) or numbered(*given, **how),
+    )
     Answers(tmp_path, "model", [Plan()])
     assert len(read) == 1
 
@@ -373,7 +496,9 @@ def test_a_folder_of_another_command_is_refused(tmp_path, line, command, says):
 
 
 def test_a_command_is_told_as_it_can_be_typed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["notall", "pareto", "--plan", "/home/me/4 attentions.json"])
+    monkeypatch.setattr(
+        sys, "argv", ["notall", "pareto", "--plan", "/home/me/4 attentions.json"]
+    )
     assert this_run()["command"] == "notall pareto --plan '4 attentions.json'"
 
 
@@ -389,7 +514,9 @@ def test_a_path_that_cannot_be_written_or_read_is_one_clear_line(tmp_path):
         lambda: lines.append(tmp_path / "file" / "results.jsonl", {}),
         lambda: enter(tmp_path / "file"),
     ):
-        with pytest.raises(UsageError, match=r"^cannot write .*file.*choose another folder$") as caught:
+        with pytest.raises(
+            UsageError, match=r"^cannot write .*file.*choose another folder$"
+        ) as caught:
             act()
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match=r"cannot read .*: Is a directory"):
@@ -403,21 +530,30 @@ def test_a_full_device_is_one_clear_line():
 
 
 def test_a_line_has_a_limit(path, monkeypatch):
-    """It is not read to its end, which a reader of JSON would take minutes to understand."""
+    """It is not read to its end, which a reader of JSON would take minutes to
+    understand.
+    """
     longest = max(map(len, path.read_bytes().splitlines(keepends=True)))
     monkeypatch.setattr(lines, "MOST_BYTES", longest + 1)
     assert lines.read(path) == RECORDS
     monkeypatch.setattr(lines, "MOST_BYTES", longest)
-    with pytest.raises(UsageError, match=rf"has {longest} bytes or more; delete that line"):
+    with pytest.raises(
+        UsageError, match=rf"has {longest} bytes or more; delete that line"
+    ):
         lines.read(path)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])
 @pytest.mark.parametrize("torn", [b"", b'{"variant": "mlp", "nl'])
-def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_the_file_as_it_was(path, room, torn):
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_the_file_as_it_was(
+    path, room, torn
+):
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
-    with room_for(len(whole) + room), pytest.raises(UsageError, match="File too large; make room"):
+    with (
+        room_for(len(whole) + room),
+        pytest.raises(UsageError, match="File too large; make room"),
+    ):
         lines.append(path, RECORDS[0])
     assert path.read_bytes() == whole
     lines.append(path, RECORDS[0])
@@ -433,7 +569,9 @@ def test_a_record_that_is_no_json_writes_nothing(path):
 
 def python(code, *arguments, **streams):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, **streams)
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, **streams
+    )
 
 
 WRITER = """
@@ -479,12 +617,18 @@ def enter(folder):
         pass
 
 
-def test_a_second_process_on_a_folder_is_told_so_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_a_second_process_on_a_folder_is_told_so_and_a_killed_one_leaves_no_lock(
+    tmp_path,
+):
     folder = tmp_path / "out"
     command, pipe = [sys.executable, "-c", HOLDER, folder], subprocess.PIPE
-    holder = subprocess.Popen(command, cwd=Path(__file__).parent, stdin=pipe, stdout=pipe)
+    holder = subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdin=pipe, stdout=pipe
+    )
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(UsageError, match=r"another run is working in .*out; wait for it"):
+    with pytest.raises(
+        UsageError, match=r"another run is working in .*out; wait for it"
+    ):
         enter(folder)
     enter(tmp_path / "other")
     holder.kill()

@@ -1,4 +1,6 @@
-"""Layers that multiply their stream by a number of their own, as Gemma 4's do: whatever runs them apart does so too."""
+"""Layers that multiply their stream by a number of their own, as Gemma 4's do: whatever
+runs them apart does so too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from api import METHODS, Layerwise, Passage, Replay, UsageError, gated, record, 
 from families import TRANSFORMERS_5, family, replayed_logits, silenced, stack_of
 from notall import Plan, locate, remove, skip
 
-pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="Gemma 4 is of transformers 5")
+pytestmark = pytest.mark.skipif(
+    not TRANSFORMERS_5, reason="Gemma 4 is of transformers 5"
+)
 
 GEMMA = "gemma4_text (nothing shared)"
 TOKENS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -74,7 +78,9 @@ def test_removed_for_good_it_answers_so_in_any_dtype(model, plan: Plan) -> None:
         assert close(model(TOKENS).logits, expected)
     remove(model, plan)
     assert close(model.double()(TOKENS).logits, expected.double())
-    assert model.bfloat16()(TOKENS).logits.dtype == torch.bfloat16  # the numbers go along
+    assert (
+        model.bfloat16()(TOKENS).logits.dtype == torch.bfloat16
+    )  # the numbers go along
 
 
 @torch.no_grad()
@@ -116,5 +122,7 @@ def test_the_stream_of_a_healing_is_off_only_where_something_is_skipped(model) -
 
 def test_published_repairs_leave_it_alone(model) -> None:
     for name in ("replaceme", "prune-and-comp", "nbl", "ghosted"):
-        with pytest.raises(UsageError, match=r"multiply their stream; only notall\.repair knows"):
+        with pytest.raises(
+            UsageError, match=r"multiply their stream; only notall\.repair knows"
+        ):
             METHODS[name].repair(model, Plan([1]), [TOKENS])

@@ -1,4 +1,6 @@
-"""An exported repair costs in each engine, token by token, what it costs here: see benchmarks/repairing/served.py."""
+"""An exported repair costs in each engine, token by token, what it costs here: see
+benchmarks/repairing/served.py.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,21 @@ from tiny_gguf import WORDS, write_gguf as write_tiny
 
 served = program("benchmarks/repairing/served")
 
-PLANS = {"portable": Plan(attention=[2], mlp=[1]), "mixed": Plan(attention=[0, 3], mlp=[1])}
-SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}
-TEXTS = [torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+PLANS = {
+    "portable": Plan(attention=[2], mlp=[1]),
+    "mixed": Plan(attention=[0, 3], mlp=[1]),
+}
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "eos_token_id": None,
+}
+TEXTS = [
+    torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(n))
+    for n in range(3)
+]
 WINDOWS = torch.cat(TEXTS)[:3].tolist()
 
 
@@ -31,7 +45,13 @@ def healed(request, tmp_path):
     """A model, and a plan whose weights a repair and a training made."""
     dense = write_tiny(family("llama").build(**SIZES), tmp_path / "dense.gguf")
     model, _ = load(dense, dtype="float32", device="cpu")
-    plan = heal(model, repair(model, PLANS[request.param], TEXTS), TEXTS[1:], TEXTS[:1], TrainConfig(rate=1e-3))
+    plan = heal(
+        model,
+        repair(model, PLANS[request.param], TEXTS),
+        TEXTS[1:],
+        TEXTS[:1],
+        TrainConfig(rate=1e-3),
+    )
     assert len(plan.weights) > 8
     return dense, model, plan
 
@@ -61,7 +81,12 @@ def test_transformers_loses_the_same(healed, tmp_path):
 @engines.needs("xllamacpp", "pip install xllamacpp")
 def test_llamacpp_loses_the_same(healed, tmp_path):
     dense, model, plan = healed
-    check("llama.cpp", export(dense, plan, "gguf", tmp_path / "out", verify=False), model, plan)
+    check(
+        "llama.cpp",
+        export(dense, plan, "gguf", tmp_path / "out", verify=False),
+        model,
+        plan,
+    )
 
 
 def test_ours_is_the_loss_of_the_skipped_model():
@@ -74,15 +99,22 @@ def test_ours_is_the_loss_of_the_skipped_model():
 
 
 def test_what_an_engine_does_not_tell_is_left_out_on_both_sides():
-    row = served.compared("llama.cpp", "dense", [[1.0, None], [3.5, 2.0]], [[1.5, 9.0], [3.0, 2.0]])
-    assert row == served.Compared("llama.cpp", "dense", nll=6.5 / 3, ours=6.5 / 3, worst=0.5, tokens=3)
+    row = served.compared(
+        "llama.cpp", "dense", [[1.0, None], [3.5, 2.0]], [[1.5, 9.0], [3.0, 2.0]]
+    )
+    assert row == served.Compared(
+        "llama.cpp", "dense", nll=6.5 / 3, ours=6.5 / 3, worst=0.5, tokens=3
+    )
     with pytest.raises(RuntimeError, match="tells of no token"):
         served.compared("llama.cpp", "dense", [[None]], [[1.0]])
 
 
 def test_an_engine_fails_by_what_it_is_off_beyond_the_dense_model():
     def rows(**off):
-        return [served.Compared("an engine", name, 2 + value, 2.0, 0.1, 9) for name, value in off.items()]
+        return [
+            served.Compared("an engine", name, 2 + value, 2.0, 0.1, 9)
+            for name, value in off.items()
+        ]
 
     assert served.too_far(rows(dense=0.02, repaired=-0.029), 0.01) == []
     assert served.too_far(rows(dense=0.0, repaired=-0.011), 0.01) == ["an engine"]
@@ -91,7 +123,11 @@ def test_an_engine_fails_by_what_it_is_off_beyond_the_dense_model():
 
 @pytest.mark.slow
 def test_an_engine_that_is_not_there_is_said(tmp_path):
-    assert "make test-engines installs it" in served.absent("vllm", str(tmp_path / "python"))
+    assert "make test-engines installs it" in served.absent(
+        "vllm", str(tmp_path / "python")
+    )
     assert served.absent("transformers", "") == ""
-    with pytest.raises(UsageError, match=r"vllm did not score: .*No module named 'vllm'"):
+    with pytest.raises(
+        UsageError, match=r"vllm did not score: .*No module named 'vllm'"
+    ):
         served.asked_of("vllm", sys.executable, tmp_path, WINDOWS)

@@ -1,4 +1,6 @@
-"""What a load finds wrong with a server: each fault planted in one that answers as vLLM's does."""
+"""What a load finds wrong with a server: each fault planted in one that answers as
+vLLM's does.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ import pytest
 
 from programs import ROOT, program
 
-pytestmark = [pytest.mark.any_transformers, pytest.mark.slow]  # of a program that only `make bench-engines` runs
+pytestmark = [
+    pytest.mark.any_transformers,
+    pytest.mark.slow,
+]  # of a program that only `make bench-engines` runs
 
 REQUESTS, AT_ONCE, NEW = 40, 6, 5
 
@@ -49,12 +54,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        used = 0.0 if self.server.fault == "blind" else (self.server.running + self.server.leaked) / 64
+        used = (
+            0.0
+            if self.server.fault == "blind"
+            else (self.server.running + self.server.leaked) / 64
+        )
         labels = '{engine="0",model_name="served"}'
         running = self.server.running + (self.server.fault == "stuck")
         self.answer(
-            f"# HELP vllm:kv_cache_usage_perc share\nvllm:kv_cache_usage_perc{labels} {used}\n"
-            f"vllm:num_requests_running{labels} {running}.0\nvllm:num_requests_waiting{labels} 0.0\n"
+            f"# HELP vllm:kv_cache_usage_perc share\nvllm:kv_cache_usage_perc{labels}"
+            f" {used}\nvllm:num_requests_running{labels}"
+            f" {running}.0\nvllm:num_requests_waiting{labels} 0.0\n"
         )
 
     def do_POST(self):
@@ -90,13 +100,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fault == "fails" and chat:
             return self.answer("{}", 503)
         form = {"message": {"role": "assistant"}} if chat else {"text": "so"}
-        choice = {"index": 0, **form, **({"more": 1} if self.server.fault == "another form" and chat else {})}
+        choice = {
+            "index": 0,
+            **form,
+            **({"more": 1} if self.server.fault == "another form" and chat else {}),
+        }
         whole = {"id": "x", "choices": [choice], "usage": {"completion_tokens": said}}
         if not asked.get("stream"):
             return self.answer(json.dumps(whole))
         self.send_response(200)
         self.end_headers()
-        chunks = [{"choices": [choice]}] * said + [{"choices": [], "usage": whole["usage"]}]
+        chunks = [{"choices": [choice]}] * said + [
+            {"choices": [], "usage": whole["usage"]}
+        ]
         try:
             for chunk in [*map(json.dumps, chunks), "[DONE]"]:
                 self.wfile.write(f"data: {chunk}\n\n".encode())
@@ -133,9 +149,17 @@ def test_a_sound_server_has_no_faults_and_is_asked_for_all_at_once(load, bear):
     held, server = bear()
     assert held.faults == []
     assert AT_ONCE / 2 < server.most <= AT_ONCE + 2  # who hung up is soon noticed
-    assert (held.requests, held.refused, held.hung_up, held.used_after) == (REQUESTS, 4, 2, 0)
+    assert (held.requests, held.refused, held.hung_up, held.used_after) == (
+        REQUESTS,
+        4,
+        2,
+        0,
+    )
     assert 0 < held.most_used <= (AT_ONCE + 2) / 64
-    chunk = "{choices: [], usage: {completion_tokens: int}} {choices: [{index: int, text: str}]}"
+    chunk = (
+        "{choices: [], usage: {completion_tokens: int}} {choices: [{index: int, text:"
+        " str}]}"
+    )
     assert held.forms["stream"] == [chunk]
     assert load.compared({"dense": held, "export": held}) == []
 
@@ -197,13 +221,19 @@ json.dump({{"benchmarks": runs}}, open(path, "w"))
 
 
 @pytest.mark.parametrize("done", [6, 5])
-def test_guidellm_is_asked_for_each_load_and_no_request_may_fail(done, tmp_path, monkeypatch):
+def test_guidellm_is_asked_for_each_load_and_no_request_may_fail(
+    done, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(ROOT / "benchmarks/engines")  # as when it is run
     served, command = program("benchmarks/engines/served"), tmp_path / "guidellm"
     command.write_text(GUIDELLM.format(python=sys.executable, done=done))
     command.chmod(0o755)
-    asked = argparse.Namespace(guidellm=command, loads=[1, 4], requests=6, prompt=64, new=16)
-    ask = partial(served.asked_by_guidellm, asked, tmp_path, count(1), "http://127.0.0.1:1")
+    asked = argparse.Namespace(
+        guidellm=command, loads=[1, 4], requests=6, prompt=64, new=16
+    )
+    ask = partial(
+        served.asked_by_guidellm, asked, tmp_path, count(1), "http://127.0.0.1:1"
+    )
     if done < 6:
         with pytest.raises(SystemExit, match="of 6 requests, 1 at once"):
             ask()
@@ -211,8 +241,17 @@ def test_guidellm_is_asked_for_each_load_and_no_request_may_fail(done, tmp_path,
     sample = ask()
     assert sample[4] == {"first_ms": 400, "between_ms": 10, "tokens_per_s": 200}
     faster = {
-        load: {name: value / (2 if "ms" in name else 0.5) for name, value in of.items()} for load, of in sample.items()
+        load: {name: value / (2 if "ms" in name else 0.5) for name, value in of.items()}
+        for load, of in sample.items()
     }
     dense, half = served.rows_of({"dense": [sample] * 3, "half": [faster] * 3}, [4])
-    assert (dense.model, dense.tokens_speedup.median, dense.first_ms.n) == ("dense", 1, 3)
-    assert (half.first_speedup.median, half.between_speedup.median, half.tokens_speedup.median) == (2, 2, 2)
+    assert (dense.model, dense.tokens_speedup.median, dense.first_ms.n) == (
+        "dense",
+        1,
+        3,
+    )
+    assert (
+        half.first_speedup.median,
+        half.between_speedup.median,
+        half.tokens_speedup.median,
+    ) == (2, 2, 2)

@@ -1,6 +1,8 @@
-"""No command runs a file of the working folder, of OUT or of a model, though it is called as a library is.
+"""No command runs a file of the working folder, of OUT or of a model, though it is
+called as a library is.
 
-Each of these folders holds a `NAME.py` for every module there is, which leaves a mark when it is run.
+Each of these folders holds a `NAME.py` for every module there is, which leaves a mark
+when it is run.
 """
 
 from __future__ import annotations
@@ -23,11 +25,23 @@ from tiny_tasks import saved, tiny_llama, write_tasks
 pytestmark = pytest.mark.any_transformers  # it is about processes
 
 SCRIPT = Path(sys.executable).with_name("notall")
-# What libraries look for, and Python itself as it starts, where nothing of that name is installed.
-ABSENT = ("sitecustomize", "usercustomize", "apex", "deepspeed", "flash_attn", "kernels", "mlx", "vllm", "wandb")
+# What libraries look for, and Python itself as it starts, where nothing of that name is
+# installed.
+ABSENT = (
+    "sitecustomize",
+    "usercustomize",
+    "apex",
+    "deepspeed",
+    "flash_attn",
+    "kernels",
+    "mlx",
+    "vllm",
+    "wandb",
+)
 NAMES = {*sys.stdlib_module_names, *packages_distributions(), *ABSENT, "notall"}
 
-# A run of each command on files that `place` makes. OUT is there before, full of shadows, but where it may not be.
+# A run of each command on files that `place` makes. OUT is there before, full of
+# shadows, but where it may not be.
 PLAIN = "--dtype float32 --device cpu"
 TEXT = f"--text text.txt --sequences 4 --length 24 --batch-size 2 {PLAIN}"
 TIMES = f"--prompt-tokens 4 --generation-tokens 2 --rounds 1 {PLAIN}"
@@ -36,18 +50,41 @@ TASKS = "--tasks tiny_choice,tiny_words --task-path tasks --limit 3 --num-fewsho
 LINES: dict[str, tuple[str, ...]] = {
     "inspect": (f"model {PLAIN}", "model.gguf"),
     "similarity": (f"model {TEXT} --out similarity",),
-    "generate": ("model river --max-new-tokens 2 --device cpu --plan plan.json", "model.gguf river --max-new-tokens 2"),
-    "compare": (f"model {TIMED} --out compare --skip attention:1 --criterion deepest --criterion leave-one-out",),
+    "generate": (
+        "model river --max-new-tokens 2 --device cpu --plan plan.json",
+        "model.gguf river --max-new-tokens 2",
+    ),
+    "compare": (
+        (
+            f"model {TIMED} --out compare --skip attention:1 --criterion deepest"
+            " --criterion leave-one-out"
+        ),
+    ),
     "search": (f"model {TEXT} -o search.json --skip attention:2 --patience 1",),
     "plan": ("model -o paper.json --skip attention:1",),
     "criteria": ("",),
     "repair": (f"model {TEXT} --plan plan.json --out repair",),
-    "heal": ("model --plan plan.json --text text.txt --tokens 32 --length 8 --batch-size 2 --device cpu --out heal",),
+    "heal": (
+        (
+            "model --plan plan.json --text text.txt --tokens 32 --length 8 --batch-size"
+            " 2 --device cpu --out heal"
+        ),
+    ),
     "bench": (f"model --skip block:0.5 {TIMES} --out bench",),
-    "draft": (f"model --skip attention:0.25 --text text.txt --sequences 1 --most 1 {TIMES} --out draft",),
+    "draft": (
+        (
+            "model --skip attention:0.25 --text text.txt --sequences 1 --most 1"
+            f" {TIMES} --out draft"
+        ),
+    ),
     "eval": (f"model --plan plan.json {TEXT} {TASKS} --out eval",),
     "paper": (f"model {TIMED} {TASKS} --out paper",),
-    "pareto": (f"model.gguf --plan plan.json --repair none --types F16 {TIMED} --threads 1 --out pareto",),
+    "pareto": (
+        (
+            f"model.gguf --plan plan.json --repair none --types F16 {TIMED} --threads 1"
+            " --out pareto"
+        ),
+    ),
     "sweep": (f"model {TIMED} --out sweep",),
     "tasks": ("tiny --task-path tasks",),
     "report": ("sweep -o page.html", "paper -o paper.html"),
@@ -78,7 +115,9 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder with models, a plan and a text, and shadows in it and in the models' folder."""
+    """A working folder with models, a plan and a text, and shadows in it and in the
+    models' folder.
+    """
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(notall.__file__).parents[1]))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
@@ -86,20 +125,34 @@ def place(tmp_path, monkeypatch):
     plant(folder, NAMES, tmp_path / "marks")
     copytree(folder, folder / "model")
     (folder / "plan.json").write_text('{"attention": [1], "mlp": [2]}')
-    (folder / "text.txt").write_text("The river runs under the old stone bridge, and a green bird sings. " * 40)
+    (folder / "text.txt").write_text(
+        "The river runs under the old stone bridge, and a green bird sings. " * 40
+    )
     return folder
 
 
 def plant(folder: Path, names: Iterable[str], marks: Path) -> None:
-    """A file for each of these modules, which writes its path to `marks` when it is run."""
+    """A file for each of these modules, which writes its path to `marks` when it is
+    run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / f"{name}.py").write_text(f"open({str(marks)!r}, 'a').write(__file__ + chr(10))\n")
+        (folder / f"{name}.py").write_text(
+            f"open({str(marks)!r}, 'a').write(__file__ + chr(10))\n"
+        )
 
 
 def run(folder: Path, *words: object) -> str:
-    """What Python prints with these words, in `folder`; it is to succeed, and no shadow to be run."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, check=False)
+    """What Python prints with these words, in `folder`; it is to succeed, and no shadow
+    to be run.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     marks = folder.with_name("marks")
     assert not marks.exists(), f"run: {sorted(set(marks.read_text().split()))}"
     assert done.returncode == 0, done.stderr[-2000:]
@@ -111,12 +164,19 @@ def saved_models(folder: Path) -> None:
     from tiny_gguf import WORDS, write_gguf
 
     saved(tiny_llama(), folder / "model")
-    sizes = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    sizes = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 16,
+    }
     write_gguf(family("llama").build(**sizes, eos_token_id=None), folder / "model.gguf")
 
 
 def imported_before(folder: Path) -> set[str]:
-    """What Python itself imports under -m, from the working folder first, before it runs a line of any package."""
+    """What Python itself imports under -m, from the working folder first, before it
+    runs a line of any package.
+    """
     (folder / "bare").mkdir(parents=True)
     (folder / "bare" / "__main__.py").write_text("import sys\nprint(*sys.modules)")
     return set(run(folder, "-m", "bare").split())
@@ -124,7 +184,9 @@ def imported_before(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("how", ["script", "module"])
 def test_no_shadow_is_run_as_a_command_starts(how, place, tmp_path):
-    """`python -m` has the working folder first on its path, and `__main__` takes it away."""
+    """`python -m` has the working folder first on its path, and `__main__` takes it
+    away.
+    """
     if how == "script":
         if not SCRIPT.exists():
             pytest.skip("there is no script notall beside this Python")
@@ -142,18 +204,30 @@ def test_every_command_has_a_line():
 
 @pytest.mark.slow
 def test_no_command_runs_a_shadow(place, tmp_path):
-    """In the working folder, in OUT and beside the model's weights; workers of engines included."""
+    """In the working folder, in OUT and beside the model's weights; workers of engines
+    included.
+    """
     saved_models(place)
     write_tasks(place / "tasks", 6)
     lines = [[name, *line.split()] for name, of in LINES.items() for line in of]
-    outs = {words[words.index("--out") + 1] for words in lines if "--out" in words and words[0] != "export"}
+    outs = {
+        words[words.index("--out") + 1]
+        for words in lines
+        if "--out" in words and words[0] != "export"
+    }
     for out in outs:
         plant(place / out, NAMES, tmp_path / "marks")
     if find_spec("xllamacpp") is None:
-        lines = [words for words in lines if "gguf" not in words and words[:2] != ["pareto", "model.gguf"]]
+        lines = [
+            words
+            for words in lines
+            if "gguf" not in words and words[:2] != ["pareto", "model.gguf"]
+        ]
     (tmp_path / "many.py").write_text(MANY)
     run(place, tmp_path / "many.py", json.dumps(lines))
-    assert [file.name for file in (place / "hf").glob("*.py")] == ["modeling_notall_llama.py"]  # and none is copied
+    assert [file.name for file in (place / "hf").glob("*.py")] == [
+        "modeling_notall_llama.py"
+    ]  # and none is copied
 
 
 @pytest.mark.slow

@@ -196,7 +196,10 @@ def test_memory_is_counted():
 
 def test_softmax_of_half_numbers_in_float():
     """As routers of experts take it: one kernel of CUDA."""
-    given = [torch.tensor([[1.0, 2.0, 4.0]]).half().to(device).requires_grad_() for device in ("cpu", HERE)]
+    given = [
+        torch.tensor([[1.0, 2.0, 4.0]]).half().to(device).requires_grad_()
+        for device in ("cpu", HERE)
+    ]
     made = [one.softmax(-1, dtype=torch.float32) for one in given]
     for one in made:
         assert one.dtype == torch.float32

@@ -28,7 +28,9 @@ def model():
 
 @pytest.fixture
 def calls(model):
-    """Every forward call: its input ids, tokens cached before it, positions of logits, inference mode."""
+    """Every forward call: its input ids, tokens cached before it, positions of logits,
+    inference mode.
+    """
     log, lengths = [], []
 
     def before(_, __, kwargs):
@@ -37,7 +39,14 @@ def calls(model):
 
     def after(_, __, kwargs, output):
         ids = kwargs["input_ids"]
-        log.append((ids.clone(), lengths[-1], output.logits.shape[1], torch.is_inference_mode_enabled()))
+        log.append(
+            (
+                ids.clone(),
+                lengths[-1],
+                output.logits.shape[1],
+                torch.is_inference_mode_enabled(),
+            )
+        )
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
@@ -49,7 +58,10 @@ def greedy(model, prompt, new):
     ids = prompt
     with torch.no_grad():
         for _ in range(new):
-            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            ids = torch.cat(
+                [ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)],
+                dim=1,
+            )
     return ids[:, prompt.shape[1] :]
 
 
@@ -70,7 +82,9 @@ def test_decode_feeds_the_greedy_tokens_of_an_uncached_recompute(model, calls):
     assert len(fed.unique()) > 1  # else any constant would pass
 
 
-def test_milliseconds_a_token_from_the_clock_read_at_the_three_boundaries(model, calls, monkeypatch):
+def test_milliseconds_a_token_from_the_clock_read_at_the_three_boundaries(
+    model, calls, monkeypatch
+):
     readings = iter([10.0, 10.5, 12.0])
     at = []
 
@@ -79,20 +93,26 @@ def test_milliseconds_a_token_from_the_clock_read_at_the_three_boundaries(model,
         return next(readings)
 
     monkeypatch.setattr(speed.time, "perf_counter", clock)
-    prefill_ms, decode_ms = speed.time_once(model, torch.ones(1, 7, dtype=torch.long), new=5)
+    prefill_ms, decode_ms = speed.time_once(
+        model, torch.ones(1, 7, dtype=torch.long), new=5
+    )
     assert (prefill_ms, decode_ms) == (500.0, 300.0)
     assert at == [0, 1, 6]
 
 
 def test_a_model_without_a_cache_is_refused(model):
-    model.register_forward_hook(lambda _, __, output: type(output)(logits=output.logits))
+    model.register_forward_hook(
+        lambda _, __, output: type(output)(logits=output.logits)
+    )
     with pytest.raises(UsageError, match="no KV cache"):
         speed.time_once(model, torch.ones(1, 4, dtype=torch.long), new=1)
     with pytest.raises(UsageError, match="no KV cache"):
         speed.step_ms(model, torch.ones(1, 4, dtype=torch.long), prompt=2, width=1)
 
 
-def test_steps_of_any_width_walk_over_the_text_with_the_logits_of_each_place(model, calls, monkeypatch):
+def test_steps_of_any_width_walk_over_the_text_with_the_logits_of_each_place(
+    model, calls, monkeypatch
+):
     readings, at = iter([10.0, 13.0]), []
 
     def clock():
@@ -102,13 +122,22 @@ def test_steps_of_any_width_walk_over_the_text_with_the_logits_of_each_place(mod
     monkeypatch.setattr(speed.time, "perf_counter", clock)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
     assert speed.step_ms(model, tokens, prompt=5, width=3) == 1000.0
-    assert torch.equal(torch.cat([ids for ids, *_ in calls], dim=1), tokens[:, :14])  # two do not make a step
-    assert [(length, positions) for _, length, positions, _ in calls] == [(0, 1), (5, 3), (8, 3), (11, 3)]
+    assert torch.equal(
+        torch.cat([ids for ids, *_ in calls], dim=1), tokens[:, :14]
+    )  # two do not make a step
+    assert [(length, positions) for _, length, positions, _ in calls] == [
+        (0, 1),
+        (5, 3),
+        (8, 3),
+        (11, 3),
+    ]
     assert all(inference for *_, inference in calls)
     assert at == [1, 4]
 
 
-def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, monkeypatch):
+def test_variants_alternate_and_are_entered_outside_of_the_timing(
+    model, calls, monkeypatch
+):
     events = []
 
     def variant(name):
@@ -125,25 +154,38 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, 
         return 1.0 * len(events), 2.0 * len(events)
 
     monkeypatch.setattr(speed, "time_once", time_once)
-    timings = speed.compare(model, {name: variant(name) for name in "abc"}, Workload(4, rounds=3))
+    timings = speed.compare(
+        model, {name: variant(name) for name in "abc"}, Workload(4, rounds=3)
+    )
     order = [event[1] for event in events if event[0] == "+"]
     assert order == list("abccbaabccba")
-    assert events == [event for name in order for event in (f"+{name}", "timed", f"-{name}")]
-    # The warm-up round is thrown away, the others kept in their order: event numbers of a in rounds 1 to 3.
+    assert events == [
+        event for name in order for event in (f"+{name}", "timed", f"-{name}")
+    ]
+    # The warm-up round is thrown away, the others kept in their order: event numbers of
+    # a in rounds 1 to 3.
     assert timings["a"].prefill_samples_ms == (17.0, 20.0, 35.0)
     assert timings["a"].decode_samples_ms == (34.0, 40.0, 70.0)
 
 
 def test_warm_up_is_the_measured_call_on_the_same_seeded_prompt(model, calls):
     dense = {"dense": nullcontext}
-    timing = speed.compare(model, dense, Workload(6, 3, concurrency=2, rounds=2), seed=5)
+    timing = speed.compare(
+        model, dense, Workload(6, 3, concurrency=2, rounds=2), seed=5
+    )
     runs = [calls[start : start + 4] for start in range(0, len(calls), 4)]
     assert len(runs) == 3
     assert [ids.shape for ids, *_ in runs[0]] == [(2, 6), (2, 1), (2, 1), (2, 1)]
     assert all(torch.equal(run[i][0], runs[0][i][0]) for run in runs for i in range(4))
-    assert len(timing["dense"].prefill_samples_ms) == len(timing["dense"].decode_samples_ms) == 2
+    assert (
+        len(timing["dense"].prefill_samples_ms)
+        == len(timing["dense"].decode_samples_ms)
+        == 2
+    )
     assert timing["dense"].peak_bytes is None
-    assert min(timing["dense"].prefill_samples_ms + timing["dense"].decode_samples_ms) > 0
+    assert (
+        min(timing["dense"].prefill_samples_ms + timing["dense"].decode_samples_ms) > 0
+    )
 
     speed.compare(model, dense, Workload(6, 3, concurrency=2, rounds=1), seed=6)
     assert not torch.equal(calls[-4][0], runs[0][0][0])
@@ -176,7 +218,9 @@ def test_a_variant_that_fails_is_left_and_the_error_passes_on(model):
 )
 def test_bad_counts_are_refused_before_any_work(model, calls, counts, message):
     with pytest.raises(UsageError, match=message):
-        speed.compare(model, {"dense": nullcontext}, replace(Workload(4, 2, rounds=1), **counts))
+        speed.compare(
+            model, {"dense": nullcontext}, replace(Workload(4, 2, rounds=1), **counts)
+        )
     assert calls == []
 
 
@@ -194,8 +238,12 @@ def test_spread_is_the_median_and_the_quartiles():
 
 def test_speedup_pairs_the_rounds():
     # The machine slows down as it goes: each round says 2x.
-    assert speed.speedup([2, 12, 40, 4, 30], [1, 6, 20, 2, 15]) == Quartiles(median=2, low=2, high=2, n=5)
-    assert speed.speedup([1, 9, 10], [1, 3, 20]) == Quartiles(median=1, low=0.75, high=2, n=3)
+    assert speed.speedup([2, 12, 40, 4, 30], [1, 6, 20, 2, 15]) == Quartiles(
+        median=2, low=2, high=2, n=5
+    )
+    assert speed.speedup([1, 9, 10], [1, 3, 20]) == Quartiles(
+        median=1, low=0.75, high=2, n=3
+    )
     with pytest.raises(ValueError, match="shorter"):
         speed.speedup([1, 2], [1])
 

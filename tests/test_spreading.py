@@ -1,4 +1,6 @@
-"""A cluster of two workers here: what they answer is what one process answers, also when one is killed."""
+"""A cluster of two workers here: what they answer is what one process answers, also
+when one is killed.
+"""
 
 import contextlib
 import importlib.util
@@ -40,10 +42,14 @@ from families import family
 from notall import Plan, UsageError, load, locate
 from tiny_tasks import saved, tiny_llama
 
-pytestmark = pytest.mark.any_transformers  # it is about processes: what each computes is what one computes
+pytestmark = (
+    pytest.mark.any_transformers
+)  # it is about processes: what each computes is what one computes
 
 TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 250 + 3
-REQUESTS = [Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4)) for n in range(30)]
+REQUESTS = [
+    Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4)) for n in range(30)
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,9 @@ def plans(model):
 
 @pytest.fixture(scope="module")
 def workers(options, model):
-    """Two for all tests, as starting them takes long; the test that kills them is the last to use them."""
+    """Two for all tests, as starting them takes long; the test that kills them is the
+    last to use them.
+    """
     with Workers(options, locate(model), count=2) as both:
         yield both
 
@@ -72,7 +80,12 @@ def workers(options, model):
 def answers(score_requests, plans, requests):
     found = {}
     for scores in score_requests(plans, requests):
-        found |= dict(zip(scores.requests, zip(scores.log_likelihoods.T.tolist(), scores.greedy.T.tolist())))
+        found |= dict(
+            zip(
+                scores.requests,
+                zip(scores.log_likelihoods.T.tolist(), scores.greedy.T.tolist()),
+            )
+        )
     return [found[number] for number in range(len(requests))]
 
 
@@ -99,19 +112,33 @@ cli.main()
 
 
 def sweep_on(options, folder, address, workers=1, program=forked.NOTALL, **environment):
-    """`notall sweep` on a cluster, in a process of its own: a process can't leave one cluster for another.
+    """`notall sweep` on a cluster, in a process of its own: a process can't leave one
+    cluster for another.
 
     No test looks for a running cluster, as another test process may just run one.
     """
-    words = f"sweep {options['spec']} --dtype float32 --device cpu --ray {address} --ray-workers {workers} --json"
-    words += f" --sequences 2 --length 16 --prompt-tokens 4 --generation-tokens 1 --rounds 1 --out {folder}"
-    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)} | environment):
+    words = (
+        f"sweep {options['spec']} --dtype float32 --device cpu --ray {address}"
+        f" --ray-workers {workers} --json"
+    )
+    words += (
+        " --sequences 2 --length 16 --prompt-tokens 4 --generation-tokens 1 --rounds 1"
+        f" --out {folder}"
+    )
+    with mock.patch.dict(
+        os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    ):
         return forked.run(program, *words.split())
 
 
-@pytest.mark.parametrize("address", ["nowhere", pytest.param("ray://127.0.0.1:1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "address", ["nowhere", pytest.param("ray://127.0.0.1:1", marks=pytest.mark.slow)]
+)
 def test_no_cluster_is_one_line(options, tmp_path, address):
-    quickly = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
+    quickly = {
+        "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1",
+        "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1",
+    }
     done = sweep_on(options, tmp_path, address, **quickly)
     assert done.returncode == 2
     said = " ".join(done.stderr.split())
@@ -137,7 +164,14 @@ def test_two_workers_answer_as_one_process(workers, model, plans):
 def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path):
     here, there = (
         sweep(
-            Subject(model, None, [TOKENS], tmp_path / name, Provenance(what={"model": "tiny"}), workers=some),
+            Subject(
+                model,
+                None,
+                [TOKENS],
+                tmp_path / name,
+                Provenance(what={"model": "tiny"}),
+                workers=some,
+            ),
             Workload(prompt_tokens=4, generation_tokens=1, rounds=1),
         )
         for name, some in (("here", None), ("there", workers))
@@ -150,7 +184,9 @@ def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, model, plans, monkeypatch):
+def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(
+    workers, model, plans, monkeypatch
+):
     many = [Request(tuple(range(5, 60 + n % 30)), (n % 50 + 3,)) for n in range(120)]
     monkeypatch.setattr(spreading, "SLICE", 20)
     found = []
@@ -177,15 +213,30 @@ def cluster():
         one.bind(("127.0.0.1", 0)), other.bind(("127.0.0.1", 0))
         ports = one.getsockname()[1], other.getsockname()[1]
     ray = str(Path(sys.executable).with_name("ray"))
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's socket names are long, and may have 107 characters
-    words = f"start --head --block --port {ports[0]} --ray-client-server-port {ports[1]} --temp-dir {folder}"
+    folder = tempfile.mkdtemp(
+        prefix="ray", dir="/tmp"
+    )  # Ray's socket names are long, and may have 107 characters
+    words = (
+        f"start --head --block --port {ports[0]} --ray-client-server-port {ports[1]}"
+        f" --temp-dir {folder}"
+    )
     words += " --num-cpus 2 --include-dashboard=false --disable-usage-stats"
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test" * 6}
-    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "200"  # 30 are few on a busy machine
-    running = subprocess.Popen([ray, *words.split()], env=environment, stdout=subprocess.DEVNULL)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "of-this-test" * 6,
+    }
+    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = (
+        "200"  # 30 are few on a busy machine
+    )
+    running = subprocess.Popen(
+        [ray, *words.split()], env=environment, stdout=subprocess.DEVNULL
+    )
     try:
         wait_for(ports[1], running)
-        yield ports, {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        yield (
+            ports,
+            {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")},
+        )
     finally:
         running.terminate()
         running.wait(60)
@@ -194,7 +245,10 @@ def cluster():
 
 def wait_for(port, running):
     while running.poll() is None:
-        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), 1):
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", port), 1),
+        ):
             return
         time.sleep(0.2)
     raise AssertionError("the cluster ended before it listened")
@@ -202,13 +256,17 @@ def wait_for(port, running):
 
 def test_of_a_traceback_that_rays_client_hands_on_its_last_line_is_said(monkeypatch):
     handed_on = (
-        "Initialization failure from server:\nTraceback (most recent call last):\n  File x\nRuntimeError: full\n"
+        "Initialization failure from server:\nTraceback (most recent call last):\n "
+        " File x\nRuntimeError: full\n"
     )
     monkeypatch.setattr(cluster_module.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster_module.ray, "shutdown", mock.Mock())
     tried = mock.Mock(side_effect=ConnectionAbortedError(handed_on))
     monkeypatch.setattr(cluster_module.ray, "init", tried)
-    with pytest.raises(UsageError, match="no Ray cluster at ray://there:1: RuntimeError: full; give local"):
+    with pytest.raises(
+        UsageError,
+        match="no Ray cluster at ray://there:1: RuntimeError: full; give local",
+    ):
         Workers({}, None, "ray://there:1")
     assert tried.call_count == 3
     tried.side_effect = ConnectionError("nobody is there")
@@ -219,10 +277,15 @@ def test_of_a_traceback_that_rays_client_hands_on_its_last_line_is_said(monkeypa
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, cluster, tmp_path):
+def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(
+    options, cluster, tmp_path
+):
     ports, token = cluster
     inside, outside = f"127.0.0.1:{ports[0]}", f"ray://127.0.0.1:{ports[1]}"
-    places = (("inside", inside, 2, forked.NOTALL), ("outside", outside, 1, REFUSED_ONCE))
+    places = (
+        ("inside", inside, 2, forked.NOTALL),
+        ("outside", outside, 1, REFUSED_ONCE),
+    )
     for name, address, workers, program in places:
         done = sweep_on(options, tmp_path / name, address, workers, program, **token)
         assert done.returncode == 0, done.stderr
@@ -234,10 +297,15 @@ def test_branches_are_cut_in_equal_work_and_lie_together():
     structure = locate(model)
     plans = [row.plan for row in paper_grid(structure)]
     groups = split_branches(structure, plans, 2)
-    assert sorted(number for group in groups for number in group) == list(range(len(plans)))
+    assert sorted(number for group in groups for number in group) == list(
+        range(len(plans))
+    )
 
     def work(some):
-        return [Replay(model, [plans[number] for number in group]).executions for group in some]
+        return [
+            Replay(model, [plans[number] for number in group]).executions
+            for group in some
+        ]
 
     dealt_out = [range(start, len(plans), 2) for start in (0, 1)]
     assert max(work(groups)) < max(work(dealt_out))

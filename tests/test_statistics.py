@@ -28,8 +28,12 @@ DEGREES = (0.5, 1, 1.5, 2, 3, 7, 15.5, 99, 1000, 14041)
 @pytest.mark.parametrize("degrees", DEGREES)
 def test_students_t_is_scipys(degrees):
     for t in (0, 1e-3, 0.5, 1, 1.96, 3, 8, 40):
-        assert student_p_value(t, 1, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), rel=1e-8)
-        assert student_p_value(-t / 2, 0.5, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), rel=1e-8)
+        assert student_p_value(t, 1, degrees) == pytest.approx(
+            2 * stats.t.sf(t, degrees), rel=1e-8
+        )
+        assert student_p_value(-t / 2, 0.5, degrees) == pytest.approx(
+            2 * stats.t.sf(t, degrees), rel=1e-8
+        )
     for level in (0.9, 0.95, 1 - 0.05 / 8):
         expected = stats.t.ppf((1 + level) / 2, degrees)
         assert student_quantile(degrees, level) == pytest.approx(expected, rel=1e-7)
@@ -41,14 +45,20 @@ def test_without_an_error_there_is_no_p_value_and_no_end():
     assert (student_p_value(0.0, 0.0, 3), student_p_value(1.0, 0.0, 3)) == (1, 0)
     assert Estimate(1.0, math.nan, 0).ends() == (-math.inf, math.inf)
     assert Estimate(1.0, 0.1, 0).ends() == (-math.inf, math.inf)
-    assert combined([(1.0, Estimate(2.0, 0.1, 5)), (1.0, Estimate(1.0, math.nan, 0))]).ends() == (-math.inf, math.inf)
-    assert Estimate(math.inf, 0.0, 5).less(Estimate(math.inf, 0.0, 5)).ends()[0] != 0  # no crash
+    assert combined(
+        [(1.0, Estimate(2.0, 0.1, 5)), (1.0, Estimate(1.0, math.nan, 0))]
+    ).ends() == (-math.inf, math.inf)
+    assert (
+        Estimate(math.inf, 0.0, 5).less(Estimate(math.inf, 0.0, 5)).ends()[0] != 0
+    )  # no crash
 
 
 def test_right_and_wrong_answers_have_mcnemars_exact_test():
     for gained, lost in ((0, 5), (0, 6), (3, 9), (40, 71), (0, 0)):
         differences = [1.0] * gained + [-1.0] * lost + [0.0] * 7
-        expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        expected = (
+            stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        )
         assert sign_flip_p_value(differences) == pytest.approx(expected)
 
 
@@ -57,7 +67,11 @@ def test_other_differences_have_all_their_signs_flipped():
     for n in (3, 8, 12):
         values = [draw.gauss(0.4, 1) for _ in range(n)]
         expected = stats.permutation_test(
-            (values,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=2**n, vectorized=True
+            (values,),
+            lambda x, axis: x.sum(axis),
+            permutation_type="samples",
+            n_resamples=2**n,
+            vectorized=True,
         )
         assert sign_flip_p_value(values) == pytest.approx(expected.pvalue)
 
@@ -74,7 +88,11 @@ def test_of_many_differences_a_normal_distribution_is_as_good():
 def test_items_of_one_document_are_flipped_together():
     values, documents = [0.3, 0.1, -0.2, 0.5, 0.4, 0.1], "aabbcc"
     assert summed(values, documents) == pytest.approx([0.4, 0.3, 0.5])
-    assert sign_flip_p_value(values, documents) == sign_flip_p_value(summed(values, documents)) == 2 / 8
+    assert (
+        sign_flip_p_value(values, documents)
+        == sign_flip_p_value(summed(values, documents))
+        == 2 / 8
+    )
 
 
 def test_the_error_over_documents_is_cluster_robust():
@@ -87,7 +105,8 @@ def test_the_error_over_documents_is_cluster_robust():
 
 
 @pytest.mark.parametrize(
-    ("could_fall", "items", "needed"), [(5, 5, 6), (4, 8, 12), (1, 8, 48), (6, 8, None), (0, 8, None)]
+    ("could_fall", "items", "needed"),
+    [(5, 5, 6), (4, 8, 12), (1, 8, 48), (6, 8, None), (0, 8, None)],
 )
 def test_fewer_than_six_that_could_fall_are_too_few(could_fall, items, needed):
     assert too_few(could_fall, items) == needed
@@ -98,13 +117,20 @@ def test_fewer_than_six_that_could_fall_are_too_few(could_fall, items, needed):
 
 def test_a_difference_of_independent_estimates_is_welchs():
     draw = random.Random(0)
-    one, other = [draw.gauss(1, 1) for _ in range(6)], [draw.gauss(0, 3) for _ in range(11)]
-    ours, theirs = (Estimate(*mean_and_error(some), len(some) - 1) for some in (one, other))
+    one, other = (
+        [draw.gauss(1, 1) for _ in range(6)],
+        [draw.gauss(0, 3) for _ in range(11)],
+    )
+    ours, theirs = (
+        Estimate(*mean_and_error(some), len(some) - 1) for some in (one, other)
+    )
     less = ours.less(theirs)
     found = stats.ttest_ind(one, other, equal_var=False)
     assert student_p_value(*less) == pytest.approx(found.pvalue)
     assert less.ends() == pytest.approx(tuple(found.confidence_interval(0.95)))
-    assert combined([(2.0, ours)]) == pytest.approx((2 * ours.value, 2 * ours.error, ours.degrees))
+    assert combined([(2.0, ours)]) == pytest.approx(
+        (2 * ours.value, 2 * ours.error, ours.degrees)
+    )
 
 
 def test_agreement_on_all_has_an_error_too():
@@ -115,7 +141,9 @@ def test_agreement_on_all_has_an_error_too():
     apart, shift = 11 / 42, 10 / 42
     assert few == pytest.approx((-0.25, math.sqrt((apart - shift**2) / 42), 39))
     shares = [0.1, 0.4, 0.9]
-    assert paired_difference(shares, [0.2, 0.2, 0.2]) == pytest.approx((*mean_and_error([-0.1, 0.2, 0.7]), 2))
+    assert paired_difference(shares, [0.2, 0.2, 0.2]) == pytest.approx(
+        (*mean_and_error([-0.1, 0.2, 0.7]), 2)
+    )
 
 
 def test_ranks_are_tested_as_scipy_does():

@@ -10,7 +10,8 @@ from command_line import QUICK, TIMED
 
 pytestmark = [
     pytest.mark.usefixtures("short_prose"),
-    pytest.mark.any_transformers,  # of tables, figures and pages; what skipping does is the same on both
+    # of tables, figures and pages; what skipping does is the same on both
+    pytest.mark.any_transformers,
 ]
 
 
@@ -27,18 +28,31 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     with open(out / "table.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [row["variant"] for row in table] == variants
-    assert [float(row["delta_nll"]) for row in table] == [one.quality.delta_nll for one in records]
+    assert [float(row["delta_nll"]) for row in table] == [
+        one.quality.delta_nll for one in records
+    ]
     markdown = (out / "table.md").read_text(encoding="utf-8")
-    assert "tiny without its deepest attentions, MLPs or blocks, beside the original model" in markdown
+    assert (
+        "tiny without its deepest attentions, MLPs or blocks, beside the original model"
+        in markdown
+    )
     assert sum(line.startswith("| ") for line in markdown.splitlines()) == 19 + 2
     latex = (out / "table.tex").read_text(encoding="utf-8")
     assert latex.count(" \\\\\n") == 19 + 1
     assert f"{records[1].quality.delta_nll:.3f} $\\pm$" in latex.replace("$-$", "-")
-    rows = [line.split("│")[1].split()[0] for line in shown.splitlines() if line.startswith("│")]
+    rows = [
+        line.split("│")[1].split()[0]
+        for line in shown.splitlines()
+        if line.startswith("│")
+    ]
     assert rows == ["dense", *["attention"] * 6, *["MLP"] * 6, *["block"] * 6]
     about = records[0].provenance
-    assert {"model", "revision", "text", "text_sha256", "dtype", "seed"} <= set(about.what)
-    assert {"device", "threads", "versions", "machine", "command", "date"} == set(about.where)
+    assert {"model", "revision", "text", "text_sha256", "dtype", "seed"} <= set(
+        about.what
+    )
+    assert {"device", "threads", "versions", "machine", "command", "date"} == set(
+        about.where
+    )
     assert about.where["command"].startswith("notall sweep ")
     assert str(folder.parent) not in (out / "results.jsonl").read_text()
     for name, lines in (("similarity", 18), ("samples", 4), ("leave_one_out", 12)):
@@ -48,14 +62,37 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     assert str(tmp_path / "report.html") in shown
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "The capital of France is" in page
-    printed = json.loads(run("sweep", folder, "--out", out, *QUICK, *TIMED, "--json")[1])["results"]
-    assert [SweepRecord.model_validate_json(json.dumps(one)) for one in printed] == records
+    printed = json.loads(
+        run("sweep", folder, "--out", out, *QUICK, *TIMED, "--json")[1]
+    )["results"]
+    assert [
+        SweepRecord.model_validate_json(json.dumps(one)) for one in printed
+    ] == records
 
 
 def test_compare_writes_results_a_table_and_a_figure(run, folder, tmp_path):
     out = tmp_path / "c"
-    command = ["compare", folder, "--skip", "attention:1,2", "--skip", "portable:2", "--criterion", "cosine"]
-    command += ["--criterion", "search", "--objective", "nll", "--objective", "kl", "-o", out, *QUICK]
+    command = [
+        "compare",
+        folder,
+        "--skip",
+        "attention:1,2",
+        "--skip",
+        "portable:2",
+        "--criterion",
+        "cosine",
+    ]
+    command += [
+        "--criterion",
+        "search",
+        "--objective",
+        "nll",
+        "--objective",
+        "kl",
+        "-o",
+        out,
+        *QUICK,
+    ]
     code, shown, err = run(*command, *TIMED, "--json")
     assert (code, err) == (0, "")
     assert len(json.loads(shown)["comparison"]) == 9
@@ -66,13 +103,18 @@ def test_compare_writes_results_a_table_and_a_figure(run, folder, tmp_path):
     assert TIMED_ONCE in (out / "table.md").read_text()
     assert (out / "front.png").stat().st_size > 1000
     code, shown, _ = run(*command)
-    assert (code, "Plans that leave equal" in shown) == (0, False)  # no times, nothing to say of them
+    assert (code, "Plans that leave equal" in shown) == (
+        0,
+        False,
+    )  # no times, nothing to say of them
     assert TIMED_ONCE not in (out / "table.md").read_text()
     _, shown, _ = run(*command, *TIMED)
     assert TIMED_ONCE in shown
     code, _, err = run("report", out, "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
-    assert "search by nll: 2 portable sublayers" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "search by nll: 2 portable sublayers" in (
+        tmp_path / "report.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_compare_refuses_in_one_line(run, folder, tmp_path):
@@ -90,7 +132,9 @@ def test_compare_refuses_in_one_line(run, folder, tmp_path):
         "at most": ["--skip", "attention:6"],
         "tokens": ["--skip", "attention:2", "--sequences", "9999999"],
     }.items():
-        code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options, "--text", text)
+        code, _, err = run(
+            "compare", folder, "-o", tmp_path / "c", *QUICK, *options, "--text", text
+        )
         assert code == 2, says
         assert says in err
         assert err.count("\n") == 1

@@ -1,4 +1,6 @@
-"""Texts are read as they are or refused; batches are windows of the text, each at most once."""
+"""Texts are read as they are or refused; batches are windows of the text, each at most
+once.
+"""
 
 import hashlib
 import json
@@ -21,8 +23,12 @@ def numbers_tokenizer(*, starts_with_bos: bool = False) -> PreTrainedTokenizerFa
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if starts_with_bos:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1000)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="?")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 1000)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="?"
+    )
 
 
 TOKENIZER = numbers_tokenizer()
@@ -53,7 +59,11 @@ def test_a_file_is_read_as_utf_8_and_named_without_its_folder(tmp_path):
 
 
 def test_jsonl_gives_its_text_fields(tmp_path):
-    lines = [json.dumps({"text": "one\u2028two"}, ensure_ascii=False), "", json.dumps({"text": "three"})]
+    lines = [
+        json.dumps({"text": "one\u2028two"}, ensure_ascii=False),
+        "",
+        json.dumps({"text": "three"}),
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert read_text(str(tmp_path / "a.jsonl")).content == "one\u2028two\n\nthree"
 
@@ -87,12 +97,16 @@ def test_a_text_has_a_limit(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x" * 100)
     assert read_text(tmp_path / "a.txt").content == "x" * 100
     (tmp_path / "a.txt").write_text("x" * 101)
-    with pytest.raises(UsageError, match="more than 100 bytes: give a smaller file, or a part"):
+    with pytest.raises(
+        UsageError, match="more than 100 bytes: give a smaller file, or a part"
+    ):
         read_text(tmp_path / "a.txt")
 
 
 def test_no_such_text(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot read .*absent.txt \(No such file.*give `prose` or"):
+    with pytest.raises(
+        UsageError, match=r"cannot read .*absent.txt \(No such file.*give `prose` or"
+    ):
         read_text(tmp_path / "absent.txt")
     with pytest.raises(UsageError, match="cannot read"):
         read_text(tmp_path)
@@ -102,7 +116,9 @@ def test_no_such_text(tmp_path):
 
 
 def test_batches_have_the_shape_asked_for_and_the_last_what_is_left():
-    batches = token_batches(TOKENIZER, counting(100), sequences=5, length=10, batch_size=2)
+    batches = token_batches(
+        TOKENIZER, counting(100), sequences=5, length=10, batch_size=2
+    )
     assert [tuple(batch.shape) for batch in batches] == [(2, 10), (2, 10), (1, 10)]
     assert {batch.dtype for batch in batches} == {torch.int64}
 
@@ -115,13 +131,22 @@ def test_batches_have_the_shape_asked_for_and_the_last_what_is_left():
     seed=st.integers(0, 2**40),
     data=st.data(),
 )
-def test_windows_are_runs_of_the_text_and_none_comes_twice(tokens, length, batch_size, seed, data):
+def test_windows_are_runs_of_the_text_and_none_comes_twice(
+    tokens, length, batch_size, seed, data
+):
     length = min(length, tokens)
     sequences = data.draw(st.integers(1, tokens // length))
-    options = {"sequences": sequences, "length": length, "batch_size": batch_size, "seed": seed}
+    options = {
+        "sequences": sequences,
+        "length": length,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     rows = torch.cat(token_batches(TOKENIZER, counting(tokens), **options))
     assert rows.shape == (sequences, length)
-    assert torch.equal(rows, rows[:, :1] + torch.arange(length))  # counting: each row is one run
+    assert torch.equal(
+        rows, rows[:, :1] + torch.arange(length)
+    )  # counting: each row is one run
     assert len(set(rows.flatten().tolist())) == rows.numel()
     assert rows.max() < tokens
 
@@ -129,7 +154,8 @@ def test_windows_are_runs_of_the_text_and_none_comes_twice(tokens, length, batch
 def test_the_seed_decides_which_windows():
     options = {"sequences": 4, "length": 10}
     first, again, other = (
-        torch.cat(token_batches(TOKENIZER, counting(500), **options, seed=seed)) for seed in (1, 1, 2)
+        torch.cat(token_batches(TOKENIZER, counting(500), **options, seed=seed))
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -152,8 +178,9 @@ def test_rows_start_with_bos_where_texts_do():
 def test_too_short_a_text_says_what_would_fit():
     with pytest.raises(UsageError) as error:
         token_batches(TOKENIZER, counting(100), sequences=8, length=16)
-    assert str(error.value) == (
-        "the text counting has 100 tokens, too few for 8 sequences of 16 (128): "
+    assert (
+        str(error.value)
+        == "the text counting has 100 tokens, too few for 8 sequences of 16 (128): "
         "lower sequences to 6 or lower length to 12 or give a longer text"
     )
     token_batches(TOKENIZER, counting(100), sequences=6, length=16)

@@ -1,4 +1,6 @@
-"""NLL, KL and the likeliest token in tiles against whole rows of float64 logits, on every kind of head."""
+"""NLL, KL and the likeliest token in tiles against whole rows of float64 logits, on
+every kind of head.
+"""
 
 from contextlib import contextmanager
 
@@ -26,7 +28,11 @@ MATRICES = {
     "minicpm3": {},
     "modernbert-decoder": {},
 }
-CAPPED = {"gemma2": {}, "gemma2, far": {"final_logit_softcapping": 30.0}, "vaultgemma": {}}
+CAPPED = {
+    "gemma2": {},
+    "gemma2, far": {"final_logit_softcapping": 30.0},
+    "vaultgemma": {},
+}
 TILES = [(1024, 1024), (5, 7), (24, 99), (1, 1)]
 
 
@@ -42,10 +48,14 @@ def build(name, dtype=torch.float32):
 
 @contextmanager
 def in_float64(output):
-    """The output projection's answers as they are without rounding; what the model does with them follows."""
+    """The output projection's answers as they are without rounding; what the model does
+    with them follows.
+    """
     handle = output.register_forward_hook(
         lambda module, args, _: nn.functional.linear(
-            args[0].double(), module.weight.double(), None if module.bias is None else module.bias.double()
+            args[0].double(),
+            module.weight.double(),
+            None if module.bias is None else module.bias.double(),
         )
     )
     try:
@@ -56,7 +66,9 @@ def in_float64(output):
 
 @torch.no_grad()
 def slow(found, model, *, projection_in_float64=True):
-    """Of the original model and of the plan: log-probabilities of each token but the last, (tokens, vocabulary)."""
+    """Of the original model and of the plan: log-probabilities of each token but the
+    last, (tokens, vocabulary).
+    """
     answers = []
     for plan in (Plan(), PLAN):
         with silenced(model, found, plan.attention, plan.mlp):
@@ -72,21 +84,28 @@ def slow(found, model, *, projection_in_float64=True):
 @torch.inference_mode()
 def dense_rows(model):
     """The last layer's output at all tokens but the last, (tokens, hidden)."""
-    return next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=IDS)))[1][:, :-1].flatten(0, 1)
+    return next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=IDS)))[1][
+        :, :-1
+    ].flatten(0, 1)
 
 
 @torch.inference_mode()
 def fast(model, scorer=None):
     """Of the original model, then of the plan."""
     scorer, scores, dense = scorer or TokenScorer(model), [], None
-    for _, hidden in Replay(model, [Plan(), PLAN]).hidden_states(record(model, input_ids=IDS)):
+    for _, hidden in Replay(model, [Plan(), PLAN]).hidden_states(
+        record(model, input_ids=IDS)
+    ):
         rows = hidden[:, :-1].flatten(0, 1)
         if dense is None:
             dense_scores, dense = scorer.dense(rows, TARGETS, likeliest=True)
             scores.append(dense_scores)
         else:
             scores.append(scorer.score(rows, TARGETS, dense, likeliest=True))
-            nll_alone, kl_alone = scorer.score(rows, TARGETS), scorer.score(rows, None, dense)
+            nll_alone, kl_alone = (
+                scorer.score(rows, TARGETS),
+                scorer.score(rows, None, dense),
+            )
     return *scores, nll_alone, kl_alone
 
 
@@ -116,13 +135,22 @@ def test_float32_is_what_whole_rows_give(name, monkeypatch):
             torch.testing.assert_close(kl, kl_of(log_p, log_q), **close)
         for scores, log in ((dense, log_p), (ours, log_q)):
             assert torch.equal(scores.likeliest, log.argmax(-1))
-            torch.testing.assert_close(scores.confidence, log.max(-1).values.exp(), **close)
-        assert nll_alone.kl.numel() == kl_alone.nll.numel() == kl_alone.likeliest.numel() == 0
+            torch.testing.assert_close(
+                scores.confidence, log.max(-1).values.exp(), **close
+            )
+        assert (
+            nll_alone.kl.numel()
+            == kl_alone.nll.numel()
+            == kl_alone.likeliest.numel()
+            == 0
+        )
 
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_the_distance_and_its_derivative_are_what_autograd_finds(name, monkeypatch):
-    """Through plain float64 logits of the whole vocabulary, after rows that are near the dense ones and far ones."""
+    """Through plain float64 logits of the whole vocabulary, after rows that are near
+    the dense ones and far ones.
+    """
     _, model = build(name)
     projection, rows = Head(model).projection, dense_rows(model).clone()
     aim = Head(model).states(rows).detach()
@@ -130,7 +158,9 @@ def test_the_distance_and_its_derivative_are_what_autograd_finds(name, monkeypat
     bias = 0.0 if projection.bias is None else projection.bias.double()
 
     def log_probabilities(states):
-        return (projection.scale * (states @ projection.weight.double().T) + bias).log_softmax(-1)
+        return (
+            projection.scale * (states @ projection.weight.double().T) + bias
+        ).log_softmax(-1)
 
     for tile, far in zip(TILES, (0.03, 0.3, 1.0, 3.0)):
         monkeypatch.setitem(token_scores.TILES, "cpu", tile)
@@ -140,7 +170,9 @@ def test_the_distance_and_its_derivative_are_what_autograd_finds(name, monkeypat
         (derivative,) = torch.autograd.grad(expected.sum(), states)
         found, slope = TokenScorer(model).distance(given, aim)
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
-        assert (slope - derivative).norm() < 1e-3 * derivative.norm()  # a difference of float32 rows
+        assert (
+            slope - derivative
+        ).norm() < 1e-3 * derivative.norm()  # a difference of float32 rows
 
 
 @pytest.mark.parametrize("name", CAPPED)
@@ -152,7 +184,9 @@ def test_a_head_that_is_capped_cannot_be_aimed_at(name):
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_on_likely_words_it_is_what_a_model_of_these_words_alone_gives(name, monkeypatch):
+def test_on_likely_words_it_is_what_a_model_of_these_words_alone_gives(
+    name, monkeypatch
+):
     found, model = build(name)
     log_p, log_q = slow(found, model)
     monkeypatch.setitem(token_scores.TILES, "cpu", (5, 7))
@@ -161,7 +195,8 @@ def test_on_likely_words_it_is_what_a_model_of_these_words_alone_gives(name, mon
     words = torch.cat([likely, TARGETS]).unique()
     assert 20 < len(words) < log_p.shape[1]
     dense, ours, nll_alone, kl_alone = fast(
-        model, TokenScorer(model).on_likely_words(dense_rows(model).split(7), 20, [TARGETS])
+        model,
+        TokenScorer(model).on_likely_words(dense_rows(model).split(7), 20, [TARGETS]),
     )
     log_p, log_q = (log[:, words].log_softmax(-1) for log in (log_p, log_q))
     close = {"rtol": 1e-6, "atol": 1e-5, "check_dtype": False}
@@ -180,7 +215,10 @@ def test_where_a_part_of_the_words_would_save_little_all_are_taken(name, words):
     _, model = build(name)
     scorer = TokenScorer(model)
     assert scorer.on_likely_words(dense_rows(model).split(7), words, []) is scorer
-    assert scorer.on_likely_words(dense_rows(model).split(7), 49, []) is not scorer or name in CAPPED
+    assert (
+        scorer.on_likely_words(dense_rows(model).split(7), 49, []) is not scorer
+        or name in CAPPED
+    )
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -236,20 +274,30 @@ def test_targets_beyond_all_reach_are_as_unlikely_as_they_are(name):
     assert nll_of(log_q).max() > 200
     _, ours, nll_alone, kl_alone = fast(model)
     for nll in (ours.nll, nll_alone.nll):
-        torch.testing.assert_close(nll, nll_of(log_q), rtol=1e-5, atol=1e-3, check_dtype=False)
+        torch.testing.assert_close(
+            nll, nll_of(log_q), rtol=1e-5, atol=1e-3, check_dtype=False
+        )
     for kl in (ours.kl, kl_alone.kl):
-        torch.testing.assert_close(kl, kl_of(log_p, log_q), rtol=1e-5, atol=5e-3, check_dtype=False)
+        torch.testing.assert_close(
+            kl, kl_of(log_p, log_q), rtol=1e-5, atol=5e-3, check_dtype=False
+        )
     assert torch.equal(ours.likeliest, log_q.argmax(-1))
 
 
-def test_logits_far_below_their_targets_are_raised_to_what_counts_for_nothing(monkeypatch):
-    """And where the largest one is far below what it is taken less, sums of what was raised are not believed."""
+def test_logits_far_below_their_targets_are_raised_to_what_counts_for_nothing(
+    monkeypatch,
+):
+    """And where the largest one is far below what it is taken less, sums of what was
+    raised are not believed.
+    """
     found, model = build("phi")
     with torch.no_grad():
         model.lm_head.bias.sub_(300)  # of every logit, so that nothing changes
         model.lm_head.bias[:50].sub_(100)  # and half of the words as good as gone
     raised = []
-    monkeypatch.setattr(torch.Tensor, "clamp_", count_calls(torch.Tensor.clamp_, raised))
+    monkeypatch.setattr(
+        torch.Tensor, "clamp_", count_calls(torch.Tensor.clamp_, raised)
+    )
     log_p, log_q = slow(found, model)
     dense, ours, nll_alone, kl_alone = fast(model)
     assert raised
@@ -303,7 +351,9 @@ def test_a_head_of_another_class_is_run_as_it_is():
     model = with_head(Doubling)
     assert Head(model).projection is None
     _, log_q = slow(family("llama"), model, projection_in_float64=False)
-    torch.testing.assert_close(fast(model)[1].nll, nll_of(log_q), rtol=0, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(
+        fast(model)[1].nll, nll_of(log_q), rtol=0, atol=1e-5, check_dtype=False
+    )
 
 
 def test_a_head_that_is_exchanged_is_probed_again():
@@ -354,14 +404,21 @@ def test_log_likelihoods_of_requests_are_those_of_whole_rows(monkeypatch):
     found, model = build("phi")
     with torch.no_grad():
         choice = [int(token) for token in model(IDS[:1]).logits[0, -2:].argmax(-1)]
-    requests = [Request(tuple(IDS[0].tolist()), tuple(choice)), Request(tuple(IDS[1].tolist()), (5, 6, 7))]
+    requests = [
+        Request(tuple(IDS[0].tolist()), tuple(choice)),
+        Request(tuple(IDS[1].tolist()), (5, 6, 7)),
+    ]
     (scores,) = Scorer(model).score([Plan(), PLAN], requests)
-    for plan, likely, greedy in zip((Plan(), PLAN), scores.log_likelihoods, scores.greedy):
+    for plan, likely, greedy in zip(
+        (Plan(), PLAN), scores.log_likelihoods, scores.greedy
+    ):
         for number, value, same in zip(scores.requests, likely, greedy):
             request = requests[number]
             length = len(request.continuation)
             with torch.no_grad(), silenced(model, found, plan.attention, plan.mlp):
-                logits = model(torch.tensor([request.sequence])).logits[0, -length:].double()
+                logits = (
+                    model(torch.tensor([request.sequence])).logits[0, -length:].double()
+                )
             wanted = torch.tensor(request.continuation)
             expected = logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
             assert float(value) == pytest.approx(float(expected), abs=1e-5 * length)

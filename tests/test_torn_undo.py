@@ -1,7 +1,9 @@
-"""Whatever interrupts `skip` or `remove`, wherever it does: once it is left, the model is what it was.
+"""Whatever interrupts `skip` or `remove`, wherever it does: once it is left, the model
+is what it was.
 
-Ctrl-C may fall on any line that is run on the way in or out, so an exception is planted at each. Two threads, and skips
-that are left in another order than they were entered, are refused.
+Ctrl-C may fall on any line that is run on the way in or out, so an exception is planted
+at each. Two threads, and skips that are left in another order than they were entered,
+are refused.
 """
 
 from __future__ import annotations
@@ -26,14 +28,34 @@ from families import TRANSFORMERS_5, family, representatives, stack_of
 from notall import Plan, RepairedPlan, UsageError, locate, remove, skip
 from test_in_place import KINDS
 
-OWN = tuple(str(Path(skipping.__file__).parents[1] / package) for package in ("running", "structure"))
+OWN = tuple(
+    str(Path(skipping.__file__).parents[1] / package)
+    for package in ("running", "structure")
+)
 PLAN = Plan([0, 2], [1, 3])
 TOKENS = torch.tensor([[5, 17, 42, 8, 61]])
 Place = tuple[str, str, int]  # file, function, and line or opcode
 CHANGING = {
-    *("skip", "_apply", "_cut", "_put", "free_cache_slots", "slice_config", "renumber", "remove"),
+    *(
+        "skip",
+        "_apply",
+        "_cut",
+        "_put",
+        "free_cache_slots",
+        "slice_config",
+        "renumber",
+        "remove",
+    ),
     *("put", "put_fields", "_hold", "__exit__"),
-    *("locate", "watching", "prove", "prove_causal", "prove_apart", "arguments", "numbered"),  # at the first time
+    *(
+        "locate",
+        "watching",
+        "prove",
+        "prove_causal",
+        "prove_apart",
+        "arguments",
+        "numbered",
+    ),  # at the first time
 }
 
 
@@ -42,9 +64,17 @@ class Planted(KeyboardInterrupt):
 
 
 class Planting:
-    """In its `with`, raises at event `at` of those in the frames of `files`; `seen` are their places in the code."""
+    """In its `with`, raises at event `at` of those in the frames of `files`; `seen` are
+    their places in the code.
+    """
 
-    def __init__(self, at: int | None = None, *, opcodes: bool = False, files: tuple[str, ...] = OWN) -> None:
+    def __init__(
+        self,
+        at: int | None = None,
+        *,
+        opcodes: bool = False,
+        files: tuple[str, ...] = OWN,
+    ) -> None:
         self.at, self.opcodes, self.files, self.seen = at, opcodes, files, list[Place]()
 
     def __enter__(self) -> None:
@@ -74,7 +104,9 @@ Choose = Callable[[list[Place]], Iterable[int]]
 
 def first(places: list[Place]) -> Iterable[int]:
     """The first time that each line or opcode is run."""
-    return sorted({place: number for number, place in reversed([*enumerate(places)])}.values())
+    return sorted(
+        {place: number for number, place in reversed([*enumerate(places)])}.values()
+    )
 
 
 def first_of_changes(places: list[Place]) -> Iterable[int]:
@@ -83,12 +115,16 @@ def first_of_changes(places: list[Place]) -> Iterable[int]:
 
 
 def eighth(number: int) -> Choose:
-    """Of the same, one in eight, from the first on or a later one: tests of eight numbers have all between them."""
+    """Of the same, one in eight, from the first on or a later one: tests of eight
+    numbers have all between them.
+    """
     return lambda places: [*first(places)][number % 8 :: 8]
 
 
 def interrupted(run: Run, choose: Choose, **how: Any) -> Iterator[Place]:
-    """Do `run` with an exception at each event that `choose` picks. Goes on while what was raised is still held."""
+    """Do `run` with an exception at each event that `choose` picks. Goes on while what
+    was raised is still held.
+    """
     run(Planting(**how))
     run(counted := Planting(**how))
     for at in choose(counted.seen):
@@ -106,29 +142,56 @@ def logits(model: Any) -> Tensor:
 
 
 def state(model: Any) -> tuple[Any, ...]:
-    """All of the model, by identity: its modules, their attributes, weights and hooks, and the fields of its config."""
+    """All of the model, by identity: its modules, their attributes, weights and hooks,
+    and the fields of its config.
+    """
     config = model.config.get_text_config()
     held = {
         (name, id(module), *place, key): id(value)
         for name, module in model.named_modules()
-        for *place, fields in ((vars(module),), *((n, v) for n, v in vars(module).items() if isinstance(v, dict)))
+        for *place, fields in (
+            (vars(module),),
+            *((n, v) for n, v in vars(module).items() if isinstance(v, dict)),
+        )
         for key, value in fields.items()
     }
-    return held, model.config.to_dict(), type(config), {name: id(value) for name, value in vars(config).items()}
+    return (
+        held,
+        model.config.to_dict(),
+        type(config),
+        {name: id(value) for name, value in vars(config).items()},
+    )
 
 
 def repaired(model: Any, plan: Plan) -> RepairedPlan:
     """`plan` with other weights for all that it keeps of layer 1."""
     structure, layer = locate(model), stack_of(model)[1]
-    kept = [part for part in structure.blocks[1].sublayers if 1 not in getattr(plan, part.kind)]
+    kept = [
+        part
+        for part in structure.blocks[1].sublayers
+        if 1 not in getattr(plan, part.kind)
+    ]
     names = tuple(f"{name}." for part in kept for name in part.modules)
-    weights = {name: weight.detach() for name, weight in layer.named_parameters() if name.startswith(names)}
+    weights = {
+        name: weight.detach()
+        for name, weight in layer.named_parameters()
+        if name.startswith(names)
+    }
     assert weights
-    return RepairedPlan.of(plan, weights={f"{structure.layers}.1.{name}": 0.5 * one for name, one in weights.items()})
+    return RepairedPlan.of(
+        plan,
+        weights={
+            f"{structure.layers}.1.{name}": 0.5 * one for name, one in weights.items()
+        },
+    )
 
 
-def check_interrupted(model: Any, plan: Plan, choose: Choose, *, cold: bool = False, **how: Any) -> None:
-    """What the model is before a `with skip` it is behind one that was interrupted, and the next one works."""
+def check_interrupted(
+    model: Any, plan: Plan, choose: Choose, *, cold: bool = False, **how: Any
+) -> None:
+    """What the model is before a `with skip` it is behind one that was interrupted, and
+    the next one works.
+    """
     with skip(model, plan):
         skipped = logits(model)
     before, dense, inside = state(model), logits(model), is_skipping(model)
@@ -141,7 +204,9 @@ def check_interrupted(model: Any, plan: Plan, choose: Choose, *, cold: bool = Fa
             pass
 
     for place in interrupted(run, choose, **how):
-        same = state(model) == before and torch.equal(logits(model), dense)  # of which no assertion is to print all
+        same = state(model) == before and torch.equal(
+            logits(model), dense
+        )  # of which no assertion is to print all
         assert same, place
         assert is_skipping(model) == inside, place
         with skip(model, plan):
@@ -150,11 +215,14 @@ def check_interrupted(model: Any, plan: Plan, choose: Choose, *, cold: bool = Fa
     assert same
 
 
-in_place = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer")
+in_place = pytest.mark.skipif(
+    not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer"
+)
 REGROUPED_OR_NOT = ["gemma3", pytest.param("gemma4_text", marks=in_place)]
 
 
-# --- interrupted ------------------------------------------------------------------------------------------------------
+# --- interrupted
+# --------------------------------------------------------------------------------------
 
 
 def test_a_skip_is_undone_wherever_it_is_interrupted() -> None:
@@ -164,14 +232,18 @@ def test_a_skip_is_undone_wherever_it_is_interrupted() -> None:
 
 @in_place
 def test_a_skip_of_layers_in_place_is_undone_wherever_it_is_interrupted() -> None:
-    check_interrupted(family("gemma4_text").build(), Plan([0, 2], [1]), first_of_changes)
+    check_interrupted(
+        family("gemma4_text").build(), Plan([0, 2], [1]), first_of_changes
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.any_transformers  # of opcodes of ours
 def test_a_skip_is_undone_where_it_is_interrupted_within_a_line() -> None:
     model = family("gemma3").build()
-    check_interrupted(model, repaired(model, Plan([0, 2], [1])), eighth(0), opcodes=True)
+    check_interrupted(
+        model, repaired(model, Plan([0, 2], [1])), eighth(0), opcodes=True
+    )
 
 
 @pytest.mark.slow
@@ -185,12 +257,18 @@ def test_a_skip_of_each_structure_is_undone(number: int, family: Any) -> None:
 @in_place
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), [*enumerate(KINDS)])
-def test_a_skip_of_each_kind_of_layers_in_place_is_undone(number: int, name: str) -> None:
+def test_a_skip_of_each_kind_of_layers_in_place_is_undone(
+    number: int, name: str
+) -> None:
     one = family(name)
-    check_interrupted(one.build(), Plan([0]) if one.only_attention else Plan([1], [0]), eighth(number))
+    check_interrupted(
+        one.build(), Plan([0]) if one.only_attention else Plan([1], [0]), eighth(number)
+    )
 
 
-def test_a_skip_inside_a_skip_that_is_interrupted_leaves_the_outer_one_as_it_was() -> None:
+def test_a_skip_inside_a_skip_that_is_interrupted_leaves_the_outer_one_as_it_was() -> (
+    None
+):
     model = family("llama").build()
     with skip(model, Plan([0])):
         check_interrupted(model, repaired(model, Plan([2], [3])), first_of_changes)
@@ -208,7 +286,9 @@ def test_a_first_skip_that_is_interrupted_leaves_no_watch_behind() -> None:
     def some(places: list[Place]) -> Iterable[int]:  # looking takes long
         return [*first_of_changes(places)][::4]
 
-    check_interrupted(family("llama").build(num_hidden_layers=2).train(), Plan([1]), some, cold=True)
+    check_interrupted(
+        family("llama").build(num_hidden_layers=2).train(), Plan([1]), some, cold=True
+    )
 
 
 @pytest.mark.slow
@@ -254,8 +334,12 @@ def test_an_undo_goes_on_where_it_is_interrupted_again_and_again() -> None:
     assert place == {"a": 1, "b": 2}
 
 
-@pytest.mark.parametrize("portable", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_interrupted_removal_leaves_the_whole_model_or_has_removed_all(portable: bool) -> None:
+@pytest.mark.parametrize(
+    "portable", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_removal_leaves_the_whole_model_or_has_removed_all(
+    portable: bool,
+) -> None:
     whole = family("llama").build()
     plan = repaired(whole, Plan([2], [1]) if portable else PLAN)
     model, dense = whole, logits(whole)
@@ -276,14 +360,19 @@ def test_an_interrupted_removal_leaves_the_whole_model_or_has_removed_all(portab
         found = logits(model)
         ends.append(found.equal(skipped))
         assert ends[-1] or found.equal(dense), place
-        assert model.config.num_hidden_layers == len(stack_of(model)) == (left if ends[-1] else 4)
+        assert (
+            model.config.num_hidden_layers
+            == len(stack_of(model))
+            == (left if ends[-1] else 4)
+        )
         assert ("save_pretrained" in vars(model)) == (ends[-1] and not portable), place
     assert ends == sorted(ends)
     assert not ends[0]
     assert sum(ends) <= 4  # on the last lines
 
 
-# --- in threads, and in another order ---------------------------------------------------------------------------------
+# --- in threads, and in another order
+# --------------------------------------------------------------------------------------
 
 
 def test_a_second_thread_is_refused_until_the_first_has_left() -> None:
@@ -294,7 +383,10 @@ def test_a_second_thread_is_refused_until_the_first_has_left() -> None:
         with skip(model, Plan([1])):
             return logits(model)
 
-    refused = pytest.raises(UsageError, match=r"^another thread is inside a .* of this model: take turns, or .*$")
+    refused = pytest.raises(
+        UsageError,
+        match=r"^another thread is inside a .* of this model: take turns, or .*$",
+    )
     with ThreadPoolExecutor(1) as pool:
         with skip(model, PLAN):
             here = logits(model)
@@ -309,7 +401,9 @@ def test_a_second_thread_is_refused_until_the_first_has_left() -> None:
     assert torch.equal(logits(model), dense)
 
 
-def test_threads_that_skip_at_once_are_refused_or_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_skip_at_once_are_refused_or_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, plans = family("llama").build(), [Plan([0]), Plan([1], [1]), Plan([], [2])]
     dense, expected = logits(model), []
     for plan in plans:
@@ -339,10 +433,15 @@ def test_threads_that_skip_at_once_are_refused_or_right(monkeypatch: pytest.Monk
     assert torch.equal(logits(model), dense)
 
 
-WRONG_ORDER = r"^a `with notall\.skip\(\.\.\.\)` was left ahead of one inside of it, .*: leave the one .* first$"
+WRONG_ORDER = (
+    r"^a `with notall\.skip\(\.\.\.\)` was left ahead of one inside of it, .*: leave"
+    r" the one .* first$"
+)
 
 
-def test_skips_that_are_left_in_the_wrong_order_are_refused_and_leave_the_model_dense() -> None:
+def test_skips_that_are_left_in_the_wrong_order_are_refused_and_leave_the_model_dense() -> (
+    None
+):
     model = family("llama").build()
     with skip(model, PLAN):  # at the first time transformers puts hooks that stay
         pass

@@ -1,7 +1,9 @@
-"""The known ways of leaving out a sublayer wrongly: each is planted here, and seen to be caught.
+"""The known ways of leaving out a sublayer wrongly: each is planted here, and seen to
+be caught.
 
-A fault is caught by the recomposition check (`locate` refuses the model) or by the comparison of `test_architectures`
-with the slow twin; where both should catch it, both are asked.
+A fault is caught by the recomposition check (`locate` refuses the model) or by the
+comparison of `test_architectures` with the slow twin; where both should catch it, both
+are asked.
 """
 
 from __future__ import annotations
@@ -27,19 +29,40 @@ from api import (
 )
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, locate, skip
-from test_architectures import EXACT, PLANS, PROMPT, check_family, generate, mask_for, prompt, uncached
+from test_architectures import (
+    EXACT,
+    PLANS,
+    PROMPT,
+    check_family,
+    generate,
+    mask_for,
+    prompt,
+    uncached,
+)
 
 Patch = pytest.MonkeyPatch
-ATTENTIONS = {name: plan for name, plan in PLANS.items() if name in ("first attention", "all but one attention")}
+ATTENTIONS = {
+    name: plan
+    for name, plan in PLANS.items()
+    if name in ("first attention", "all but one attention")
+}
 MIXED = {"mixed": PLANS["mixed"]}
 # Other numbers, a cache that has no such layer, and a mask of another window.
-CATCHES = ("off by", "differs from its recomposition", "list index out of range", "must match the size of tensor")
+CATCHES = (
+    "off by",
+    "differs from its recomposition",
+    "list index out of range",
+    "must match the size of tensor",
+)
 
 
 def is_caught_by_comparison(
-    name: str, plans: dict[str, Plan] = ATTENTIONS, before: Callable[[], Any] = lambda: None
+    name: str,
+    plans: dict[str, Plan] = ATTENTIONS,
+    before: Callable[[], Any] = lambda: None,
 ) -> bool:
-    """Whether the comparison finds other numbers in a model that was located before `before` planted the fault.
+    """Whether the comparison finds other numbers in a model that was located before
+    `before` planted the fault.
 
     Anything else that goes wrong is no catch: it is raised.
     """
@@ -54,7 +77,9 @@ def is_caught_by_comparison(
 
 
 def is_caught_by_recomposition(name: str) -> bool:
-    """Whether `locate` refuses a model since a layer is not what it is taken for; any other refusal is raised."""
+    """Whether `locate` refuses a model since a layer is not what it is taken for; any
+    other refusal is raised.
+    """
     try:
         locate(family(name).build("eager"))
     except UnsupportedModel as refusal:
@@ -69,7 +94,18 @@ def is_catch(error: Exception) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "olmo3", "gpt_oss", "granite", "bloom", "gpt_neox", "cohere", "gemma2", "gpt2"]
+    "name",
+    [
+        "llama",
+        "olmo3",
+        "gpt_oss",
+        "granite",
+        "bloom",
+        "gpt_neox",
+        "cohere",
+        "gemma2",
+        "gpt2",
+    ],
 )
 def test_nothing_is_caught_where_nothing_is_planted(name: str) -> None:
     assert not is_caught_by_comparison(name)
@@ -81,7 +117,9 @@ def test_an_error_of_another_kind_is_no_catch(monkeypatch: Patch) -> None:
         raise RuntimeError("a mistake of the test")
 
     with pytest.raises(RuntimeError, match="a mistake of the test"):
-        is_caught_by_comparison("llama", before=lambda: monkeypatch.setattr(skipping, "renumber", mistaken))
+        is_caught_by_comparison(
+            "llama", before=lambda: monkeypatch.setattr(skipping, "renumber", mistaken)
+        )
     monkeypatch.setattr(proving, "renumber", mistaken)
     with pytest.raises(UnsupportedModel, match="a mistake of the test"):
         is_caught_by_recomposition("llama")
@@ -89,7 +127,9 @@ def test_an_error_of_another_kind_is_no_catch(monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo"])
 def test_stale_layer_index(name: str, monkeypatch: Patch) -> None:
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(skipping, "renumber", lambda *_: []))
+    assert is_caught_by_comparison(
+        name, before=lambda: monkeypatch.setattr(skipping, "renumber", lambda *_: [])
+    )
 
 
 def test_stale_layer_index_in_the_proof(monkeypatch: Patch) -> None:
@@ -103,17 +143,27 @@ def test_norm_left_running(name: str, monkeypatch: Patch) -> None:
     right = skipping.Holder.forward
 
     def wrong(self: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
-        norm = next(module for path, module in self.named_modules() if path.endswith("layernorm"))
+        norm = next(
+            module
+            for path, module in self.named_modules()
+            if path.endswith("layernorm")
+        )
         return right(self, norm(hidden), *rest)
 
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(skipping.Holder, "forward", wrong))
+    assert is_caught_by_comparison(
+        name, before=lambda: monkeypatch.setattr(skipping.Holder, "forward", wrong)
+    )
 
 
 @pytest.mark.parametrize("name", ["granite", "granitemoe"])
 def test_residual_multiplier_forgotten(name: str, monkeypatch: Patch) -> None:
     def forget() -> None:
         right = Op.run
-        monkeypatch.setattr(Op, "run", lambda self, *given: right(self, *given) if self.module else given[1])
+        monkeypatch.setattr(
+            Op,
+            "run",
+            lambda self, *given: right(self, *given) if self.module else given[1],
+        )
 
     assert is_caught_by_comparison(name, before=forget)
     assert is_caught_by_recomposition(name)
@@ -121,8 +171,12 @@ def test_residual_multiplier_forgotten(name: str, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("name", ["olmo3", "gemma3", "gpt_oss", "cohere2", "ministral"])
 def test_layer_list_not_sliced(name: str, monkeypatch: Patch) -> None:
-    """Windows and the two kinds of RoPE: masks and caches are chosen by `config.layer_types`."""
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(slicing, "PER_LAYER_LISTS", ()))
+    """Windows and the two kinds of RoPE: masks and caches are chosen by
+    `config.layer_types`.
+    """
+    assert is_caught_by_comparison(
+        name, before=lambda: monkeypatch.setattr(slicing, "PER_LAYER_LISTS", ())
+    )
 
 
 @pytest.mark.parametrize("name", ["olmo3", "gemma3", "gpt_oss"])
@@ -132,21 +186,30 @@ def test_layer_list_cut_from_the_front(name: str, monkeypatch: Patch) -> None:
     def wrong(config: Any, layers: Any) -> None:
         right(config, range(len(layers)))
 
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(skipping, "slice_config", wrong))
+    assert is_caught_by_comparison(
+        name, before=lambda: monkeypatch.setattr(skipping, "slice_config", wrong)
+    )
 
 
 class NoAttention(nn.Module):
-    """The naive way: the layer stays, with its number, and its attention answers zeros."""
+    """The naive way: the layer stays, with its number, and its attention answers
+    zeros.
+    """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return torch.zeros_like(hidden_states), None
 
 
 # transformers 4.57 happens to get the others right.
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", *(["opt", "bloom", "gemma3"] if TRANSFORMERS_5 else [])])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3", "gpt2", *(["opt", "bloom", "gemma3"] if TRANSFORMERS_5 else [])],
+)
 @torch.no_grad()
 def test_cache_length_of_layer_0(name: str) -> None:
-    """With original numbering, layer 0's empty cache says that nothing was seen: positions and masks are wrong."""
+    """With original numbering, layer 0's empty cache says that nothing was seen:
+    positions and masks are wrong.
+    """
     model, attention = family(name).build("eager"), family(name).attention
     if name == "gemma3":
         attention = "self_attn"
@@ -167,16 +230,22 @@ def test_cache_length_of_layer_0(name: str) -> None:
     layer._modules[attention] = kept
     with silenced(model, family(name), plan.attention, ()):
         slow = uncached(model, sequences, mask_for(sequences, mask))
-    assert relative_error(scores, slow[:, PROMPT - 1 : -1]) > 1e-3, "transformers mended this: say so in the docs"
+    assert relative_error(scores, slow[:, PROMPT - 1 : -1]) > 1e-3, (
+        "transformers mended this: say so in the docs"
+    )
 
 
 class SelfAdding(nn.Module):
-    def forward(self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         return residual, None
 
 
 def test_attention_scaled_by_its_layer_index(monkeypatch: Patch) -> None:
-    """transformers 4.57 divides by the very index that addresses the cache; 5 keeps the scale apart."""
+    """transformers 4.57 divides by the very index that addresses the cache; 5 keeps the
+    scale apart.
+    """
     name = "gpt2 (scaled by layer)"
     if TRANSFORMERS_5:
         assert not is_caught_by_recomposition(name)
@@ -199,7 +268,8 @@ def lose(monkeypatch: Patch, *arguments: str) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [("bloom", "alibi"), ("mpt", "position_bias"), ("falcon (ALiBi)", "alibi")]
+    ("name", "argument"),
+    [("bloom", "alibi"), ("mpt", "position_bias"), ("falcon (ALiBi)", "alibi")],
 )
 def test_alibi_lost(name: str, argument: str, monkeypatch: Patch) -> None:
     plant = lose(monkeypatch, argument)
@@ -209,10 +279,14 @@ def test_alibi_lost(name: str, argument: str, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neo", "biogpt"])
 def test_learned_positions_counted_by_layer_0(name: str, monkeypatch: Patch) -> None:
-    """Positions come from the cache's length: not from the layer whose attention is skipped."""
+    """Positions come from the cache's length: not from the layer whose attention is
+    skipped.
+    """
     assert not is_caught_by_comparison(name, {"first attention": Plan([0])})
     assert is_caught_by_comparison(
-        name, {"first attention": Plan([0])}, lambda: monkeypatch.setattr(skipping, "renumber", lambda *_: [])
+        name,
+        {"first attention": Plan([0])},
+        lambda: monkeypatch.setattr(skipping, "renumber", lambda *_: []),
     )
 
 
@@ -225,7 +299,9 @@ def test_attention_sinks_stay_with_their_attention() -> None:
         assert len(stack_of_live(model)) == 1
         stack_of_live(model)[0].self_attn.sinks.data.fill_(-1e9)
         assert relative_error(model(tokens).logits, found) > 1e-3
-    assert stack_of(model)[2].self_attn.sinks.max() == -1e9, "it is the sink of attention 2"
+    assert stack_of(model)[2].self_attn.sinks.max() == -1e9, (
+        "it is the sink of attention 2"
+    )
 
 
 def stack_of_live(model: nn.Module) -> nn.ModuleList:
@@ -239,21 +315,37 @@ def test_soft_cap_lost(monkeypatch: Patch) -> None:
         right(config, layers)
         config.__dict__["final_logit_softcapping"] = None
 
-    assert is_caught_by_comparison("gemma2", before=lambda: monkeypatch.setattr(skipping, "slice_config", wrong))
+    assert is_caught_by_comparison(
+        "gemma2", before=lambda: monkeypatch.setattr(skipping, "slice_config", wrong)
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_neox", "phi", "cohere", "falcon (parallel)", "falcon (two norms)", "stablelm (parallel)"]
+    "name",
+    [
+        "gpt_neox",
+        "phi",
+        "cohere",
+        "falcon (parallel)",
+        "falcon (two norms)",
+        "stablelm (parallel)",
+    ],
 )
 def test_parallel_block_taken_for_a_sequence(name: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(proving, "block_lines", lambda block: [part.branches for part in block.sublayers])
+    monkeypatch.setattr(
+        proving,
+        "block_lines",
+        lambda block: [part.branches for part in block.sublayers],
+    )
     assert is_caught_by_recomposition(name)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox (sequential)"])
 def test_sequence_taken_for_a_parallel_block(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(
-        proving, "block_lines", lambda block: [block.sublayers[0].branches + block.sublayers[1].branches]
+        proving,
+        "block_lines",
+        lambda block: [block.sublayers[0].branches + block.sublayers[1].branches],
     )
     assert is_caught_by_recomposition(name)
 
@@ -263,22 +355,33 @@ def test_norm_behind_the_mixer_forgotten(name: str, monkeypatch: Patch) -> None:
     right = locating.lines_of
 
     def wrong(trace: Any) -> Any:
-        return [tuple(replace(branch, ops=branch.ops[:-1]) for branch in line) for line in right(trace)]
+        return [
+            tuple(replace(branch, ops=branch.ops[:-1]) for branch in line)
+            for line in right(trace)
+        ]
 
     monkeypatch.setattr(locating, "lines_of", wrong)
     assert is_caught_by_recomposition(name)
 
 
-@pytest.mark.parametrize("name", ["cohere", "phi", "falcon (parallel)", "falcon (one norm)"])
+@pytest.mark.parametrize(
+    "name", ["cohere", "phi", "falcon (parallel)", "falcon (one norm)"]
+)
 def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> None:
     """One norm feeds both mixers: the MLP still needs it when the attention goes."""
     right = Branch.run
 
     def wrong(self: Branch, holder: nn.Module, *rest: Any) -> Tensor:
-        without = replace(self, ops=self.ops[1:]) if isinstance(holder, skipping.Holder) else self
+        without = (
+            replace(self, ops=self.ops[1:])
+            if isinstance(holder, skipping.Holder)
+            else self
+        )
         return right(without, holder, *rest)
 
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(Branch, "run", wrong))
+    assert is_caught_by_comparison(
+        name, before=lambda: monkeypatch.setattr(Branch, "run", wrong)
+    )
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
@@ -287,7 +390,10 @@ def test_residual_added_twice(name: str, monkeypatch: Patch) -> None:
     right = locating.lines_of
 
     def wrong(trace: Any) -> Any:
-        return [tuple(replace(branch, adds_itself=False) for branch in line) for line in right(trace)]
+        return [
+            tuple(replace(branch, adds_itself=False) for branch in line)
+            for line in right(trace)
+        ]
 
     monkeypatch.setattr(locating, "lines_of", wrong)
     assert is_caught_by_recomposition(name)

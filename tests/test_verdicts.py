@@ -17,7 +17,9 @@ PAGE = KEPT.with_suffix(".md")
 
 def test_page_is_rendered_from_what_was_found() -> None:
     render = runpy.run_path(str(Path(KEPT).with_suffix(".py")))["render"]
-    assert render(read()) == PAGE.read_text(encoding="utf-8"), "docs/architectures.md is out of date"
+    assert render(read()) == PAGE.read_text(encoding="utf-8"), (
+        "docs/architectures.md is out of date"
+    )
 
 
 def test_enough_is_proved_and_refused() -> None:

@@ -1,4 +1,6 @@
-"""From a config alone, with no weights, `locate` says what it says of the model itself."""
+"""From a config alone, with no weights, `locate` says what it says of the model
+itself.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,13 @@ from api import fingerprint
 from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_layout
 from notall import ModelStructure, UnsupportedModel, locate
 
-# In transformers 4.57 these go by values: of the router (DeepSeek), or at construction (Apertus).
-NEEDS_VALUES = {} if TRANSFORMERS_5 else {"deepseek_v2": UnsupportedModel, "apertus": NotImplementedError}
+# In transformers 4.57 these go by values: of the router (DeepSeek), or at construction
+# (Apertus).
+NEEDS_VALUES = (
+    {}
+    if TRANSFORMERS_5
+    else {"deepseek_v2": UnsupportedModel, "apertus": NotImplementedError}
+)
 
 
 @each_layout(FAMILIES)
@@ -41,7 +48,12 @@ def empty(family: Family) -> Any:
 
 
 def facts(structure: ModelStructure) -> Any:
-    return structure.model_type, structure.layers, structure.fingerprint, structure.blocks
+    return (
+        structure.model_type,
+        structure.layers,
+        structure.fingerprint,
+        structure.blocks,
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,11 +72,15 @@ def facts(structure: ModelStructure) -> Any:
 def test_a_fingerprint_tells_shapes_apart(change: dict[str, int]) -> None:
     """So that a plan is refused by a model of another shape."""
     shape = {**LLAMA, **change}
-    assert fingerprint(AutoConfig.for_model("llama", **shape)) != fingerprint(AutoConfig.for_model("llama", **LLAMA))
+    assert fingerprint(AutoConfig.for_model("llama", **shape)) != fingerprint(
+        AutoConfig.for_model("llama", **LLAMA)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak from /proc"
+)
 def test_llama_70b_in_little_memory() -> None:
     program = """
 import pathlib, re, torch, transformers, notall
@@ -76,7 +92,9 @@ attention = notall.locate(model).blocks[79].attention
 peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())
 print(int(peak.group(1)) // 1024, attention.parameters, attention.kv_bytes_per_token)
 """
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     mebibytes, parameters, kv_bytes = map(int, answer.stdout.split())
     assert mebibytes < 1024
     assert parameters == 8192 * (8192 + 1024 + 1024 + 8192) + 8192

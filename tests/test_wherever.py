@@ -1,4 +1,6 @@
-"""A skipped model works wherever a model is used, and says there what its slow twin says."""
+"""A skipped model works wherever a model is used, and says there what its slow twin
+says.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ from notall import Plan, locate, skip
 PLAN = Plan([0, 2], [2, 3])
 BATCH = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(5))
 ONE = BATCH[:1]
-NAMES = ["llama", "olmo3", "falcon (parallel)"]  # plain, norms behind and windows, a parallel block
+NAMES = [
+    "llama",
+    "olmo3",
+    "falcon (parallel)",
+]  # plain, norms behind and windows, a parallel block
 
 
-def slow_logits(model: PreTrainedModel, name: str, tokens: Tensor, plan: Plan = PLAN) -> Tensor:
+def slow_logits(
+    model: PreTrainedModel, name: str, tokens: Tensor, plan: Plan = PLAN
+) -> Tensor:
     with silenced(model, family(name), plan.attention, plan.mlp), torch.no_grad():
         return model(tokens, use_cache=False).logits
 
@@ -34,11 +42,17 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def needs(package: str) -> Any:
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beams", "sampling"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"do_sample": True, "top_k": 20}],
+    ids=["beams", "sampling"],
+)
 def test_generate(name: str, options: dict[str, Any]) -> None:
     model = family(name).build("sdpa")
     options = {"max_new_tokens": 8, "do_sample": False} | options
@@ -60,7 +74,13 @@ def test_assisted_generation(name: str) -> None:
     target, draft = family(name).build("sdpa"), family(name).build("sdpa")
 
     def run(**options: Any) -> Tensor:
-        return target.generate(ONE, attention_mask=torch.ones_like(ONE), max_new_tokens=8, do_sample=False, **options)
+        return target.generate(
+            ONE,
+            attention_mask=torch.ones_like(ONE),
+            max_new_tokens=8,
+            do_sample=False,
+            **options,
+        )
 
     dense = run()
     with skip(draft, PLAN):
@@ -87,7 +107,8 @@ def test_hidden_states_follow_the_live_layers(name: str, first: str) -> None:
     assert len(after) == 5
     with silenced(model, family(name), plan.attention, plan.mlp):
         slow = states()
-    # The first live layer begins with the MLP of block 0; the second, block 3, ends in the final norm.
+    # The first live layer begins with the MLP of block 0; the second, block 3, ends in
+    # the final norm.
     for found, expected in zip(skipped, (slow[0], slow[3], slow[4])):
         close(found, expected)
     for found, expected in zip(after, before or after):
@@ -116,7 +137,10 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     assert silent, "what is skipped gets no gradient"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="no C++ compiler",
+)
 @pytest.mark.slow
 def test_compiled_whole_with_a_static_cache() -> None:
     from transformers import StaticCache
@@ -133,28 +157,47 @@ def test_compiled_whole_with_a_static_cache() -> None:
         for start, end in ((0, 6), (6, 7), (7, 8)):
             where = torch.arange(start, end)
             extra = {} if TRANSFORMERS_5 else {"cache_position": where}
-            output = step(BATCH[:, start:end], position_ids=where[None], **{cache_argument(model): cache}, **extra)
+            output = step(
+                BATCH[:, start:end],
+                position_ids=where[None],
+                **{cache_argument(model): cache},
+                **extra,
+            )
             found.append(output.logits)
     close(torch.cat(found, 1), slow_logits(model, "gemma3", BATCH))
 
 
-@pytest.mark.skipif(not TRANSFORMERS_5, reason="continuous batching runs on a CPU from transformers 5 on")
+@pytest.mark.skipif(
+    not TRANSFORMERS_5,
+    reason="continuous batching runs on a CPU from transformers 5 on",
+)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_continuous_batching(name: str) -> None:
     from transformers import GenerationConfig
     from transformers.generation import ContinuousBatchingConfig
 
     model = family(name).build("sdpa")
-    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # by default it takes most of the memory
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    small = ContinuousBatchingConfig(
+        num_blocks=8, max_batch_tokens=64
+    )  # by default it takes most of the memory
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": -1,
+        "pad_token_id": 0,
+    }
     prompts = [BATCH[0].tolist(), BATCH[1, :5].tolist()]
     with skip(model, PLAN):
         answers = model.generate_batch(
-            prompts, generation_config=GenerationConfig(**options), continuous_batching_config=small
+            prompts,
+            generation_config=GenerationConfig(**options),
+            continuous_batching_config=small,
         )
         found = sorted(answer.generated_tokens for answer in answers.values())
         slow = sorted(
-            model.generate(torch.tensor([tokens]), max_new_tokens=6, do_sample=False)[0, len(tokens) :].tolist()
+            model.generate(torch.tensor([tokens]), max_new_tokens=6, do_sample=False)[
+                0, len(tokens) :
+            ].tolist()
             for tokens in prompts
         )
     assert found == slow
@@ -167,27 +210,55 @@ def test_weights_offloaded_by_accelerate(name: str, tmp_path: Path) -> None:
     dense = family(name).build("sdpa")
     expected = slow_logits(dense, name, BATCH)
     layers = locate(dense).layers
-    places = {n: "cpu" for n, m in dense.named_modules() if n and not n.startswith(layers) and not list(m.children())}
-    places |= {f"{layers}.{i}": place for i, place in enumerate(["cpu", "disk", "disk", "cpu"])}
-    places = {n: p for n, p in places.items() if any(True for _ in dense.get_submodule(n).parameters())} | {
+    places = {
         n: "cpu"
         for n, m in dense.named_modules()
-        if n and not list(m.parameters()) and not n.startswith(layers) and not list(m.children())
+        if n and not n.startswith(layers) and not list(m.children())
     }
-    model = dispatch_model(copy.deepcopy(dense), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    places |= {
+        f"{layers}.{i}": place for i, place in enumerate(["cpu", "disk", "disk", "cpu"])
+    }
+    places = {
+        n: p
+        for n, p in places.items()
+        if any(True for _ in dense.get_submodule(n).parameters())
+    } | {
+        n: "cpu"
+        for n, m in dense.named_modules()
+        if n
+        and not list(m.parameters())
+        and not n.startswith(layers)
+        and not list(m.children())
+    }
+    model = dispatch_model(
+        copy.deepcopy(dense),
+        places,
+        main_device="cpu",
+        offload_dir=str(tmp_path),
+        force_hooks=True,
+    )
     with torch.no_grad():
         before = model(BATCH).logits
         with skip(model, PLAN):
             close(model(BATCH).logits, expected)
             close(
-                model.generate(BATCH, max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0],
+                model.generate(
+                    BATCH,
+                    max_new_tokens=1,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ).logits[0],
                 expected[:, -1],
             )
         assert torch.equal(model(BATCH).logits, before)
 
 
-def test_a_model_whose_embedding_is_offloaded_too_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lies on the meta device, as a model without weights does, of which only the structure is read."""
+def test_a_model_whose_embedding_is_offloaded_too_is_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies on the meta device, as a model without weights does, of which only the
+    structure is read.
+    """
     from accelerate import disk_offload
 
     model = family("llama").build("sdpa")
@@ -206,7 +277,10 @@ def test_lora(order: str) -> None:
 
     model = family("llama").build("sdpa")
     wrapped = get_peft_model(
-        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+        model,
+        LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
+        ),
     )
     wrapped.eval()
     expected = slow_logits(wrapped.get_base_model(), "llama", BATCH)
@@ -214,7 +288,9 @@ def test_lora(order: str) -> None:
     with skip(through, PLAN), torch.no_grad():
         close(wrapped(BATCH).logits, expected)
         live = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-        assert len(live) == 2 * (2 * 2 + 2)  # two attentions with two adapters and two MLPs with one, A and B each
+        assert len(live) == 2 * (
+            2 * 2 + 2
+        )  # two attentions with two adapters and two MLPs with one, A and B each
     with wrapped.disable_adapter(), torch.no_grad():
         assert relative_error(slow_logits(model, "llama", BATCH), expected) > 1e-3
 
@@ -241,14 +317,19 @@ def test_bfloat16(name: str) -> None:
 @pytest.mark.slow
 def test_flex_attention() -> None:
     model = family("mistral").build("flex_attention", head_dim=16)
-    tokens = BATCH.repeat(1, 4)  # on a CPU, torch 2.13 answers noise for fewer than 16 tokens
+    tokens = BATCH.repeat(
+        1, 4
+    )  # on a CPU, torch 2.13 answers noise for fewer than 16 tokens
     expected = slow_logits(model, "mistral", tokens)
     with skip(model, PLAN), torch.no_grad():
         close(model(tokens).logits, expected)
 
 
-# In transformers 4.57 an OLMoE layer answers one router output, so that of an MLP that rides along is not in the list.
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", *(["olmoe"] if TRANSFORMERS_5 else [])])
+# In transformers 4.57 an OLMoE layer answers one router output, so that of an MLP that
+# rides along is not in the list.
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", *(["olmoe"] if TRANSFORMERS_5 else [])]
+)
 def test_router_outputs_follow_the_live_layers(name: str) -> None:
     model, plan = family(name).build("eager"), Plan([0, 2], [2])
     with silenced(model, family(name), plan.attention, plan.mlp), torch.no_grad():
@@ -260,6 +341,8 @@ def test_router_outputs_follow_the_live_layers(name: str) -> None:
     assert output.aux_loss is not None
     live = sorted(routers - set(plan.mlp))
     dense_order = sorted(routers)
-    assert len(found) == len(live), f"{len(found)} router outputs for {len(live)} live routers"
+    assert len(found) == len(live), (
+        f"{len(found)} router outputs for {len(live)} live routers"
+    )
     for logits, index in zip(found, live):
         close(logits, slow[dense_order.index(index)])

@@ -1,4 +1,6 @@
-"""Windows that are fitted to, chosen by and measured on are drawn apart: by their places, and by their tokens."""
+"""Windows that are fitted to, chosen by and measured on are drawn apart: by their
+places, and by their tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ def text_of(tokens: list[int], name: str = "a text") -> Text:
 
 
 def share_a_run(one: list[int], other: list[int]) -> bool:
-    """Half of the shorter window, or `RUN` tokens, or all of it: every run of one in every place of the other."""
+    """Half of the shorter window, or `RUN` tokens, or all of it: every run of one in
+    every place of the other.
+    """
     shorter = min(len(one), len(other))
     size = min(shorter, max(RUN, (shorter + 1) // 2))
     places = [range(len(row) - size + 1) for row in (one, other)]
-    return any(one[i : i + size] == other[j : j + size] for i in places[0] for j in places[1])
+    return any(
+        one[i : i + size] == other[j : j + size] for i in places[0] for j in places[1]
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -38,9 +44,13 @@ def share_a_run(one: list[int], other: list[int]) -> bool:
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
-def test_runs_are_found_as_by_looking_at_every_place(rows, others, length, words, seed, data):
+def test_runs_are_found_as_by_looking_at_every_place(
+    rows, others, length, words, seed, data
+):
     generator = torch.Generator().manual_seed(seed)
-    stream = torch.randint(words, (400,), generator=generator)  # of few words, so that runs come again
+    stream = torch.randint(
+        words, (400,), generator=generator
+    )  # of few words, so that runs come again
 
     def window(tokens: int) -> torch.Tensor:
         start = data.draw(st.integers(0, 400 - tokens))
@@ -49,7 +59,9 @@ def test_runs_are_found_as_by_looking_at_every_place(rows, others, length, words
     some = torch.stack([window(length) for _ in range(rows)])
     among = [window(tokens)[None] for tokens in others]
     found = overlapping(some, among).tolist()
-    assert found == [any(share_a_run(row, one[0].tolist()) for one in among) for row in some.tolist()]
+    assert found == [
+        any(share_a_run(row, one[0].tolist()) for one in among) for row in some.tolist()
+    ]
 
 
 def test_windows_of_texts_without_a_run_in_common_do_not_overlap():
@@ -60,7 +72,10 @@ def test_windows_of_texts_without_a_run_in_common_do_not_overlap():
     assert overlapping(rows, [other]).tolist() == [False, True]
     other[1, 100] = 7777
     assert overlapping(rows, [other]).tolist() == [False, False]
-    assert overlapping(rows, [rows[:1, 200:]]).tolist() == [True, False]  # a shorter one that lies in it
+    assert overlapping(rows, [rows[:1, 200:]]).tolist() == [
+        True,
+        False,
+    ]  # a shorter one that lies in it
     assert overlapping(rows, []).tolist() == [False, False]
 
 
@@ -83,19 +98,36 @@ CUTS = {
     repeats=st.booleans(),
     with_bos=st.booleans(),
 )
-def test_windows_that_are_drawn_apart_share_no_place_and_no_run(tokens, cut, lengths, counts, seeds, repeats, with_bos):
+def test_windows_that_are_drawn_apart_share_no_place_and_no_run(
+    tokens, cut, lengths, counts, seeds, repeats, with_bos
+):
     stream = [(number * 37 % 23 if repeats else number) for number in range(tokens)]
     texts = text_of(stream), text_of(CUTS[cut](stream), "a copy"), text_of(stream)
     tokenizer, drawn = numbers_tokenizer(starts_with_bos=with_bos), []
     for text, length, count, seed in zip(texts, lengths, counts, seeds):
-        some = draw(tokenizer, text, sequences=count, length=length, seed=seed, apart=drawn, fewer=True)
+        some = draw(
+            tokenizer,
+            text,
+            sequences=count,
+            length=length,
+            seed=seed,
+            apart=drawn,
+            fewer=True,
+        )
         assert len(some) <= count
         drawn.append(some)
     for number, one in enumerate(drawn):
         for other in drawn[:number]:
-            assert not any(share_a_run(a, b) for a in one.rows.tolist() for b in other.rows.tolist())
+            assert not any(
+                share_a_run(a, b)
+                for a in one.rows.tolist()
+                for b in other.rows.tolist()
+            )
             if one.text.sha256 == other.text.sha256:
-                held = [{s + i for s in each.starts.tolist() for i in range(each.width)} for each in (one, other)]
+                held = [
+                    {s + i for s in each.starts.tolist() for i in range(each.width)}
+                    for each in (one, other)
+                ]
                 assert not held[0] & held[1]
 
 
@@ -104,7 +136,13 @@ def test_a_text_that_is_used_up_says_so_and_what_to_do():
     own = draw(TOKENIZER, text, sequences=8, length=10)
     others = draw(TOKENIZER, text, sequences=4, length=10, apart=[own], fewer=True)
     assert len(others) == 2
-    with pytest.raises(UsageError, match="only 2 of them overlap none that is used already, where 4 are needed: lower"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            "only 2 of them overlap none that is used already, where 4 are needed:"
+            " lower"
+        ),
+    ):
         draw(TOKENIZER, text, sequences=4, length=10, apart=[own])
 
 
@@ -119,7 +157,8 @@ def test_without_others_the_order_is_that_of_the_seed_alone():
     assert torch.equal(own.rows, own.starts[:, None] + torch.arange(10))
 
 
-# --- windows that a program of one's own gives ------------------------------------------------------------------------
+# --- windows that a program of one's own gives
+# --------------------------------------------------------------------------------------
 
 
 def stream(first: int, tokens: int = 64) -> torch.Tensor:
@@ -144,19 +183,40 @@ def model():
 @pytest.mark.parametrize("held_out", [*OVERLAPS.values()], ids=[*OVERLAPS])
 def test_heal_and_choose_plan_refuse_to_hold_out_what_they_use(model, held_out):
     batches, plan = [stream(100), stream(200)], Plan([1])
-    with pytest.raises(UsageError, match=r"window [01] of held_out overlaps one that is trained on, by half .*: hold"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"window [01] of held_out overlaps one that is trained on, by half .*: hold"
+        ),
+    ):
         heal(model, plan, batches, held_out)
     space = Space(locate(model), "attention")
     given = (model, "deepest", space, by_count(space, 1))
-    with pytest.raises(UsageError, match=r"window [01] of held_out overlaps one that the plan is chosen by, by half"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"window [01] of held_out overlaps one that the plan is chosen by, by half"
+        ),
+    ):
         choose_plan(*given, batches, held_out=held_out)
-    with pytest.raises(UsageError, match="chosen by"):  # by another text than that of the criterion
+    with pytest.raises(
+        UsageError, match="chosen by"
+    ):  # by another text than that of the criterion
         choose_plan(*given, [stream(500)], kl(batches), held_out=held_out)
 
 
 def test_heal_and_choose_plan_take_windows_of_other_places(model):
-    batches, held_out = [stream(100), stream(164)], [stream(228), stream(33), stream(150, 10) + 300]
+    batches, held_out = (
+        [stream(100), stream(164)],
+        [
+            stream(228),
+            stream(33),
+            stream(150, 10) + 300,
+        ],
+    )
     heal(model, Plan([1]), batches, held_out)
     space = Space(locate(model), "attention")
-    chosen = choose_plan(model, "deepest", space, by_count(space, 1), batches, held_out=held_out)
+    chosen = choose_plan(
+        model, "deepest", space, by_count(space, 1), batches, held_out=held_out
+    )
     assert chosen.held_out

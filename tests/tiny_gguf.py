@@ -1,4 +1,6 @@
-"""A tiny Llama as a GGUF file, written tensor by tensor, as llama.cpp's converter would."""
+"""A tiny Llama as a GGUF file, written tensor by tensor, as llama.cpp's converter
+would.
+"""
 
 from pathlib import Path
 
@@ -28,8 +30,11 @@ NAMES = {
 }
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, without: str = "", kind: Kind = Kind.F32) -> Path:
-    """Write a Llama or Qwen2 whose vocabulary is `WORDS`, its blocks' matrices in a type that `packed` knows.
+def write_gguf(
+    model: PreTrainedModel, path: Path, *, without: str = "", kind: Kind = Kind.F32
+) -> Path:
+    """Write a Llama or Qwen2 whose vocabulary is `WORDS`, its blocks' matrices in a
+    type that `packed` knows.
 
     `without` names a tensor to leave out.
     """
@@ -58,14 +63,18 @@ def write_gguf(model: PreTrainedModel, path: Path, *, without: str = "", kind: K
 
 
 def packed(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """As `quantize` does, and for Q4_K, which that does not write, with one scale for all 256 values of a block."""
+    """As `quantize` does, and for Q4_K, which that does not write, with one scale for
+    all 256 values of a block.
+    """
     if kind != Kind.Q4_K:
         return quantize(values, kind)
     blocks = values.reshape(-1, 256)
     least = np.minimum(blocks.min(1, keepdims=True), 0)
     step = (blocks.max(1, keepdims=True) - least) / 15
     nibbles = np.rint((blocks - least) / step).astype(np.uint8).reshape(-1, 4, 2, 32)
-    ones = np.tile(np.array([1] * 8 + [0x11] * 4, np.uint8), (len(blocks), 1))  # eight scales and minima, 6 bits each
+    ones = np.tile(
+        np.array([1] * 8 + [0x11] * 4, np.uint8), (len(blocks), 1)
+    )  # eight scales and minima, 6 bits each
     pieces = [np.hstack([step, -least]).astype(np.float16).view(np.uint8), ones]
     pieces.append((nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128))
     return np.hstack(pieces).reshape(len(values), -1)
@@ -75,7 +84,9 @@ def add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(WORDS)
-    writer.add_token_types([TokenType.CONTROL if word in SPECIAL else TokenType.NORMAL for word in WORDS])
+    writer.add_token_types(
+        [TokenType.CONTROL if word in SPECIAL else TokenType.NORMAL for word in WORDS]
+    )
     writer.add_token_merges(MERGES)
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
@@ -97,13 +108,22 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
                 tensors[f"blk.{index}.{name}.{kind}"] = weight
         if config.model_type != "llama":
             continue
-        for name, heads in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)):
+        for name, heads in (
+            ("attn_q", config.num_attention_heads),
+            ("attn_k", config.num_key_value_heads),
+        ):
             rotated = f"blk.{index}.{name}.weight"
             tensors[rotated] = _interleaved(tensors[rotated], heads)
     return tensors
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp rotates neighbouring channels of a Llama, transformers the two halves of a head."""
+    """llama.cpp rotates neighbouring channels of a Llama, transformers the two halves
+    of a head.
+    """
     rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+    return (
+        weight.view(heads, 2, rows // heads // 2, columns)
+        .transpose(1, 2)
+        .reshape(rows, columns)
+    )

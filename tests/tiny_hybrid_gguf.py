@@ -1,4 +1,6 @@
-"""Tiny hybrids as GGUF files, of random numbers in the shapes that llama.cpp asks for: no model is behind them."""
+"""Tiny hybrids as GGUF files, of random numbers in the shapes that llama.cpp asks for:
+no model is behind them.
+"""
 
 from __future__ import annotations
 
@@ -81,14 +83,20 @@ def _qwen35(index: int) -> Shapes:
 
 
 def _lfm2(index: int) -> Shapes:
-    return (_attention(normed=True) if index in (2, 5) else _convolution()) | _mlp("ffn_norm")
+    return (_attention(normed=True) if index in (2, 5) else _convolution()) | _mlp(
+        "ffn_norm"
+    )
 
 
 def _nemotron_h(index: int) -> Shapes:
     """M - M * - M - *, a letter a layer."""
     if index in (3, 7):
         return _attention()
-    return _mamba2() if index in (0, 2, 5) else {"attn_norm": (WIDTH,)} | _mlp(None, gate=False)
+    return (
+        _mamba2()
+        if index in (0, 2, 5)
+        else {"attn_norm": (WIDTH,)} | _mlp(None, gate=False)
+    )
 
 
 def _granite(index: int) -> Shapes:
@@ -96,7 +104,9 @@ def _granite(index: int) -> Shapes:
 
 
 def _gemma4(index: int) -> Shapes:
-    """Windows in all but every fourth layer, whose heads are larger; what a layer ends in is scaled."""
+    """Windows in all but every fourth layer, whose heads are larger; what a layer ends
+    in is scaled.
+    """
     head = 2 * HEAD if index % 4 == 3 else HEAD
     return {
         "attn_norm": (WIDTH,),
@@ -119,11 +129,20 @@ LAYERS: dict[str, Callable[[int], Shapes]] = {
     "granitehybrid": _granite,
     "gemma4": _gemma4,
 }
-ENDS = ("attn_output", "ssm_out", "shortconv.out_proj", "ffn_down")  # what a sublayer adds goes through one of these
+ENDS = (
+    "attn_output",
+    "ssm_out",
+    "shortconv.out_proj",
+    "ffn_down",
+)  # what a sublayer adds goes through one of these
 
 
-def write_hybrid(architecture: str, path: Path, *, silent: frozenset[str] = frozenset()) -> Path:
-    """Write it; of the sublayers `silent`, such as attn.3, the last matrix is all zeros, so that they add nothing."""
+def write_hybrid(
+    architecture: str, path: Path, *, silent: frozenset[str] = frozenset()
+) -> Path:
+    """Write it; of the sublayers `silent`, such as attn.3, the last matrix is all
+    zeros, so that they add nothing.
+    """
     draw, writer = np.random.default_rng(0), GGUFWriter(path, architecture)
     _add_settings(writer, architecture)
     add_tokenizer(writer)
@@ -138,18 +157,33 @@ def write_hybrid(architecture: str, path: Path, *, silent: frozenset[str] = froz
             values = -np.exp(0.3 * values) if name.endswith("ssm_a") else 0.3 * values
         else:
             values /= shape[-1] ** 0.5
-        writer.add_tensor(name, np.zeros_like(values) if silenced else values, raw_dtype=Kind.F32)
+        writer.add_tensor(
+            name, np.zeros_like(values) if silenced else values, raw_dtype=Kind.F32
+        )
 
     add("token_embd.weight", (len(WORDS), WIDTH))
-    add("token_embd_norm.weight" if architecture == "lfm2" else "output_norm.weight", (WIDTH,))
+    add(
+        "token_embd_norm.weight" if architecture == "lfm2" else "output_norm.weight",
+        (WIDTH,),
+    )
     add("output.weight", (len(WORDS), WIDTH))
     if architecture == "gemma4":
-        writer.add_tensor("rope_freqs.weight", np.ones(HEAD, np.float32), raw_dtype=Kind.F32)
+        writer.add_tensor(
+            "rope_freqs.weight", np.ones(HEAD, np.float32), raw_dtype=Kind.F32
+        )
     for index in range(DEPTH):
         for name, shape in LAYERS[architecture](index).items():
             kind = "mlp" if name.startswith("ffn") else "attn"
-            whole = f"blk.{index}.{name}".removesuffix(".") if "." in name[4:] and "shortconv" not in name else ""
-            add(whole or f"blk.{index}.{name}.weight", shape, name in ENDS and f"{kind}.{index}" in silent)
+            whole = (
+                f"blk.{index}.{name}".removesuffix(".")
+                if "." in name[4:] and "shortconv" not in name
+                else ""
+            )
+            add(
+                whole or f"blk.{index}.{name}.weight",
+                shape,
+                name in ENDS and f"{kind}.{index}" in silent,
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -180,9 +214,13 @@ def _add_settings(writer: GGUFWriter, architecture: str) -> None:
         writer.add_head_count_kv(KV_HEADS)
         writer.add_rope_dimension_sections([4, 2, 2, 0])
     else:
-        writer.add_head_count_kv([KV_HEADS if "attn_q" in layer else 0 for layer in layers])
+        writer.add_head_count_kv(
+            [KV_HEADS if "attn_q" in layer else 0 for layer in layers]
+        )
     if architecture == "nemotron_h":
-        writer.add_feed_forward_length([INNER if "ffn_up" in layer else 0 for layer in layers])
+        writer.add_feed_forward_length(
+            [INNER if "ffn_up" in layer else 0 for layer in layers]
+        )
     else:
         writer.add_feed_forward_length(INNER)
     if architecture == "lfm2":

@@ -1,7 +1,9 @@
-"""What the tests found of each architecture, kept in docs/architectures.jsonl, from which the table is rendered.
+"""What the tests found of each architecture, kept in docs/architectures.jsonl, from
+which the table is rendered.
 
-A test compares what it finds with the kept line, and fails when that is out of date. With NOTALL_RECORD=1 it writes
-the line instead: `make architectures` does so on both lines of transformers.
+A test compares what it finds with the kept line, and fails when that is out of date.
+With NOTALL_RECORD=1 it writes the line instead: `make architectures` does so on both
+lines of transformers.
 """
 
 from __future__ import annotations
@@ -21,22 +23,54 @@ LINE = "4.57" if transformers.__version__.startswith("4.") else "5"
 
 
 def compare_or_record(family: str, **found: Any) -> None:
-    """Raises `AssertionError` where the kept line differs; another release need only agree on the verdict."""
+    """Raises `AssertionError` where the kept line differs; another release need only
+    agree on the verdict.
+    """
     if found["verdict"] == "refused":
         # Numbers of a recomposition differ from machine to machine.
         found["reason"] = re.sub(r"\d\.\de-\d\d", "...", found["reason"])
-    found = {"family": family, "line": LINE, "transformers": transformers.__version__} | found
+    found = {
+        "family": family,
+        "line": LINE,
+        "transformers": transformers.__version__,
+    } | found
     if RECORDING:
         with FileLock(f"{KEPT}.lock"):
-            others = [line for line in read() if (line["family"], line["line"]) != (family, LINE)]
-            lines = sorted([*others, found], key=lambda line: (line["verdict"], line["family"].lower(), line["line"]))
-            KEPT.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            others = [
+                line
+                for line in read()
+                if (line["family"], line["line"]) != (family, LINE)
+            ]
+            lines = sorted(
+                [*others, found],
+                key=lambda line: (
+                    line["verdict"],
+                    line["family"].lower(),
+                    line["line"],
+                ),
+            )
+            KEPT.write_text(
+                "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+            )
         return
-    kept = next((line for line in read() if (line["family"], line["line"]) == (family, LINE)), {})
-    compared = found if kept.get("transformers") == transformers.__version__ else {"verdict": found["verdict"]}
+    kept = next(
+        (line for line in read() if (line["family"], line["line"]) == (family, LINE)),
+        {},
+    )
+    compared = (
+        found
+        if kept.get("transformers") == transformers.__version__
+        else {"verdict": found["verdict"]}
+    )
     known = {name: kept.get(name) for name in compared}
-    assert known == compared, "docs/architectures.jsonl is out of date: make architectures"
+    assert known == compared, (
+        "docs/architectures.jsonl is out of date: make architectures"
+    )
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
+    return (
+        [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
+        if KEPT.exists()
+        else []
+    )

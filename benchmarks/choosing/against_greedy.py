@@ -1,9 +1,11 @@
-"""The search against plain greedy, which runs every candidate in full at every step: CPU seconds, and held-out loss.
+"""The search against plain greedy, which runs every candidate in full at every step:
+CPU seconds, and held-out loss.
 
     python benchmarks/choosing/against_greedy.py --data DATA   # plain greedy alone takes some ten minutes of one core
 
-DATA holds `wikitext2/wiki.train.first1MB.txt` and `wikitext2/wiki.test.raw`. Both choose on the same tokens by NLL; the
-searches, with all their swaps and with few, run before plain greedy and after it, with nothing kept in between.
+DATA holds `wikitext2/wiki.train.first1MB.txt` and `wikitext2/wiki.test.raw`. Both
+choose on the same tokens by NLL; the searches, with all their swaps and with few, run
+before plain greedy and after it, with nothing kept in between.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ SEARCHES = {"search": PATIENCE, "search --patience 0": 0}
 
 @dataclass(frozen=True)
 class Way:
-    """What choosing in one way took, CPU seconds at least and at most, and what its plan loses, also less greedy's."""
+    """What choosing in one way took, CPU seconds at least and at most, and what its
+    plan loses, also less greedy's.
+    """
 
     name: str
     seconds: float
@@ -55,30 +59,43 @@ COLUMNS: tuple[Column[Way], ...] = (
     number("most", lambda way: way.most, ".1f"),
     words("of plain greedy's", lambda way: way.part),
     number("forward passes", lambda way: way.forwards, ".1f"),
-    with_error("NLL added, held-out", lambda way: (way.quality.delta_nll, way.quality.delta_nll_se)),
+    with_error(
+        "NLL added, held-out",
+        lambda way: (way.quality.delta_nll, way.quality.delta_nll_se),
+    ),
     with_error("less plain greedy's", lambda way: way.paired),
 )
 
 
 @torch.inference_mode()
-def plainly(model: Any, space: Space, skipped: Skipped, batches: Sequence[Tensor]) -> float:
+def plainly(
+    model: Any, space: Space, skipped: Skipped, batches: Sequence[Tensor]
+) -> float:
     losses = []
     with notall.skip(model, space.plan(skipped)):
         for tokens in batches:
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = (
+                model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+            )
             losses.append(float(cross_entropy(logits.float(), tokens[:, 1:].flatten())))
     return sum(losses) / len(losses)
 
 
-def greedy(model: Any, space: Space, count: int, batches: Sequence[Tensor]) -> tuple[Skipped, int]:
-    """What plain greedy skips, and how many forward passes of all batches, in sublayers that ran, that takes."""
+def greedy(
+    model: Any, space: Space, count: int, batches: Sequence[Tensor]
+) -> tuple[Skipped, int]:
+    """What plain greedy skips, and how many forward passes of all batches, in sublayers
+    that ran, that takes.
+    """
     skipped: Skipped = frozenset()
     ran = 0
     with progress_bar() as progress:
         for step in range(count):
             candidates = [skipped.union(unit) for unit in space.moves(skipped)]
             progress(step, count, f"plain greedy, {len(candidates)} candidates")
-            skipped = min(candidates, key=lambda each: plainly(model, space, each, batches))
+            skipped = min(
+                candidates, key=lambda each: plainly(model, space, each, batches)
+            )
             ran += len(candidates) * (len(space.names) - len(skipped))
     return skipped, ran // len(space.names)
 
@@ -86,23 +103,40 @@ def greedy(model: Any, space: Space, count: int, batches: Sequence[Tensor]) -> t
 def main() -> None:
     options = options_of(__doc__)
     options.set_defaults(threads=1)
-    options.add_argument("--count", type=int, default=20, help="sublayers that are skipped")
+    options.add_argument(
+        "--count", type=int, default=20, help="sublayers that are skipped"
+    )
     options.add_argument("--sequences", type=int, default=4)
     options.add_argument("--length", type=int, default=128)
-    options.add_argument("--held-out", type=int, default=32, help="sequences of 512 tokens")
+    options.add_argument(
+        "--held-out", type=int, default=32, help="sequences of 512 tokens"
+    )
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
-    train, test = (read_text(asked.data / "wikitext2" / name) for name in ("wiki.train.first1MB.txt", "wiki.test.raw"))
-    batches = token_batches(tokenizer, train, sequences=asked.sequences, length=asked.length, batch_size=1)
-    held_out = token_batches(tokenizer, test, sequences=asked.held_out, length=512, batch_size=2)
+    train, test = (
+        read_text(asked.data / "wikitext2" / name)
+        for name in ("wiki.train.first1MB.txt", "wiki.test.raw")
+    )
+    batches = token_batches(
+        tokenizer, train, sequences=asked.sequences, length=asked.length, batch_size=1
+    )
+    held_out = token_batches(
+        tokenizer, test, sequences=asked.held_out, length=512, batch_size=2
+    )
     space = Space(notall.locate(model))
     budget = by_count(space, asked.count)
     plainly(model, space, frozenset(), batches)  # warm
 
     def search(patience: int) -> tuple[Skipped, float, float]:
         start = time.process_time()
-        chosen = choose_plan(model, "search", space, budget, batches, nll(batches), patience=patience)
-        return frozenset(chosen.plan.names), time.process_time() - start, chosen.forwards
+        chosen = choose_plan(
+            model, "search", space, budget, batches, nll(batches), patience=patience
+        )
+        return (
+            frozenset(chosen.plan.names),
+            time.process_time() - start,
+            chosen.forwards,
+        )
 
     first = [search(patience) for patience in SEARCHES.values()]
     start = time.process_time()
@@ -113,7 +147,8 @@ def main() -> None:
     plans = [*(space.plan(found) for found, _, _ in first), space.plan(skipped)]
     per_batch = [score(model, plans, tokens) for tokens in held_out]
     losses = [
-        torch.tensor([value for scores in per_batch for value in scores[place + 1].nll]) for place in range(len(plans))
+        torch.tensor([value for scores in per_batch for value in scores[place + 1].nll])
+        for place in range(len(plans))
     ]
     took: list[tuple[str, float, float, str, float]] = []
     for name, (_, seconds, passes), (_, again, _) in zip(SEARCHES, first, second):
@@ -126,8 +161,14 @@ def main() -> None:
         for one, quality, own in zip(took, gather(per_batch), losses)
     ]
     about = machine(model.device)
-    print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
-    title = f"{asked.count} of {len(space.names)} sublayers, on {asked.sequences} x {asked.length} tokens"
+    print(
+        f"{about['cpu']}, {about['threads']} threads, {asked.dtype},"
+        f" {about['versions']}"
+    )
+    title = (
+        f"{asked.count} of {len(space.names)} sublayers, on {asked.sequences} x"
+        f" {asked.length} tokens"
+    )
     print_table(table(title, COLUMNS, rows))
 
 

@@ -1,11 +1,13 @@
-"""Every criterion on a model, at every budget, by several objectives, texts and sizes: one resumable command.
+"""Every criterion on a model, at every budget, by several objectives, texts and sizes:
+one resumable command.
 
     python benchmarks/choosing/comparison.py --data DATA          # some three hours on one core with AMX
     python benchmarks/choosing/comparison.py --data DATA --quick  # a look, under a quarter of an hour on one core
     python benchmarks/choosing/comparison.py --data DATA --budgets --sequences 4 --model GGUF --name NAME --out OTHER
 
-DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `make_tasks.py`,
-which writes the task that two rows go by; see benchmarks/README.md. Results, table and front land in --out.
+DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`,
+`wikitext2/wiki.test.raw` and `make_tasks.py`, which writes the task that two rows go
+by; see benchmarks/README.md. Results, table and front land in --out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ import notall
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll, task
 from notall.choosing.space import Space, UnitKind
-from notall.experiments.compare import CalibratedObjective, Run, compare_criteria, write_comparison
+from notall.experiments.compare import (
+    CalibratedObjective,
+    Run,
+    compare_criteria,
+    write_comparison,
+)
 from notall.experiments.driver import Subject
 from notall.experiments.options import ModelOptions
 from notall.models.texts import read_text
@@ -31,15 +38,26 @@ from notall.results.terminal import progress_bar
 
 BLOCKS = 30
 TASK = "local_arc_challenge"
-ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
+ONE_SHOT = (
+    "deepest",
+    "random",
+    "cosine",
+    "angular",
+    "magnitude",
+    "first-order",
+    "fisher",
+    "gate-norm",
+)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is compared, on how much: `sequences` and `held_out` are of `length` tokens each.
+    """What is compared, on how much: `sequences` and `held_out` are of `length` tokens
+    each.
 
-    Budgets are of a model of 30 blocks: of another the nearest shares. `special` are rows of a criterion, an objective,
-    a space and a count; `other` are sequences and tokens each of the objectives "nll, less text" and so on.
+    Budgets are of a model of 30 blocks: of another the nearest shares. `special` are
+    rows of a criterion, an objective, a space and a count; `other` are sequences and
+    tokens each of the objectives "nll, less text" and so on.
     """
 
     length: int
@@ -54,15 +72,24 @@ FULL = Sizes(
     length=512,
     sequences=8,
     held_out=32,
-    budgets={"attention": (4, 8, 12), "sublayer": (16,), "block": (2, 4, 6), "portable": (4, 8, 12)},
+    budgets={
+        "attention": (4, 8, 12),
+        "sublayer": (16,),
+        "block": (2, 4, 6),
+        "portable": (4, 8, 12),
+    },
     special=(
         # other objectives, other text, more and less of it
         *(
             ("search", objective, "attention", 8)
             for objective in ("nll, C4", "task", "kl + 0.1*task", "nll, less text")
         ),
-        # plain greedy and evolution evaluate so often that they get the least text, and so does the search beside them
-        *((name, "nll, least text", "attention", 8) for name in ("search", "greedy", "evolution")),
+        # plain greedy and evolution evaluate so often that they get the least text, and
+        # so does the search beside them
+        *(
+            (name, "nll, least text", "attention", 8)
+            for name in ("search", "greedy", "evolution")
+        ),
         *((name, "nll, least text", "block", 4) for name in ("search", "greedy")),
         *((name, "nll, least text", "sublayer", 20) for name in ("search", "greedy")),
         ("search", "nll, more text", "attention", 8),
@@ -73,14 +100,21 @@ QUICK = Sizes(
     length=128,
     sequences=4,
     held_out=8,
-    budgets={"attention": (4, 8), "sublayer": (8,), "block": (2, 4), "portable": (4, 8)},
+    budgets={
+        "attention": (4, 8),
+        "sublayer": (8,),
+        "block": (2, 4),
+        "portable": (4, 8),
+    },
     special=(),
     other={},
 )
 
 
 def rows(structure: notall.ModelStructure, sizes: Sizes) -> list[Run]:
-    """One-shot criteria, losses one by one and the search by KL at every budget, and what is special."""
+    """One-shot criteria, losses one by one and the search by KL at every budget, and
+    what is special.
+    """
     spaces = {"portable": Space(structure, portable=True)}
     spaces |= {kind: Space(structure, kind) for kind in get_args(UnitKind)}
     by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out", "quadratic")]
@@ -97,18 +131,35 @@ def rows(structure: notall.ModelStructure, sizes: Sizes) -> list[Run]:
         for count in counts
         if suits(criterion, spaces[name])
     ]
-    special = [Run(by, objective, spaces[name], share(name, count)) for by, objective, name, count in sizes.special]
+    special = [
+        Run(by, objective, spaces[name], share(name, count))
+        for by, objective, name, count in sizes.special
+    ]
     return found + special
 
 
 def objectives(
-    wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path
+    wanted: set[str],
+    model: Any,
+    tokenizer: Any,
+    data: Path,
+    sizes: Sizes,
+    task_path: Path,
 ) -> dict[str, CalibratedObjective]:
-    """What the rows go by: NLL and KL on WikiText-2 train, NLL on C4, a task's training questions."""
-    wiki, c4 = (read_text(data / name) for name in ("wikitext2/wiki.train.first1MB.txt", "c4/sample300.jsonl"))
+    """What the rows go by: NLL and KL on WikiText-2 train, NLL on C4, a task's training
+    questions.
+    """
+    wiki, c4 = (
+        read_text(data / name)
+        for name in ("wikitext2/wiki.train.first1MB.txt", "c4/sample300.jsonl")
+    )
 
-    def batches(text: Any, sequences: int = sizes.sequences, length: int = sizes.length) -> list[Any]:
-        return token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=1)
+    def batches(
+        text: Any, sequences: int = sizes.sequences, length: int = sizes.length
+    ) -> list[Any]:
+        return token_batches(
+            tokenizer, text, sequences=sequences, length=length, batch_size=1
+        )
 
     def questions(weight: float) -> Any:
         return task(model, tokenizer, TASK, task_path, 50, weight)
@@ -128,7 +179,9 @@ def objectives(
             others = batches(c4)
             found[name] = CalibratedObjective(nll(others), others)
         else:
-            some = batches(wiki, *sizes.other[name.removeprefix("nll, ").removesuffix(" text")])
+            some = batches(
+                wiki, *sizes.other[name.removeprefix("nll, ").removesuffix(" text")]
+            )
             found[name] = CalibratedObjective(nll(some), some)
     return found
 
@@ -136,36 +189,65 @@ def objectives(
 def main() -> None:
     options = options_of(__doc__)
     options.add_argument("--out", type=Path, default=None)
-    options.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's, as titles say it")
+    options.add_argument(
+        "--name", default="SmolLM2-135M-Instruct", help="the model's, as titles say it"
+    )
     options.add_argument("--quick", action="store_true")
-    options.add_argument("--budgets", action="store_true", help="no rows of other texts, tasks, greedy and evolution")
-    options.add_argument("--sequences", type=int, help="to choose by, of 512 tokens each (8)")
+    options.add_argument(
+        "--budgets",
+        action="store_true",
+        help="no rows of other texts, tasks, greedy and evolution",
+    )
+    options.add_argument(
+        "--sequences", type=int, help="to choose by, of 512 tokens each (8)"
+    )
     arguments = options.parse_args()
     sizes = QUICK if arguments.quick else FULL
     if arguments.budgets:
         sizes = replace(sizes, special=())
     sizes = replace(sizes, sequences=arguments.sequences or sizes.sequences)
-    out = arguments.out or Path("results") / ("comparison-quick" if arguments.quick else "comparison")
+    out = arguments.out or Path("results") / (
+        "comparison-quick" if arguments.quick else "comparison"
+    )
     model, tokenizer = load_asked(arguments)
     task_path = out / "task-files"
     if sizes.special:
-        subprocess.run([sys.executable, arguments.data / "make_tasks.py", task_path], check=True)
+        subprocess.run(
+            [sys.executable, arguments.data / "make_tasks.py", task_path], check=True
+        )
     asked = rows(notall.locate(model), sizes)
     text = read_text(arguments.data / "wikitext2/wiki.test.raw")
-    held_out = token_batches(tokenizer, text, sequences=sizes.held_out, length=sizes.length, batch_size=2)
-    about = ModelOptions(arguments.model).provenance(model, calibration="WikiText-2 train", held_out=text.name)
+    held_out = token_batches(
+        tokenizer, text, sequences=sizes.held_out, length=sizes.length, batch_size=2
+    )
+    about = ModelOptions(arguments.model).provenance(
+        model, calibration="WikiText-2 train", held_out=text.name
+    )
     with progress_bar() as progress:
         records = compare_criteria(
             Subject(model, tokenizer, held_out, out, about),
             asked,
-            objectives({row.objective for row in asked}, model, tokenizer, arguments.data, sizes, task_path),
+            objectives(
+                {row.objective for row in asked},
+                model,
+                tokenizer,
+                arguments.data,
+                sizes,
+                task_path,
+            ),
             progress=progress,
         )
     made = (
-        f"Chosen by {sizes.sequences} windows of {sizes.length} tokens of WikiText-2 train, where no other text is "
-        f"told, and measured on {sizes.held_out} of its test, in {about.what['dtype']}."
+        f"Chosen by {sizes.sequences} windows of {sizes.length} tokens of WikiText-2"
+        f" train, where no other text is told, and measured on {sizes.held_out} of its"
+        f" test, in {about.what['dtype']}."
     )
-    write_comparison(records, out, f"NLL added on WikiText-2 test by what is skipped, {arguments.name}", made)
+    write_comparison(
+        records,
+        out,
+        f"NLL added on WikiText-2 test by what is skipped, {arguments.name}",
+        made,
+    )
     print((out / "table.md").read_text())
 
 

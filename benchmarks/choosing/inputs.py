@@ -1,4 +1,6 @@
-"""What every program of this folder is asked for: a folder of texts, a model, threads."""
+"""What every program of this folder is asked for: a folder of texts, a model,
+threads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import notall
 
 
 def options_of(description: str | None) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("--model", default="smollm2")
     options.add_argument("--dtype", default="bfloat16")

@@ -1,10 +1,12 @@
-"""KL or NLL? What sets lose that the search chose by each, on little and on more of two texts, measured on both texts.
+"""KL or NLL? What sets lose that the search chose by each, on little and on more of two
+texts, measured on both texts.
 
     python benchmarks/choosing/objectives.py --data DATA --out results/objectives
     python benchmarks/choosing/objectives.py --data DATA --out results/objectives-gemma --model GGUF
 
-DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt` and `wikitext2/wiki.test.raw`. What is measured on
-comes from other articles than what is chosen by. Evaluations are kept in --out: run again, it goes on.
+DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt` and
+`wikitext2/wiki.test.raw`. What is measured on comes from other articles than what is
+chosen by. Evaluations are kept in --out: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ OBJECTIVES: dict[str, Callable[[Sequence[Tensor]], Objective]] = {
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan, by which objective on how much of which text it was chosen, and what it loses on each text."""
+    """A plan, by which objective on how much of which text it was chosen, and what it
+    loses on each text.
+    """
 
     skip: str
     text: str
@@ -55,8 +59,13 @@ class Chosen:
 def columns_of(texts: Iterable[str]) -> list[Column[Chosen]]:
     def lost(text: str) -> tuple[Column[Chosen], ...]:
         return (
-            with_error(f"{text}, NLL added", lambda one: (one.lost[text].delta_nll, one.lost[text].delta_nll_se)),
-            with_error(f"{text}, KL", lambda one: (one.lost[text].kl, one.lost[text].kl_se)),
+            with_error(
+                f"{text}, NLL added",
+                lambda one: (one.lost[text].delta_nll, one.lost[text].delta_nll_se),
+            ),
+            with_error(
+                f"{text}, KL", lambda one: (one.lost[text].kl, one.lost[text].kl_se)
+            ),
         )
 
     return [
@@ -69,11 +78,22 @@ def columns_of(texts: Iterable[str]) -> list[Column[Chosen]]:
     ]
 
 
-def texts(tokenizer: Any, data: Path, most: int, held_out: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Of each text what is chosen by, `most` sequences of it, and what is measured on."""
-    wiki = read_text(data / "wikitext2/wiki.train.first1MB.txt"), read_text(data / "wikitext2/wiki.test.raw")
+def texts(
+    tokenizer: Any, data: Path, most: int, held_out: int
+) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Of each text what is chosen by, `most` sequences of it, and what is measured
+    on.
+    """
+    wiki = (
+        read_text(data / "wikitext2/wiki.train.first1MB.txt"),
+        read_text(data / "wikitext2/wiki.test.raw"),
+    )
     both = token_batches(
-        tokenizer, read_text(data / "c4/sample300.jsonl"), sequences=most + held_out, length=LENGTH, batch_size=1
+        tokenizer,
+        read_text(data / "c4/sample300.jsonl"),
+        sequences=most + held_out,
+        length=LENGTH,
+        batch_size=1,
     )
     chosen_by, measured = (
         token_batches(tokenizer, text, sequences=sequences, length=LENGTH, batch_size=1)
@@ -86,9 +106,22 @@ def main() -> None:
     options = options_of(__doc__)
     options.set_defaults(threads=1)
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--sizes", type=int, nargs="+", default=(4, 16, 64), help=f"sequences of {LENGTH} tokens")
-    options.add_argument("--held-out", type=int, default=64, help=f"sequences of {LENGTH} tokens of each text")
-    options.add_argument("--by", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    options.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=(4, 16, 64),
+        help=f"sequences of {LENGTH} tokens",
+    )
+    options.add_argument(
+        "--held-out",
+        type=int,
+        default=64,
+        help=f"sequences of {LENGTH} tokens of each text",
+    )
+    options.add_argument(
+        "--by", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES)
+    )
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     by_name = texts(tokenizer, asked.data, max(asked.sizes), asked.held_out)
@@ -101,16 +134,49 @@ def main() -> None:
                 for name in asked.by:
                     out = asked.out / f"{kind}-{text}-{size}-{name}".replace(" ", "")
                     some = batches[:size]
-                    found = choose_plan(model, "search", space, budget, some, OBJECTIVES[name](some), out=out)
+                    found = choose_plan(
+                        model,
+                        "search",
+                        space,
+                        budget,
+                        some,
+                        OBJECTIVES[name](some),
+                        out=out,
+                    )
                     tokens = size * LENGTH
-                    rows.append(Chosen(budget.description, text, tokens, name, found.forwards, found.plan))
-                    print(budget.description, text, tokens, name, found.forwards, found.plan, flush=True)
+                    rows.append(
+                        Chosen(
+                            budget.description,
+                            text,
+                            tokens,
+                            name,
+                            found.forwards,
+                            found.plan,
+                        )
+                    )
+                    print(
+                        budget.description,
+                        text,
+                        tokens,
+                        name,
+                        found.forwards,
+                        found.plan,
+                        flush=True,
+                    )
     for text, (_, measured) in by_name.items():
-        for row, quality in zip(rows, evaluate(model, [row.plan for row in rows], measured)):
+        for row, quality in zip(
+            rows, evaluate(model, [row.plan for row in rows], measured)
+        ):
             row.lost[text] = quality
     about = machine(model.device)
-    print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
-    title = f"What is lost on {asked.held_out * LENGTH:,} held-out tokens of each text, {asked.model}"
+    print(
+        f"{about['cpu']}, {about['threads']} threads, {asked.dtype},"
+        f" {about['versions']}"
+    )
+    title = (
+        f"What is lost on {asked.held_out * LENGTH:,} held-out tokens of each text,"
+        f" {asked.model}"
+    )
     print_table(table(title, columns_of(by_name), rows))
 
 

@@ -1,4 +1,6 @@
-"""How the search's work grows with depth: sublayers run to skip a third of tiny models, against plain greedy."""
+"""How the search's work grows with depth: sublayers run to skip a third of tiny models,
+against plain greedy.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from notall.results.terminal import print_table
 
 @dataclass(frozen=True)
 class Work:
-    """What a search in a model of so many blocks took, and the sublayers that plain greedy would run."""
+    """What a search in a model of so many blocks took, and the sublayers that plain
+    greedy would run.
+    """
 
     blocks: int
     skipped: int
@@ -42,7 +46,9 @@ COLUMNS: tuple[Column[Work], ...] = (
 
 
 def tiny(blocks: int) -> LlamaForCausalLM:
-    """A random Llama whose sublayers add little where it is deep, as those of trained ones do."""
+    """A random Llama whose sublayers add little where it is deep, as those of trained
+    ones do.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99,
@@ -56,7 +62,9 @@ def tiny(blocks: int) -> LlamaForCausalLM:
     draw = torch.Generator().manual_seed(1)
     for layer in model.model.layers:
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-            scale = 10 ** (2 * float(torch.rand((), generator=draw)) - 2)  # 0.01 to 1, whatever the depth
+            scale = 10 ** (
+                2 * float(torch.rand((), generator=draw)) - 2
+            )  # 0.01 to 1, whatever the depth
             weight.data.normal_(std=scale, generator=draw)
     return model
 
@@ -70,7 +78,9 @@ def exponent(sizes: list[int], work: list[float]) -> float:
     """The slope of log work over log size, by least squares."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in work]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum(
+        (a - mean_x) ** 2 for a in x
+    )
 
 
 def main() -> None:
@@ -86,10 +96,15 @@ def main() -> None:
         budget = by_count(space, arguments.fraction)
         chosen = choose_plan(model, "search", space, budget, batches, nll(batches))
         plain = plainly(2 * blocks, len(chosen.plan))
-        found.append(Work(blocks, len(chosen.plan), chosen.spent, chosen.forwards, plain))
+        found.append(
+            Work(blocks, len(chosen.plan), chosen.spent, chosen.forwards, plain)
+        )
     title = f"To skip {arguments.fraction:.0%} of the sublayers of tiny random models"
     print_table(table(title, COLUMNS, found))
-    ran = {"the search": [one.spent.executions for one in found], "plain greedy": [float(one.plain) for one in found]}
+    ran = {
+        "the search": [one.spent.executions for one in found],
+        "plain greedy": [float(one.plain) for one in found],
+    }
     for name, work in ran.items():
         power = exponent(arguments.blocks, work)
         print(f"sublayers run by {name} grow with depth to the power of {power:.2f}")

@@ -1,4 +1,6 @@
-"""What the claims are tested on: a model, texts, and losses of plans by window, each computed once and kept."""
+"""What the claims are tested on: a model, texts, and losses of plans by window, each
+computed once and kept.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ JUDGED = ("WikiText-2 test", "C4, second half")
 TRAIN = CALIBRATION[:1]
 SEEDS = (0, 1)
 PLAN_SIZES = (2, 3, 4, 6, 8)  # sublayers of a random plan
-FIRST = 2  # blocks that no random plan touches, and the last: without one of them alone most models are ruined
+# blocks that no random plan touches, and the last: without one of them alone most
+# models are ruined
+FIRST = 2
 AT_ONCE = 10  # plans that are run together
 DIGITS = 6
 
@@ -74,7 +78,9 @@ class Sizes:
 
 @dataclass(eq=False)
 class Kept:
-    """Rows by their keys in a file that is only added to, with CPU seconds: a run that is called again goes on."""
+    """Rows by their keys in a file that is only added to, with CPU seconds: a run that
+    is called again goes on.
+    """
 
     path: Path
     about: Settings
@@ -84,7 +90,10 @@ class Kept:
     def __post_init__(self) -> None:
         first, *rows = lines.read(self.path) or [{"about": self.about}]
         if first["about"] != self.about:
-            raise SystemExit(f"{self.path} was made with {first['about']}, not {self.about}: choose another --out")
+            raise SystemExit(
+                f"{self.path} was made with {first['about']}, not {self.about}: choose"
+                " another --out"
+            )
         self.rows = {row["key"]: row for row in rows}
 
     def __contains__(self, key: str) -> bool:
@@ -95,7 +104,9 @@ class Kept:
         return self.rows[key]
 
     def add(self, *rows: Settings) -> None:
-        lines.append(self.path, *([] if self.path.exists() else [{"about": self.about}]), *rows)
+        lines.append(
+            self.path, *([] if self.path.exists() else [{"about": self.about}]), *rows
+        )
         self.rows |= {row["key"]: row for row in rows}
 
     def get(self, key: str, make: Callable[[], Settings]) -> Settings:
@@ -155,102 +166,189 @@ class Bench:
         """Attentions of a set."""
         return max(1, round(self.sizes.share * self.blocks))
 
-    def batches(self, text: str, windows: int, size: int = 4, seed: int = 0, length: int | None = None) -> list[Tensor]:
-        shape = {"sequences": windows, "length": length or self.sizes.length, "batch_size": size}
+    def batches(
+        self,
+        text: str,
+        windows: int,
+        size: int = 4,
+        seed: int = 0,
+        length: int | None = None,
+    ) -> list[Tensor]:
+        shape = {
+            "sequences": windows,
+            "length": length or self.sizes.length,
+            "batch_size": size,
+        }
         return token_batches(self._loaded[1], self._text(text), seed=seed, **shape)
 
     def _text(self, name: str) -> Text:
         if name == "prose":
             return read_text()
         if name.startswith("WikiText-2"):
-            file = "wiki.train.first1MB.txt" if name.endswith("train") else "wiki.test.raw"
+            file = (
+                "wiki.train.first1MB.txt" if name.endswith("train") else "wiki.test.raw"
+            )
             return read_text(self.data / "wikitext2" / file)
         c4 = read_text(self.data / "c4/sample300.jsonl")
         half = c4.content.find("\n\n", len(c4.content) // 2)
         part = c4.content[:half] if name.endswith("first half") else c4.content[half:]
         return Text(name, f"{c4.sha256} {name}", part)
 
-    def losses(self, plans: Sequence[Plan], texts: Sequence[str] = JUDGED, repaired: bool = False) -> Losses:
-        """What plans lose on the windows of some texts, as they are or after a quick repair."""
+    def losses(
+        self,
+        plans: Sequence[Plan],
+        texts: Sequence[str] = JUDGED,
+        repaired: bool = False,
+    ) -> Losses:
+        """What plans lose on the windows of some texts, as they are or after a quick
+        repair.
+        """
         state = "repaired" if repaired else "skipped"
 
         def key(plan: Plan) -> str:
-            return f"{state if plan else 'original'}: {' '.join(plan.names)} on {', '.join(texts)}"
+            return (
+                f"{state if plan else 'original'}: {' '.join(plan.names)} on"
+                f" {', '.join(texts)}"
+            )
 
         wanted = list(dict.fromkeys([Plan(), *plans]))
         lacking = [plan for plan in wanted if key(plan) not in self.kept]
         at_once = 1 if repaired else AT_ONCE
-        for some in (lacking[start : start + at_once] for start in range(0, len(lacking), at_once)):
+        for some in (
+            lacking[start : start + at_once]
+            for start in range(0, len(lacking), at_once)
+        ):
             start = time.process_time()
-            ready = [self._repaired(plan) if repaired and plan else plan for plan in some]
+            ready = [
+                self._repaired(plan) if repaired and plan else plan for plan in some
+            ]
             _, *found = self._scores(ready, texts)
             seconds = (time.process_time() - start) / len(some)
-            self.kept.add(*({"key": key(plan), "seconds": seconds, **row(one)} for plan, one in zip(some, found)))
+            self.kept.add(
+                *(
+                    {"key": key(plan), "seconds": seconds, **row(one)}
+                    for plan, one in zip(some, found)
+                )
+            )
         original = self.kept[key(Plan())]["nll"]
         rows = [self.kept[key(plan)] for plan in plans]
-        return Losses(np.array([row["nll"] for row in rows]) - original, np.array([row["kl"] for row in rows]))
+        return Losses(
+            np.array([row["nll"] for row in rows]) - original,
+            np.array([row["kl"] for row in rows]),
+        )
 
     def _scores(self, plans: Sequence[Plan], texts: Sequence[str]) -> list[Scores]:
-        batches = [batch for text in texts for batch in self.batches(text, self.sizes.windows)]
-        return [reduce(add, parts) for parts in zip(*(score(self.model, plans, batch) for batch in batches))]
+        batches = [
+            batch for text in texts for batch in self.batches(text, self.sizes.windows)
+        ]
+        return [
+            reduce(add, parts)
+            for parts in zip(*(score(self.model, plans, batch) for batch in batches))
+        ]
 
     @cached_property
     def _to_repair(self) -> DenseStream:
         each = self.sizes.to_repair // 2
-        batches = [batch for text in CALIBRATION[:2] for batch in self.batches(text, each)]
-        return DenseStream(self.model, batches, keep_all=True)  # it is read again for each plan
+        batches = [
+            batch for text in CALIBRATION[:2] for batch in self.batches(text, each)
+        ]
+        return DenseStream(
+            self.model, batches, keep_all=True
+        )  # it is read again for each plan
 
     @torch.no_grad()
     def _repaired(self, plan: Plan) -> Plan:
-        """The quick repair of `notall search --repair`: a refit of the sublayers before gaps alone."""
-        return Repair(self._to_repair, plan, ridges=RIDGES, near=True).run(silent).knowing(self.model)
+        """The quick repair of `notall search --repair`: a refit of the sublayers before
+        gaps alone.
+        """
+        return (
+            Repair(self._to_repair, plan, ridges=RIDGES, near=True)
+            .run(silent)
+            .knowing(self.model)
+        )
 
-    def chosen(self, text: str, seed: int, kind: str = "attention", ways: Sequence[str] = WAYS) -> dict[str, Plan]:
-        """What each way skips, by windows of a text; sets are judged by KL to the original model on them."""
+    def chosen(
+        self, text: str, seed: int, kind: str = "attention", ways: Sequence[str] = WAYS
+    ) -> dict[str, Plan]:
+        """What each way skips, by windows of a text; sets are judged by KL to the
+        original model on them.
+        """
         space = Space(self.structure, kind)
         share = self.sizes.share if kind == "attention" else 0.2
         count = max(1, round(share * self.blocks))
-        setting: list[Setting] = []  # one for all ways, so that none evaluates a set again
+        setting: list[
+            Setting
+        ] = []  # one for all ways, so that none evaluates a set again
 
         def made(way: str) -> Settings:
             if not setting:
                 setting.append(self._setting(space, text, seed))
-            return {"set": space.sorted(choose(way, setting[0], by_count(space, count)).skipped)}
+            return {
+                "set": space.sorted(
+                    choose(way, setting[0], by_count(space, count)).skipped
+                )
+            }
 
         found = {}
         for way in ways:
-            row = self.kept.get(f"{count} {kind} by {way} on {text}, seed {seed}", partial(made, way))
+            row = self.kept.get(
+                f"{count} {kind} by {way} on {text}, seed {seed}", partial(made, way)
+            )
             found[way] = plan_of(row["set"])
         return found
 
     def _setting(self, space: Space, text: str, seed: int = 0) -> Setting:
         batches = self.batches(text, self.sizes.to_choose, 1, seed)
-        return Setting(self.model, space, batches, Evaluator(self.model, kl(batches)), seed)
+        return Setting(
+            self.model, space, batches, Evaluator(self.model, kl(batches)), seed
+        )
 
     def singles(self) -> dict[str, Floats]:
         """NLL added without each sublayer alone, by window of WikiText-2 train."""
         names = [part.name for part in self.structure.sublayers]
-        return dict(zip(names, self.losses([plan_of([name]) for name in names], TRAIN).added))
+        return dict(
+            zip(names, self.losses([plan_of([name]) for name in names], TRAIN).added)
+        )
 
     def cosines(self) -> dict[str, float]:
         """Of the stream before and behind each sublayer, on the same windows."""
 
         def made() -> Settings:
-            found = measure_similarity(self.model, self.batches(TRAIN[0], self.sizes.windows))
+            found = measure_similarity(
+                self.model, self.batches(TRAIN[0], self.sizes.windows)
+            )
             short = {"attention": "attn", "mlp": "mlp"}
-            return {"cosine": {f"{short[one.kind]}.{one.layer}": one.cosine for one in found if one.kind in short}}
+            return {
+                "cosine": {
+                    f"{short[one.kind]}.{one.layer}": one.cosine
+                    for one in found
+                    if one.kind in short
+                }
+            }
 
-        found: dict[str, float] = self.kept.get("cosines on WikiText-2 train", made)["cosine"]
+        found: dict[str, float] = self.kept.get("cosines on WikiText-2 train", made)[
+            "cosine"
+        ]
         return found
 
     def random_plans(self) -> list[Plan]:
         rng = np.random.default_rng(0)
-        names = [part.name for part in self.structure.sublayers if FIRST <= part.index < self.blocks - 1]
-        sizes = [min(PLAN_SIZES[number % len(PLAN_SIZES)], len(names) // 2) for number in range(self.sizes.plans)]
-        return [plan_of(rng.choice(names, size, replace=False).tolist()) for size in sizes]
+        names = [
+            part.name
+            for part in self.structure.sublayers
+            if FIRST <= part.index < self.blocks - 1
+        ]
+        sizes = [
+            min(PLAN_SIZES[number % len(PLAN_SIZES)], len(names) // 2)
+            for number in range(self.sizes.plans)
+        ]
+        return [
+            plan_of(rng.choice(names, size, replace=False).tolist()) for size in sizes
+        ]
 
     def acceptance(self, plans: Sequence[Plan]) -> Floats:
-        """How likely a token drafted by each plan is accepted, (plans, prompts), by texts that the original sampled.
+        """How likely a token drafted by each plan is accepted, (plans, prompts), by
+        texts that the original sampled.
 
         The sum of min(p, q) over the vocabulary, teacher-forced: the mean over tokens.
         """
@@ -258,62 +356,119 @@ class Bench:
         rows = []
         for number, (prompt, text) in enumerate(zip(prompts, texts)):
             key = f"acceptance of {len(plans)} plans on sampled text {number}"
-            rows.append(self.kept.get(key, partial(self._expected, plans, prompt, text))["expected"])
+            rows.append(
+                self.kept.get(key, partial(self._expected, plans, prompt, text))[
+                    "expected"
+                ]
+            )
         return np.array(rows).T
 
     def _sampled(self) -> tuple[Tensor, list[Tensor]]:
         sizes = self.sizes
 
         def made() -> Settings:
-            prompts = torch.cat(self.batches(TRAIN[0], sizes.prompts, sizes.prompts, length=sizes.prompt))
+            prompts = torch.cat(
+                self.batches(
+                    TRAIN[0], sizes.prompts, sizes.prompts, length=sizes.prompt
+                )
+            )
             written = write_texts(self.model, prompts, sizes.new, "sampled")
-            return {"prompts": prompts.tolist(), "texts": [text.tolist() for text in written]}
+            return {
+                "prompts": prompts.tolist(),
+                "texts": [text.tolist() for text in written],
+            }
 
         found = self.kept.get("texts that the original sampled", made)
-        return torch.tensor(found["prompts"]), [torch.tensor(text) for text in found["texts"]]
+        return torch.tensor(found["prompts"]), [
+            torch.tensor(text) for text in found["texts"]
+        ]
 
     @torch.inference_mode()
-    def _expected(self, plans: Sequence[Plan], prompt: Tensor, text: Tensor) -> Settings:
+    def _expected(
+        self, plans: Sequence[Plan], prompt: Tensor, text: Tensor
+    ) -> Settings:
         ids, count = torch.cat([prompt, text])[None, :-1], len(text)
 
         def distributions() -> Tensor:
-            return self.model(input_ids=ids, use_cache=False, logits_to_keep=count).logits[0].float().softmax(-1)
+            return (
+                self.model(input_ids=ids, use_cache=False, logits_to_keep=count)
+                .logits[0]
+                .float()
+                .softmax(-1)
+            )
 
         original, found = distributions(), []
         for plan in plans:
             with skip(self.model, plan):
-                found.append(round(float(torch.minimum(original, distributions()).sum(-1).mean()), DIGITS))
+                found.append(
+                    round(
+                        float(torch.minimum(original, distributions()).sum(-1).mean()),
+                        DIGITS,
+                    )
+                )
         return {"expected": found}
 
     def quadratic(self) -> tuple[Floats, Floats]:
-        """KL without each attention alone, and what each two lose more than that together."""
+        """KL without each attention alone, and what each two lose more than that
+        together.
+        """
         space = Space(self.structure, "attention")
 
         def made() -> Settings:
             program = measure(self._setting(space, TRAIN[0]), space.units)
-            return {"alone": program.alone.tolist(), "together": program.together.tolist()}
+            return {
+                "alone": program.alone.tolist(),
+                "together": program.together.tolist(),
+            }
 
         found = self.kept.get("quadratic estimate on WikiText-2 train", made)
         return np.array(found["alone"]), np.array(found["together"])
 
     def tuned(self, plan: Plan) -> Floats:
-        """NLL by window of the model without `plan`, its head and last three layers tuned on calibration text."""
+        """NLL by window of the model without `plan`, its head and last three layers
+        tuned on calibration text.
+        """
 
         def made() -> Settings:
             student = self._tuned(plan)
-            batches = [batch for text in JUDGED for batch in self.batches(text, self.sizes.windows)]
-            return {"nll": [round(one, DIGITS) for batch in batches for one in nll_of(student, batch)]}
+            batches = [
+                batch
+                for text in JUDGED
+                for batch in self.batches(text, self.sizes.windows)
+            ]
+            return {
+                "nll": [
+                    round(one, DIGITS)
+                    for batch in batches
+                    for one in nll_of(student, batch)
+                ]
+            }
 
-        return np.array(self.kept.get(f"head and last three layers tuned without {' '.join(plan.names)}", made)["nll"])
+        return np.array(
+            self.kept.get(
+                f"head and last three layers tuned without {' '.join(plan.names)}", made
+            )["nll"]
+        )
 
     def _tuned(self, plan: Plan) -> PreTrainedModel:
-        """After 2411.15558: next-token loss, AdamW at 2e-4 with a linear fall to none."""
+        """After 2411.15558: next-token loss, AdamW at 2e-4 with a linear fall to
+        none.
+        """
         student = copy.deepcopy(self.model)
         remove(student, plan)
         head = student.get_output_embeddings()
-        head.weight = nn.Parameter(head.weight.detach().clone())  # a tied embedding stays as it is
+        head.weight = nn.Parameter(
+            head.weight.detach().clone()
+        )  # a tied embedding stays as it is
         student.requires_grad_(False)
-        trained = [head.weight, *(one for layer in decoder_layers(student)[1][-3:] for one in layer.parameters())]
+        trained = [
+            head.weight,
+            *(
+                one
+                for layer in decoder_layers(student)[1][-3:]
+                for one in layer.parameters()
+            ),
+        ]
         for one in trained:
             one.data = one.data.float()  # steps are too small for bfloat16
             one.requires_grad_(True)
@@ -341,4 +496,7 @@ def nll_of(model: PreTrainedModel, ids: Tensor) -> Iterator[float]:
 
 
 def row(scores: Scores) -> Settings:
-    return {name: [round(one, DIGITS) for one in getattr(scores, name)] for name in ("nll", "kl")}
+    return {
+        name: [round(one, DIGITS) for one in getattr(scores, name)]
+        for name in ("nll", "kl")
+    }

@@ -1,14 +1,17 @@
-"""Ten claims of the field, as sentences that a number can decide, tested on a model: which hold on it, which fail?
+"""Ten claims of the field, as sentences that a number can decide, tested on a model:
+which hold on it, which fail?
 
     python benchmarks/claims/claims.py --data DATA --out OUT   # 23 CPU minutes, less three claims
     python benchmarks/claims/claims.py --data DATA --out OUT --only last-mlp-kept similar-attentions
     python benchmarks/claims/claims.py --data DATA --out OUT --model GGUF --skip "last-blocks-tuned=no time"
 
-Each claim names beforehand a statistic, a threshold and its side of it; the statistic's 95 % interval decides:
-`holds`, `fails`, or `inconclusive`. What is measured is kept in OUT/measured.jsonl, and a run that is called again goes
-on from there; OUT/claims.jsonl has a record a claim. Some are computed from committed records of the default model, and
-take no time. A claim of your own is a function in testing.py and a line in CLAIMS.
-DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `c4/sample300.jsonl`.
+Each claim names beforehand a statistic, a threshold and its side of it; the statistic's
+95 % interval decides: `holds`, `fails`, or `inconclusive`. What is measured is kept in
+OUT/measured.jsonl, and a run that is called again goes on from there; OUT/claims.jsonl
+has a record a claim. Some are computed from committed records of the default model, and
+take no time. A claim of your own is a function in testing.py and a line in CLAIMS. DATA
+holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and
+`c4/sample300.jsonl`.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ from notall.results.terminal import print_table
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that holds where the whole interval of a statistic is on its side of a threshold."""
+    """A sentence that holds where the whole interval of a statistic is on its side of a
+    threshold.
+    """
 
     name: str
     source: str
@@ -121,7 +126,12 @@ COLUMNS: tuple[Column[Answer], ...] = (
     words("claim", lambda one: one.claim),
     words("source", lambda one: one.source),
     words("statistic", lambda one: one.statistic),
-    with_interval("found", lambda one: (one.found.value, one.found.low, one.found.high) if one.found else None),
+    with_interval(
+        "found",
+        lambda one: (
+            (one.found.value, one.found.low, one.found.high) if one.found else None
+        ),
+    ),
     words("holds", lambda one: f"{one.side} {one.threshold:g}"),
     words("verdict", lambda one: one.verdict + (f": {one.why}" if one.why else "")),
     words("items", lambda one: f"{one.items} {one.of}"),
@@ -132,7 +142,10 @@ COLUMNS: tuple[Column[Answer], ...] = (
 def answered(claim: Claim, bench: Bench, about: Settings, why: str = "") -> Answer:
     """The claim tested, or why it was not."""
     told = {"claim": claim.name, "model": Path(bench.model_name).name, **about}
-    told |= {name: getattr(claim, name) for name in ("source", "statement", "statistic", "side", "threshold")}
+    told |= {
+        name: getattr(claim, name)
+        for name in ("source", "statement", "statistic", "side", "threshold")
+    }
     bench.kept.used.clear()
     try:
         if why:
@@ -148,16 +161,22 @@ def answered(claim: Claim, bench: Bench, about: Settings, why: str = "") -> Answ
 
 
 def write(path: Path, answers: Sequence[Answer]) -> list[Answer]:
-    """All answers of a file with the new ones in their places, in the order of the claims."""
+    """All answers of a file with the new ones in their places, in the order of the
+    claims.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    by_name = {one.claim: one for one in (*map(Answer.model_validate_json, lines), *answers)}
+    by_name = {
+        one.claim: one for one in (*map(Answer.model_validate_json, lines), *answers)
+    }
     found = [by_name[claim.name] for claim in CLAIMS if claim.name in by_name]
     write_whole(path, "".join(one.model_dump_json() + "\n" for one in found))
     return found
 
 
 def this_run() -> Settings:
-    told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # files by their names
+    told = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]  # files by their names
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = shlex.join(["python", "benchmarks/claims/claims.py", *told])
     return {"command": command, "date": date, "machine": machine("cpu")}
@@ -165,24 +184,54 @@ def this_run() -> Settings:
 
 def main() -> None:
     names = [claim.name for claim in CLAIMS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=testing.RECORDED)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME=REASON", help="recorded as not run")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=", ".join(names),
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME=REASON",
+        help="recorded as not run",
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--windows", type=int, default=Sizes.windows, help="of 256 tokens, of each text to judge by")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=Sizes.windows,
+        help="of 256 tokens, of each text to judge by",
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
-    skipped = {name: reason or "skipped" for name, _, reason in (one.partition("=") for one in given.skip)}
-    bench = Bench.at(given.data, given.model, given.dtype, Sizes(windows=given.windows), given.out)
+    skipped = {
+        name: reason or "skipped"
+        for name, _, reason in (one.partition("=") for one in given.skip)
+    }
+    bench = Bench.at(
+        given.data, given.model, given.dtype, Sizes(windows=given.windows), given.out
+    )
     for claim in CLAIMS:
         if claim.name in given.only:
             answer = answered(claim, bench, this_run(), skipped.get(claim.name, ""))
-            print(answer.model_dump_json(include={"claim", "verdict", "found", "also", "cpu_seconds"}), flush=True)
+            print(
+                answer.model_dump_json(
+                    include={"claim", "verdict", "found", "also", "cpu_seconds"}
+                ),
+                flush=True,
+            )
             found = write(given.out / "claims.jsonl", [answer])
     print_table(table(f"Claims on {Path(given.model).name}", COLUMNS, found))
 

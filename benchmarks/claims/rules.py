@@ -1,4 +1,6 @@
-"""Verdicts by rule: a 95 % interval, a threshold that is written down beforehand, and the side that a claim is on."""
+"""Verdicts by rule: a 95 % interval, a threshold that is written down beforehand, and
+the side that a claim is on.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Interval(Fact):
 
 
 def verdict(found: Interval, threshold: float, side: Side) -> Verdict:
-    """`holds` where the whole interval is on the claim's side of the threshold, `fails` where it is on the other."""
+    """`holds` where the whole interval is on the claim's side of the threshold, `fails`
+    where it is on the other.
+    """
     if not all(map(math.isfinite, (found.low, found.high))):
         return "inconclusive"
     is_above, is_below = found.low > threshold, found.high < threshold
@@ -46,10 +50,16 @@ def paired(differences: Sequence[float]) -> Interval:
     return Interval(value=mean, low=mean - reach, high=mean + reach)
 
 
-def bootstrap(statistic: Callable[[Places], float], items: int, draws: int = DRAWS) -> Interval:
-    """Percentiles of a statistic of `items` places over places drawn with replacement; draws without one are no use."""
+def bootstrap(
+    statistic: Callable[[Places], float], items: int, draws: int = DRAWS
+) -> Interval:
+    """Percentiles of a statistic of `items` places over places drawn with replacement;
+    draws without one are no use.
+    """
     places = np.random.default_rng(0).integers(0, items, (draws, items))
-    return percentiles(statistic(np.arange(items)), [statistic(some) for some in places])
+    return percentiles(
+        statistic(np.arange(items)), [statistic(some) for some in places]
+    )
 
 
 def percentiles(value: float, drawn: Sequence[float]) -> Interval:
@@ -71,7 +81,9 @@ def correlated(one: Floats, other: Floats) -> Interval:
 
 
 def eta_squared(values: Floats) -> Floats:
-    """Shares of the variance of (rows, columns, repeats): rows, columns, their interaction, repeats; they sum to 1."""
+    """Shares of the variance of (rows, columns, repeats): rows, columns, their
+    interaction, repeats; they sum to 1.
+    """
     rows, columns, repeats = values.shape
     mean, cells = values.mean(), values.mean(2)
     by_row, by_column = cells.mean(1) - mean, cells.mean(0) - mean
@@ -107,7 +119,9 @@ def share_of_rows_less_columns(values: Floats) -> Interval:
 
 
 def agreement(losses: Floats) -> Floats:
-    """Of each set, from (sets, methods): Spearman of its losses with the mean rank of each method on the other sets."""
+    """Of each set, from (sets, methods): Spearman of its losses with the mean rank of
+    each method on the other sets.
+    """
     ranks = np.stack([rankdata(row) for row in losses])
     others = (ranks.sum(0) - ranks) / (len(ranks) - 1)
     return np.array([spearman(own, other) for own, other in zip(ranks, others)])

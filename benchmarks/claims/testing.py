@@ -33,7 +33,11 @@ REPAIRS = "benchmarks/repairs/results-3c67b3cf.jsonl"
 TIMES = "benchmarks/paper/times.jsonl"
 METHODS = ("refit", "replaceme", "prune-and-comp", "nbl")
 FRACTIONS = (0.1, 0.25, 0.33)  # of 2407.15516
-MLPS, PAIRS, ALIKE = 8, 4, 0.15  # most MLPs against attentions, sets of either, and how far off their sizes are
+MLPS, PAIRS, ALIKE = (
+    8,
+    4,
+    0.15,
+)  # most MLPs against attentions, sets of either, and how far off their sizes are
 MOST_SETS = 10_000_000  # to go through for excited states
 EXCITED = 4
 PAIRED = "Student's t over windows, paired"
@@ -42,7 +46,9 @@ OVER_PLANS = "bootstrap over plans"
 
 @dataclass(frozen=True)
 class Finding:
-    """A statistic with its interval, how that was made, of how many items of which kind, and on how much text."""
+    """A statistic with its interval, how that was made, of how many items of which
+    kind, and on how much text.
+    """
 
     found: Interval
     how: str
@@ -57,7 +63,10 @@ def recorded(bench: Bench, name: str) -> list[Settings]:
     """The rows of a committed record. Raises `NotRun` for another model than theirs."""
     if bench.model_name != RECORDED:
         raise NotRun(f"{name} is of {RECORDED}")
-    return [json.loads(line) for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def judged(bench: Bench) -> str:
@@ -74,17 +83,32 @@ def text_over_way(bench: Bench) -> Finding:
     nll = eta_squared(by_nll.mean(3))
     # one poor way may be most of the variance
     others = share_of_rows_less_columns(np.delete(by_kl, WAYS.index("fisher"), axis=1))
-    also = {"text": text, "way": way, "interaction": together, "windows to choose by": seed}
-    also |= {f"KL by {name}": float(by_kl[:, number].mean()) for number, name in enumerate(WAYS)}
-    also |= {f"KL on {name}": float(by_kl[number].mean()) for number, name in enumerate(CALIBRATION)}
-    also |= {f"without fisher, {end}": getattr(others, end) for end in ("value", "low", "high")}
+    also = {
+        "text": text,
+        "way": way,
+        "interaction": together,
+        "windows to choose by": seed,
+    }
+    also |= {
+        f"KL by {name}": float(by_kl[:, number].mean())
+        for number, name in enumerate(WAYS)
+    }
+    also |= {
+        f"KL on {name}": float(by_kl[number].mean())
+        for number, name in enumerate(CALIBRATION)
+    }
+    also |= {
+        f"without fisher, {end}": getattr(others, end)
+        for end in ("value", "low", "high")
+    }
     also |= {"by NLL": float(nll[0] - nll[1]), "different sets": len(set(plans))}
     return Finding(
         share_of_rows_less_columns(by_kl),
         "bootstrap over the seeds of each cell and over windows",
         len(plans),
         "sets",
-        f"chosen by {bench.sizes.to_choose} windows of {bench.sizes.length} tokens; {judged(bench)}",
+        f"chosen by {bench.sizes.to_choose} windows of {bench.sizes.length} tokens;"
+        f" {judged(bench)}",
         also=also,
     )
 
@@ -103,18 +127,32 @@ def last_blocks_tuned(bench: Bench) -> Finding:
         len(differences),
         "windows",
         f"tuned on {tokens:,} tokens; {judged(bench)}",
-        also={"blocks": count, "last, untuned": before[0], "cosine, untuned": before[1]},
+        also={
+            "blocks": count,
+            "last, untuned": before[0],
+            "cosine, untuned": before[1],
+        },
     )
 
 
 def recovered_order(bench: Bench) -> Finding:
-    chosen = chain.from_iterable(bench.chosen(text, SEEDS[0]).values() for text in CALIBRATION)
+    chosen = chain.from_iterable(
+        bench.chosen(text, SEEDS[0]).values() for text in CALIBRATION
+    )
     sets = [*dict.fromkeys(chosen)]
     rng = np.random.default_rng(1)
     inner = range(2, bench.blocks - 1)
     drawn = min(bench.skipped, len(inner))
-    sets = [*dict.fromkeys(sets[:5] + [Plan(rng.choice(inner, drawn, replace=False).tolist()) for _ in range(5)])]
-    before, after = (bench.losses(sets, repaired=repaired).added.mean(1) for repaired in (False, True))
+    sets = [
+        *dict.fromkeys(
+            sets[:5]
+            + [Plan(rng.choice(inner, drawn, replace=False).tolist()) for _ in range(5)]
+        )
+    ]
+    before, after = (
+        bench.losses(sets, repaired=repaired).added.mean(1)
+        for repaired in (False, True)
+    )
     best, other = (int(one.argmin()) for one in (before, after))
     half = before <= np.median(before)
     return Finding(
@@ -122,7 +160,8 @@ def recovered_order(bench: Bench) -> Finding:
         "bootstrap over sets",
         len(sets),
         "sets",
-        f"repaired on {bench.sizes.to_repair * bench.sizes.length:,} tokens; {judged(bench)}",
+        f"repaired on {bench.sizes.to_repair * bench.sizes.length:,} tokens;"
+        f" {judged(bench)}",
         also={
             "among the better half": spearman(before[half], after[half]),
             "best before, repaired": float(after[best]),
@@ -133,7 +172,9 @@ def recovered_order(bench: Bench) -> Finding:
 
 
 def blind_to_retrieval(bench: Bench) -> Finding:
-    return _blind(bench, "passkeys and retrieval", "nats/answer", "64 items of four checks")
+    return _blind(
+        bench, "passkeys and retrieval", "nats/answer", "64 items of four checks"
+    )
 
 
 def blind_to_reasoning(bench: Bench) -> Finding:
@@ -141,7 +182,11 @@ def blind_to_reasoning(bench: Bench) -> Finding:
 
 
 def _blind(bench: Bench, check: str, unit: str, items: str) -> Finding:
-    rows = [row for row in recorded(bench, LOO)[1:] if (row["check"], row["unit"]) == (check, unit)]
+    rows = [
+        row
+        for row in recorded(bench, LOO)[1:]
+        if (row["check"], row["unit"]) == (check, unit)
+    ]
     by = {row["among"]: row for row in rows}
     value, low, high = by["all"]["nll"]
     return Finding(
@@ -166,11 +211,14 @@ def ratio_and_acceptance(bench: Bench) -> Finding:
     near = added < math.log(2)
     sizes = bench.sizes
     return Finding(
-        correlated(-added, accepted),  # ranks of the ratio original / skipped are those of -added
+        correlated(
+            -added, accepted
+        ),  # ranks of the ratio original / skipped are those of -added
         OVER_PLANS,
         len(plans),
         "plans",
-        f"{sizes.prompts} texts of {sizes.new} tokens; {sizes.in_words} of {CALIBRATION[0]}",
+        f"{sizes.prompts} texts of {sizes.new} tokens; {sizes.in_words} of"
+        f" {CALIBRATION[0]}",
         also={
             "plans with at most twice the perplexity": float(near.sum()),
             "among them": spearman(-added[near], accepted[near]),
@@ -195,18 +243,29 @@ def per_decode_ms(bench: Bench) -> Finding:
 
 
 def _times_as_long(bench: Bench, phase: str, prompt: int) -> float:
-    """An MLP's milliseconds over an attention's, by what skipping a third of either saves."""
+    """An MLP's milliseconds over an attention's, by what skipping a third of either
+    saves.
+    """
     saved = {}
     rows = [row for row in recorded(bench, TIMES) if row["prompt_tokens"] == prompt]
-    (original,) = (row["times"][phase]["median"] for row in rows if row["variant"] == "dense")
+    (original,) = (
+        row["times"][phase]["median"] for row in rows if row["variant"] == "dense"
+    )
     for row in rows:
-        if row["variant"] in ("attention", "mlp") and row["fraction"] == FRACTIONS[-1] and not row["keep_last"]:
-            saved[row["variant"]] = (original - row["times"][phase]["median"]) / len(row["plan"][row["variant"]])
+        if (
+            row["variant"] in ("attention", "mlp")
+            and row["fraction"] == FRACTIONS[-1]
+            and not row["keep_last"]
+        ):
+            saved[row["variant"]] = (original - row["times"][phase]["median"]) / len(
+                row["plan"][row["variant"]]
+            )
     return float(saved["mlp"] / saved["attention"])
 
 
 def _cheaper(bench: Bench, ratio: float, records: tuple[str, ...] = ()) -> Finding:
-    """NLL added without attentions less that without as many bytes or milliseconds of MLPs, each those that lose least.
+    """NLL added without attentions less that without as many bytes or milliseconds of
+    MLPs, each those that lose least.
 
     Sublayers are ranked by their loss alone on other text.
     """
@@ -216,7 +275,10 @@ def _cheaper(bench: Bench, ratio: float, records: tuple[str, ...] = ()) -> Findi
     pairs = as_large(ratio, bench.blocks // 2)
     if not pairs:
         raise NotRun("no few attentions are as large as some MLPs")
-    sets = [[plan_of(ranked["attn"][:attentions]), plan_of(ranked["mlp"][:mlps])] for attentions, mlps in pairs]
+    sets = [
+        [plan_of(ranked["attn"][:attentions]), plan_of(ranked["mlp"][:mlps])]
+        for attentions, mlps in pairs
+    ]
     added = bench.losses([*chain(*sets)]).added.reshape(len(sets), 2, -1)
     differences = added[:, 0] - added[:, 1]
     also = {"attentions per MLP": ratio}
@@ -224,23 +286,42 @@ def _cheaper(bench: Bench, ratio: float, records: tuple[str, ...] = ()) -> Findi
         also[f"{attentions} attentions against {mlps} MLPs"] = float(one.mean())
     by_window = differences.mean(0)
     text = f"ranked by {bench.sizes.in_words} of {CALIBRATION[0]}; {judged(bench)}"
-    return Finding(paired(by_window.tolist()), PAIRED, len(by_window), "windows", text, records, also)
+    return Finding(
+        paired(by_window.tolist()),
+        PAIRED,
+        len(by_window),
+        "windows",
+        text,
+        records,
+        also,
+    )
 
 
 def as_large(ratio: float, most: int) -> list[tuple[int, int]]:
-    """The first numbers of attentions, up to `most`, and of MLPs that are as large, one being `ratio` attentions."""
+    """The first numbers of attentions, up to `most`, and of MLPs that are as large, one
+    being `ratio` attentions.
+    """
     pairs = [(round(ratio * mlps), mlps) for mlps in range(1, MLPS + 1)]
-    alike = [(few, mlps) for few, mlps in pairs if 0 < few <= most and abs(few / (ratio * mlps) - 1) <= ALIKE]
+    alike = [
+        (few, mlps)
+        for few, mlps in pairs
+        if 0 < few <= most and abs(few / (ratio * mlps) - 1) <= ALIKE
+    ]
     return alike[:PAIRS]
 
 
 def order_of_repairs(bench: Bench) -> Finding:
     rows = recorded(bench, REPAIRS)
     texts = sorted({row["text"] for row in rows})
-    losses = {(row["set"], row["text"], row["repair"]): row["delta_nll"] for row in rows}
+    losses = {
+        (row["set"], row["text"], row["repair"]): row["delta_nll"] for row in rows
+    }
     sets = [one for one in dict.fromkeys(row["set"] for row in rows)
             if all((one, text, method) in losses for text in texts for method in METHODS)]  # fmt: skip
-    tables = [np.array([[losses[one, text, method] for method in METHODS] for one in sets]) for text in texts]
+    tables = [
+        np.array([[losses[one, text, method] for method in METHODS] for one in sets])
+        for text in texts
+    ]
     by_set = np.mean([agreement(table) for table in tables], axis=0)
     best = [float((table.argmin(1) == 0).mean()) for table in tables]
     return Finding(
@@ -248,9 +329,13 @@ def order_of_repairs(bench: Bench) -> Finding:
         "bootstrap over sets",
         len(sets),
         "sets",
-        f"{rows[0]['tokens']:,} tokens to fit; {rows[0]['windows']} windows of 512 tokens of two texts",
+        f"{rows[0]['tokens']:,} tokens to fit; {rows[0]['windows']} windows of 512"
+        " tokens of two texts",
         (REPAIRS,),
-        {f"refit is best, {Path(text).stem.removesuffix('.test')}": share for text, share in zip(texts, best)},
+        {
+            f"refit is best, {Path(text).stem.removesuffix('.test')}": share
+            for text, share in zip(texts, best)
+        },
     )
 
 
@@ -265,21 +350,38 @@ def sum_is_size(bench: Bench) -> Finding:
     if not positive.any():
         raise NotRun("no plan loses anything")
     off = np.abs(np.log(joint[positive] / total[positive]))
-    return _additive(bench, bootstrap(lambda places: float(off[places].mean()), len(off)), total, joint)
+    return _additive(
+        bench,
+        bootstrap(lambda places: float(off[places].mean()), len(off)),
+        total,
+        joint,
+    )
 
 
 def _sums(bench: Bench) -> tuple[Floats, Floats]:
-    """Of random plans the sum of what their sublayers lose alone, and what they lose together, on the same windows."""
+    """Of random plans the sum of what their sublayers lose alone, and what they lose
+    together, on the same windows.
+    """
     plans, singles = bench.random_plans(), bench.singles()
     joint = bench.losses(plans, CALIBRATION[:1]).added.mean(1)
-    return np.array([sum(singles[name].mean() for name in plan.names) for plan in plans]), joint
+    return (
+        np.array([sum(singles[name].mean() for name in plan.names) for plan in plans]),
+        joint,
+    )
 
 
 def _additive(bench: Bench, found: Interval, total: Floats, joint: Floats) -> Finding:
     sizes = np.array([len(plan) for plan in bench.random_plans()])
     also = {f"median joint / sum, {size} sublayers": float(np.median((joint / total)[sizes == size]))
             for size in sorted({*sizes.tolist()})}  # fmt: skip
-    return Finding(found, OVER_PLANS, len(joint), "plans", f"{bench.sizes.in_words} of {CALIBRATION[0]}", also=also)
+    return Finding(
+        found,
+        OVER_PLANS,
+        len(joint),
+        "plans",
+        f"{bench.sizes.in_words} of {CALIBRATION[0]}",
+        also=also,
+    )
 
 
 def excited_skipped(bench: Bench) -> Finding:
@@ -291,19 +393,35 @@ def excited_repaired(bench: Bench) -> Finding:
 
 
 def _excited(bench: Bench, repaired: bool) -> Finding:
-    """What the best of the second to fifth set loses less the first; picked on even windows, judged on odd ones."""
+    """What the best of the second to fifth set loses less the first; picked on even
+    windows, judged on odd ones.
+    """
     alone, together = bench.quadratic()
     sets = [Plan(one) for one in lowest(alone, together, bench.skipped, 1 + EXCITED)]
     added = bench.losses(sets, repaired=repaired).added
     picked = 1 + int(added[1:, ::2].mean(1).argmin())
     differences = added[picked, 1::2] - added[0, 1::2]
-    fitted = f"; repaired on {bench.sizes.to_repair * bench.sizes.length:,} tokens" * repaired
-    also = {f"set {number + 1}": float(one.mean()) for number, one in enumerate(added)} | {"picked": picked + 1}
-    return Finding(paired(differences.tolist()), PAIRED, len(differences), "windows", judged(bench) + fitted, also=also)
+    fitted = (
+        f"; repaired on {bench.sizes.to_repair * bench.sizes.length:,} tokens"
+        * repaired
+    )
+    also = {
+        f"set {number + 1}": float(one.mean()) for number, one in enumerate(added)
+    } | {"picked": picked + 1}
+    return Finding(
+        paired(differences.tolist()),
+        PAIRED,
+        len(differences),
+        "windows",
+        judged(bench) + fitted,
+        also=also,
+    )
 
 
 def lowest(alone: Floats, together: Floats, size: int, count: int) -> list[list[int]]:
-    """The `count` sets of `size` with the least sum of single and pairwise effects: all sets are gone through."""
+    """The `count` sets of `size` with the least sum of single and pairwise effects: all
+    sets are gone through.
+    """
     sets = math.comb(len(alone), size)
     if sets > MOST_SETS:
         raise NotRun(f"{sets:,} sets are too many to go through")
@@ -314,7 +432,10 @@ def lowest(alone: Floats, together: Floats, size: int, count: int) -> list[list[
         energy += alone[members[:, place]]
         for before in range(place):
             energy += together[members[:, before], members[:, place]]
-    return [list(map(int, members[number])) for number in np.argsort(energy, kind="stable")[:count]]
+    return [
+        list(map(int, members[number]))
+        for number in np.argsort(energy, kind="stable")[:count]
+    ]
 
 
 def last_mlp_kept(bench: Bench) -> Finding:
@@ -330,15 +451,34 @@ def last_attention_kept(bench: Bench) -> Finding:
 
 
 def _last_kept(bench: Bench, attentions: bool, mlps: bool) -> Finding:
-    """NLL added with the last layer kept less that with it skipped, as many from the top; the mean over fractions."""
+    """NLL added with the last layer kept less that with it skipped, as many from the
+    top; the mean over fractions.
+    """
     counts = [max(1, round(fraction * bench.blocks)) for fraction in FRACTIONS]
-    runs = [[range(end - count, end) for end in (bench.blocks - 1, bench.blocks)] for count in counts]
-    plans = [Plan(run if attentions else (), run if mlps else ()) for pair in runs for run in pair]
+    runs = [
+        [range(end - count, end) for end in (bench.blocks - 1, bench.blocks)]
+        for count in counts
+    ]
+    plans = [
+        Plan(run if attentions else (), run if mlps else ())
+        for pair in runs
+        for run in pair
+    ]
     added = bench.losses(plans).added.reshape(len(counts), 2, -1)
     by_count = added[:, 0] - added[:, 1]
-    also = {f"{count} of {bench.blocks}": float(one.mean()) for count, one in zip(counts, by_count)}
+    also = {
+        f"{count} of {bench.blocks}": float(one.mean())
+        for count, one in zip(counts, by_count)
+    }
     differences = by_count.mean(0)
-    return Finding(paired(differences.tolist()), PAIRED, len(differences), "windows", judged(bench), also=also)
+    return Finding(
+        paired(differences.tolist()),
+        PAIRED,
+        len(differences),
+        "windows",
+        judged(bench),
+        also=also,
+    )
 
 
 def similar_attentions(bench: Bench) -> Finding:
@@ -350,10 +490,15 @@ def similar_mlps(bench: Bench) -> Finding:
 
 
 def _similar(bench: Bench, kind: str) -> Finding:
-    """1 - cosine against the NLL added without the sublayer alone, on the same windows."""
+    """1 - cosine against the NLL added without the sublayer alone, on the same
+    windows.
+    """
     singles, cosines = bench.singles(), bench.cosines()
     names = [name for name in singles if name.startswith(kind)]
-    changed, added = (np.array(one) for one in zip(*((1 - cosines[name], singles[name].mean()) for name in names)))
+    changed, added = (
+        np.array(one)
+        for one in zip(*((1 - cosines[name], singles[name].mean()) for name in names))
+    )
     inner = slice(2, -1)
     return Finding(
         correlated(changed, added),
@@ -361,5 +506,7 @@ def _similar(bench: Bench, kind: str) -> Finding:
         len(names),
         "sublayers",
         f"{bench.sizes.in_words} of {CALIBRATION[0]}",
-        also={"without the first two and the last": spearman(changed[inner], added[inner])},
+        also={
+            "without the first two and the last": spearman(changed[inner], added[inner])
+        },
     )

@@ -3,9 +3,10 @@
     python benchmarks/data/fetch.py --data data           # fetch what lacks from the hub, by the extra `eval`
     python benchmarks/data/fetch.py --data data --check   # check alone; no network
 
-Each file is written in the form that the records were made with, and held against its SHA-256 in docs/data.md. A file
-that is there is never replaced. It exits with 1 where a file lacks or is another one. What lies in the repositories
-today may differ from what was measured on, and the 300 documents of C4 are not those of the records.
+Each file is written in the form that the records were made with, and held against its
+SHA-256 in docs/data.md. A file that is there is never replaced. It exits with 1 where a
+file lacks or is another one. What lies in the repositories today may differ from what
+was measured on, and the 300 documents of C4 are not those of the records.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Load = Callable[..., Iterable[Row]]
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or as many as a column has values, and the repository on the hub that holds its rows."""
+    """A file, or as many as a column has values, and the repository on the hub that
+    holds its rows.
+    """
 
     file: str
     repository: str
@@ -51,10 +54,15 @@ class Source:
         if self.is_text:
             yield self.file, "".join(row["text"] for row in rows).encode()[: self.most]
             return
-        kept = [{name: row[name] for name in self.columns} for row in itertools.islice(rows, self.most)]
+        kept = [
+            {name: row[name] for name in self.columns}
+            for row in itertools.islice(rows, self.most)
+        ]
         groups: dict[str, list[Row]] = {}
         for row in kept:
-            groups.setdefault(str(row[self.a_file_each]) if self.a_file_each else "", []).append(row)
+            groups.setdefault(
+                str(row[self.a_file_each]) if self.a_file_each else "", []
+            ).append(row)
         for name, some in groups.items():
             lines = (json.dumps(row, ensure_ascii=self.is_ascii) + "\n" for row in some)
             yield self.file.replace("*", name), "".join(lines).encode()
@@ -62,7 +70,20 @@ class Source:
 
 ARC = "allenai/ai2_arc", "ARC-Challenge"
 WIKI = "Salesforce/wikitext", "wikitext-2-raw-v1"
-ENDINGS = (*("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type", "label"),)
+ENDINGS = (
+    *(
+        "ind",
+        "activity_label",
+        "ctx_a",
+        "ctx_b",
+        "ctx",
+        "endings",
+        "source_id",
+        "split",
+        "split_type",
+        "label",
+    ),
+)
 SENTENCE = ("sentence", "option1", "option2", "answer")
 SUBJECT = ("question", "subject", "choices", "answer")
 SOURCES = (
@@ -92,15 +113,23 @@ SOURCES = (
 
 
 def checksums() -> dict[str, str]:
-    """The SHA-256 of each file, or of several one after the other by their names, as docs/data.md has them."""
-    found = re.findall(r"^([0-9a-f]{64})  (\S+)$", RECIPE.read_text(encoding="utf-8"), re.MULTILINE)
+    """The SHA-256 of each file, or of several one after the other by their names, as
+    docs/data.md has them.
+    """
+    found = re.findall(
+        r"^([0-9a-f]{64})  (\S+)$", RECIPE.read_text(encoding="utf-8"), re.MULTILINE
+    )
     return {name: digest for digest, name in found}
 
 
 def digest(data: Path, file: str) -> str | None:
     """That of what is there; None where nothing is."""
     paths = sorted(data.glob(file))
-    return sha256(b"".join(path.read_bytes() for path in paths)).hexdigest() if paths else None
+    return (
+        sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+        if paths
+        else None
+    )
 
 
 def state(data: Path, source: Source, load: Load | None) -> str:
@@ -112,11 +141,19 @@ def state(data: Path, source: Source, load: Load | None) -> str:
             write_whole(data / name, content)
         how = "fetched"
     found = digest(data, source.file)
-    return "lacks" if found is None else f"{how}, the same" if found == expected else f"{how}, another one"
+    return (
+        "lacks"
+        if found is None
+        else f"{how}, the same"
+        if found == expected
+        else f"{how}, another one"
+    )
 
 
 def main(arguments: list[str] | None = None, load: Load | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--check", action="store_true", help="fetch nothing")
     asked = parser.parse_args(arguments)
@@ -124,8 +161,16 @@ def main(arguments: list[str] | None = None, load: Load | None = None) -> int:
     for source in SOURCES:
         try:
             found = state(asked.data, source, None if asked.check else load or hub())
-        except (ImportError, OSError, ValueError, KeyError) as error:  # no network, or other rows than these
-            found = f"lacks: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        except (
+            ImportError,
+            OSError,
+            ValueError,
+            KeyError,
+        ) as error:  # no network, or other rows than these
+            found = (
+                "lacks:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            )
         states.append(found)
         print(f"{source.file}: {found}", flush=True)
     return int(not all(one.endswith("the same") for one in states))
@@ -135,7 +180,9 @@ def hub() -> Load:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ImportError("the hub's data are read by the extra `eval`: pip install -e '.[eval]'") from None
+        raise ImportError(
+            "the hub's data are read by the extra `eval`: pip install -e '.[eval]'"
+        ) from None
     return load_dataset
 
 

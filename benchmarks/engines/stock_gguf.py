@@ -1,10 +1,12 @@
-"""An export without some blocks beside a stock file of as many layers, in llama.cpp, at each type: bytes and times.
+"""An export without some blocks beside a stock file of as many layers, in llama.cpp, at
+each type: bytes and times.
 
     python benchmarks/engines/stock_gguf.py [--model FILE.gguf] [--blocks 4,8] [--rounds 7] [--threads 1]
 
-The stock file holds the first layers of the dense one and is written by the package `gguf`; both are then held in the
-type. Each is asked in a process of its own, all in turn; ratios are the rounds' own: median [quartiles]. It ends with 1
-where tensors do not come to the same bytes.
+The stock file holds the first layers of the dense one and is written by the package
+`gguf`; both are then held in the type. Each is asked in a process of its own, all in
+turn; ratios are the rounds' own: median [quartiles]. It ends with 1 where tensors do
+not come to the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ PROMPT = [3 + (7 * place) % 250 for place in range(128)]
 
 @dataclass(frozen=True)
 class Held:
-    """A model in a file: its bytes and times; of an export also the stock file's bytes, and the times' ratios."""
+    """A model in a file: its bytes and times; of an export also the stock file's bytes,
+    and the times' ratios.
+    """
 
     type: str
     blocks: int
@@ -92,7 +96,9 @@ def tensor_bytes(file: Path) -> int:
     return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
 
 
-def written(engine: LlamaCpp, model: str, counts: Sequence[int], folder: Path) -> dict[tuple[str, int, str], Path]:
+def written(
+    engine: LlamaCpp, model: str, counts: Sequence[int], folder: Path
+) -> dict[tuple[str, int, str], Path]:
     """By type, blocks left out and model."""
     dense = folder / "dense.gguf"
     write_plain(engine, model, Plan(), dense)
@@ -102,7 +108,12 @@ def written(engine: LlamaCpp, model: str, counts: Sequence[int], folder: Path) -
         middle = range((depth - count) // 2, (depth - count) // 2 + count)
         for name in ("export", "stock"):
             plain_files[count, name] = folder / f"{name}-{count}.gguf"
-        write_plain(engine, model, Plan(attention=middle, mlp=middle), plain_files[count, "export"])
+        write_plain(
+            engine,
+            model,
+            Plan(attention=middle, mlp=middle),
+            plain_files[count, "export"],
+        )
         write_stock(dense, depth - count, plain_files[count, "stock"])
     found = {}
     for kind in FILE_TYPES:
@@ -115,7 +126,9 @@ def written(engine: LlamaCpp, model: str, counts: Sequence[int], folder: Path) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2", help="a .gguf file")
     parser.add_argument("--blocks", default="4,8", help="how many to leave out")
     parser.add_argument("--rounds", type=int, default=7)
@@ -124,20 +137,40 @@ def main() -> None:
     given = parser.parse_args()
     engine = LlamaCpp(given.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        files = written(engine, given.model, [*map(int, given.blocks.split(","))], Path(scratch))
-        taken: dict[tuple[str, int, str], list[dict[str, float]]] = {key: [] for key in files}
+        files = written(
+            engine, given.model, [*map(int, given.blocks.split(","))], Path(scratch)
+        )
+        taken: dict[tuple[str, int, str], list[dict[str, float]]] = {
+            key: [] for key in files
+        }
         for number_of in range(given.rounds):
             for key in list(files)[:: -1 if number_of % 2 else 1]:
-                taken[key].append(call(engine, "time", checkpoint=files[key], prompt=PROMPT, new=given.new))
+                taken[key].append(
+                    call(
+                        engine,
+                        "time",
+                        checkpoint=files[key],
+                        prompt=PROMPT,
+                        new=given.new,
+                    )
+                )
         rows = [held(key, files, taken) for key in files]
     about = machine("cpu")
     title = f"llama.cpp, {about['cpu']}, {given.threads} threads, {given.rounds} rounds"
     print_table(table(title, COLUMNS, rows))
-    unlike = {row.type for row in rows if row.model == "export" and row.tensor_bytes != row.stock_bytes}
-    sys.exit(f"other bytes than a stock file's: {', '.join(sorted(unlike))}" if unlike else 0)
+    unlike = {
+        row.type
+        for row in rows
+        if row.model == "export" and row.tensor_bytes != row.stock_bytes
+    }
+    sys.exit(
+        f"other bytes than a stock file's: {', '.join(sorted(unlike))}" if unlike else 0
+    )
 
 
-def held(key: tuple[str, int, str], files: dict[Any, Path], taken: dict[Any, Any]) -> Held:
+def held(
+    key: tuple[str, int, str], files: dict[Any, Path], taken: dict[Any, Any]
+) -> Held:
     kind, count, name = key
 
     def samples(model: str, field: str) -> list[float]:
@@ -145,16 +178,28 @@ def held(key: tuple[str, int, str], files: dict[Any, Path], taken: dict[Any, Any
 
     more: dict[str, Any] = {}
     if name == "export":
-        for ratio, field in (("decode_ratio", "decode_ms_per_token"), ("prefill_ratio", "prefill_ms")):
+        for ratio, field in (
+            ("decode_ratio", "decode_ms_per_token"),
+            ("prefill_ratio", "prefill_ms"),
+        ):
             more[ratio] = speedup(samples(name, field), samples("stock", field))
         more["stock_bytes"] = tensor_bytes(files[kind, count, "stock"])
-    decode, prefill = (Quartiles.of(samples(name, field)) for field in ("decode_ms_per_token", "prefill_ms"))
+    decode, prefill = (
+        Quartiles.of(samples(name, field))
+        for field in ("decode_ms_per_token", "prefill_ms")
+    )
     size_of = files[key].stat().st_size
-    return Held(kind, count, name, tensor_bytes(files[key]), size_of, decode, prefill, **more)
+    return Held(
+        kind, count, name, tensor_bytes(files[key]), size_of, decode, prefill, **more
+    )
 
 
 def in_words(found: Quartiles | None, form: str) -> str:
-    return f"{found.median:{form}} [{found.low:{form}}, {found.high:{form}}]" if found else ""
+    return (
+        f"{found.median:{form}} [{found.low:{form}}, {found.high:{form}}]"
+        if found
+        else ""
+    )
 
 
 if __name__ == "__main__":

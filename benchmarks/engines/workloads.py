@@ -1,13 +1,16 @@
-"""Where skipping is faster, and where quantising: prompts of several lengths, one sequence and several at once.
+"""Where skipping is faster, and where quantising: prompts of several lengths, one
+sequence and several at once.
 
     python benchmarks/engines/workloads.py --engine llama.cpp --out DIR [--model smollm2] [--lengths 128 2048 8064]
     python benchmarks/engines/workloads.py --engine vllm --vllm-python .venv-vllm/bin/python --out DIR
 
-The original, and what is left without a quarter of its attentions, of its MLPs, and of its blocks: the deepest but
-the last (which ones they are makes no difference to a time). Beside them quantised ones: `--also dense:Q8_0`. Each runs
-in a process of its own; in every round all are asked in turn, forwards and then backwards. `first` is the time until
-all sequences have their first token, `step` that of a token of all of them. Speedups are over the original by round:
-median [quartiles]. A cell that is in DIR is taken as it is.
+The original, and what is left without a quarter of its attentions, of its MLPs, and of
+its blocks: the deepest but the last (which ones they are makes no difference to a
+time). Beside them quantised ones: `--also dense:Q8_0`. Each runs in a process of its
+own; in every round all are asked in turn, forwards and then backwards. `first` is the
+time until all sequences have their first token, `step` that of a token of all of them.
+Speedups are over the original by round: median [quartiles]. A cell that is in DIR is
+taken as it is.
 """
 
 from __future__ import annotations
@@ -77,17 +80,24 @@ def plans(depth: int) -> dict[str, notall.Plan]:
     }
 
 
-def checkpoint(reader: Engine, spec: str, plan: notall.Plan, kind: str, place: Path) -> None:
+def checkpoint(
+    reader: Engine, spec: str, plan: notall.Plan, kind: str, place: Path
+) -> None:
     """Write to the folder `place` what the engine reads."""
     if kind == AS_IT_IS:
         notall.export(spec, plan, reader.target, place, verify=False)
         return
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         source = reader.source(spec, Path(scratch))
-        plain = notall.export(source, plan, reader.target, Path(scratch) / "plain", verify=False)
+        plain = notall.export(
+            source, plan, reader.target, Path(scratch) / "plain", verify=False
+        )
         made = place
         if reader.suffix:  # a file is what it reads
-            plain, made = next(plain.glob(f"*{reader.suffix}")), place / f"model{reader.suffix}"
+            plain, made = (
+                next(plain.glob(f"*{reader.suffix}")),
+                place / f"model{reader.suffix}",
+            )
             place.mkdir()
         if kind == reader.plain:
             shutil.move(plain, made)
@@ -95,9 +105,14 @@ def checkpoint(reader: Engine, spec: str, plan: notall.Plan, kind: str, place: P
             reader.quantise(plain, kind, made)
 
 
-def checkpoints(spec: str, engine: str, dtype: str, names: list[Name], folder: Path) -> dict[Name, Path]:
+def checkpoints(
+    spec: str, engine: str, dtype: str, names: list[Name], folder: Path
+) -> dict[Name, Path]:
     """What the engine reads of each; one that is there is taken as it is."""
-    reader, by_name = engine_named(engine)(cores(), dtype), plans(load_config(spec).num_hidden_layers)
+    reader, by_name = (
+        engine_named(engine)(cores(), dtype),
+        plans(load_config(spec).num_hidden_layers),
+    )
     found = {name: folder / "-".join(name).replace(" ", "-") for name in names}
     for (plan, kind), place in found.items():
         if not place.exists():
@@ -106,12 +121,26 @@ def checkpoints(spec: str, engine: str, dtype: str, names: list[Name], folder: P
     return found
 
 
-def cell(engine: str, running: dict[Name, Running], prompt: int, new: int, at_once: int, rounds: int) -> list[Row]:
+def cell(
+    engine: str,
+    running: dict[Name, Running],
+    prompt: int,
+    new: int,
+    at_once: int,
+    rounds: int,
+) -> list[Row]:
     """All models with one workload; each is warmed up with it."""
-    asks = {name: partial(model.ask, prompt, new, at_once) for name, model in running.items()}
+    asks = {
+        name: partial(model.ask, prompt, new, at_once)
+        for name, model in running.items()
+    }
     taken = interleaved({" ".join(name): ask for name, ask in asks.items()}, rounds)
     times = {
-        name: [[one[what] for one in taken[" ".join(name)]] for what in ("prefill_ms", "decode_ms")] for name in running
+        name: [
+            [one[what] for one in taken[" ".join(name)]]
+            for what in ("prefill_ms", "decode_ms")
+        ]
+        for name in running
     }
     dense = next(iter(times.values()))
     return [
@@ -133,45 +162,93 @@ def cell(engine: str, running: dict[Name, Running], prompt: int, new: int, at_on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("transformers", "vllm", "llama.cpp"), required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm", "llama.cpp"), required=True
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--kind", default=None, help="of the skipped models' weights; by default the source's own")
+    parser.add_argument(
+        "--kind",
+        default=None,
+        help="of the skipped models' weights; by default the source's own",
+    )
     parser.add_argument("--skipped", nargs="*", default=["attention", "mlp", "block"])
     parser.add_argument("--also", nargs="*", default=[], metavar="PLAN:TYPE")
-    parser.add_argument("--dtype", default="bfloat16", help="of weights that are not quantised")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of weights that are not quantised"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 2048, 8064])
-    parser.add_argument("--loads", nargs="+", type=int, default=[1, 4], help="sequences at once")
+    parser.add_argument(
+        "--loads", nargs="+", type=int, default=[1, 4], help="sequences at once"
+    )
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter of vLLM's environment")
+    parser.add_argument(
+        "--vllm-python",
+        default=sys.executable,
+        help="the interpreter of vLLM's environment",
+    )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     kind = given.kind or AS_IT_IS
     names: list[Name] = [(DENSE, kind), *((one, kind) for one in given.skipped)]
     names += [(plan, of) for plan, _, of in (one.partition(":") for one in given.also)]
     record = given.out / f"{given.engine}.jsonl"
-    header, *lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else ["{}"]
+    header, *lines = (
+        record.read_text(encoding="utf-8").splitlines() if record.is_file() else ["{}"]
+    )
     rows = [Row.model_validate_json(line) for line in lines]
     done = {(one.prompt, one.at_once) for one in rows}
-    left = [(prompt, load) for load in given.loads for prompt in given.lengths if (prompt, load) not in done]
-    about: dict[str, object] = {"machine": machine("cpu"), "date": str(date.today()), "model": Path(given.model).name}
-    about |= {"rounds": given.rounds, "new": given.new, "dtype": given.dtype, "threads": cores()}
-    told = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    left = [
+        (prompt, load)
+        for load in given.loads
+        for prompt in given.lengths
+        if (prompt, load) not in done
+    ]
+    about: dict[str, object] = {
+        "machine": machine("cpu"),
+        "date": str(date.today()),
+        "model": Path(given.model).name,
+    }
+    about |= {
+        "rounds": given.rounds,
+        "new": given.new,
+        "dtype": given.dtype,
+        "threads": cores(),
+    }
+    told = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]
     command = shlex.join(["python", "benchmarks/engines/workloads.py", *told])
-    about["command"] = "; ".join(dict.fromkeys([*filter(None, [json.loads(header).get("command")]), command]))
+    about["command"] = "; ".join(
+        dict.fromkeys([*filter(None, [json.loads(header).get("command")]), command])
+    )
     folder = given.out / "checkpoints" / given.engine
     folder.mkdir(parents=True, exist_ok=True)
-    files = checkpoints(str(named_gguf(given.model) or given.model), given.engine, given.dtype, names, folder)
+    files = checkpoints(
+        str(named_gguf(given.model) or given.model),
+        given.engine,
+        given.dtype,
+        names,
+        folder,
+    )
     python = given.vllm_python if given.engine == "vllm" else sys.executable
     if left:
         context = 64 * (1 + (max(given.lengths) + given.new + 1) // 64)
         more = "--at-once", str(max(given.loads)), "--dtype", given.dtype
-        running = {name: Running.start(python, given.engine, file, context, *more) for name, file in files.items()}
+        running = {
+            name: Running.start(python, given.engine, file, context, *more)
+            for name, file in files.items()
+        }
         for prompt, load in left:
             rows += cell(given.engine, running, prompt, given.new, load, given.rounds)
-            record.write_text("\n".join([json.dumps(about), *(one.model_dump_json() for one in rows)]) + "\n")
+            record.write_text(
+                "\n".join([json.dumps(about), *(one.model_dump_json() for one in rows)])
+                + "\n"
+            )
             print(f"done: {prompt} tokens, {load} at once", file=sys.stderr)
         for one in running.values():
             one.stop()

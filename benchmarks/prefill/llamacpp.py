@@ -1,12 +1,14 @@
-"""Times of prompts and of decoding in llama.cpp, of which a prompt skips the deepest blocks, by its own `llama-bench`.
+"""Times of prompts and of decoding in llama.cpp, of which a prompt skips the deepest
+blocks, by its own `llama-bench`.
 
     make test-llamacpp   # builds llama.cpp with the patches of docs/upstream
     python benchmarks/prefill/llamacpp.py --out OUT.jsonl [--model FILE.gguf] [--blocks 8 10] [--repairs FOLDER]
         [--prompts 512 2048 8192] [--new 64] [--rounds 5] [--threads 2] [--bin build/llama.cpp/build/bin]
 
-The original's file and one of each depth are timed in turn, a process each, in every round; ratios are the rounds' own.
-FOLDER holds repairs, `8-refit` and so on, as `measure.py` leaves them; without one keys and values are not refit, which
-saves no time. Nothing else may run then.
+The original's file and one of each depth are timed in turn, a process each, in every
+round; ratios are the rounds' own. FOLDER holds repairs, `8-refit` and so on, as
+`measure.py` leaves them; without one keys and values are not refit, which saves no
+time. Nothing else may run then.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ from notall.measuring.speed import cores, machine, speedup
 from notall.models.gguf_file import read_gguf
 from notall.results.record import Fact, Quartiles
 
-Times = dict[str, float]  # milliseconds by test: of a prompt, pp512; of a token that is generated, tg
+Times = dict[
+    str, float
+]  # milliseconds by test: of a prompt, pp512; of a token that is generated, tg
 
 
 class Timed(Fact):
-    """One test of one file: `blocks` are skipped in the prompt, of the original none."""
+    """One test of one file: `blocks` are skipped in the prompt, of the original
+    none.
+    """
 
     blocks: int
     test: str
@@ -47,7 +53,11 @@ def written(asked: argparse.Namespace, folder: Path) -> dict[int, Path]:
     for count in asked.blocks:
         repaired = asked.repairs / f"{count}-refit" if asked.repairs else None
         tail = range(depth - count, depth)
-        plan = RepairedPlan.load(repaired) if repaired else Plan(prefill={"attention": tail, "mlp": tail})
+        plan = (
+            RepairedPlan.load(repaired)
+            if repaired
+            else Plan(prefill={"attention": tail, "mlp": tail})
+        )
         out = export(dense, plan, "gguf", folder / str(count), verify=False)
         (files[count],) = out.glob("*.gguf")
     return files
@@ -83,7 +93,9 @@ def summary(taken: dict[int, list[Times]]) -> list[Timed]:
 
 
 def command() -> str:
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]
     return shlex.join(["python", "benchmarks/prefill/llamacpp.py", *words])
 
 
@@ -118,7 +130,9 @@ def main() -> None:
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text("\n".join(records) + "\n", encoding="utf-8")
     for one in lines:
-        ratio = f"{one.speedup.median:.3f} [{one.speedup.low:.3f}, {one.speedup.high:.3f}]"
+        ratio = (
+            f"{one.speedup.median:.3f} [{one.speedup.low:.3f}, {one.speedup.high:.3f}]"
+        )
         print(f"{one.blocks:3} blocks  {one.test:7} {one.ms.median:9.2f} ms  {ratio}")
 
 

@@ -1,13 +1,15 @@
-"""Whether engines lose on a text what notall says that a repaired model loses: the NLL of its exports, token by token.
+"""Whether engines lose on a text what notall says that a repaired model loses: the NLL
+of its exports, token by token.
 
     python benchmarks/repairing/served.py --plan repaired [--windows 4] [--length 128]
     python benchmarks/repairing/served.py --skip attn.6 attn.7 attn.26 attn.29         # repaired on the way
     python benchmarks/repairing/served.py --plan repaired --vllm-python .venv-vllm/bin/python
 
-Each engine runs in a process of its own, on the windows' token ids, with the original and the repaired one: what it
-rounds (llama.cpp: activations to 8 bits, where a file has few) shows in both. What an engine does not tell (llama.cpp:
-tokens that end within a character) is left out on both sides. It ends with 1 where an NLL is off by more than --most
-beyond the original model's, and says which engines are not there.
+Each engine runs in a process of its own, on the windows' token ids, with the original
+and the repaired one: what it rounds (llama.cpp: activations to 8 bits, where a file has
+few) shows in both. What an engine does not tell (llama.cpp: tokens that end within a
+character) is left out on both sides. It ends with 1 where an NLL is off by more than
+--most beyond the original model's, and says which engines are not there.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ ENGINES = ("transformers", "vllm", "llama.cpp")
 
 @dataclass(frozen=True)
 class Compared:
-    """The NLL of a model in an engine and here: means over the tokens that are told, and the worst of one."""
+    """The NLL of a model in an engine and here: means over the tokens that are told,
+    and the worst of one.
+    """
 
     engine: str
     model: str
@@ -69,7 +73,10 @@ def absent(engine: str, python: str) -> str:
     """Why an engine cannot be asked; empty where it can."""
     if engine == "vllm":
         there = (
-            Path(python).is_file() and not subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode
+            Path(python).is_file()
+            and not subprocess.run(
+                [python, "-c", "import vllm"], capture_output=True
+            ).returncode
         )
         return "" if there else f"{python} has no vLLM: make test-engines installs it"
     if engine == "llama.cpp" and not importlib.util.find_spec("xllamacpp"):
@@ -77,11 +84,17 @@ def absent(engine: str, python: str) -> str:
     return ""
 
 
-def asked_of(engine: str, python: str, folder: Path, windows: list[list[int]]) -> list[list[float | None]]:
-    """The NLL of each token but the first, by window. Raises `UsageError` with what the engine said last."""
+def asked_of(
+    engine: str, python: str, folder: Path, windows: list[list[int]]
+) -> list[list[float | None]]:
+    """The NLL of each token but the first, by window. Raises `UsageError` with what the
+    engine said last.
+    """
     checkpoint = next(folder.glob("*.gguf")) if engine == "llama.cpp" else folder
     runs = engine_named(engine)(cores(), "float32")
-    scores: list[list[float | None]] = call(runs, "score", python=python, checkpoint=checkpoint, windows=windows)
+    scores: list[list[float | None]] = call(
+        runs, "score", python=python, checkpoint=checkpoint, windows=windows
+    )
     return scores
 
 
@@ -91,12 +104,18 @@ def ours(model: Any, plan: notall.Plan, windows: list[list[int]]) -> list[list[f
     found = []
     with notall.skip(model, plan):
         for window in windows:
-            scores = model(torch.tensor([window])).logits[0, :-1].float().log_softmax(-1)
-            found.append([-float(score[token]) for score, token in zip(scores, window[1:])])
+            scores = (
+                model(torch.tensor([window])).logits[0, :-1].float().log_softmax(-1)
+            )
+            found.append(
+                [-float(score[token]) for score, token in zip(scores, window[1:])]
+            )
     return found
 
 
-def compared(engine: str, model: str, there: list[list[float | None]], here: list[list[float]]) -> Compared:
+def compared(
+    engine: str, model: str, there: list[list[float | None]], here: list[list[float]]
+) -> Compared:
     """A row of the table."""
     pairs = [
         (one, other) for told, own in zip(there, here, strict=True) for one, other in zip(told, own, strict=True)
@@ -110,22 +129,33 @@ def compared(engine: str, model: str, there: list[list[float | None]], here: lis
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--model", default="smollm2")
     options.add_argument("--plan", type=Path, help="a folder of notall repair or heal")
-    options.add_argument("--skip", nargs="+", help="else what to skip and repair, such as attn.6 mlp.5")
+    options.add_argument(
+        "--skip", nargs="+", help="else what to skip and repair, such as attn.6 mlp.5"
+    )
     options.add_argument("--text", default="prose")
     options.add_argument("--windows", type=int, default=4)
     options.add_argument("--length", type=int, default=128)
     options.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     options.add_argument("--vllm-python", default=".venv-vllm/bin/python")
-    options.add_argument("--most", type=float, default=0.01, help="nats a token that an NLL may be off by")
+    options.add_argument(
+        "--most",
+        type=float,
+        default=0.01,
+        help="nats a token that an NLL may be off by",
+    )
     asked = options.parse_args()
     if bool(asked.plan) == bool(asked.skip):
         options.error("give --plan or --skip")
     model, tokenizer = notall.load(asked.model, dtype="float32", device="cpu")
     text, size = read_text(asked.text), {"length": asked.length, "batch_size": 1}
-    batches = token_batches(tokenizer, text, sequences=asked.windows + (16 if asked.skip else 0), **size)
+    batches = token_batches(
+        tokenizer, text, sequences=asked.windows + (16 if asked.skip else 0), **size
+    )
     if asked.plan:
         plan = RepairedPlan.load(asked.plan)
     else:
@@ -144,20 +174,33 @@ def main() -> None:
             for name, one in plans.items():
                 folder = Path(scratch) / f"{name}-{target}"
                 if not folder.exists():
-                    dtype = "float32" if target == "hf" else None  # a GGUF file keeps its types
-                    notall.export(asked.model, one, target, folder, dtype=dtype, verify=False)
+                    dtype = (
+                        "float32" if target == "hf" else None
+                    )  # a GGUF file keeps its types
+                    notall.export(
+                        asked.model, one, target, folder, dtype=dtype, verify=False
+                    )
                 there = asked_of(engine, python, folder, windows)
                 rows.append(compared(engine, name, there, here[name]))
-    title = f"skip {plan}: {asked.windows} x {asked.length} tokens of {text.name}, nats a token"
+    title = (
+        f"skip {plan}: {asked.windows} x {asked.length} tokens of {text.name}, nats a"
+        " token"
+    )
     print_table(table(title, COLUMNS, rows))
     if wrong := too_far(rows, asked.most):
         sys.exit(f"off by more than {asked.most}: {', '.join(wrong)}")
 
 
 def too_far(rows: Sequence[Compared], most: float) -> list[str]:
-    """The engines in which a repaired model's NLL is further off than the dense one's by more than `most`."""
+    """The engines in which a repaired model's NLL is further off than the dense one's
+    by more than `most`.
+    """
     off = {(row.engine, row.model): abs(row.off) for row in rows}
-    return [engine for engine, name in off if name == "repaired" and off[engine, name] > most + off[engine, "dense"]]
+    return [
+        engine
+        for engine, name in off
+        if name == "repaired" and off[engine, name] > most + off[engine, "dense"]
+    ]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Whether a shape takes as long where all layers hold the weights of one: beside one with its own, in turn.
+"""Whether a shape takes as long where all layers hold the weights of one: beside one
+with its own, in turn.
 
     python benchmarks/shapes/one_layer.py --shape llama-2-7b --dtype bfloat16 --rounds 7   # 2 cores, 15 GB, 5 minutes
 
-If so, `paper_times.py --one-layer` may stand for a model that memory does not hold. Weights that stayed in a cache
-would be read faster; a layer of 7B is hundreds of megabytes.
+If so, `paper_times.py --one-layer` may stand for a model that memory does not hold.
+Weights that stayed in a cache would be read faster; a layer of 7B is hundreds of
+megabytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from paper_times import with_one_layer
 import notall
 from notall.choosing.criteria.data_free import deepest
 from notall.measuring.speed import interleaved, machine, speedup, time_once
-from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
+from notall.models.loading import (
+    build_random,
+    load_config,
+    resolve_device,
+    resolve_dtype,
+)
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words
 from notall.results.terminal import print_table, progress_bar
@@ -28,7 +35,9 @@ SHARE = 1 / 3  # of the sublayers of a kind that are skipped
 
 @dataclass(frozen=True)
 class Beside:
-    """What a model takes, in milliseconds, and how many times as fast it is as one with weights of its own."""
+    """What a model takes, in milliseconds, and how many times as fast it is as one with
+    weights of its own.
+    """
 
     skipped: str
     weights: str
@@ -49,8 +58,12 @@ COLUMNS: tuple[Column[Beside], ...] = (
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shape", default="llama-2-7b", help="a built-in shape, or a config.json")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--shape", default="llama-2-7b", help="a built-in shape, or a config.json"
+    )
     options.add_argument("--prompt", type=int, default=128)
     options.add_argument("--new", type=int, default=8)
     options.add_argument("--rounds", type=int, default=7)
@@ -61,7 +74,9 @@ def main() -> None:
     dtype = resolve_dtype(asked.dtype, device)
     models = {
         "its own": build_random(load_config(asked.shape), dtype=dtype, device=device),
-        "one layer's": with_one_layer(load_config(asked.shape), dtype=dtype, device=device),
+        "one layer's": with_one_layer(
+            load_config(asked.shape), dtype=dtype, device=device
+        ),
     }
     prompt = torch.arange(3, 3 + asked.prompt, device=device)[None]
     structure = notall.locate(models["its own"])
@@ -78,7 +93,10 @@ def main() -> None:
     cases = [(skipped, weights) for skipped in plans for weights in models]
     with progress_bar() as progress:
         found = interleaved(
-            {f"{skipped}, {weights}": partial(timed, weights, skipped) for skipped, weights in cases},
+            {
+                f"{skipped}, {weights}": partial(timed, weights, skipped)
+                for skipped, weights in cases
+            },
             asked.rounds,
             progress=progress,
         )
@@ -97,8 +115,13 @@ def main() -> None:
             )
         )
     about = machine(device)
-    print(f"{about['device_name']}, {about['threads']} threads, {dtype}, {about['versions']}")
-    title = f"{asked.shape}, prompt {asked.prompt}: weights of their own, and one layer's"
+    print(
+        f"{about['device_name']}, {about['threads']} threads, {dtype},"
+        f" {about['versions']}"
+    )
+    title = (
+        f"{asked.shape}, prompt {asked.prompt}: weights of their own, and one layer's"
+    )
     print_table(table(title, COLUMNS, rows))
 
 

@@ -1,12 +1,14 @@
-"""The paper's time tables for a shape with dummy weights, beside what FLOPs and bytes promise.
+"""The paper's time tables for a shape with dummy weights, beside what FLOPs and bytes
+promise.
 
     python benchmarks/shapes/paper_times.py --shape llama-2-7b --out results/times-7b    # a CUDA device
     python benchmarks/shapes/paper_times.py --shape llama-2-7b --out results/cpu-7b --device cpu --dtype bfloat16 \
         --prompt 128 512 --batch 1 --new 8 --minutes 60                                  # 2 cores, 14 GB
 
-`--shape` takes a config.json too, so a tiny one makes a smoke test anywhere. `--one-layer` gives all layers the weights
-of one, so that a model fits that would not: none of them is small enough to stay in a cache. Compiled: each decoder
-layer by itself (torch.compile), so that layers of one form are compiled once.
+`--shape` takes a config.json too, so a tiny one makes a smoke test anywhere.
+`--one-layer` gives all layers the weights of one, so that a model fits that would not:
+none of them is small enough to stay in a cache. Compiled: each decoder layer by itself
+(torch.compile), so that layers of one form are compiled once.
 """
 
 from __future__ import annotations
@@ -25,15 +27,38 @@ from transformers import PretrainedConfig, PreTrainedModel
 import notall
 from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
 from notall.experiments.driver import Subject
-from notall.experiments.paper import ENDINGS, TimesRecord, TimingGrid, half, in_turn, time_figures, time_grid
+from notall.experiments.paper import (
+    ENDINGS,
+    TimesRecord,
+    TimingGrid,
+    half,
+    in_turn,
+    time_figures,
+    time_grid,
+)
 from notall.measuring.speed import Timing, compare, machine
-from notall.models.loading import build_empty, build_random, load_config, resolve_device, resolve_dtype
+from notall.models.loading import (
+    build_empty,
+    build_random,
+    load_config,
+    resolve_device,
+    resolve_dtype,
+)
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
 from notall.results.facts import CONFIGURED, SPEEDUPS, Configured, Times
 from notall.results.provenance import Provenance
-from notall.results.table import Column, as_csv, as_latex, inherited, number, table, with_quartiles, within
+from notall.results.table import (
+    Column,
+    as_csv,
+    as_latex,
+    inherited,
+    number,
+    table,
+    with_quartiles,
+    within,
+)
 from notall.results.terminal import print_table, progress_bar
 from notall.structure.model_structure import base_model
 
@@ -44,11 +69,15 @@ QUANTITIES: dict[Literal["prefill", "decode"], str] = {
 
 
 def with_one_layer(config: PretrainedConfig, **how: Any) -> PreTrainedModel:
-    """The model of `config` in which all layers hold the same weights; only for layers that are all alike."""
+    """The model of `config` in which all layers hold the same weights; only for layers
+    that are all alike.
+    """
     alone = copy.deepcopy(config)
     alone.num_hidden_layers = 1
     model = build_random(alone, **how)
-    layers = model.get_submodule(notall.locate(build_empty(config)).layers)  # `model` is not what is located yet
+    layers = model.get_submodule(
+        notall.locate(build_empty(config)).layers
+    )  # `model` is not what is located yet
     shared = {id(each): each for each in (model.config, *layers[0].parameters())}
     for index in range(1, config.num_hidden_layers):
         twin = copy.deepcopy(layers[0], dict(shared))
@@ -60,12 +89,16 @@ def with_one_layer(config: PretrainedConfig, **how: Any) -> PreTrainedModel:
     return model
 
 
-def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: int) -> tuple[float, float]:
-    """Speedup of the prefill, by FLOPs, and of decoding, by bytes read, that leaving sublayers out allows at most.
+def promised(
+    model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: int
+) -> tuple[float, float]:
+    """Speedup of the prefill, by FLOPs, and of decoding, by bytes read, that leaving
+    sublayers out allows at most.
 
-    FLOPs: two a weight and token, and of the attention 2 * prompt^2 * width (it is causal); the head makes one token.
-    Bytes: the weights that a token needs, once for the batch, and the KV cache as it is halfway. `model` may be empty,
-    but its layers share nothing.
+    FLOPs: two a weight and token, and of the attention 2 * prompt^2 * width (it is
+    causal); the head makes one token. Bytes: the weights that a token needs, once for
+    the batch, and the KV cache as it is halfway. `model` may be empty, but its layers
+    share nothing.
     """
     structure = notall.locate(model)
     head = model.get_output_embeddings().weight
@@ -75,8 +108,12 @@ def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: i
         flops, read = 2.0 * head.numel(), float(head.numel() * head.element_size())
         for part in structure.sublayers:
             if part.index not in getattr(skipped, part.kind):
-                flops += 2 * prompt * part.parameters + (2 * prompt**2 * width if part.kind == "attention" else 0)
-                read += part.weight_bytes + batch * part.kv_bytes_per_token * (prompt + new / 2)
+                flops += 2 * prompt * part.parameters + (
+                    2 * prompt**2 * width if part.kind == "attention" else 0
+                )
+                read += part.weight_bytes + batch * part.kv_bytes_per_token * (
+                    prompt + new / 2
+                )
         return flops, read
 
     (dense_flops, dense_read), (flops, read) = work(Plan()), work(plan)
@@ -86,20 +123,32 @@ def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: i
 def one_by_one_compiled(
     subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload
 ) -> dict[str, Times]:
-    """Not in turn: what is compiled, in the round that is thrown away, is gone when a plan is left."""
+    """Not in turn: what is compiled, in the round that is thrown away, is gone when a
+    plan is left.
+    """
     found: dict[str, Timing] = {}
     for row in rows:
         with notall.skip(subject.model, row.plan), compiled_layers(subject.model):
-            found |= compare(subject.model, {row.name: nullcontext}, workload, seed=subject.seed, progress=progress)
+            found |= compare(
+                subject.model,
+                {row.name: nullcontext},
+                workload,
+                seed=subject.seed,
+                progress=progress,
+            )
     return {name: timing.beside(found["dense"]) for name, timing in found.items()}
 
 
 @contextmanager
 def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Layers of one form share what is compiled, whatever their number, as long as torch keeps that many variants."""
+    """Layers of one form share what is compiled, whatever their number, as long as
+    torch keeps that many variants.
+    """
     inner = base_model(model)
     layers = list(inner.get_submodule(notall.locate(inner).layers).children())
-    with torch._dynamo.config.patch(recompile_limit=1024, allow_unspec_int_on_nn_module=True):
+    with torch._dynamo.config.patch(
+        recompile_limit=1024, allow_unspec_int_on_nn_module=True
+    ):
         for layer in layers:
             layer.compile(dynamic=True)
         try:
@@ -109,9 +158,14 @@ def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
                 layer._compiled_call_impl = None
 
 
-def beside_bounds(model: PreTrainedModel, records: Sequence[TimesRecord], new: int) -> None:
+def beside_bounds(
+    model: PreTrainedModel, records: Sequence[TimesRecord], new: int
+) -> None:
     bounds = {
-        record.key: promised(model, record.plan, record.prompt_tokens, new, record.concurrency) for record in records
+        record.key: promised(
+            model, record.plan, record.prompt_tokens, new, record.concurrency
+        )
+        for record in records
     }
     speedups: tuple[Column[TimesRecord], ...] = within(SPEEDUPS, lambda one: one.times)
     decode, prefill = speedups
@@ -123,31 +177,60 @@ def beside_bounds(model: PreTrainedModel, records: Sequence[TimesRecord], new: i
         number("by FLOPs", lambda one: bounds[one.key][0], ".2f"),
         decode,
         number("by bytes", lambda one: bounds[one.key][1], ".2f"),
-        with_quartiles("decode ms/token", lambda one: one.times.decode_ms_per_token, ".0f"),
+        with_quartiles(
+            "decode ms/token", lambda one: one.times.decode_ms_per_token, ".0f"
+        ),
         with_quartiles("prefill ms", lambda one: one.times.prefill_ms, ".0f"),
     ]
-    print_table(table("Measured, median [quartiles], beside what is promised", columns, records))
+    print_table(
+        table("Measured, median [quartiles], beside what is promised", columns, records)
+    )
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shape", default="llama-2-7b", help="a built-in shape, or a config.json")
-    options.add_argument("--out", type=Path, required=True, help="folder for times.jsonl, the tables and times.csv")
-    options.add_argument("--prompt", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--shape", default="llama-2-7b", help="a built-in shape, or a config.json"
+    )
+    options.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for times.jsonl, the tables and times.csv",
+    )
+    options.add_argument(
+        "--prompt", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096]
+    )
     options.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    options.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the layers skipped")
+    options.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        default=FRACTIONS,
+        help="shares of the layers skipped",
+    )
     options.add_argument("--new", type=int, default=16)
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--compile", action="store_true", help="compiled, instead of eager")
-    options.add_argument("--one-layer", action="store_true", help="all layers hold the weights of one")
-    options.add_argument("--minutes", type=float, default=8, help="begin no prompt length after that")
+    options.add_argument(
+        "--compile", action="store_true", help="compiled, instead of eager"
+    )
+    options.add_argument(
+        "--one-layer", action="store_true", help="all layers hold the weights of one"
+    )
+    options.add_argument(
+        "--minutes", type=float, default=8, help="begin no prompt length after that"
+    )
     options.add_argument("--dtype", default="auto")
     options.add_argument("--device", default="auto")
     arguments = options.parse_args()
 
     device = resolve_device(arguments.device)
     config = load_config(arguments.shape)
-    config.max_position_embeddings = max(config.max_position_embeddings, max(arguments.prompt) + arguments.new)
+    config.max_position_embeddings = max(
+        config.max_position_embeddings, max(arguments.prompt) + arguments.new
+    )
     build = with_one_layer if arguments.one_layer else build_random
     model = build(config, dtype=resolve_dtype(arguments.dtype, device), device=device)
     about = machine(device)
@@ -169,24 +252,38 @@ def main() -> None:
     with progress_bar() as progress:
         for prompt in arguments.prompt:
             if time.monotonic() - start > 60 * arguments.minutes:
-                print(f"stopped before prompt {prompt}: the time is up; the same command goes on")
+                print(
+                    f"stopped before prompt {prompt}: the time is up; the same command"
+                    " goes on"
+                )
                 break
-            timing = TimingGrid((prompt,), arguments.new, tuple(arguments.batch), arguments.rounds)
-            records += time_grid(subject, rows, timing, measure=measure, progress=progress)
+            timing = TimingGrid(
+                (prompt,), arguments.new, tuple(arguments.batch), arguments.rounds
+            )
+            records += time_grid(
+                subject, rows, timing, measure=measure, progress=progress
+            )
     shape = provenance.what["model"]
     tables = {
         f"{quantity}-{ENDINGS[keep]}": half(
             time_figures(records, quantity),
             keep,
-            f"{told}, {shape} with dummy weights; the last layer {'is kept' if keep else 'may be skipped'}.",
+            f"{told}, {shape} with dummy weights; the last layer"
+            f" {'is kept' if keep else 'may be skipped'}.",
         )
         for keep in (False, True)
         for quantity, told in QUANTITIES.items()
     }
     for name, one in tables.items():
-        (arguments.out / f"{name}.tex").write_text(as_latex(one, caption=one.title, label=name), encoding="utf-8")
+        (arguments.out / f"{name}.tex").write_text(
+            as_latex(one, caption=one.title, label=name), encoding="utf-8"
+        )
     (arguments.out / "times.csv").write_text(as_csv(records), encoding="utf-8")
-    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    peak = (
+        f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        if device.type == "cuda"
+        else ""
+    )
     print(f"{shape}, {provenance.what['dtype']}, {about['device_name']}{peak}, {about['versions']}, "
           f"{(time.monotonic() - start) / 60:.0f} minutes")  # fmt: skip
     for name, one in tables.items():

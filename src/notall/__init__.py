@@ -1,11 +1,14 @@
-"""Leave attention, MLP and block sublayers out of a causal language model, and measure what it costs and saves.
+"""Leave attention, MLP and block sublayers out of a causal language model, and measure
+what it costs and saves.
 
-Names listed here are public, and those on the documentation's page on the Python API; all else may change at any time.
+Names listed here are public, and those on the documentation's page on the Python API;
+all else may change at any time.
 """
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # as type checkers know it; `typing` may be a file of the working folder under python -m
+# as type checkers know it; `typing` may be a file of the working folder under python -m
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan as choose_plan
@@ -14,7 +17,10 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModel as UnsupportedModel, UsageError as UsageError
     from .exporters import export as export
     from .exporters.remote_code import register as register
-    from .measuring.quality import evaluate as evaluate, measure_similarity as measure_similarity
+    from .measuring.quality import (
+        evaluate as evaluate,
+        measure_similarity as measure_similarity,
+    )
     from .models.loading import load as load
     from .plan import Plan as Plan
     from .repairing.healing import heal as heal
@@ -23,9 +29,17 @@ if TYPE_CHECKING:
     from .running.generating import generate_text as generate_text
     from .running.prefill import prompt as prompt
     from .running.repaired import RepairedPlan as RepairedPlan
-    from .running.skipping import draft_model as draft_model, remove as remove, skip as skip
+    from .running.skipping import (
+        draft_model as draft_model,
+        remove as remove,
+        skip as skip,
+    )
     from .structure.locating import locate as locate
-    from .structure.model_structure import Block as Block, ModelStructure as ModelStructure, Sublayer as Sublayer
+    from .structure.model_structure import (
+        Block as Block,
+        ModelStructure as ModelStructure,
+        Sublayer as Sublayer,
+    )
 
 __version__ = "0.1.0"
 
@@ -52,11 +66,15 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # which would take any name for one of these
-    _MODULES = {name: module for names, module in _HOMES.items() for name in names.split()}
+    _MODULES = {
+        name: module for names, module in _HOMES.items() for name in names.split()
+    }
     __all__ = sorted([*_MODULES, "__version__"])
 
     def __getattr__(name: str) -> object:
-        """Import a public name when it is first used, so that `import notall` stays quick."""
+        """Import a public name when it is first used, so that `import notall` stays
+        quick.
+        """
         if name not in _MODULES:
             raise AttributeError(f"module 'notall' has no attribute {name!r}")
         return getattr(import_module(f".{_MODULES[name]}", __name__), name)

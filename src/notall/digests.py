@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def digest_of(parts: "Iterable[str | bytes | Tensor]") -> str:
-    """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the other."""
+    """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the
+    other.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str | bytes):
@@ -23,20 +25,38 @@ def digest_of(parts: "Iterable[str | bytes | Tensor]") -> str:
         else:
             import torch  # only where there are tensors
 
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(
+                part.detach()
+                .cpu()
+                .contiguous()
+                .flatten()
+                .view(torch.uint8)
+                .numpy()
+                .data
+            )
     return digest.hexdigest()
 
 
 def digest_of_json(value: object) -> str:
-    """Of what JSON makes of `value`: of tables in whatever order, and of what it cannot hold as str() has it."""
+    """Of what JSON makes of `value`: of tables in whatever order, and of what it cannot
+    hold as str() has it.
+    """
     return digest_of([json.dumps(value, sort_keys=True, default=str)])
 
 
 def digest_of_file(path: Path) -> str:
     """Of a file's bytes, read again only when the file is another or was changed."""
     state = path.stat()
-    # The time of modification can be set, and rsync and cp -p do so; inode and time of change cannot.
-    same = (path.resolve(), state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino, state.st_ctime_ns)
+    # The time of modification can be set, and rsync and cp -p do so; inode and time of
+    # change cannot.
+    same = (
+        path.resolve(),
+        state.st_size,
+        state.st_mtime_ns,
+        state.st_dev,
+        state.st_ino,
+        state.st_ctime_ns,
+    )
     name = digest_of([":".join(map(str, same))])
     note = cache_folder("sha256", name[:2]) / name  # folders stay small
     with contextlib.suppress(OSError, ValueError):

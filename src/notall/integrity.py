@@ -1,6 +1,8 @@
-"""Whether what was written is what is read: JSON that ends with its own digest, and the digests of a folder's files.
+"""Whether what was written is what is read: JSON that ends with its own digest, and the
+digests of a folder's files.
 
-A folder that is written at once has a manifest, written last. Lines that are added one by one have a digest each.
+A folder that is written at once has a manifest, written last. Lines that are added one
+by one have a digest each.
 """
 
 import json
@@ -15,51 +17,88 @@ from .files import Settings, contents, own_file, read_json, write_whole
 
 MANIFEST = "notall.json"  # of a checkpoint
 REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"
-UNLISTED = (".md", ".py")  # a card that people go on writing, and code that notall never reads
-UNREAD = ("__pycache__", "LICENSE", "NOTICE")  # may be added, too, and names with a dot in front
+UNLISTED = (
+    ".md",
+    ".py",
+)  # a card that people go on writing, and code that notall never reads
+UNREAD = (
+    "__pycache__",
+    "LICENSE",
+    "NOTICE",
+)  # may be added, too, and names with a dot in front
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
-LITTLE = 1 << 20  # bytes that are read sooner than it is found out whether they were changed
+LITTLE = (
+    1 << 20
+)  # bytes that are read sooner than it is found out whether they were changed
 
 
 def sealed(table: bytes) -> bytes:
-    """The JSON of a table that is not empty, with the digest of all else as its last field."""
+    """The JSON of a table that is not empty, with the digest of all else as its last
+    field.
+    """
     rest = table.rstrip()[:-1].rstrip()
     return rest + SEALED + digest_of([rest])[:16].encode() + b'"}'
 
 
 def unsealed(table: bytes) -> bytes | None:
-    """What was `sealed`, or a table that never was; None for another than was written."""
+    """What was `sealed`, or a table that never was; None for another than was
+    written.
+    """
     rest, found, _ = table.rpartition(SEALED)
     if not found:
         return table
     return rest + b"}" if sealed(rest + b"}") == table.rstrip() else None
 
 
-def check_files(folder: Path, files: Mapping[str, str], fix: str, most: float = math.inf) -> None:
-    """Raise `UsageError`, with `fix`, where a file of these SHA-256 is missing, or is not what was written."""
+def check_files(
+    folder: Path, files: Mapping[str, str], fix: str, most: float = math.inf
+) -> None:
+    """Raise `UsageError`, with `fix`, where a file of these SHA-256 is missing, or is
+    not what was written.
+    """
     for name, digest in files.items():
         if (file := own_file(folder, name)) is None:
             raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {fix}")
         if file.stat().st_size > most:
             continue
-        found = digest_of([file.read_bytes()]) if file.stat().st_size < LITTLE else digest_of_file(file)
+        found = (
+            digest_of([file.read_bytes()])
+            if file.stat().st_size < LITTLE
+            else digest_of_file(file)
+        )
         if found != digest:
-            raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {fix}")
+            raise UsageError(
+                f"{name} of {shortened(folder)} is damaged (it is not what was"
+                f" written): {fix}"
+            )
 
 
 def write_manifest(folder: Path, told: Settings) -> None:
     """Write down what a finished `folder` holds."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix not in UNLISTED)
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix not in UNLISTED
+    )
     files = {name: digest_of_file(folder / name) for name in names}
-    write_whole(folder / MANIFEST, sealed(json.dumps({**told, "files": files}, indent=2).encode()) + b"\n")
+    write_whole(
+        folder / MANIFEST,
+        sealed(json.dumps({**told, "files": files}, indent=2).encode()) + b"\n",
+    )
 
 
 def read_manifest(folder: Path, fix: str = REDONE) -> Settings:
-    """What a folder says of itself. Raises `UsageError`, with `fix`, where that is damaged."""
+    """What a folder says of itself. Raises `UsageError`, with `fix`, where that is
+    damaged.
+    """
     with suppress(ValueError, OSError):
-        if (table := unsealed(contents(folder / MANIFEST))) and isinstance(told := read_json(table), dict):
+        if (table := unsealed(contents(folder / MANIFEST))) and isinstance(
+            told := read_json(table), dict
+        ):
             files = told.get("files")
-            if isinstance(files, dict) and all(isinstance(one, str) for one in files.values()):
+            if isinstance(files, dict) and all(
+                isinstance(one, str) for one in files.values()
+            ):
                 return told
     raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
 
@@ -71,10 +110,11 @@ def check_manifest(
     most: float = math.inf,
     strict: bool = True,
 ) -> Settings:
-    """As `read_manifest`, and for a folder that is not as its manifest says; {} without one.
+    """As `read_manifest`, and for a folder that is not as its manifest says; {} without
+    one.
 
-    Of files of more than `most` bytes it is only seen that they are there. Files that are not
-    listed are refused, as by `refuse_unlisted`, unless `strict` is false.
+    Of files of more than `most` bytes it is only seen that they are there. Files that
+    are not listed are refused, as by `refuse_unlisted`, unless `strict` is false.
     """
     if not own_file(folder, MANIFEST):
         return {}
@@ -94,6 +134,11 @@ def refuse_unlisted(folder: Path, files: Container[str]) -> None:
         name = path.name
         is_unread = path.suffix in UNLISTED or name in UNREAD or name.startswith(".")
         if not is_unread and name not in files and name != MANIFEST:
-            told = f"{shortened(folder)} holds {shortened(name)}, which {MANIFEST} does not list"
-            fix = f"move that file away, or delete {MANIFEST} to take the folder as it is"
+            told = (
+                f"{shortened(folder)} holds {shortened(name)}, which {MANIFEST} does"
+                " not list"
+            )
+            fix = (
+                f"move that file away, or delete {MANIFEST} to take the folder as it is"
+            )
             raise UsageError(f"{told}: {fix}")

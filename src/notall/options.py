@@ -1,9 +1,19 @@
-"""Options: fields of dataclasses that Python and, by `notall.cli.spread`, the command line share."""
+"""Options: fields of dataclasses that Python and, by `notall.cli.spread`, the command
+line share.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    ClassVar,
+    Concatenate,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+)
 
 from .errors import UsageError
 from .progress import ALONE, reading, writing
@@ -18,10 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """How a parameter is called and explained at the command line; by default by its own name."""
+    """How a parameter is called and explained at the command line; by default by its
+    own name.
+    """
 
     help: str
-    flags: tuple[str, ...] = ()  # other names; the first that begins with two dashes is the main one
+    flags: tuple[
+        str, ...
+    ] = ()  # other names; the first that begins with two dashes is the main one
     metavar: str | None = None
     panel: str | None = None
     argument: bool = False  # whether it is given by its place
@@ -36,11 +50,15 @@ def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:
     return option
 
 
-option = _as_field(Option)  # of a dataclass a field with this default, whose `Option` is made of what follows
+option = _as_field(
+    Option
+)  # of a dataclass a field with this default, whose `Option` is made of what follows
 
 
 class Asked(NamedTuple):
-    """An option of a command: field, flag ("" of an argument), value (None of a flag alone)."""
+    """An option of a command: field, flag ("" of an argument), value (None of a flag
+    alone).
+    """
 
     name: str
     flag: str
@@ -62,9 +80,16 @@ class Asked(NamedTuple):
 
 
 Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
-Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
+Seed = Annotated[
+    int, Option("random seed", least=0, most=(1 << 32) - 1)
+]  # as numpy takes them too
 OutFolder = Annotated[Path, Option("folder for the results", ("--out", "-o"))]
-KeepIn = Annotated[Path | None, Option("keep the results in this folder, for `notall report`", ("--out", "-o"), "DIR")]
+KeepIn = Annotated[
+    Path | None,
+    Option(
+        "keep the results in this folder, for `notall report`", ("--out", "-o"), "DIR"
+    ),
+]
 
 
 def check_sizes(sequences: int, length: int = 2, batch_size: int = 1) -> None:
@@ -84,7 +109,9 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed, in rounds of all models in turn: a prompt and greedy steps behind it, for sequences at once."""
+    """What is timed, in rounds of all models in turn: a prompt and greedy steps behind
+    it, for sequences at once.
+    """
 
     PANEL: ClassVar = "Timing"
 
@@ -95,12 +122,16 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """How long all rounds of one model take, the first one included, in tokens that are read."""
+        """How long all rounds of one model take, the first one included, in tokens that
+        are read.
+        """
         each = reading(self.prompt_tokens) + writing(self.generation_tokens)
         return round(ALONE * (self.rounds + 1) * self.concurrency * each)
 
     def check(self, model: "PreTrainedModel") -> None:
-        """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""
+        """Raise `UsageError` for counts that are too low, and for more tokens than the
+        model has positions.
+        """
         for name, count in vars(self).items():
             if count < 1:
                 raise UsageError(f"{name} is {count}; give 1 or more")

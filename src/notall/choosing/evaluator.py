@@ -1,4 +1,6 @@
-"""What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair."""
+"""What evaluates sets of skipped sublayers, for every criterion and for the search: as
+they are, or after a repair.
+"""
 
 import math
 import time
@@ -35,12 +37,15 @@ ONE_IN = 2  # sequences, of which one is judged and the other fitted to
 
 
 class Evaluator:
-    """The objective of any set of skipped sublayers; `spent` is what those asked for took, also in an earlier run.
+    """The objective of any set of skipped sublayers; `spent` is what those asked for
+    took, also in an earlier run.
 
-    Going on after a kill, it runs the states of its prefix again and counts them: up to one forward pass more.
-    `states_bytes` bounds the states kept of the prefix: where all of them don't fit, every second, third... is kept.
-    `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. `space`
-    tells for which tokens sets are skipped: for every one without it. Raises `UsageError` when the folder is another's.
+    Going on after a kill, it runs the states of its prefix again and counts them: up to
+    one forward pass more. `states_bytes` bounds the states kept of the prefix: where
+    all of them don't fit, every second, third... is kept. `folder` keeps what was
+    evaluated, in the file `name` if that is given; `settings` tell whose it is. `space`
+    tells for which tokens sets are skipped: for every one without it. Raises
+    `UsageError` when the folder is another's.
     """
 
     def __init__(
@@ -70,13 +75,20 @@ class Evaluator:
         self._states_bytes = states_bytes
         about = Provenance.of(
             settings or {},
-            objective=objective.name + (f" of {space.prefill_in_words}" if space and space.phase == "prefill" else ""),
+            objective=objective.name
+            + (
+                f" of {space.prefill_in_words}"
+                if space and space.phase == "prefill"
+                else ""
+            ),
             calibration=objective.digest(),
             fingerprint=self.structure.fingerprint,
             dtype=dtype_name(self.model),
             guesses=f"on {WORDS:,} words",
         )
-        self._ledger = Ledger(folder, EvaluationRecord, about, name=name) if folder else None
+        self._ledger = (
+            Ledger(folder, EvaluationRecord, about, name=name) if folder else None
+        )
         for line in self._ledger or ():
             cost = line.cost if is_number(line.cost) else math.inf
             self._known[frozenset(line.skipped), line.batches] = cost, line.spent
@@ -88,7 +100,10 @@ class Evaluator:
     @cached_property
     @torch.inference_mode()
     def _recordings(self) -> list[Recording]:
-        return [record(self.model, batch.prompt_tokens, **batch.inputs) for batch in self.objective.batches]
+        return [
+            record(self.model, batch.prompt_tokens, **batch.inputs)
+            for batch in self.objective.batches
+        ]
 
     @property
     def forward(self) -> int:
@@ -100,21 +115,31 @@ class Evaluator:
         self._prefix = self._steps(base)
 
     def cost(self, skipped: Skipped, share: float = 1.0) -> float:
-        """The objective of one set; or a guess at it, comparable with other guesses, on a `share` of the text.
+        """The objective of one set; or a guess at it, comparable with other guesses, on
+        a `share` of the text.
 
-        That is the first batches of each of its terms. Of a large vocabulary a guess takes what is likely and asked.
+        That is the first batches of each of its terms. Of a large vocabulary a guess
+        takes what is likely and asked.
         """
         return self.costs([skipped], share)[0]
 
     def cheapest(self, wanted: Callable[[Skipped], bool]) -> list[Skipped]:
-        """Of the sets that were evaluated on all of the text those that are `wanted`, the cheapest first."""
-        whole = {skipped: cost for (skipped, part), (cost, _) in self._known.items() if part == "all"}
+        """Of the sets that were evaluated on all of the text those that are `wanted`,
+        the cheapest first.
+        """
+        whole = {
+            skipped: cost
+            for (skipped, part), (cost, _) in self._known.items()
+            if part == "all"
+        }
         return sorted(filter(wanted, whole), key=whole.__getitem__)
 
     def costs(self, sets: Sequence[Skipped], share: float = 1.0) -> list[float]:
         """The objective of each set; all are run together."""
         numbers = self.objective.part(share)
-        new = [s for s in dict.fromkeys(sets) if self._key(s, numbers) not in self._known]
+        new = [
+            s for s in dict.fromkeys(sets) if self._key(s, numbers) not in self._known
+        ]
         if new:
             self._evaluate(new, numbers)
         found = []
@@ -136,9 +161,13 @@ class Evaluator:
         for number in sorted(numbers):
             batch, before = self.objective.batches[number], replay.ran
             dense = self._dense(number, scorer) if batch.targets is None else None
-            for places, hidden in replay.hidden_states(self._recordings[number], self._prefix_cache(number)):
+            for places, hidden in replay.hidden_states(
+                self._recordings[number], self._prefix_cache(number)
+            ):
                 scores = scorer.score(batch.judged(hidden), batch.targets, dense)
-                items = batch.items(scores.kl if batch.targets is None else scores.nll).tolist()
+                items = batch.items(
+                    scores.kl if batch.targets is None else scores.nll
+                ).tolist()
                 for place in places:
                     losses[place][number] = items
             ran += (replay.ran - before) * (batch.tokens / self.tokens)
@@ -148,33 +177,61 @@ class Evaluator:
             seconds=(time.process_time() - start) / len(sets),
             wall_seconds=(time.monotonic() - began) / len(sets),
         )
-        self._note(numbers, {skipped: self.objective.total(found) for skipped, found in zip(sets, losses)}, each)
+        self._note(
+            numbers,
+            {
+                skipped: self.objective.total(found)
+                for skipped, found in zip(sets, losses)
+            },
+            each,
+        )
 
     def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
-        """What scores a part of the text: on a part of the vocabulary too, since it is for guesses."""
+        """What scores a part of the text: on a part of the vocabulary too, since it is
+        for guesses.
+        """
         if numbers not in self._guessers:
-            targets = [found for number in numbers if (found := self.objective.batches[number].targets) is not None]
+            targets = [
+                found
+                for number in numbers
+                if (found := self.objective.batches[number].targets) is not None
+            ]
             dense = (self._dense_states(number) for number in numbers)
-            self._guessers[numbers] = self._scorer.on_likely_words(dense, WORDS, targets)
+            self._guessers[numbers] = self._scorer.on_likely_words(
+                dense, WORDS, targets
+            )
         return self._guessers[numbers]
 
     def _dense(self, number: int, scorer: TokenScorer) -> Dense:
         if (number, scorer) not in self._dense_heads:
-            _, self._dense_heads[number, scorer] = scorer.dense(self._dense_states(number))
+            _, self._dense_heads[number, scorer] = scorer.dense(
+                self._dense_states(number)
+            )
         return self._dense_heads[number, scorer]
 
     def _dense_states(self, number: int) -> Tensor:
         replay = Replay(self.model, [Plan()])
-        (_, hidden) = next(replay.hidden_states(self._recordings[number], self._prefix_cache(number)))
+        _, hidden = next(
+            replay.hidden_states(self._recordings[number], self._prefix_cache(number))
+        )
         return self.objective.batches[number].judged(hidden)
 
     def _prefix_cache(self, number: int) -> PrefixCache:
         cache = self._prefix_caches.get(number)
         if cache is None:
             embedded = self._recordings[number].embedded
-            all_states = self.forward * self.tokens * embedded.shape[-1] * embedded.element_size()
-            cache = PrefixCache(self._prefix, math.ceil(all_states / self._states_bytes))
-        self._prefix_caches[number] = cache if cache.names == self._prefix else cache.moved(self._prefix)
+            all_states = (
+                self.forward
+                * self.tokens
+                * embedded.shape[-1]
+                * embedded.element_size()
+            )
+            cache = PrefixCache(
+                self._prefix, math.ceil(all_states / self._states_bytes)
+            )
+        self._prefix_caches[number] = (
+            cache if cache.names == self._prefix else cache.moved(self._prefix)
+        )
         return self._prefix_caches[number]
 
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
@@ -183,19 +240,32 @@ class Evaluator:
     def _key(self, skipped: Skipped, numbers: frozenset[int]) -> Key:
         return skipped, "all" if numbers == self.all else len(numbers)
 
-    def _note(self, numbers: frozenset[int], costs: Mapping[Skipped, float], spent: SearchCost) -> None:
+    def _note(
+        self, numbers: frozenset[int], costs: Mapping[Skipped, float], spent: SearchCost
+    ) -> None:
         records = []
         for skipped, cost in costs.items():
             key = self._key(skipped, numbers)
-            cost = cost if math.isfinite(cost) else math.inf  # a model that overflows without these is as bad as can be
+            cost = (
+                cost if math.isfinite(cost) else math.inf
+            )  # a model that overflows without these is as bad as can be
             self._known[key] = cost, spent
-            records.append(EvaluationRecord(skipped=tuple(sorted(skipped)), batches=key[1], cost=cost, spent=spent))
+            records.append(
+                EvaluationRecord(
+                    skipped=tuple(sorted(skipped)),
+                    batches=key[1],
+                    cost=cost,
+                    spent=spent,
+                )
+            )
         if self._ledger is not None:
             self._ledger.add(*records)
 
 
 class AfterRepair(Evaluator):
-    """The KL that is left after a repair, fitted to half of the sequences at gaps alone, and judged on the others."""
+    """The KL that is left after a repair, fitted to half of the sequences at gaps
+    alone, and judged on the others.
+    """
 
     def __init__(
         self,
@@ -208,22 +278,31 @@ class AfterRepair(Evaluator):
     ) -> None:
         locate(base_model(model)).refuse_stubs("a repair")
         if sum(len(batch) for batch in batches) < 4:
-            raise UsageError("a search for what is best after a repair takes four sequences or more; give more text")
+            raise UsageError(
+                "a search for what is best after a repair takes four sequences or more;"
+                " give more text"
+            )
         about = Provenance.of(settings or {}, after="a cheap repair")
         rows = [row for batch in batches for row in batch.split(1)]
-        super().__init__(model, kl(rows), states_bytes=states_bytes, folder=folder, settings=about)
+        super().__init__(
+            model, kl(rows), states_bytes=states_bytes, folder=folder, settings=about
+        )
         self.judged_by = "kl after a repair"
         self._base: Skipped = frozenset()
         self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
         self._texts: dict[frozenset[int], tuple[DenseStream, dict[int, Dense]]] = {}
 
     def set_prefix(self, base: Skipped) -> None:
-        """Keep the stream of this set's repair: what is asked for next begins like it."""
+        """Keep the stream of this set's repair: what is asked for next begins like
+        it.
+        """
         self._base = base
 
     @torch.no_grad()
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
-        part = numbers if len(numbers) > 1 else frozenset([0, 1])  # one to fit to, one to judge
+        part = (
+            numbers if len(numbers) > 1 else frozenset([0, 1])
+        )  # one to fit to, one to judge
         for skipped in sets:
             start, began = time.process_time(), time.monotonic()
             text, heads = self._text(part)
@@ -232,7 +311,9 @@ class AfterRepair(Evaluator):
                 repair = self._repair(text, skipped, part)
                 for place, dense in heads.items():
                     rows = repair.states[place][:, :-1].flatten(0, 1)
-                    losses[place] = [float(self._scorer.score(rows, None, dense).kl.mean())]
+                    losses[place] = [
+                        float(self._scorer.score(rows, None, dense).kl.mean())
+                    ]
                 ran = repair.ran * (len(part) / len(self.all))
             spent = SearchCost(
                 evaluations=1,
@@ -242,23 +323,39 @@ class AfterRepair(Evaluator):
             )
             self._note(numbers, {skipped: self.objective.total(losses)}, spent)
 
-    def _repair(self, text: DenseStream, skipped: Skipped, numbers: frozenset[int]) -> Repair:
+    def _repair(
+        self, text: DenseStream, skipped: Skipped, numbers: frozenset[int]
+    ) -> Repair:
         others = self._repairs.setdefault(numbers, {})
         repair = Repair(text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True)
         repair.run(others=[*others.values()])
         others[skipped] = repair
         each = len(repair.steps) * sum(hidden.nbytes for hidden in repair.states)
         most = min(self._states_bytes // each, LATEST)
-        for old in [one for one in others if one != self._base][: max(len(others) - most, 0)]:
+        for old in [one for one in others if one != self._base][
+            : max(len(others) - most, 0)
+        ]:
             del others[old]
         return repair
 
     def _text(self, numbers: frozenset[int]) -> tuple[DenseStream, dict[int, Dense]]:
-        """Some of the sequences, and what the original model says of those that are judged, by their places."""
+        """Some of the sequences, and what the original model says of those that are
+        judged, by their places.
+        """
         if numbers not in self._texts:
-            tokens = [self.objective.batches[number].inputs["input_ids"] for number in sorted(numbers)]
+            tokens = [
+                self.objective.batches[number].inputs["input_ids"]
+                for number in sorted(numbers)
+            ]
             text = DenseStream(self.model, tokens, one_in=ONE_IN, keep_all=True)
             (last,) = text.before(len(text.lines))
-            judged = {place: last[place][:, :-1].flatten(0, 1) for place, held in enumerate(text.held) if held}
-            self._texts[numbers] = text, {place: self._scorer.dense(rows)[1] for place, rows in judged.items()}
+            judged = {
+                place: last[place][:, :-1].flatten(0, 1)
+                for place, held in enumerate(text.held)
+                if held
+            }
+            self._texts[numbers] = (
+                text,
+                {place: self._scorer.dense(rows)[1] for place, rows in judged.items()},
+            )
         return self._texts[numbers]

@@ -1,4 +1,6 @@
-"""What is particular to sets that a prompt alone skips: compared after a repair, and how many last tokens run whole."""
+"""What is particular to sets that a prompt alone skips: compared after a repair, and
+how many last tokens run whole.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,18 @@ from ..repairing.refitting import repair
 from .objective import Objective, kl
 
 LAST_TOKENS = (1, 8, 32)  # of a prompt, to try to run whole
-LEAST_EARLY = 4  # times as long as these the prompt is to be, so that it still saves what was asked for, about
-WIDER = 3.0  # as many nats as a limit are looked at, since a refit leaves a third of the KL or less
+# times as long as these the prompt is to be, so that it still saves what was asked for,
+# about
+LEAST_EARLY = 4
+# as many nats as a limit are looked at, since a refit leaves a third of the KL or less
+WIDER = 3.0
 
 
 @dataclass(frozen=True)
 class PromptRepair:
-    """Plans after keys and values were refit to the sequences `fitted`, judged by the KL behind a prompt on others."""
+    """Plans after keys and values were refit to the sequences `fitted`, judged by the
+    KL behind a prompt on others.
+    """
 
     model: PreTrainedModel
     fitted: Sequence[Tensor]  # token ids, (batch, tokens) each
@@ -31,11 +38,21 @@ class PromptRepair:
     prompt_tokens: int | None  # None is refused as soon as a set is evaluated
 
     @classmethod
-    def of(cls, model: PreTrainedModel, batches: Sequence[Tensor], prompt_tokens: int | None) -> "PromptRepair":
-        """Every second sequence is fitted to. Raises `UsageError` for fewer than four."""
+    def of(
+        cls,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        prompt_tokens: int | None,
+    ) -> "PromptRepair":
+        """Every second sequence is fitted to. Raises `UsageError` for fewer than
+        four.
+        """
         rows = [row for batch in batches for row in batch.split(1)]
         if len(rows) < 4:
-            raise UsageError("a search for what is best after a repair takes four sequences or more; give more text")
+            raise UsageError(
+                "a search for what is best after a repair takes four sequences or more;"
+                " give more text"
+            )
         return cls(model, rows[::2], rows[1::2], prompt_tokens)
 
     @property
@@ -47,7 +64,9 @@ class PromptRepair:
 
     def kept(self, plan: Plan) -> float:
         """Minus the KL, so that more is better."""
-        (quality,) = evaluate(self.model, [self.repaired(plan)], self.judged, self.prompt_tokens)
+        (quality,) = evaluate(
+            self.model, [self.repaired(plan)], self.judged, self.prompt_tokens
+        )
         return -quality.kl
 
 
@@ -65,16 +84,22 @@ def with_last_tokens(
     prompt_tokens: int,
     reached: Callable[[Plan], bool] = lambda _: True,
 ) -> Plan:
-    """`plan` with as few last tokens run whole as `windows`, (batch, tokens) ids each, ask for.
+    """`plan` with as few last tokens run whole as `windows`, (batch, tokens) ids each,
+    ask for.
 
-    More are taken where they lower the KL behind the prompt by more than the error of that, and `reached` still holds.
+    More are taken where they lower the KL behind the prompt by more than the error of
+    that, and `reached` still holds.
     """
     plans = [running_last(plan, count) for count in last_tokens]
     scored = [score(model, plans, tokens, prompt_tokens) for tokens in windows]
-    _, *found = (reduce(add, some).kl for some in zip(*scored))  # KLs of the sequences, of the original first
+    _, *found = (
+        reduce(add, some).kl for some in zip(*scored)
+    )  # KLs of the sequences, of the original first
     best = 0
     for place in range(1, len(plans)):
-        falls, error = mean_and_error([before - after for before, after in zip(found[best], found[place])])
+        falls, error = mean_and_error(
+            [before - after for before, after in zip(found[best], found[place])]
+        )
         if falls > error and reached(plans[place]):
             best = place
     return plans[best]
@@ -82,4 +107,6 @@ def with_last_tokens(
 
 def running_last(plan: Plan, last_tokens: int) -> Plan:
     """`plan` of which so many last tokens of the prompt run whole."""
-    return plan.model_copy(update={"prefill": plan.prefill.model_copy(update={"last_tokens": last_tokens})})
+    return plan.model_copy(
+        update={"prefill": plan.prefill.model_copy(update={"last_tokens": last_tokens})}
+    )

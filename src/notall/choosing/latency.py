@@ -1,4 +1,6 @@
-"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan."""
+"""What each sublayer takes on this machine: measured once, kept, and added up to
+predict the time of any plan.
+"""
 
 import math
 import statistics
@@ -32,16 +34,22 @@ from .space import Space
 DECODED = 16  # new tokens that are really decoded where more are asked about
 MOST_ERROR = 0.02  # of the speedup that is asked for: a noisy machine excuses no more
 MOST_TIMES = 4  # as many rounds, where a machine is noisy
-FAR = 1.5  # times what one round of the emptiest model shows: more is refused before each sublayer is timed
-MOST_CHANGED = 0.1  # how far the original model's time may be from the kept one before all are measured anew
+# times what one round of the emptiest model shows: more is refused before each sublayer
+# is timed
+FAR = 1.5
+# how far the original model's time may be from the kept one before all are measured
+# anew
+MOST_CHANGED = 0.1
 
 
 @dataclass(frozen=True)
 class SublayerTimes:
-    """Milliseconds of a workload: of the original model, and of each sublayer by name (prefill and all new tokens).
+    """Milliseconds of a workload: of the original model, and of each sublayer by name
+    (prefill and all new tokens).
 
-    With the `phase` prefill they are of the prompt alone, up to the first new token; those of an attention are what
-    it takes beyond its keys and values, which are written all the same.
+    With the `phase` prefill they are of the prompt alone, up to the first new token;
+    those of an attention are what it takes beyond its keys and values, which are
+    written all the same.
     """
 
     workload: Workload
@@ -50,9 +58,14 @@ class SublayerTimes:
     phase: Phase = "all"
 
     def predicted_ms(self, plan: Plan) -> float:
-        """The original's time less what the skipped sublayers take, which were timed apart: they may sum to more."""
+        """The original's time less what the skipped sublayers take, which were timed
+        apart: they may sum to more.
+        """
         skipped = plan.prefill.names if self.phase == "prefill" else plan.names
-        return max(self.dense_ms - sum(self.sublayer_ms[name] for name in skipped), self.dense_ms / 1000)
+        return max(
+            self.dense_ms - sum(self.sublayer_ms[name] for name in skipped),
+            self.dense_ms / 1000,
+        )
 
 
 def measure_times(
@@ -64,17 +77,25 @@ def measure_times(
     seed: int = 0,
     progress: Progress = silent,
 ) -> SublayerTimes:
-    """What each sublayer takes, by leaving out half of those that are alike, interleaved with the original model.
+    """What each sublayer takes, by leaving out half of those that are alike,
+    interleaved with the original model.
 
-    With the `phase` prefill they are left out of the prompt alone, and the time to the first new token counts.
+    With the `phase` prefill they are left out of the prompt alone, and the time to the
+    first new token counts.
 
-    Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the original
-    takes what it took, to a tenth. Of more than 16 new tokens 16 are decoded, and counted as many times as needed.
-    Raises `UsageError` for a workload that the model has too few positions for, where the cache cannot be written, and
-    at once where a speedup is `wanted` that skipping all of a space, in one round, is far from.
+    Kept in the cache folder, by the model's shape, dtype, device, machine and versions,
+    for as long as the original takes what it took, to a tenth. Of more than 16 new
+    tokens 16 are decoded, and counted as many times as needed. Raises `UsageError` for
+    a workload that the model has too few positions for, where the cache cannot be
+    written, and at once where a speedup is `wanted` that skipping all of a space, in
+    one round, is far from.
     """
     structure = locate(model)
-    about: dict[str, object] = {"fingerprint": structure.fingerprint, "dtype": str(model.dtype), **asdict(workload)}
+    about: dict[str, object] = {
+        "fingerprint": structure.fingerprint,
+        "dtype": str(model.dtype),
+        **asdict(workload),
+    }
     if phase == "prefill":
         about |= {"phase": phase, "generation_tokens": 0}
     about["machine"] = machine(*devices_of(model))
@@ -83,15 +104,27 @@ def measure_times(
     names = {part.name for part in structure.sublayers}
     known = _read(path, about, workload, names, phase) if path.exists() else None
     if known:
-        (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed, phase)["dense"]
+        (now,) = _compare(
+            model, {"dense": Plan()}, replace(workload, rounds=1), seed, phase
+        )["dense"]
         if abs(now / known.dense_ms - 1) <= MOST_CHANGED:
             return known
-        then = f"the original model took {known.dense_ms:.0f} ms then and takes {now:.0f} ms now"
-        warnings.warn(f"the kept times no longer hold: {then}; they are measured anew", stacklevel=2)
+        then = (
+            f"the original model took {known.dense_ms:.0f} ms then and takes {now:.0f}"
+            " ms now"
+        )
+        warnings.warn(
+            f"the kept times no longer hold: {then}; they are measured anew",
+            stacklevel=2,
+        )
     if wanted:
         _refuse_far(model, workload, *wanted, seed)
     groups = {str(number): group for number, group in enumerate(_alike(model))}
-    halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure, phase))}
+    halves = {
+        name: plan
+        for name, group in groups.items()
+        if (plan := _half(group, structure, phase))
+    }
     plans = {"dense": Plan(), **halves}
 
     def telling(done: float, total: float, _: str) -> None:
@@ -100,8 +133,13 @@ def measure_times(
     took = _compare(model, plans, workload, seed, phase, telling)
     each: dict[str, float] = {}
     for name, group in groups.items():
-        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
-        saved = statistics.median(differences) / len(_names(halves[name]) if name in halves else group)
+        differences = [
+            dense - without
+            for dense, without in zip(took["dense"], took.get(name, took["dense"]))
+        ]
+        saved = statistics.median(differences) / len(
+            _names(halves[name]) if name in halves else group
+        )
         each |= {part.name: saved for part in group}
     times = SublayerTimes(workload, statistics.median(took["dense"]), each, phase)
     stored = _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each)
@@ -109,14 +147,26 @@ def measure_times(
     return times
 
 
-def _refuse_far(model: PreTrainedModel, workload: Workload, space: Space, faster: float, seed: int) -> None:
-    kept = min(locate(model).counting, default=None)  # of attentions that count tokens one stays
+def _refuse_far(
+    model: PreTrainedModel, workload: Workload, space: Space, faster: float, seed: int
+) -> None:
+    kept = min(
+        locate(model).counting, default=None
+    )  # of attentions that count tokens one stays
     plan = space.plan(name for name in space.names if name != f"attn.{kept}")
-    took = _compare(model, {"dense": Plan(), "emptiest": plan}, replace(workload, rounds=1), seed, space.phase)
+    took = _compare(
+        model,
+        {"dense": Plan(), "emptiest": plan},
+        replace(workload, rounds=1),
+        seed,
+        space.phase,
+    )
     most = took["dense"][0] / took["emptiest"][0]
     if faster > FAR * most:
         told = f"without all that may be skipped the model is {most:.1f} times as fast"
-        raise UsageError(f"a speedup of {faster:g} is far out of reach: {told}; ask for less")
+        raise UsageError(
+            f"a speedup of {faster:g} is far out of reach: {told}; ask for less"
+        )
 
 
 class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -128,15 +178,25 @@ class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 
 
 def _read(
-    path: Path, about: Mapping[str, object], workload: Workload, names: set[str], phase: Phase
+    path: Path,
+    about: Mapping[str, object],
+    workload: Workload,
+    names: set[str],
+    phase: Phase,
 ) -> SublayerTimes | None:
-    """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
+    """The times in a file of the cache; None with a warning where they are damaged, or
+    of another model or workload.
+    """
     with suppress(OSError, ValueError):
         stored = _Stored.model_validate(read_json(unsealed(contents(path)) or b""))
-        plausible = all(abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values())
+        plausible = all(
+            abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values()
+        )
         if plausible and stored.about == about and stored.sublayer_ms.keys() == names:
             return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms, phase)
-    warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
+    warnings.warn(
+        f"the times kept in {path} are damaged: they are measured anew", stacklevel=3
+    )
     return None
 
 
@@ -149,33 +209,56 @@ def check_times(
     error: float = math.inf,
     progress: Progress = silent,
 ) -> SpeedCheck:
-    """Time `plan` interleaved with the original model, and hold it against what the sublayers' times add up to.
+    """Time `plan` interleaved with the original model, and hold it against what the
+    sublayers' times add up to.
 
-    As many `rounds` follow, up to three times, while the speedup's standard error is more than `error`.
+    As many `rounds` follow, up to three times, while the speedup's standard error is
+    more than `error`.
     """
     dense, skipped = list[float](), list[float]()
     plans, stages = {"dense": Plan(), "skipped": plan}, Stages(progress, MOST_TIMES)
     for _ in range(MOST_TIMES):
-        took = _compare(model, plans, replace(times.workload, rounds=rounds), 0, times.phase, stages.stage(1))
+        took = _compare(
+            model,
+            plans,
+            replace(times.workload, rounds=rounds),
+            0,
+            times.phase,
+            stages.stage(1),
+        )
         dense, skipped = dense + took["dense"], skipped + took["skipped"]
         if (measured := speedup(dense, skipped)).error <= error:
             break
     ms, took_ms = times.predicted_ms(plan), statistics.median(skipped)
     return SpeedCheck(
-        predicted_ms=ms, predicted_speedup=times.dense_ms / ms, measured_ms=took_ms, measured_speedup=measured
+        predicted_ms=ms,
+        predicted_speedup=times.dense_ms / ms,
+        measured_ms=took_ms,
+        measured_speedup=measured,
     )
 
 
 def _likeness(part: Sublayer) -> Hashable:
     """Kind, size and window: sublayers that have these in common take the same time."""
-    sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.read_by)
+    sizes = (
+        part.parameters,
+        part.kv_bytes_per_token,
+        part.state_bytes,
+        bool(part.read_by),
+    )
     return part.kind, part.mixer, *sizes
 
 
 def saved_alike(structure: ModelStructure, skipped: Iterable[str]) -> Hashable:
-    """What tells sets of skipped sublayers apart by the time that they save: how many there are of each likeness."""
+    """What tells sets of skipped sublayers apart by the time that they save: how many
+    there are of each likeness.
+    """
     gone = set(skipped)
-    return frozenset(Counter(_likeness(part) for part in structure.sublayers if part.name in gone).items())
+    return frozenset(
+        Counter(
+            _likeness(part) for part in structure.sublayers if part.name in gone
+        ).items()
+    )
 
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
@@ -186,8 +269,12 @@ def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
     return list(groups.values())
 
 
-def _half(group: list[Sublayer], structure: ModelStructure, phase: Phase = "all") -> Plan:
-    """The plan that skips every second one of a group; the only attention that counts tokens stays."""
+def _half(
+    group: list[Sublayer], structure: ModelStructure, phase: Phase = "all"
+) -> Plan:
+    """The plan that skips every second one of a group; the only attention that counts
+    tokens stays.
+    """
     kind, chosen = group[0].kind, [part.index for part in group[::2]]
     if kind == "attention" and structure.counting.issubset(chosen):
         chosen = chosen[1:]
@@ -209,63 +296,100 @@ def _compare(
     phase: Phase,
     progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Milliseconds of the whole workload, or of its prompt, a round each, without what each of `plans` skips."""
+    """Milliseconds of the whole workload, or of its prompt, a round each, without what
+    each of `plans` skips.
+    """
     tokens = 0 if phase == "prefill" else workload.generation_tokens
     variants = {name: partial(skip, model, plan) for name, plan in plans.items()}
     decoded = replace(workload, generation_tokens=min(tokens, DECODED) or 1)
     timings = compare(model, variants, decoded, seed=seed, progress=progress)
-    samples = {name: zip(one.prefill_samples_ms, one.decode_samples_ms) for name, one in timings.items()}
-    return {name: [prefill + tokens * decode for prefill, decode in pairs] for name, pairs in samples.items()}
+    samples = {
+        name: zip(one.prefill_samples_ms, one.decode_samples_ms)
+        for name, one in timings.items()
+    }
+    return {
+        name: [prefill + tokens * decode for prefill, decode in pairs]
+        for name, pairs in samples.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedBudget(Budget):
-    """Milliseconds to save of a workload, by `times`, so that it runs `faster` times as fast."""
+    """Milliseconds to save of a workload, by `times`, so that it runs `faster` times as
+    fast.
+    """
 
     faster: float
     space: Space
     times: SublayerTimes
 
     def reached(self, check: SpeedCheck) -> bool:
-        """Whether what was measured is what was asked for, within its standard error, which may be `MOST_ERROR`.
+        """Whether what was measured is what was asked for, within its standard error,
+        which may be `MOST_ERROR`.
 
         A larger one counts against it, so that a noisy machine meets nothing by chance.
         """
         measured, most = check.measured_speedup, MOST_ERROR * self.faster
-        return measured.median + min(measured.error, 3 * most - 2 * measured.error) >= self.faster
+        return (
+            measured.median + min(measured.error, 3 * most - 2 * measured.error)
+            >= self.faster
+        )
 
     def corrected(self, check: SpeedCheck) -> "SpeedBudget | None":
-        """By times that tell what was measured: what sublayers save is scaled. None where that can't be enough."""
-        predicted, measured = (1 - 1 / ratio for ratio in (check.predicted_speedup, check.measured_speedup.median))
+        """By times that tell what was measured: what sublayers save is scaled. None
+        where that can't be enough.
+        """
+        predicted, measured = (
+            1 - 1 / ratio
+            for ratio in (check.predicted_speedup, check.measured_speedup.median)
+        )
         if not (predicted > 0 and measured > 0):
             return None
-        scaled = {name: ms * measured / predicted for name, ms in self.times.sublayer_ms.items()}
+        scaled = {
+            name: ms * measured / predicted
+            for name, ms in self.times.sublayer_ms.items()
+        }
         with suppress(UsageError):
-            return by_speedup(self.space, replace(self.times, sublayer_ms=scaled), self.faster)
+            return by_speedup(
+                self.space, replace(self.times, sublayer_ms=scaled), self.faster
+            )
         return None
 
 
 def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget:
-    """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
+    """A budget: the workload of `times` must run `faster` times as fast. Raises
+    `UsageError` where it cannot.
+    """
     check_faster(faster)
     if space.phase != times.phase:
-        raise UsageError(f"these times are of the phase {times.phase}: measure_times(..., phase={space.phase!r})")
+        raise UsageError(
+            f"these times are of the phase {times.phase}: measure_times(...,"
+            f" phase={space.phase!r})"
+        )
     saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
     left = times.dense_ms - sum(saves.values())
     most = times.dense_ms / left if left > 0 else math.inf
     if faster > most:
-        raise UsageError(f"a speedup of {faster:g} is out of reach: ask for at most {most:.2f}, without all of it")
+        raise UsageError(
+            f"a speedup of {faster:g} is out of reach: ask for at most {most:.2f},"
+            " without all of it"
+        )
     w = times.workload
     what = f"at prompt {w.prompt_tokens}, {w.generation_tokens} new"
     if space.phase == "prefill":
         what = f"to the first token at prompt {w.prompt_tokens}"
     described = f"{faster:g}x {what}, batch {w.concurrency}"
     target = times.dense_ms * (1 - 1 / faster)
-    return SpeedBudget(saves, target, described, faster=faster, space=space, times=times)
+    return SpeedBudget(
+        saves, target, described, faster=faster, space=space, times=times
+    )
 
 
 def check_faster(faster: float) -> None:
     """Raise `UsageError` for what is no speedup."""
     expect(faster, Real, "how many times as fast, a number")
     if not 1 <= faster < math.inf:
-        raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
+        raise UsageError(
+            f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as"
+            " fast"
+        )

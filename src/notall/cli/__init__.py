@@ -1,4 +1,6 @@
-"""The command line: each command reads its options, calls one function, and prints what it answers."""
+"""The command line: each command reads its options, calls one function, and prints what
+it answers.
+"""
 
 import errno
 import logging
@@ -13,22 +15,39 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NoReturn
 
-from ..errors import EXTRAS, UsageError, nearest, print_in_any_encoding, printable, shortened
+from ..errors import (
+    EXTRAS,
+    UsageError,
+    nearest,
+    print_in_any_encoding,
+    printable,
+    shortened,
+)
 from ..files import FULL
 from ..progress import CLOCK
 from .app import MISTYPED, Interrupted, app
 
-# What libraries log over their own installation as they are imported, no news to who runs a command: loggers, and
-# words of the lines of each that are dropped. transformers imports torchao wherever it is installed.
+# What libraries log over their own installation as they are imported, no news to who
+# runs a command: loggers, and words of the lines of each that are dropped. transformers
+# imports torchao wherever it is installed.
 DROPPED = {
-    "torchao": ("Failed to load", "Skipping import of cpp extensions"),  # kernels for another Python or another torch
-    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU",),  # kernels that it would fetch; transformers imports it
-    "torch.utils._pytree": ("register_constant() on Enum subclasses",),  # torchao calls it
+    "torchao": (
+        "Failed to load",
+        "Skipping import of cpp extensions",
+    ),  # kernels for another Python or another torch
+    "bitsandbytes.backends.cpu.ops": (
+        "Failed to load CPU",
+    ),  # kernels that it would fetch; transformers imports it
+    "torch.utils._pytree": (
+        "register_constant() on Enum subclasses",
+    ),  # torchao calls it
 }
 
 
 def main() -> None:
-    """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
+    """Run the command line: bad input is one line on stderr and exit code 2;
+    interrupted, 130.
+    """
     print_in_any_encoding()
     drop_chatter()
     CLOCK.begin()
@@ -52,9 +71,16 @@ def main() -> None:
         if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{os.strerror(error.errno)}{where}: what is finished is kept; choose another folder or free some space")
+        _fail(
+            f"{os.strerror(error.errno)}{where}: what is finished is kept; choose"
+            " another folder or free some space"
+        )
     except (Interrupted, KeyboardInterrupt):
-        print("interrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
+        print(
+            "interrupted: what is finished is kept; run the same command again to"
+            " go on",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -69,7 +95,9 @@ def _is_news(words: tuple[str, ...], record: logging.LogRecord) -> bool:
 
 
 def _refuse_names(words: Sequence[str]) -> None:
-    """Raise `UsageError` for words that are not UTF-8: safetensors and records cannot hold them."""
+    """Raise `UsageError` for words that are not UTF-8: safetensors and records cannot
+    hold them.
+    """
     for word in words:
         try:
             word.encode()
@@ -79,7 +107,9 @@ def _refuse_names(words: Sequence[str]) -> None:
 
 
 def _told(error: Any) -> str:
-    """What Typer says of a command, an option or a value that it cannot read, and where the right ones are."""
+    """What Typer says of a command, an option or a value that it cannot read, and where
+    the right ones are.
+    """
     said = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
     where = error.ctx.command_path if error.ctx else "notall"
     if wrong := re.search("'([^']*)' is not one of (.*)", said):
@@ -89,21 +119,27 @@ def _told(error: Any) -> str:
 
 @contextmanager
 def _own_manners() -> Iterator[None]:
-    """Inside, a warning is one line, and signals end by an exception: half-written folders go.
+    """Inside, a warning is one line, and signals end by an exception: half-written
+    folders go.
 
-    SIGTERM and, where the terminal goes, SIGHUP, unless that is ignored, as under nohup.
+    SIGTERM and, where the terminal goes, SIGHUP, unless that is ignored, as under
+    nohup.
     """
 
     def end(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
+    is_main = (
+        threading.current_thread() is threading.main_thread()
+    )  # no other may say what signals do
     caught = [signal.SIGTERM] if is_main else []
     if is_main and (hangup := getattr(signal, "SIGHUP", None)):
         caught += [hangup] if signal.getsignal(hangup) is not signal.SIG_IGN else []
     before = {number: signal.signal(number, end) for number in caught}
     told = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(printable(str(message)).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {' '.join(printable(str(message)).split())}\n"
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of code that is no user's

@@ -1,4 +1,6 @@
-"""Which commands there are, and how a function becomes one: its file is imported when it is called."""
+"""Which commands there are, and how a function becomes one: its file is imported when
+it is called.
+"""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,35 +22,105 @@ if TYPE_CHECKING:
 
 # How `notall --help` groups the commands.
 LOOK, CHOOSE, REPAIR = "Look at a model", "Choose what to skip", "Recover quality"
-MEASURE, SHOW, TAKE = "Measure what it costs and saves", "Show results", "Take the result elsewhere"
+MEASURE, SHOW, TAKE = (
+    "Measure what it costs and saves",
+    "Show results",
+    "Take the result elsewhere",
+)
 
-# In the order in which one comes to need them: the group, the file, and what the list of commands says.
+# In the order in which one comes to need them: the group, the file, and what the list
+# of commands says.
 COMMANDS = {
-    "inspect": (LOOK, "look", "Show every sublayer: its parameters, weights, KV cache and state."),
-    "similarity": (LOOK, "look", "Show how similar each layer's features are to the previous layer's."),
+    "inspect": (
+        LOOK,
+        "look",
+        "Show every sublayer: its parameters, weights, KV cache and state.",
+    ),
+    "similarity": (
+        LOOK,
+        "look",
+        "Show how similar each layer's features are to the previous layer's.",
+    ),
     "generate": (LOOK, "look", "Continue a prompt with the skipped model."),
     "compare": (CHOOSE, "choose", "Compare ways to choose on held-out text."),
-    "search": (CHOOSE, "choose", "Choose what to skip, by the search or another importance criterion."),
+    "search": (
+        CHOOSE,
+        "choose",
+        "Choose what to skip, by the search or another importance criterion.",
+    ),
     "plan": (CHOOSE, "choose", "Write the paper's plan, which skips the deepest."),
     "criteria": (CHOOSE, "choose", "List the importance criteria."),
-    "repair": (REPAIR, "repair", "Refit the remaining weights, to recover a part of the loss."),
-    "heal": (REPAIR, "repair", "Train the remaining weights for some minutes: recovery fine-tuning."),
-    "bench": (MEASURE, "measure", "Time prefill and decode of the original and the pruned model."),
-    "draft": (MEASURE, "measure", "Measure the speedup of a plan as a draft model in speculative decoding."),
-    "eval": (MEASURE, "measure", "Measure what a plan costs on a text, and on benchmarks if you name some."),
-    "paper": (MEASURE, "measure", "Run the paper's evaluation, and check each of its claims."),
-    "pareto": (MEASURE, "measure", "Compare skipping with quantising in the engine that serves the model."),
+    "repair": (
+        REPAIR,
+        "repair",
+        "Refit the remaining weights, to recover a part of the loss.",
+    ),
+    "heal": (
+        REPAIR,
+        "repair",
+        "Train the remaining weights for some minutes: recovery fine-tuning.",
+    ),
+    "bench": (
+        MEASURE,
+        "measure",
+        "Time prefill and decode of the original and the pruned model.",
+    ),
+    "draft": (
+        MEASURE,
+        "measure",
+        "Measure the speedup of a plan as a draft model in speculative decoding.",
+    ),
+    "eval": (
+        MEASURE,
+        "measure",
+        "Measure what a plan costs on a text, and on benchmarks if you name some.",
+    ),
+    "paper": (
+        MEASURE,
+        "measure",
+        "Run the paper's evaluation, and check each of its claims.",
+    ),
+    "pareto": (
+        MEASURE,
+        "measure",
+        "Compare skipping with quantising in the engine that serves the model.",
+    ),
     "sweep": (MEASURE, "measure", "Run the paper's grid on a text."),
-    "tasks": (MEASURE, "measure", "List the tasks of lm-evaluation-harness that --tasks takes."),
-    "report": (SHOW, "measure", "Turn a results folder into one page that opens anywhere."),
-    "reproduce": (SHOW, "measure", "Make a results folder again, and compare every figure."),
-    "export": (TAKE, "export", "Write the model without what the plan skips, as files that engines load."),
+    "tasks": (
+        MEASURE,
+        "measure",
+        "List the tasks of lm-evaluation-harness that --tasks takes.",
+    ),
+    "report": (
+        SHOW,
+        "measure",
+        "Turn a results folder into one page that opens anywhere.",
+    ),
+    "reproduce": (
+        SHOW,
+        "measure",
+        "Make a results folder again, and compare every figure.",
+    ),
+    "export": (
+        TAKE,
+        "export",
+        "Write the model without what the plan skips, as files that engines load.",
+    ),
 }
 
-# What Typer raises over words that it cannot read; its releases keep the class in different places.
+# What Typer raises over words that it cannot read; its releases keep the class in
+# different places.
 MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
-MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for, or recorded
-WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
+# the exit code of a command that did its work and did not reach what was asked for, or
+# recorded
+MISSED = 3
+WITHOUT_MODEL = {
+    "criteria",
+    "report",
+    "tasks",
+    "--help",
+    "-h",
+}  # words of commands that need no model
 
 FIRST_STEPS = """\
 notall removes sublayers of a language model, and measures the loss and the
@@ -63,7 +135,9 @@ gain.
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, under a name that Typer lets pass: of a KeyboardInterrupt it makes an exit without a word."""
+    """Ctrl-C, under a name that Typer lets pass: of a KeyboardInterrupt it makes an
+    exit without a word.
+    """
 
 
 class Listed(TyperCommand):
@@ -80,7 +154,9 @@ class Tour(TyperGroup):
 
     def __init__(self, **given: Any) -> None:
         listed = {
-            name: Listed(name, help=told, rich_help_panel=panel, rich_markup_mode="rich")
+            name: Listed(
+                name, help=told, rich_help_panel=panel, rich_markup_mode="rich"
+            )
             for name, (panel, _, told) in COMMANDS.items()
         }
         super().__init__(**given | {"commands": listed})
@@ -93,11 +169,20 @@ class Tour(TyperGroup):
 
 
 class OnRay(TyperCommand):
-    """A command whose `--ray` may stand without an address, which Typer's options cannot: that is `--ray any`."""
+    """A command whose `--ray` may stand without an address, which Typer's options
+    cannot: that is `--ray any`.
+    """
 
     def parse_args(self, context: Any, words: list[str]) -> list[str]:
-        alone = (word == "--ray" and after.startswith("-") for word, after in zip(words, [*words[1:], "-"]))
-        spelt = [one for word, bare in zip(words, alone) for one in ([word, "any"] if bare else [word])]
+        alone = (
+            word == "--ray" and after.startswith("-")
+            for word, after in zip(words, [*words[1:], "-"])
+        )
+        spelt = [
+            one
+            for word, bare in zip(words, alone)
+            for one in ([word, "any"] if bare else [word])
+        ]
         return super().parse_args(context, spelt)
 
 
@@ -107,12 +192,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but the budget was missed, "
-    "or a figure differs; "
-    "130 interrupted. "
-    "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
+    epilog=(
+        "Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but"
+        " the budget was missed, or a figure differs; 130 interrupted. NO_COLOR=1 turns"
+        " colours off; --json prints any table as JSON."
+    ),
 )
-_LOADED: dict[str, typer.Typer] = {}  # by the names of COMMANDS, once their files are imported
+_LOADED: dict[
+    str, typer.Typer
+] = {}  # by the names of COMMANDS, once their files are imported
 
 
 def options_in(words: Sequence[str]) -> list[Asked]:
@@ -133,22 +221,42 @@ def options_in(words: Sequence[str]) -> list[Asked]:
     found = list[Asked]()
     for one in dict.fromkeys(order):
         is_argument = one.param_type_name == "argument"
-        for value in values[one.name] if isinstance(values[one.name], list) else [values[one.name]]:
+        for value in (
+            values[one.name]
+            if isinstance(values[one.name], list)
+            else [values[one.name]]
+        ):
             if isinstance(value, str):
                 found.append(Asked(one.name, "" if is_argument else one.opts[0], value))
-            elif not is_argument:  # an absent argument has no value, and a flag none of its own
+            elif (
+                not is_argument
+            ):  # an absent argument has no value, and a flag none of its own
                 found.append(Asked(one.name, one.opts[0], None))
     return sorted(found, key=lambda one: one.flag != "")
 
 
-def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function whose parameters are options, or dataclasses of them."""
+def command(
+    *, example: str, name: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function whose parameters are options, or dataclasses of
+    them.
+    """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         called = name or function.__name__
-        alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        panel, epilog, told = COMMANDS[called][0], f"Example:  {example}", _unbroken(function.__doc__ or "")
-        alone.command(name=called, cls=OnRay, rich_help_panel=panel, epilog=epilog, help=told)(spread(function))
+        alone = typer.Typer(
+            add_completion=False,
+            rich_markup_mode="rich",
+            pretty_exceptions_enable=False,
+        )
+        panel, epilog, told = (
+            COMMANDS[called][0],
+            f"Example:  {example}",
+            _unbroken(function.__doc__ or ""),
+        )
+        alone.command(
+            name=called, cls=OnRay, rich_help_panel=panel, epilog=epilog, help=told
+        )(spread(function))
         _LOADED[called] = alone
         return function
 
@@ -162,11 +270,16 @@ def _unbroken(text: str) -> str:
 
 @app.callback(invoke_without_command=True)
 def notall(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version")
+    ] = False,
 ) -> None:
-    """Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.
+    """Leave out what a language model does not need: attentions, MLPs or whole blocks,
+    without training.
 
-    What can go while your tasks stay:  [bold]notall search MODEL --recovery 0.95 --tasks passkey,answers[/bold]
+    What can go while your tasks stay:  [bold]notall search MODEL --recovery 0.95
+    --tasks passkey,answers[/bold]
     """
     if version:
         typer.echo(f"notall {__version__}")
@@ -188,12 +301,16 @@ def conclude(
     also: "Mapping[str, Verdict] | None" = None,
     as_json: bool,
 ) -> None:
-    """Show tables, and say what a plan comes to, and others by name. Leave with `MISSED` where a budget was missed."""
+    """Show tables, and say what a plan comes to, and others by name. Leave with
+    `MISSED` where a budget was missed.
+    """
     from ..experiments.evaluate import warn_if_worse
     from ..results.terminal import say, show
 
     if tables:
-        others = {f"verdict_{name}": one.in_numbers() for name, one in (also or {}).items()}
+        others = {
+            f"verdict_{name}": one.in_numbers() for name, one in (also or {}).items()
+        }
         show(tables, as_json=as_json, also={"verdict": verdict.in_numbers(), **others})
     warn_if_worse(measured)
     verdicts = [verdict, *(also or {}).values()]

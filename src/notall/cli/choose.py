@@ -20,7 +20,14 @@ from ..experiments.options import (
 )
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
-from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, Searched, SpaceOptions
+from ..experiments.search import (
+    COLUMNS,
+    BudgetOptions,
+    ObjectiveOptions,
+    Search,
+    Searched,
+    SpaceOptions,
+)
 from ..experiments.verdict import prompt_in_words
 from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
@@ -35,7 +42,12 @@ from ..results.terminal import next_report, progress_bar, show
 from .app import command, conclude
 
 
-@command(example="notall compare smollm2 --held-out book.txt --skip attention:4,8 --skip portable:8 --out comparison")
+@command(
+    example=(
+        "notall compare smollm2 --held-out book.txt --skip attention:4,8 --skip"
+        " portable:8 --out comparison"
+    )
+)
 def compare(
     model: ModelOptions,
     how: comparing.CompareOptions,
@@ -45,15 +57,21 @@ def compare(
     workload: Workload = Workload(rounds=0),
     out: OutFolder = Path("comparison"),
 ) -> None:
-    """Compare ways to choose on held-out text: each criterion at each budget, and what it took to find the plan.
+    """Compare ways to choose on held-out text: each criterion at each budget, and what
+    it took to find the plan.
 
-    Plans are timed where --rounds says how often. The criterion `quadratic` needs the extra `solver`; without it, the
-    others are compared. If you interrupt it, the same command continues where it stopped.
+    Plans are timed where --rounds says how often. The criterion `quadratic` needs the
+    extra `solver`; without it, the others are compared. If you interrupt it, the same
+    command continues where it stopped.
     """
     check_folder(out, "compare")
     text.check()
     choice = tasks.check(objectives=how.check())
-    refuse_judging(choice, [text.text], how.prompts if any("answers" in one for one in how.objective) else None)
+    refuse_judging(
+        choice,
+        [text.text],
+        how.prompts if any("answers" in one for one in how.objective) else None,
+    )
     net, tokenizer = model.load()
     timed = workload if workload.rounds else None
     runs = how.runs(net)
@@ -75,28 +93,52 @@ def compare(
             prompt_tokens=prompt,
             progress=progress,
         )
-    title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
+    title = (
+        f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
+    )
     comparing.write_comparison(records, out, title, _made(about, split, timed, prompt))
     tables = {
-        "comparison": table(f"{several(len(records), 'choice')} in {out}", comparing.columns_of(records), records)
+        "comparison": table(
+            f"{several(len(records), 'choice')} in {out}",
+            comparing.columns_of(records),
+            records,
+        )
     }
-    where = f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}."
+    where = (
+        f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in"
+        f" {out / 'plans'}."
+    )
     once = [comparing.TIMED_ONCE] if comparing.timed_once(records) else []
     show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
 
 
-def _made(about: Provenance, split: Split, timed: Workload | None, prompt: int | None) -> str:
-    others = "as many other ones" if split.is_same else f"as many of {split.held_out.text.name}"
-    made = f"Chosen by {windows_in_words(split.described)}, measured on {others}{behind(prompt)}"
+def _made(
+    about: Provenance, split: Split, timed: Workload | None, prompt: int | None
+) -> str:
+    others = (
+        "as many other ones"
+        if split.is_same
+        else f"as many of {split.held_out.text.name}"
+    )
+    made = (
+        f"Chosen by {windows_in_words(split.described)}, measured on"
+        f" {others}{behind(prompt)}"
+    )
     made += f", in {about.what['dtype']}."
     if timed is None:
         return made
     place = place_of(about.where["machine"], versions=False)
-    asked = f"{several(timed.prompt_tokens, 'prompt token')} and {timed.generation_tokens} generated"
+    asked = (
+        f"{several(timed.prompt_tokens, 'prompt token')} and {timed.generation_tokens}"
+        " generated"
+    )
     return f"{made} Times of {asked}, {several(timed.rounds, 'round')}, on {place}."
 
 
-EXACT = "No answer reads what this leaves out of the prompt: it changes nothing but the time to the first token."
+EXACT = (
+    "No answer reads what this leaves out of the prompt: it changes nothing but the"
+    " time to the first token."
+)
 PlanFile = Annotated[Path, Option("where to write the plan", ("--out", "-o"))]
 
 
@@ -113,14 +155,19 @@ def search(
     workload: Workload = Workload(prompt_tokens=512, generation_tokens=128),
     out: PlanFile = Path("plan.json"),
 ) -> None:
-    """Choose what to skip, by the search or another importance criterion, to meet a budget.
+    """Choose what to skip, by the search or another importance criterion, to meet a
+    budget.
 
-    With --recovery it also measures tasks. With no other budget it skips as much as keeps their scores: without a
-    --phase both for every token, in OUT, and for a prompt's alone, in OUT-prefill.json.
+    With --recovery it also measures tasks. With no other budget it skips as much as
+    keeps their scores: without a --phase both for every token, in OUT, and for a
+    prompt's alone, in OUT-prefill.json.
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
-    With --repair it reads twice --sequences windows. If you interrupt it, the same command continues where it stopped.
+    With --repair it reads twice --sequences windows. If you interrupt it, the same
+    command continues where it stopped.
     """
-    asked = Search(model, space, text, budget, workload, by, repair, tasks, out, run.seed)
+    asked = Search(
+        model, space, text, budget, workload, by, repair, tasks, out, run.seed
+    )
     with progress_bar() as progress:
         done, *others = asked.run(progress)
     tables = _tables_of(done)
@@ -132,9 +179,17 @@ def search(
 
 
 def _tables_of(done: Searched) -> dict[str, Table]:
-    tables = {"search": table(f"{done.out}: {done.budget}, skip {done.record.plan}", COLUMNS, [done.record])}
+    tables = {
+        "search": table(
+            f"{done.out}: {done.budget}, skip {done.record.plan}",
+            COLUMNS,
+            [done.record],
+        )
+    }
     if done.measured:
-        tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
+        tables["quality"] = table(
+            "before the repair, and after it", MEASURED, done.measured
+        )
     if done.scores:
         tables["tasks"] = scores_table(done.scores)
     return tables
@@ -155,7 +210,11 @@ WEIGHED: tuple[Column[Weighed], ...] = (
 def plan(
     model: ModelOptions,
     skip: Annotated[
-        str, Option("what to skip, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
+        str,
+        Option(
+            "what to skip, and how many of it or what share",
+            metavar="attention|mlp|block[:HOW MANY]",
+        ),
     ] = "attention:0.33",
     keep_last: KeepLast = False,
     phase: Annotated[Phase, Option(PHASE)] = "all",
@@ -163,10 +222,12 @@ def plan(
     out: PlanFile = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
-    """Write the paper's plan, which skips the deepest: `search --criterion deepest`, from a config alone.
+    """Write the paper's plan, which skips the deepest: `search --criterion deepest`,
+    from a config alone.
 
-    With --phase prefill the plan skips them for a prompt's tokens alone, and decoding stays as it is. `--skip block:1`
-    then costs nothing: no answer reads what the last block makes of earlier tokens.
+    With --phase prefill the plan skips them for a prompt's tokens alone, and decoding
+    stays as it is. `--skip block:1` then costs nothing: no answer reads what the last
+    block makes of earlier tokens.
     """
     from ..models.loading import dtype_name
     from ..running.skipping import footprint
@@ -177,12 +238,17 @@ def plan(
     chosen = asked.of(net)
     chosen.save(out)
     plans = {"dense": Plan(), "skipped": chosen}
-    weighed = [Weighed(model=name, footprint=footprint(net, one)) for name, one in plans.items()]
+    weighed = [
+        Weighed(model=name, footprint=footprint(net, one))
+        for name, one in plans.items()
+    ]
     saved = prompt_in_words(locate(net), chosen)
     then = [saved] if saved and not len(chosen) else []
     then += [EXACT] if locate(net).is_unread(chosen) else []
     then += size_notes(model.model, chosen)
-    tables = {"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}
+    tables = {
+        "plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)
+    }
     show(tables, as_json=as_json, then=then)
 
 
@@ -205,7 +271,9 @@ def criteria(as_json: Json = False) -> None:
     from ..choosing.criteria import every_criterion
 
     found = [
-        CriterionFact(criterion=one.name, of=", ".join(one.kinds), goes_by=one.description)
+        CriterionFact(
+            criterion=one.name, of=", ".join(one.kinds), goes_by=one.description
+        )
         for one in every_criterion().values()
     ]
     show({"criteria": table("criteria", CRITERIA, found)}, as_json=as_json)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 from ..experiments.evaluate import warn_if_worse
-from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan, refuse_judging
+from ..experiments.options import (
+    ModelOptions,
+    TaskChoice,
+    TextOptions,
+    read_plan,
+    refuse_judging,
+)
 from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import uses_of
@@ -29,8 +35,9 @@ from ..results.terminal import progress_bar, show
 from .app import command, conclude
 
 BROKEN = (
-    "kinds of layers no longer come again every {} layers; an engine that counts them so, as MLX-LM and llama.cpp do "
-    "for some models, runs this wrong: choose with --skip period"
+    "kinds of layers no longer come again every {} layers; an engine that counts them"
+    " so, as MLX-LM and llama.cpp do for some models, runs this wrong: choose with"
+    " --skip period"
 )
 
 
@@ -40,29 +47,47 @@ class FileFact(Fact):
 
 
 IN_PROMPTS = (
-    "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) and its `generate`; it saves time to the "
-    "first token, and neither memory nor time of decoding"
+    "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) and its"
+    " `generate`; it saves time to the first token, and neither memory nor time of"
+    " decoding"
 )
 PATCHED = (
-    "of llama.cpp with docs/upstream/llamacpp-prefill.patch; it saves time to the first token, "
-    "and neither memory nor time of decoding"
+    "of llama.cpp with docs/upstream/llamacpp-prefill.patch; it saves time to the first"
+    " token, and neither memory nor time of decoding"
 )
 
-COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), size("size", lambda one: one.bytes))
+COLUMNS: tuple[Column[FileFact], ...] = (
+    words("file", lambda one: one.file),
+    size("size", lambda one: one.bytes),
+)
 
 
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
     plan: Annotated[Path, Option("plan file, folder of a repair, or published:NAME")],
     to: Annotated[
-        str, Option("hf, nemotron-nas, gguf, executorch (or -8da4w), swiftkv, or a module:Class", metavar="FORM")
+        str,
+        Option(
+            "hf, nemotron-nas, gguf, executorch (or -8da4w), swiftkv, or a"
+            " module:Class",
+            metavar="FORM",
+        ),
     ],
-    out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
+    out: Annotated[
+        Path, Option("folder to write, which does not exist yet", ("--out", "-o"))
+    ],
     repair: RepairOptions,
     tasks: RecoveryOptions,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
-    measure: Annotated[str | None, Option("measure the plan on this text, for the model card")] = None,
-    verify: Annotated[bool, Option("run it, and compare it with the pruned model", ("--verify/--no-verify",))] = True,
+    measure: Annotated[
+        str | None, Option("measure the plan on this text, for the model card")
+    ] = None,
+    verify: Annotated[
+        bool,
+        Option(
+            "run it, and compare it with the pruned model", ("--verify/--no-verify",)
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Write the model without what the plan skips, as files that engines load.
@@ -74,7 +99,11 @@ def export(
     repair.check(kept)
     if measure:
         TextOptions(text=measure).check()
-    how: Settings = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.own_dtype}
+    how: Settings = {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": model.own_dtype,
+    }
     choice = tasks.check()
     refuse_judging(choice, repair.sources if repair else ())
     if repair or measure or choice:
@@ -82,21 +111,35 @@ def export(
     with progress_bar() as progress:
         wanted, measured = _repaired(model, plan, wanted, repair, kept, progress)
         used = uses_of(wanted, plan)
-        card, verdict = _measured(model, wanted, measure, used, choice, progress) if measure or choice else (None, None)
+        card, verdict = (
+            _measured(model, wanted, measure, used, choice, progress)
+            if measure or choice
+            else (None, None)
+        )
         how |= {"measured": card, "verify": verify, "progress": progress}
         export_model(model.model, wanted, to, out, **how)
-    files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
+    files = [
+        FileFact(file=file.name, bytes=file.stat().st_size)
+        for file in sorted(out.iterdir())
+    ]
     ending = _conclusion(out, to)
     tables = {"files": table(f"{out}: skips {wanted}", COLUMNS, files)}
     if verdict and verdict.scores:
         tables = {"tasks": scores_table(verdict.scores)} | tables
     if measured:
-        tables = {"quality": table(f"skip {wanted}: before the repair and after it", MEASURED, measured)} | tables
+        tables = {
+            "quality": table(
+                f"skip {wanted}: before the repair and after it", MEASURED, measured
+            )
+        } | tables
     also: dict[str, object] = {name.lower(): line for name, line in ending.items()}
     also |= {"verdict": verdict.in_numbers()} if verdict else {}
     show(tables, as_json=as_json, also=also)
     if not wanted:
-        print(f"note: the plan skips nothing, so {out} is the original model", file=sys.stderr)
+        print(
+            f"note: the plan skips nothing, so {out} is the original model",
+            file=sys.stderr,
+        )
     warn_if_worse(measured)
     if verdict:
         conclude(verdict, as_json=as_json)
@@ -105,9 +148,16 @@ def export(
 
 
 def _repaired(
-    model: ModelOptions, path: Path, plan: Plan, repair: RepairOptions, kept: Path, progress: Progress
+    model: ModelOptions,
+    path: Path,
+    plan: Plan,
+    repair: RepairOptions,
+    kept: Path,
+    progress: Progress,
 ) -> tuple[Plan, list[MeasuredRecord]]:
-    """The plan after a repair, which is in the folder `kept`, and what it costs before and after; none without one."""
+    """The plan after a repair, which is in the folder `kept`, and what it costs before
+    and after; none without one.
+    """
     from ..repairing.texts import measure
 
     if not repair or not plan or plan.state == "repaired":
@@ -123,37 +173,63 @@ def _repaired(
 
 
 def _conclusion(out: Path, to: str) -> dict[str, str]:
-    """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
+    """What one wants to know of an export: was it checked, how small is it, how is it
+    run and served.
+    """
     manifest, config = read_manifest(out), out / "config.json"
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
-    told = json.loads(config.read_bytes()) if config.is_file() else {}  # a GGUF has types for each tensor
+    told = (
+        json.loads(config.read_bytes()) if config.is_file() else {}
+    )  # a GGUF has types for each tensor
     dtype = told.get("dtype") or told.get("torch_dtype")
-    weights = f"{in_bytes(written)}, {written / dense:.0%} of the original model's {in_bytes(dense)}"
-    said = {"Check": str(verdict_of(manifest)), "Weights": weights + (f" in {dtype}" if dtype else "")}
+    weights = (
+        f"{in_bytes(written)}, {written / dense:.0%} of the original model's"
+        f" {in_bytes(dense)}"
+    )
+    said = {
+        "Check": str(verdict_of(manifest)),
+        "Weights": weights + (f" in {dtype}" if dtype else ""),
+    }
     if period := manifest.get("breaks_period"):
         said["Period"] = BROKEN.format(period)
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
     if to == "gguf":
         run = f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"
-        return said | {"Next": f"{run}, {PATCHED}" if "prefill" in manifest["plan"] else run}
+        return said | {
+            "Next": f"{run}, {PATCHED}" if "prefill" in manifest["plan"] else run
+        }
     if to == "nemotron-nas":
         return {**said, "Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
     if to == "swiftkv":
-        return {**said, "Serve": f"ARCTIC_INFERENCE_ENABLED=1 vllm serve {folder}   # with a GPU"}
+        return {
+            **said,
+            "Serve": f"ARCTIC_INFERENCE_ENABLED=1 vllm serve {folder}   # with a GPU",
+        }
     if to != "hf":  # a target of someone's own; its model card says how it is run
         return said
     if "prefill" in manifest["plan"]:
         return said | {"Next": IN_PROMPTS}
-    said |= {"Next": f"notall generate {folder} {prompt}", "Serve": f"vllm serve {folder}"}
-    if manifest["model_type"].startswith("notall_"):  # with notall beside vLLM, and with vLLM alone
+    said |= {
+        "Next": f"notall generate {folder} {prompt}",
+        "Serve": f"vllm serve {folder}",
+    }
+    if manifest["model_type"].startswith(
+        "notall_"
+    ):  # with notall beside vLLM, and with vLLM alone
         said["Alone"] = f"vllm serve {folder} --trust-remote-code"
     return said
 
 
 def _measured(
-    model: ModelOptions, plan: Plan, text: str | None, used: Sequence[Use], tasks: TaskChoice, progress: Progress
+    model: ModelOptions,
+    plan: Plan,
+    text: str | None,
+    used: Sequence[Use],
+    tasks: TaskChoice,
+    progress: Progress,
 ) -> tuple[Mapping[str, str], Verdict]:
-    """What the plan costs on 8 windows of 256 tokens of a text, none of them `used` to make it, and on tasks.
+    """What the plan costs on 8 windows of 256 tokens of a text, none of them `used` to
+    make it, and on tasks.
 
     For the model card, and in words.
     """
@@ -164,18 +240,32 @@ def _measured(
     plans: dict[State, Plan] = {"skipped": plan.unrepaired, plan.state: plan}
     card, quality, named = dict[str, str](), None, ""
     if text:
-        length, apart = int(min(256, positions_of(net))), windows_of(used, net, tokenizer, [text])
-        batches, described = TextOptions(text, 8, length).windows(net, tokenizer, apart=apart)
+        length, apart = (
+            int(min(256, positions_of(net))),
+            windows_of(used, net, tokenizer, [text]),
+        )
+        batches, described = TextOptions(text, 8, length).windows(
+            net, tokenizer, apart=apart
+        )
         dense, *unrepaired, quality = evaluate(net, [Plan(), *plans.values()], batches)
         named = described["text"]
         card |= {
             "text": f"{named}, 8 windows of {length} tokens",
             f"{PERPLEXITY.heading} of the original model": PERPLEXITY.text(dense),
-            **{column.titled: column.text(quality) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
-            **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one) for one in unrepaired},
+            **{
+                column.titled: column.text(quality)
+                for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)
+            },
+            **{
+                f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one)
+                for one in unrepaired
+            },
         }
     scores = judge(net, tokenizer, plans, tasks.jobs(), tasks, None, progress)
     recovered = [one for one in last_state(scores) if one.recovery]
-    card |= {f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one) for one in recovered}
+    card |= {
+        f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one)
+        for one in recovered
+    }
     verdict = Verdict.on(net, plan, quality, named, spec=model.model)
     return card, verdict.judged(scores, tasks.recovery)

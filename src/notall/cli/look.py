@@ -40,7 +40,9 @@ class SublayerFact(Fact):
     kv_bytes_per_token: Count
     state_bytes: Count | None
     read_by: str = Field("", description="sublayers that share its keys and values")
-    mixer: str | None = Field(None, description="its kind, where the model has several, or states")
+    mixer: str | None = Field(
+        None, description="its kind, where the model has several, or states"
+    )
     bound: str = Field("", description="why a plan cannot skip it in the prompt alone")
 
 
@@ -59,7 +61,8 @@ COLUMNS: tuple[Column[SublayerFact], ...] = (
 
 @command(example="notall inspect llama-2-70b")
 def inspect(model: ModelOptions, as_json: Json = False) -> None:
-    """Show every sublayer: its parameters, share of the weights, KV bytes per token and size of its state.
+    """Show every sublayer: its parameters, share of the weights, KV bytes per token and
+    size of its state.
 
     This needs only a config.
     """
@@ -86,11 +89,25 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
         )
         for part in structure.sublayers
     ]
-    shape = "parallel blocks" if any(block.parallel for block in structure.blocks) else "blocks"
+    shape = (
+        "parallel blocks"
+        if any(block.parallel for block in structure.blocks)
+        else "blocks"
+    )
     states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
-    sizes = f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a token{states}"
-    title = f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in {dtype_name(net)}"
-    show({"sublayers": table(title, COLUMNS, found)}, as_json=as_json, then=size_notes(model.model, Plan()))
+    sizes = (
+        f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a"
+        f" token{states}"
+    )
+    title = (
+        f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in"
+        f" {dtype_name(net)}"
+    )
+    show(
+        {"sublayers": table(title, COLUMNS, found)},
+        as_json=as_json,
+        then=size_notes(model.model, Plan()),
+    )
 
 
 @command(example="notall similarity smollm2 --out similarity")
@@ -98,25 +115,52 @@ def similarity(
     model: ModelOptions,
     text: TextOptions,
     run: RunOptions,
-    out: Annotated[Path | None, Option("also write OUT.csv, .tex, .png, .svg and .html", ("--out", "-o"))] = None,
+    out: Annotated[
+        Path | None,
+        Option("also write OUT.csv, .tex, .png, .svg and .html", ("--out", "-o")),
+    ] = None,
 ) -> None:
-    """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
+    """Show how similar each layer's features are to the previous layer's (the paper's
+    Fig. 1).
+    """
     from ..measuring.quality import measure_similarity
 
     if out:
         need(*FIGURES)
         refuse_unwritable(out.parent)
-        refuse_others(Path(f"{out}.csv"), lambda csv: b"layer,kind," in contents(csv), "table of similarities")
-        for suffix in () if Path(f"{out}.csv").exists() else (".tex", ".png", ".svg", ".html"):
-            refuse_others(Path(f"{out}{suffix}"), lambda _: False, "figure of similarities")
+        refuse_others(
+            Path(f"{out}.csv"),
+            lambda csv: b"layer,kind," in contents(csv),
+            "table of similarities",
+        )
+        for suffix in (
+            () if Path(f"{out}.csv").exists() else (".tex", ".png", ".svg", ".html")
+        ):
+            refuse_others(
+                Path(f"{out}{suffix}"), lambda _: False, "figure of similarities"
+            )
     text.check()
     net, tokenizer = model.load()
     batches, described = text.windows(net, tokenizer, seed=run.seed)
     with progress_bar() as progress:
-        found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
-    written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []
-    shown = {"similarity": table("cosine of the residual stream before and after", SIMILARITY, found)}
-    show(shown, as_json=run.as_json, then=[f"Written: {', '.join(map(str, written))}"] if written else [])
+        found = measure_similarity(
+            net, tracked(batches, "comparing the layers", progress)
+        )
+    written = (
+        write_similarity(found, out, model.model, windows_in_words(described))
+        if out
+        else []
+    )
+    shown = {
+        "similarity": table(
+            "cosine of the residual stream before and after", SIMILARITY, found
+        )
+    }
+    show(
+        shown,
+        as_json=run.as_json,
+        then=[f"Written: {', '.join(map(str, written))}"] if written else [],
+    )
 
 
 @command(example='notall generate smollm2 "The capital of France is" --plan plan.json')
@@ -126,9 +170,15 @@ def generate(
     prompt: Annotated[str, Option("what to continue", metavar="PROMPT", argument=True)],
     plan: PlanOptions,
     max_new_tokens: Annotated[int, Option("most tokens to generate")] = 64,
-    temperature: Annotated[float, Option("how freely to choose; 0 takes the most likely token each time")] = 0.0,
-    chat: Annotated[bool, Option("put the prompt into the model's chat template", ("--chat",))] = False,
-    beside: Annotated[bool, Option("show the original model's answer too", ("--beside",))] = False,
+    temperature: Annotated[
+        float, Option("how freely to choose; 0 takes the most likely token each time")
+    ] = 0.0,
+    chat: Annotated[
+        bool, Option("put the prompt into the model's chat template", ("--chat",))
+    ] = False,
+    beside: Annotated[
+        bool, Option("show the original model's answer too", ("--beside",))
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt with the skipped model. The text is printed as it comes."""
@@ -137,7 +187,9 @@ def generate(
     plan.check(needed=beside, model=model.model)
     model.check_plan(plan.named)
     net, tokenizer = model.load()
-    write_text = partial(generate_text, net, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+    write_text = partial(
+        generate_text, net, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens
+    )
     write_text = partial(write_text, temperature=temperature, chat=chat, seed=seed)
     wanted = plan.of(net)
     if not beside:
@@ -152,14 +204,22 @@ def generate(
 
 @contextmanager
 def side_by_side(names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
-    """What adds text to a column, by name: columns grow at a terminal; elsewhere all comes at the end."""
+    """What adds text to a column, by name: columns grow at a terminal; elsewhere all
+    comes at the end.
+    """
     console, written = Console(), dict.fromkeys(names, "")
-    live = Live(console=console, auto_refresh=False, vertical_overflow="visible") if sys.stdout.isatty() else None
+    live = (
+        Live(console=console, auto_refresh=False, vertical_overflow="visible")
+        if sys.stdout.isatty()
+        else None
+    )
 
     def write(name: str, text: str) -> None:
         written[name] += text
         if live:
-            columns = Table(*(RichColumn(name, ratio=1) for name in written), expand=True)
+            columns = Table(
+                *(RichColumn(name, ratio=1) for name in written), expand=True
+            )
             columns.add_row(*(Text(_lines(text, console)) for text in written.values()))
             live.update(columns, refresh=True)
 
@@ -176,4 +236,6 @@ def _write(text: str) -> None:
 
 def _lines(text: str, console: Console) -> str:
     """What a model says keeps its lines, and steers no terminal."""
-    return "\n".join(printable(line, console.encoding) for line in text.strip("\n").split("\n"))
+    return "\n".join(
+        printable(line, console.encoding) for line in text.strip("\n").split("\n")
+    )

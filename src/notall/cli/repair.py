@@ -29,11 +29,20 @@ if TYPE_CHECKING:
 
     from ..repairing.texts import RepairTexts
 
-WeightsFolder = Annotated[Path, Option("folder for the plan and its weights", ("--out", "-o"))]
-PlanFile = Annotated[Path | None, Option("plan file, folder of a repair, or published:NAME")]
+WeightsFolder = Annotated[
+    Path, Option("folder for the plan and its weights", ("--out", "-o"))
+]
+PlanFile = Annotated[
+    Path | None, Option("plan file, folder of a repair, or published:NAME")
+]
 
 
-@command(example="notall repair smollm2 --plan plan.json --text book.txt --text pages.jsonl --out repaired")
+@command(
+    example=(
+        "notall repair smollm2 --plan plan.json --text book.txt --text pages.jsonl"
+        " --out repaired"
+    )
+)
 def repair(
     model: ModelOptions,
     text: FitOptions,
@@ -41,18 +50,25 @@ def repair(
     run: RunOptions,
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
-    offload: Annotated[Path | None, Option("keep streams in files of a folder, if memory is short", (), "DIR")] = None,
+    offload: Annotated[
+        Path | None,
+        Option("keep streams in files of a folder, if memory is short", (), "DIR"),
+    ] = None,
     minutes: Annotated[
-        float | None, Option("then train for M minutes of CPU time, of all threads together", metavar="M")
+        float | None,
+        Option(
+            "then train for M minutes of CPU time, of all threads together", metavar="M"
+        ),
     ] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
     """Refit the remaining weights, to recover a part of the loss.
 
-    Without --minutes nothing is trained. OUT is a plan with weights: give it as --plan to eval, bench or export.
-    No tensor is added, and it costs nothing later. For a plan that skips in the prompt alone it refits the prompt's
-    keys and values instead, and their weights are added.
-    If you interrupt it, the same command continues where it stopped.
+    Without --minutes nothing is trained. OUT is a plan with weights: give it as --plan
+    to eval, bench or export. No tensor is added, and it costs nothing later. For a plan
+    that skips in the prompt alone it refits the prompt's keys and values instead, and
+    their weights are added. If you interrupt it, the same command continues where it
+    stopped.
     """
     from ..repairing.healing import Training
     from ..repairing.methods import recover, repair_into
@@ -71,15 +87,33 @@ def repair(
         how = asked.settings, progress, offload
         if minutes:
             fit = texts.together(text.batch_size, None if text.sequences else SEQUENCES)
-            training = Training(asked.plan, texts.together(repairs.STEP), texts.stop(repairs.STEP), config)
-            plans["repaired"], plans["healed"] = recover(out, repair, net, training, fit, *how)
+            training = Training(
+                asked.plan,
+                texts.together(repairs.STEP),
+                texts.stop(repairs.STEP),
+                config,
+            )
+            plans["repaired"], plans["healed"] = recover(
+                out, repair, net, training, fit, *how
+            )
         else:
-            plans["repaired"] = repair_into(out, repair, net, asked.plan, texts.together(text.batch_size), *how)
-    tables = {"refits": repairs.refits_table(plans["repaired"], out)} if repair == REFIT else {}
+            plans["repaired"] = repair_into(
+                out, repair, net, asked.plan, texts.together(text.batch_size), *how
+            )
+    tables = (
+        {"refits": repairs.refits_table(plans["repaired"], out)}
+        if repair == REFIT
+        else {}
+    )
     asked.end({"skipped": asked.plan, **plans}, out, tables, run.as_json)
 
 
-@command(example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
+@command(
+    example=(
+        "notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out"
+        " healed"
+    )
+)
 def heal(
     model: ModelOptions,
     text: repairs.HealTexts,
@@ -90,11 +124,12 @@ def heal(
     plan: PlanFile = None,
     out: WeightsFolder = Path("healed"),
 ) -> None:
-    """Train the remaining weights for some minutes by KL to the original model: recovery fine-tuning.
+    """Train the remaining weights for some minutes by KL to the original model:
+    recovery fine-tuning.
 
-    The plan may be repaired already. Without --minutes, training stops early when held-out loss no longer falls.
-    OUT is a plan with weights, like that of `notall repair`.
-    If you interrupt it, the same command continues where it stopped.
+    The plan may be repaired already. Without --minutes, training stops early when
+    held-out loss no longer falls. OUT is a plan with weights, like that of `notall
+    repair`. If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.healing import heal as heal_plan
     from ..repairing.texts import sampled
@@ -102,13 +137,28 @@ def heal(
     check_folder(out, "heal")
     config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
     asked = _begun(model, plan, text, tasks, run.seed, training=True)
-    asked = replace(asked, settings=Provenance.of(asked.settings, sampled=True)) if text.sample else asked
+    asked = (
+        replace(asked, settings=Provenance.of(asked.settings, sampled=True))
+        if text.sample
+        else asked
+    )
     with progress_bar() as progress:
-        fit, stop = asked.texts.together(text.batch_size), asked.texts.stop(text.batch_size)
+        fit, stop = (
+            asked.texts.together(text.batch_size),
+            asked.texts.stop(text.batch_size),
+        )
         if text.sample:
-            fit = sampled(asked.net, fit, out, asked.settings, seed=run.seed, progress=progress)
+            fit = sampled(
+                asked.net, fit, out, asked.settings, seed=run.seed, progress=progress
+            )
         given = (asked.net, asked.plan, fit, stop, config)
-        healed = heal_plan(*given, out=out, provenance=asked.settings, workers=workers, progress=progress)
+        healed = heal_plan(
+            *given,
+            out=out,
+            provenance=asked.settings,
+            workers=workers,
+            progress=progress,
+        )
     asked.end({asked.plan.state: asked.plan, "healed": healed}, out, {}, run.as_json)
 
 
@@ -124,20 +174,46 @@ class Asked:
     tasks: TaskChoice
     settings: Provenance
 
-    def end(self, plans: Mapping[State, Plan], out: Path, tables: dict[str, Table], as_json: bool) -> None:
-        """Measure the states of the plan whose weights are in `out`, and say it, and what to do with them."""
+    def end(
+        self,
+        plans: Mapping[State, Plan],
+        out: Path,
+        tables: dict[str, Table],
+        as_json: bool,
+    ) -> None:
+        """Measure the states of the plan whose weights are in `out`, and say it, and
+        what to do with them.
+        """
         from ..repairing.texts import measure
 
         with progress_bar() as progress:
-            measured = measure(self.net, plans, self.texts.other, out, self.settings, progress)
-            scores = judged(self.net, self.tokenizer, plans, self.tasks, out, self.settings, progress)
+            measured = measure(
+                self.net, plans, self.texts.other, out, self.settings, progress
+            )
+            scores = judged(
+                self.net,
+                self.tokenizer,
+                plans,
+                self.tasks,
+                out,
+                self.settings,
+                progress,
+            )
         if looks := read(out / HealRecord.file, HealRecord):
-            tables["healing"] = table(f"{out}: what it loses on text that was not trained on", HEALING, looks)
-        tables["quality"] = table(f"skip {self.plan}: before and after", MEASURED, measured)
+            tables["healing"] = table(
+                f"{out}: what it loses on text that was not trained on", HEALING, looks
+            )
+        tables["quality"] = table(
+            f"skip {self.plan}: before and after", MEASURED, measured
+        )
         if scores:
             tables["tasks"] = scores_table(scores)
-        first, *others = (one for one in measured if one.model == measured[-1].model)  # a text each
-        verdict = Verdict.on(self.net, first.plan, first.quality, first.text, first.model, self.spec)
+        first, *others = (
+            one for one in measured if one.model == measured[-1].model
+        )  # a text each
+        verdict = Verdict.on(
+            self.net, first.plan, first.quality, first.text, first.model, self.spec
+        )
         verdict = replace(verdict, also={one.text: one.quality for one in others})
         verdict = verdict.judged(scores, self.tasks.recovery)
         verdict = replace(verdict, next=what_next(verdict, self.spec, out)[1])
@@ -145,13 +221,23 @@ class Asked:
 
 
 def _begun(
-    model: ModelOptions, path: Path | None, text: FitOptions, tasks: RecoveryOptions, seed: int, *, training: bool
+    model: ModelOptions,
+    path: Path | None,
+    text: FitOptions,
+    tasks: RecoveryOptions,
+    seed: int,
+    *,
+    training: bool,
 ) -> Asked:
-    """What a command is asked for; with windows to stop a training by, where there is one."""
+    """What a command is asked for; with windows to stop a training by, where there is
+    one.
+    """
     from ..structure.locating import locate
 
     if path is None:
-        raise UsageError("give the plan with --plan: `notall search` or `notall plan` writes one")
+        raise UsageError(
+            "give the plan with --plan: `notall search` or `notall plan` writes one"
+        )
     plan = read_plan(path)
     text.check()
     model.check_plan(plan)
@@ -160,4 +246,12 @@ def _begun(
     net, tokenizer = model.load()
     plan.check(locate(net))
     texts = text.draw(net, tokenizer, seed, uses_of(plan, path), training=training)
-    return Asked(model.model, net, tokenizer, plan, texts, choice, model.provenance(net, **texts.described))
+    return Asked(
+        model.model,
+        net,
+        tokenizer,
+        plan,
+        texts,
+        choice,
+        model.provenance(net, **texts.described),
+    )

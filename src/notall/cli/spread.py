@@ -1,4 +1,6 @@
-"""Options of the command line from dataclasses: each field is one, and the command gets the dataclass back."""
+"""Options of the command line from dataclasses: each field is one, and the command gets
+the dataclass back.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -15,27 +17,46 @@ REQUIRED = Parameter.empty
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` with a parameter for each field of its parameters that are dataclasses; `...` is a required one."""
+    """`function` with a parameter for each field of its parameters that are
+    dataclasses; `...` is a required one.
+    """
     hints = get_type_hints(function, include_extras=True)
-    classes: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    classes: dict[str, Any] = {
+        name: hint for name, hint in hints.items() if is_dataclass(hint)
+    }
     given = signature(function).parameters
     options: dict[str, Parameter] = {}
-    owners: dict[str, str] = {}  # of an option, the parameter that it is, or is a field of
+    owners: dict[
+        str, str
+    ] = {}  # of an option, the parameter that it is, or is a field of
     for name, parameter in given.items():
         how = hints[name], parameter.default
         for option in _fields(*how) if name in classes else [_option(name, *how)]:
-            assert option.name not in options, f"two options of {function.__name__} are called {option.name}"
+            assert option.name not in options, (
+                f"two options of {function.__name__} are called {option.name}"
+            )
             options[option.name], owners[option.name] = option, name
 
     @wraps(function)
     def command(**values: Any) -> None:
         mine: dict[str, dict[str, Any]] = {name: {} for name in given}
         for name, value in values.items():
-            mine[owners[name]][name] = tuple(value) if isinstance(value, list) else value
-        function(**{name: classes[name](**mine[name]) if name in classes else mine[name][name] for name in given})
+            mine[owners[name]][name] = (
+                tuple(value) if isinstance(value, list) else value
+            )
+        function(
+            **{
+                name: (
+                    classes[name](**mine[name]) if name in classes else mine[name][name]
+                )
+                for name in given
+            }
+        )
 
     command.__signature__ = Signature([*options.values()])  # type: ignore[attr-defined]
-    command.__annotations__ = {name: option.annotation for name, option in options.items()}
+    command.__annotations__ = {
+        name: option.annotation for name, option in options.items()
+    }
     return command
 
 
@@ -45,10 +66,18 @@ def _fields(kind: Any, given: Any) -> Iterator[Parameter]:
     for field in fields(kind):
         default = field.default if given is REQUIRED else getattr(given, field.name)
         panel = getattr(kind, "PANEL", None)
-        yield _option(field.name, hints[field.name], default, panel, field.metadata.get("option"))
+        yield _option(
+            field.name, hints[field.name], default, panel, field.metadata.get("option")
+        )
 
 
-def _option(name: str, hint: Any, default: Any, panel: str | None = None, option: Option | None = None) -> Parameter:
+def _option(
+    name: str,
+    hint: Any,
+    default: Any,
+    panel: str | None = None,
+    option: Option | None = None,
+) -> Parameter:
     """As Typer takes it, which knows lists and no tuples."""
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     option = option or next((one for one in more if isinstance(one, Option)), None)
@@ -58,15 +87,29 @@ def _option(name: str, hint: Any, default: Any, panel: str | None = None, option
         info = typer.Argument(**told)
     else:
         flags = option.flags or (f"--{name.replace('_', '-')}",)
-        told |= {"min": option.least, "callback": _at_most(option.most), "rich_help_panel": option.panel or panel}
+        told |= {
+            "min": option.least,
+            "callback": _at_most(option.most),
+            "rich_help_panel": option.panel or panel,
+        }
         info = typer.Option(*flags, **told)
     kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
-    default = REQUIRED if default is ... else list(default) if isinstance(default, tuple) else default
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+    default = (
+        REQUIRED
+        if default is ...
+        else list(default)
+        if isinstance(default, tuple)
+        else default
+    )
+    return Parameter(
+        name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
 
 
 def _at_most(most: int | None) -> Callable[[int], int] | None:
-    """What refuses larger numbers: a `max` of Typer's would fill the help with digits."""
+    """What refuses larger numbers: a `max` of Typer's would fill the help with
+    digits.
+    """
 
     def check(value: int) -> int:
         if most is not None and value > most:

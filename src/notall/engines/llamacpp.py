@@ -1,4 +1,6 @@
-"""llama.cpp, through the wheel `xllamacpp`: its server runs files, and its routines pack numbers in its types."""
+"""llama.cpp, through the wheel `xllamacpp`: its server runs files, and its routines
+pack numbers in its types.
+"""
 
 import ctypes
 import json
@@ -13,7 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Kind, LlamaFileType, quant_shape_to_byte_shape
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType as Kind,
+    LlamaFileType,
+    quant_shape_to_byte_shape,
+)
 from gguf.quants import dequantize
 
 from ..errors import UnknownArchitecture, UsageError, shortened
@@ -39,7 +46,9 @@ FUSED = {"Q8_0": Kind.Q8_0, "Q5_K_M": Kind.Q6_K, "Q4_K_M": Kind.Q5_K}
 NARROWER = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Matrices that llama.cpp never quantises.
-KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b|ssm_conv1d|shortconv\.conv")
+KEPT = re.compile(
+    r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b|ssm_conv1d|shortconv\.conv"
+)
 
 AT_ONCE = 8  # windows that are scored together
 LIKELIEST = 10  # tokens that are compared
@@ -68,7 +77,10 @@ class LlamaCpp(Engine):
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
         if kinds := kinds - {*FLOATS, Kind.BF16}:
             held = ", ".join(sorted(kind.name for kind in kinds))
-            fix = "quantising its numbers again costs less than it would; give an F16 file"
+            fix = (
+                "quantising its numbers again costs less than it would; give an F16"
+                " file"
+            )
             logger.warning("%s is quantised already (%s): %s", source.name, held, fix)
 
     def source(self, spec: str | Path, folder: Path) -> Path:
@@ -79,7 +91,9 @@ class LlamaCpp(Engine):
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
         write_in_type(plain, kind, out)
 
-    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+    def score(
+        self, checkpoint: Path, windows: Sequence[Tokens]
+    ) -> list[list[float | None]]:
         together = min(AT_ONCE, len(windows))
         server = self._server(checkpoint, max(map(len, windows)), together)
 
@@ -88,12 +102,20 @@ class LlamaCpp(Engine):
 
         with ThreadPoolExecutor(together) as pool:
             by_slot = list(pool.map(read, range(together)))
-        return [by_slot[number % together][number // together] for number in range(len(windows))]
+        return [
+            by_slot[number % together][number // together]
+            for number in range(len(windows))
+        ]
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
         before = resident_bytes()
         server = self._server(checkpoint, len(prompt) + new + 1, 1)
-        request = {"prompt": list(prompt), "max_tokens": 1 + new, "temperature": 0, "ignore_eos": True}
+        request = {
+            "prompt": list(prompt),
+            "max_tokens": 1 + new,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
 
         def once() -> tuple[float, float]:
             took = _complete(server, request | {"cache_prompt": False})["timings"]
@@ -101,21 +123,43 @@ class LlamaCpp(Engine):
 
         return medians(once, before)
 
-    def likeliest(self, checkpoint: Path, prompts: Sequence[Tokens]) -> list[list[tuple[int, float]]]:
-        """The most likely tokens after each prompt, with their log-probabilities in nats."""
+    def likeliest(
+        self, checkpoint: Path, prompts: Sequence[Tokens]
+    ) -> list[list[tuple[int, float]]]:
+        """The most likely tokens after each prompt, with their log-probabilities in
+        nats.
+        """
         server = self._server(checkpoint, max(map(len, prompts)) + 1, 1)
-        one = {"max_tokens": 1, "temperature": 0, "n_probs": LIKELIEST, "ignore_eos": True}
+        one = {
+            "max_tokens": 1,
+            "temperature": 0,
+            "n_probs": LIKELIEST,
+            "ignore_eos": True,
+        }
 
         def said(tokens: Tokens, **how: object) -> Any:
-            return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][0]["logprobs"]["content"][0]
+            return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][
+                0
+            ]["logprobs"]["content"][0]
 
-        bias = [[said(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]]  # half a character has no log-probabilities
+        bias = [
+            [said(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]
+        ]  # half a character has no log-probabilities
         found = [said(tokens, logit_bias=bias)["top_logprobs"] for tokens in prompts]
-        return [[(entry["id"], entry["logprob"]) for entry in entries] for entries in found]
+        return [
+            [(entry["id"], entry["logprob"]) for entry in entries] for entries in found
+        ]
 
     @staticmethod
     def reason(stderr: str) -> str:
-        return next((shortened(line.partition(LOADING)[2], 160) for line in stderr.splitlines() if LOADING in line), "")
+        return next(
+            (
+                shortened(line.partition(LOADING)[2], 160)
+                for line in stderr.splitlines()
+                if LOADING in line
+            ),
+            "",
+        )
 
     def _server(self, checkpoint: Path, tokens: int, together: int) -> Any:
         import xllamacpp
@@ -123,29 +167,53 @@ class LlamaCpp(Engine):
         settings = xllamacpp.CommonParams()
         settings.model.path = str(checkpoint)
         settings.n_parallel = together
-        settings.n_ctx = together * 64 * math.ceil((tokens + 1) / 64)  # a sequence's cache is a multiple of 64 tokens
+        settings.n_ctx = (
+            together * 64 * math.ceil((tokens + 1) / 64)
+        )  # a sequence's cache is a multiple of 64 tokens
         settings.n_batch = settings.n_ctx
-        settings.cache_ram_mib = settings.n_ctx_checkpoints = 0  # slots keep what is read again
+        settings.cache_ram_mib = settings.n_ctx_checkpoints = (
+            0  # slots keep what is read again
+        )
         settings.warmup = False
         settings.verbosity = 1  # errors
         for cores in (settings.cpuparams, settings.cpuparams_batch):
             cores.n_threads = self.threads
             cores.poll = 0
-        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        settings.flash_attn_type = (
+            xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        )
         return xllamacpp.Server(settings)
 
 
 def next_token_logprobs(path: Path, *prompts: Tokens) -> list[dict[int, float]]:
-    """The likeliest tokens after each, with log-probabilities in nats. Raises `UnknownArchitecture`, `UsageError`."""
+    """The likeliest tokens after each, with log-probabilities in nats. Raises
+    `UnknownArchitecture`, `UsageError`.
+    """
     from ..measuring.speed import cores
 
     try:
-        found = [*map(dict, call(LlamaCpp(cores()), "likeliest", checkpoint=path, prompts=[*map(list, prompts)]))]
+        found = [
+            *map(
+                dict,
+                call(
+                    LlamaCpp(cores()),
+                    "likeliest",
+                    checkpoint=path,
+                    prompts=[*map(list, prompts)],
+                ),
+            )
+        ]
     except EngineFailed as error:
-        kind = UnknownArchitecture if "unknown model architecture" in error.reason else UsageError
+        kind = (
+            UnknownArchitecture
+            if "unknown model architecture" in error.reason
+            else UsageError
+        )
         raise kind(f"llama.cpp cannot run {path.name}: {error.reason}") from None
     if (fewest := min(map(len, found))) < LIKELIEST:
-        raise UsageError(f"llama.cpp gives {fewest} tokens for {path.name}, expected {LIKELIEST}")
+        raise UsageError(
+            f"llama.cpp gives {fewest} tokens for {path.name}, expected {LIKELIEST}"
+        )
     return found
 
 
@@ -155,14 +223,18 @@ def dense_gguf(spec: object) -> Path:
     if path is None:
         if isinstance(spec, str | Path) and not expanded(spec).exists():
             hub_id(spec)
-        raise UsageError(f"llama.cpp needs a .gguf file, the original model's: give that file, not {shortened(spec)}")
+        raise UsageError(
+            "llama.cpp needs a .gguf file, the original model's: give that file, not"
+            f" {shortened(spec)}"
+        )
     return path
 
 
 def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
     """The NLL of each token but the first; None for one that ends within a character.
 
-    The server reports what it generates alone, as likely as before a bias, which makes it the next token of the text.
+    The server reports what it generates alone, as likely as before a bias, which makes
+    it the next token of the text.
     """
     found: list[float | None] = []
     for place, token in enumerate(tokens[1:], 1):
@@ -175,9 +247,14 @@ def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
             "cache_prompt": True,
             "id_slot": slot,
         }
-        logprobs = (_complete(server, request)["choices"][0]["logprobs"] or {"content": ()})["content"]
+        logprobs = (
+            _complete(server, request)["choices"][0]["logprobs"] or {"content": ()}
+        )["content"]
         if logprobs and logprobs[0]["id"] != token:
-            raise UsageError("llama.cpp generates another token than it is made to; please report the model")
+            raise UsageError(
+                "llama.cpp generates another token than it is made to; please report"
+                " the model"
+            )
         found.append(-logprobs[0]["logprob"] if logprobs else None)
     return found
 
@@ -186,16 +263,25 @@ def _complete(server: Any, request: dict[str, Any]) -> Any:
     answer = server.handle_completions(request)
     answer = json.loads(answer) if isinstance(answer, str) else answer
     if "error" in answer:
-        raise UsageError(f"llama.cpp refuses: {shortened(answer['error'].get('message', answer['error']), 160)}")
+        raise UsageError(
+            "llama.cpp refuses:"
+            f" {shortened(answer['error'].get('message', answer['error']), 160)}"
+        )
     return answer
 
 
 def write_in_type(source: Path, kind: str, out: Path) -> None:
-    """The model of a GGUF file in one of `FILE_TYPES`, whatever it was in. Raises `UsageError` as `read_gguf`."""
+    """The model of a GGUF file in one of `FILE_TYPES`, whatever it was in. Raises
+    `UsageError` as `read_gguf`.
+    """
     model = read_gguf(source)
-    types = types_of(kind, {name: tensor.shape for name, tensor in model.tensors.items()})
+    types = types_of(
+        kind, {name: tensor.shape for name, tensor in model.tensors.items()}
+    )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = pool.map(lambda name: _packed(model.tensors[name], types[name]), model.tensors)
+        packed = pool.map(
+            lambda name: _packed(model.tensors[name], types[name]), model.tensors
+        )
         tensors = dict(zip(model.tensors, packed))
     fields = {**model.fields, "general.file_type": Field.of(int(FILE_TYPES[kind]))}
     if kind != PLAIN:
@@ -204,57 +290,101 @@ def write_in_type(source: Path, kind: str, out: Path) -> None:
 
 
 def types_of(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kind]:
-    """What each tensor, whose shape is as numpy has it, gets in a file of `kind`: as `llama_model_quantize` has it."""
-    matrices = [name for name, shape in shapes.items() if len(shape) > 1 and not KEPT.search(name)]
+    """What each tensor, whose shape is as numpy has it, gets in a file of `kind`: as
+    `llama_model_quantize` has it.
+    """
+    matrices = [
+        name
+        for name, shape in shapes.items()
+        if len(shape) > 1 and not KEPT.search(name)
+    ]
     found = dict.fromkeys(shapes, Kind.F32)
     if kind == PLAIN:
         return found | dict.fromkeys(matrices, Kind.F16)
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    finer = {head} | _finer(matrices, r"attn_(v|qkv|kv_b)\.weight$") | _finer(matrices, r"ffn_down(_exps)?\.weight$")
+    finer = (
+        {head}
+        | _finer(matrices, r"attn_(v|qkv|kv_b)\.weight$")
+        | _finer(matrices, r"ffn_down(_exps)?\.weight$")
+    )
     for name in matrices:
         wanted = MOST[kind]
         if "attn_qkv." in name:
             wanted = FUSED[kind]
         elif name in finer and wanted != Kind.Q8_0:
             wanted = Kind.Q6_K
-        width, either = shapes[name][-1], (wanted, NARROWER.get(wanted, wanted))  # where its blocks divide a row
-        found[name] = next((one for one in either if width % GGML_QUANT_SIZES[one][0] == 0), Kind.F16)
+        width, either = (
+            shapes[name][-1],
+            (
+                wanted,
+                NARROWER.get(wanted, wanted),
+            ),
+        )  # where its blocks divide a row
+        found[name] = next(
+            (one for one in either if width % GGML_QUANT_SIZES[one][0] == 0), Kind.F16
+        )
     return found
 
 
 def _finer(names: Sequence[str], pattern: str) -> set[str]:
-    """Matrices that get more bits: of the first and the last eighth of layers, and of every third between."""
-    ones = sorted((name for name in names if re.search(pattern, name)), key=lambda name: int(name.split(".")[1]))
+    """Matrices that get more bits: of the first and the last eighth of layers, and of
+    every third between.
+    """
+    ones = sorted(
+        (name for name in names if re.search(pattern, name)),
+        key=lambda name: int(name.split(".")[1]),
+    )
     count, eighth = len(ones), len(ones) // 8
     ends = (*range(eighth), *range(7 * count // 8, count))
-    return {name for place, name in enumerate(ones) if place in ends or (place - eighth) % 3 == 2}
+    return {
+        name
+        for place, name in enumerate(ones)
+        if place in ends or (place - eighth) % 3 == 2
+    }
 
 
 def _packed(tensor: GGUFTensor, kind: Kind) -> GGUFTensor:
     if tensor.quantization == kind:
         return tensor
-    values = dequantize(tensor.data, tensor.quantization) if tensor.quantization not in FLOATS else tensor.data
+    values = (
+        dequantize(tensor.data, tensor.quantization)
+        if tensor.quantization not in FLOATS
+        else tensor.data
+    )
     if kind in FLOATS:
         return GGUFTensor(values.astype(FLOATS[kind]), kind)
     return GGUFTensor(pack(np.ascontiguousarray(values, np.float32), kind), kind)
 
 
 def pack(values: Values, kind: Kind, importance: Values | None = None) -> Values:
-    """Float32 values, (..., width), as the bytes of `kind`; `importance`, (width,), weighs the error of each column."""
+    """Float32 values, (..., width), as the bytes of `kind`; `importance`, (width,),
+    weighs the error of each column.
+    """
     packed = np.empty(quant_shape_to_byte_shape(values.shape, kind), np.uint8)
     rows, width = values.size // values.shape[-1], values.shape[-1]
     by = None if importance is None else importance.ctypes.data
-    written = _quantize_chunk()(int(kind), values.ctypes.data, packed.ctypes.data, 0, rows, width, by)
-    assert written == packed.nbytes, f"{kind.name}: {written} bytes, not {packed.nbytes}"
+    written = _quantize_chunk()(
+        int(kind), values.ctypes.data, packed.ctypes.data, 0, rows, width, by
+    )
+    assert written == packed.nbytes, (
+        f"{kind.name}: {written} bytes, not {packed.nbytes}"
+    )
     return packed
 
 
 @cache
 def _quantize_chunk() -> Any:
-    """`ggml_quantize_chunk(type, from, to, first row, rows, width, importance)`, which answers how many bytes."""
+    """`ggml_quantize_chunk(type, from, to, first row, rows, width, importance)`, which
+    answers how many bytes.
+    """
     from xllamacpp import xllamacpp
 
     function = ctypes.CDLL(xllamacpp.__file__).ggml_quantize_chunk
     function.restype = ctypes.c_size_t
-    function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     return function

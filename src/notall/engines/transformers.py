@@ -12,11 +12,15 @@ from . import Engine, Timing, Tokens, medians, regrouped_base, resident_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PICKLED = {"safe_serialization": False} if version("transformers").startswith("4.") else {}  # its torchao needs that
+PICKLED = (
+    {"safe_serialization": False} if version("transformers").startswith("4.") else {}
+)  # its torchao needs that
 
 
 class Transformers(Engine):
-    """Checkpoints of `notall export --to hf` on torch's kernels, on the CPU. The head stays as it is."""
+    """Checkpoints of `notall export --to hf` on torch's kernels, on the CPU. The head
+    stays as it is.
+    """
 
     name: ClassVar[str] = "transformers"
     package: ClassVar[str] = "transformers"
@@ -35,13 +39,19 @@ class Transformers(Engine):
             from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
             from transformers import TorchAoConfig
 
-            how = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=32)
+            how = (
+                Int8WeightOnlyConfig()
+                if kind == "int8"
+                else Int4WeightOnlyConfig(group_size=32)
+            )
             model = self._load(plain, quantization_config=TorchAoConfig(how))
         except ImportError as error:
             raise UsageError(f"{kind} needs more here: {error}") from None
         model.save_pretrained(out, **PICKLED)
 
-    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+    def score(
+        self, checkpoint: Path, windows: Sequence[Tokens]
+    ) -> list[list[float | None]]:
         import torch
 
         model = self._load(checkpoint)
@@ -59,10 +69,17 @@ class Transformers(Engine):
         from ..measuring.speed import time_once
 
         before = resident_bytes()
-        return medians(partial(time_once, self._load(checkpoint), torch.tensor([list(prompt)]), new), before)
+        return medians(
+            partial(
+                time_once, self._load(checkpoint), torch.tensor([list(prompt)]), new
+            ),
+            before,
+        )
 
     def _load(self, checkpoint: Path, **more: Any) -> "PreTrainedModel":
-        """By classes of transformers and of notall: no modeling file of the folder is run."""
+        """By classes of transformers and of notall: no modeling file of the folder is
+        run.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -72,6 +89,10 @@ class Transformers(Engine):
             notall.register(base)
         torch.set_num_threads(self.threads)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=getattr(torch, self.dtype), local_files_only=True, trust_remote_code=False, **more
+            checkpoint,
+            dtype=getattr(torch, self.dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            **more,
         )
         return model.eval()

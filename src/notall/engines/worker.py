@@ -1,7 +1,9 @@
-"""A method of an engine in a process of its own: one that crashes takes nothing else with it.
+"""A method of an engine in a process of its own: one that crashes takes nothing else
+with it.
 
-It reads one call as JSON and answers with a line of JSON. It starts in an empty folder, so that no file of the working
-folder, whatever it is called, is imported in place of a library.
+It reads one call as JSON and answers with a line of JSON. It starts in an empty folder,
+so that no file of the working folder, whatever it is called, is imported in place of a
+library.
 """
 
 import json
@@ -31,8 +33,12 @@ class EngineFailed(UsageError):
         self.reason = reason
 
 
-def call(engine: Engine, method: str, *, python: str | None = None, **arguments: Any) -> Any:
-    """What a method of the engine returns, as JSON has it; `python` is another environment's. Raises `EngineFailed`."""
+def call(
+    engine: Engine, method: str, *, python: str | None = None, **arguments: Any
+) -> Any:
+    """What a method of the engine returns, as JSON has it; `python` is another
+    environment's. Raises `EngineFailed`.
+    """
     request = {
         "engine": f"{type(engine).__module__}:{type(engine).__qualname__}",
         "settings": asdict(engine),
@@ -40,15 +46,24 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
         "arguments": arguments,
         "folder": os.getcwd(),
     }
-    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # an empty entry is the working folder
-    safe = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, given)), "PYTHONSAFEPATH": "1"}  # for its children too
+    given = filter(
+        None, os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    )  # an empty entry is the working folder
+    safe = {
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, given)),
+        "PYTHONSAFEPATH": "1",
+    }  # for its children too
     what = f"{engine.name} did not {method}"
-    program = os.path.abspath(shutil.which(python) or python) if python else sys.executable
+    program = (
+        os.path.abspath(shutil.which(python) or python) if python else sys.executable
+    )
     try:
         with TemporaryDirectory(prefix="notall-") as empty:
             run = subprocess.run(
                 [program, "-m", "notall.engines.worker"],
-                input=json.dumps(request, default=lambda path: {"path": os.path.abspath(path)}),
+                input=json.dumps(
+                    request, default=lambda path: {"path": os.path.abspath(path)}
+                ),
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -61,9 +76,17 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
     if lines and not run.returncode:
         answer = json.loads(lines[-1])
     elif run.returncode < 0:
-        answer = {"failed": f"its process was ended by signal {-run.returncode}, for want of memory perhaps"}
+        answer = {
+            "failed": (
+                f"its process was ended by signal {-run.returncode}, for want of memory"
+                " perhaps"
+            )
+        }
     else:
-        printed = [f"its process ended with {run.returncode}", *filter(str.strip, run.stderr.splitlines())]
+        printed = [
+            f"its process ended with {run.returncode}",
+            *filter(str.strip, run.stderr.splitlines()),
+        ]
         answer = {"failed": shortened(printed[-1], 160)}
     if "failed" in answer:
         raise EngineFailed(engine.reason(run.stderr) or answer["failed"], what)
@@ -72,9 +95,16 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
 
 def main() -> None:
     """In that process: answer with what the method returns, or why it failed."""
-    out = os.fdopen(os.dup(1), "w")  # engines print to stdout; the answer has a file of its own
+    out = os.fdopen(
+        os.dup(1), "w"
+    )  # engines print to stdout; the answer has a file of its own
     os.dup2(2, 1)
-    request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
+    request = json.load(
+        sys.stdin,
+        object_hook=lambda value: (
+            Path(value["path"]) if [*value] == ["path"] else value
+        ),
+    )
     module, _, name = request["engine"].partition(":")
     # else it was named in place, as module:Class
     is_installed = find_spec(module.partition(".")[0]) is not None
@@ -82,7 +112,8 @@ def main() -> None:
         engine = getattr(import_module(module), name)(**request["settings"])
     try:
         answer = {"result": getattr(engine, request["method"])(**request["arguments"])}
-    except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run
+    # whatever it is, it is an answer about this model and no fault of the run
+    except Exception as error:
         answer = {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
         sleep(1)  # so that llama.cpp's thread can write its log
     print(json.dumps(answer, default=asdict), file=out, flush=True)

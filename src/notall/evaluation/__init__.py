@@ -1,1 +1,3 @@
-"""What plans cost on benchmarks and in what accuracy hides: lm-evaluation-harness for many plans in one pass."""
+"""What plans cost on benchmarks and in what accuracy hides: lm-evaluation-harness for
+many plans in one pass.
+"""

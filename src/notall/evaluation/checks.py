@@ -1,7 +1,9 @@
-"""Checks of what people serve a model for, as tasks of the harness, made without a data set.
+"""Checks of what people serve a model for, as tasks of the harness, made without a data
+set.
 
-Retrieval by form and length, the model's own answers, and questions of reasoning-gym with its verifiers. The items are
-the same for every model; none is among what texts to fit to are made of, but for prompts of a file.
+Retrieval by form and length, the model's own answers, and questions of reasoning-gym
+with its verifiers. The items are the same for every model; none is among what texts to
+fit to are made of, but for prompts of a file.
 """
 
 import random
@@ -24,20 +26,32 @@ from ..models.retrieval import CONTEXTS, UNSEEN, Episode, Form, episode
 from ..models.texts import ANSWERS_TO, read_prompts
 from .scoring import common
 
-ITEMS = 80  # of a check, unless a limit says otherwise: 73 are the fewest that 0.95 can be seen to be kept of
+# of a check, unless a limit says otherwise: 73 are the fewest that 0.95 can be seen to
+# be kept of
+ITEMS = 80
 CHOOSING_ITEMS = 24  # of a check that chooses, at most
-SEED, CHOOSING = 2_000_003, 1_000_003  # of what judges, and of what chooses; what is fitted to counts from 0
+SEED, CHOOSING = (
+    2_000_003,
+    1_000_003,
+)  # of what judges, and of what chooses; what is fitted to counts from 0
 LENGTH = 512  # of other retrieval
 ANSWERED = 128  # tokens of an own answer
 GYM = "gym_"  # before the name of a generator of reasoning-gym
-GYM_DEFAULT = ("basic_arithmetic", "chain_sum", "letter_counting", "number_sorting", "spell_backward")
+GYM_DEFAULT = (
+    "basic_arithmetic",
+    "chain_sum",
+    "letter_counting",
+    "number_sorting",
+    "spell_backward",
+)
 REASONED = 512  # tokens of an answer to a question of it
 
 Doc = dict[str, Any]  # of the harness: `prompt` and `answer`, and what a verifier needs
 
 
 class MadeTask(Task):
-    """Documents that were made here. `kind` is a request of `PlansLM`, and `judge` makes metrics of what it answers.
+    """Documents that were made here. `kind` is a request of `PlansLM`, and `judge`
+    makes metrics of what it answers.
 
     `metrics` says of each whether higher is better.
     """
@@ -53,7 +67,9 @@ class MadeTask(Task):
         judge: Callable[[Doc, Any], dict[str, float]],
     ) -> None:
         super().__init__()
-        self._config = TaskConfig(task=name, num_fewshot=0, metadata={"version": self.VERSION})
+        self._config = TaskConfig(
+            task=name, num_fewshot=0, metadata={"version": self.VERSION}
+        )
         self.docs, self.kind, self.metrics, self.judge = docs, kind, metrics, judge
         self.OUTPUT_TYPE = "generate_until" if kind == "chat" else kind
 
@@ -80,8 +96,14 @@ class MadeTask(Task):
     def fewshot_context(self, doc: Doc, num_fewshot: int, **_: object) -> str:
         return self.doc_to_text(doc)
 
-    def construct_requests(self, doc: Doc, ctx: str, metadata: Any = None, **_: object) -> list[Instance]:
-        asked = doc["answer"] if self.kind == "loglikelihood" else {"until": [], "max_gen_toks": doc["tokens"]}
+    def construct_requests(
+        self, doc: Doc, ctx: str, metadata: Any = None, **_: object
+    ) -> list[Instance]:
+        asked = (
+            doc["answer"]
+            if self.kind == "loglikelihood"
+            else {"until": [], "max_gen_toks": doc["tokens"]}
+        )
         return [Instance(self.kind, doc, (ctx, asked), 0, metadata=metadata)]
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
@@ -98,7 +120,9 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def json_keys(text: str) -> list[str]:
-    """The fields of the JSON object in a text, sorted; none where there is no sound one."""
+    """The fields of the JSON object in a text, sorted; none where there is no sound
+    one.
+    """
     begin, end = text.find("{"), text.rfind("}") + 1
     with suppress(ValueError, UsageError):
         found = read_json(text[begin:end]) if begin >= 0 else None
@@ -107,28 +131,43 @@ def json_keys(text: str) -> list[str]:
 
 
 def own_prompts(name: str, items: int, seed: int) -> list[Doc]:
-    """Ours, or those of the file behind the colon of `name`: its first, third ... to choose by, others to judge by."""
+    """Ours, or those of the file behind the colon of `name`: its first, third ... to
+    choose by, others to judge by.
+    """
     _, colon, file = name.partition(":")
-    said = read_prompts(Path(file))[seed != CHOOSING :: 2] if colon else prompts(items, seed=seed, held_out=True)
+    said = (
+        read_prompts(Path(file))[seed != CHOOSING :: 2]
+        if colon
+        else prompts(items, seed=seed, held_out=True)
+    )
     if not said:
-        raise UsageError(f"{shortened(Path(file))} has one prompt: give two or more, every second one to judge by")
+        raise UsageError(
+            f"{shortened(Path(file))} has one prompt: give two or more, every second"
+            " one to judge by"
+        )
     return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in said[:items]]
 
 
 def source_of(name: str) -> dict[str, str]:
-    """The digest of the prompts that a task takes from a file, for what is kept of it."""
+    """The digest of the prompts that a task takes from a file, for what is kept of
+    it.
+    """
     file = name.partition(":")[2] if name.startswith(ASKING) else ""
     return {"prompts": digest_of(read_prompts(Path(file)))} if file else {}
 
 
 def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> MadeTask:
-    """Whether greedy decoding says what was told far back in a text of about so many tokens."""
+    """Whether greedy decoding says what was told far back in a text of about so many
+    tokens.
+    """
     draw = random.Random(f"{seed} {form} {tokens}")
     return _found(name, [episode(form, tokens, draw) for _ in range(items)])
 
 
 def needles(name: str, items: int, seed: int) -> MadeTask:
-    """Retrieval of each form and length in turn: one score, where `passkey` and `retrieval` have one for each."""
+    """Retrieval of each form and length in turn: one score, where `passkey` and
+    `retrieval` have one for each.
+    """
     asked: list[tuple[Form, int]] = [("passkey", tokens) for tokens in CONTEXTS]
     asked += [(form, LENGTH) for form in UNSEEN]
     draw = random.Random(f"{seed} needles")
@@ -138,30 +177,53 @@ def needles(name: str, items: int, seed: int) -> MadeTask:
 
 def _found(name: str, episodes: Sequence[Episode]) -> MadeTask:
     docs = [{"prompt": one.text, "answer": one.answer} for one in episodes]
-    return MadeTask(name, docs, "loglikelihood", {"found": True}, lambda _, said: {"found": float(said[1])})
+    return MadeTask(
+        name,
+        docs,
+        "loglikelihood",
+        {"found": True},
+        lambda _, said: {"found": float(said[1])},
+    )
 
 
 def answers(name: str, items: int, seed: int) -> MadeTask:
-    """The share of tokens of the original model's own greedy answers that stay the first choice, given those before."""
+    """The share of tokens of the original model's own greedy answers that stay the
+    first choice, given those before.
+    """
     metric = "first_choices"
-    return MadeTask(name, own_prompts(name, items, seed), metric, {metric: True}, lambda _, share: {metric: share})
+    return MadeTask(
+        name,
+        own_prompts(name, items, seed),
+        metric,
+        {metric: True},
+        lambda _, share: {metric: share},
+    )
 
 
 def written(name: str, items: int, seed: int) -> MadeTask:
     """What a plan writes to prompts, beside what the original model writes."""
-    metrics = {"same_beginning": True, "same_number": True, "valid_json": True, "words": False}
+    metrics = {
+        "same_beginning": True,
+        "same_number": True,
+        "valid_json": True,
+        "words": False,
+    }
     return MadeTask(name, own_prompts(name, items, seed), "chat", metrics, beside_dense)
 
 
 def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
-    """Of what a plan and the original model wrote: the share of words up to the first other one, and the plan's words.
+    """Of what a plan and the original model wrote: the share of words up to the first
+    other one, and the plan's words.
 
-    Where the original model's has a number, whether the last one is the same; where it has a JSON object, whether the
-    plan's has one with the same fields.
+    Where the original model's has a number, whether the last one is the same; where it
+    has a JSON object, whether the plan's has one with the same fields.
     """
     ours, theirs = said
     words, base = ours.split(), theirs.split()
-    found = {"same_beginning": common(words, base) / max(1, len(base)), "words": float(len(words))}
+    found = {
+        "same_beginning": common(words, base) / max(1, len(base)),
+        "words": float(len(words)),
+    }
     if numbers := NUMBER.findall(theirs):
         found["same_number"] = float(NUMBER.findall(ours)[-1:] == numbers[-1:])
     if keys := json_keys(theirs):
@@ -170,14 +232,26 @@ def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
 
 
 def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
-    """Questions of a generator of reasoning-gym, answered greedily in chat form and judged by its verifier."""
+    """Questions of a generator of reasoning-gym, answered greedily in chat form and
+    judged by its verifier.
+    """
     need("reasoning_gym")
     import reasoning_gym
 
     questions = reasoning_gym.create_dataset(generator, size=items, seed=seed)
-    asked = '{}\n\nAfter your reasoning, write the final answer on a line of its own, behind "Answer:".'
-    docs = [{"prompt": asked.format(one["question"]), "answer": one["answer"], "tokens": REASONED, "entry": dict(one)}
-            for one in questions]  # fmt: skip
+    asked = (
+        "{}\n\nAfter your reasoning, write the final answer on a line of its own,"
+        ' behind "Answer:".'
+    )
+    docs = [
+        {
+            "prompt": asked.format(one["question"]),
+            "answer": one["answer"],
+            "tokens": REASONED,
+            "entry": dict(one),
+        }
+        for one in questions
+    ]
 
     def verify(doc: Doc, said: tuple[str, str]) -> dict[str, float]:
         text = said[0].strip()
@@ -190,7 +264,10 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
 
 
 MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
-    **{f"passkey_{tokens}": partial(retrieval, "passkey", tokens) for tokens in CONTEXTS},
+    **{
+        f"passkey_{tokens}": partial(retrieval, "passkey", tokens)
+        for tokens in CONTEXTS
+    },
     **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
     "needles": needles,
     "answers": answers,
@@ -209,18 +286,25 @@ def is_check(name: str) -> bool:
 
 
 def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
-    """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it, or prompts of a file."""
+    """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator
+    of it, or prompts of a file.
+    """
     if not name.startswith(GYM):
         return MAKERS[name.partition(":")[0]](name, items, seed)
     generator = name.removeprefix(GYM)
     if generator not in generators():
-        told = f"reasoning-gym has no generator {shortened(generator)!r}{nearest(generator, generators())}"
+        told = (
+            "reasoning-gym has no generator"
+            f" {shortened(generator)!r}{nearest(generator, generators())}"
+        )
         raise UsageError(f"{told}: `notall tasks gym` lists them")
     return reasoning(generator, name, items, seed)
 
 
 def generators() -> list[str]:
-    """The names of reasoning-gym's generators. Raises `UsageError` where it is not installed."""
+    """The names of reasoning-gym's generators. Raises `UsageError` where it is not
+    installed.
+    """
     need("reasoning_gym")
     from reasoning_gym.factory import DATASETS
 

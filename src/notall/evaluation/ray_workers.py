@@ -1,4 +1,6 @@
-"""Many machines: plans that lie together in their tree, spread over the workers of a Ray cluster (the extra `ray`)."""
+"""Many machines: plans that lie together in their tree, spread over the workers of a
+Ray cluster (the extra `ray`).
+"""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +24,12 @@ SLICE = 256  # requests that are answered before anything is kept
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """Workers of a Ray cluster, each with the model of `load_options`, the arguments of `notall.load`.
+    """Workers of a Ray cluster, each with the model of `load_options`, the arguments of
+    `notall.load`.
 
-    There are `count` of them, or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs.
-    Raises `UsageError` when no cluster is at `address`, when it has no room, and when a worker can't load the model.
+    There are `count` of them, or as many as the GPUs allow at `gpus` each, or without
+    GPUs as many as half of the CPUs. Raises `UsageError` when no cluster is at
+    `address`, when it has no room, and when a worker can't load the model.
     """
 
     def __init__(
@@ -47,42 +51,76 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(self, *_: object) -> None:
         self.held.close()
 
-    def score(self, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None) -> list[Scores]:
-        """As `quality.score`: scores of the original model, then of each plan, on one batch of token ids."""
+    def score(
+        self, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None
+    ) -> list[Scores]:
+        """As `quality.score`: scores of the original model, then of each plan, on one
+        batch of token ids.
+        """
         groups = self._split(plans)
-        asked = [([plans[number] for number in group], tokens.cpu(), prompt_tokens) for group in groups]
+        asked = [
+            ([plans[number] for number in group], tokens.cpu(), prompt_tokens)
+            for group in groups
+        ]
         answers = self.pool.run([("score", arguments) for arguments in asked])
-        found = {number: scores for group, (_, *rest) in zip(groups, answers) for number, scores in zip(group, rest)}
+        found = {
+            number: scores
+            for group, (_, *rest) in zip(groups, answers)
+            for number, scores in zip(group, rest)
+        }
         return [answers[0][0], *(found[number] for number in range(len(plans)))]
 
     def score_requests(
-        self, plans: Sequence[Plan], requests: Sequence[Request], batch_size: BatchSize = "auto"
+        self,
+        plans: Sequence[Plan],
+        requests: Sequence[Request],
+        batch_size: BatchSize = "auto",
     ) -> Iterator[RequestScores]:
-        """As `Scorer.score`, some requests at a time, of which those that begin alike are together."""
-        order = sorted(range(len(requests)), key=lambda number: requests[number].sequence)
+        """As `Scorer.score`, some requests at a time, of which those that begin alike
+        are together.
+        """
+        order = sorted(
+            range(len(requests)), key=lambda number: requests[number].sequence
+        )
         for start in range(0, len(order), SLICE):
             numbers = order[start : start + SLICE]
             groups, some = self._split(plans), [requests[number] for number in numbers]
-            tasks = [("score_requests", ([plans[number] for number in group], some, batch_size)) for group in groups]
+            tasks = [
+                (
+                    "score_requests",
+                    ([plans[number] for number in group], some, batch_size),
+                )
+                for group in groups
+            ]
             likely = torch.empty(len(plans), len(some), dtype=torch.float64)
             missed = torch.empty_like(likely)
             for group, batches in zip(groups, self.pool.run(tasks)):
                 for scores in batches:
                     places = torch.tensor(group)[:, None], torch.tensor(scores.requests)
-                    likely[places], missed[places] = scores.log_likelihoods, scores.missed
+                    likely[places], missed[places] = (
+                        scores.log_likelihoods,
+                        scores.missed,
+                    )
             yield RequestScores(numbers, likely, missed)
 
     def _split(self, plans: Sequence[Plan]) -> list[list[int]]:
         return split_branches(self.structure, plans, len(self.pool.actors))
 
 
-def split_branches(structure: ModelStructure, plans: Sequence[Plan], parts: int) -> list[list[int]]:
-    """The numbers of `plans` in at most `parts` groups of plans that share as much as they can.
+def split_branches(
+    structure: ModelStructure, plans: Sequence[Plan], parts: int
+) -> list[list[int]]:
+    """The numbers of `plans` in at most `parts` groups of plans that share as much as
+    they can.
 
-    Plans are put in the order in which a walk through their tree meets them, and cut so that the largest group has as
-    little work, sublayers and heads, as cutting that order allows: the first plan of a group pays for its whole path.
+    Plans are put in the order in which a walk through their tree meets them, and cut so
+    that the largest group has as little work, sublayers and heads, as cutting that
+    order allows: the first plan of a group pays for its whole path.
     """
-    paths = [tuple(part.name for _, live in live_steps(structure, plan) for part in live) for plan in plans]
+    paths = [
+        tuple(part.name for _, live in live_steps(structure, plan) for part in live)
+        for plan in plans
+    ]
     order = sorted(range(len(plans)), key=paths.__getitem__)
 
     def filled(most: int) -> list[list[int]]:
@@ -91,14 +129,20 @@ def split_branches(structure: ModelStructure, plans: Sequence[Plan], parts: int)
         work = most
         for number in order:
             path = paths[number]
-            work += len(path) - (common(paths[groups[-1][-1]], path) if groups else 0) + 1
+            work += (
+                len(path) - (common(paths[groups[-1][-1]], path) if groups else 0) + 1
+            )
             if work > most:
                 groups.append([])
                 work = len(path) + 1
             groups[-1].append(number)
         return groups
 
-    return next(groups for most in count(max(map(len, paths)) + 1) if len(groups := filled(most)) <= parts)
+    return next(
+        groups
+        for most in count(max(map(len, paths)) + 1)
+        if len(groups := filled(most)) <= parts
+    )
 
 
 class _Worker:
@@ -113,8 +157,12 @@ class _Worker:
     def ready(self) -> int:
         return os.getpid()
 
-    def score(self, plans: list[Plan], tokens: Tensor, prompt_tokens: int | None = None) -> list[Scores]:
+    def score(
+        self, plans: list[Plan], tokens: Tensor, prompt_tokens: int | None = None
+    ) -> list[Scores]:
         return score(self.model, plans, tokens, prompt_tokens)
 
-    def score_requests(self, plans: list[Plan], requests: list[Request], batch_size: BatchSize) -> list[RequestScores]:
+    def score_requests(
+        self, plans: list[Plan], requests: list[Request], batch_size: BatchSize
+    ) -> list[RequestScores]:
         return list(self.scorer(batch_size).score(plans, requests))

@@ -1,8 +1,10 @@
-"""How likely a model finds the ends of token sequences, for many plans at once, in as few tokens as it can be had.
+"""How likely a model finds the ends of token sequences, for many plans at once, in as
+few tokens as it can be had.
 
-Sequences that begin alike are packed: laid out as one tree, so that what they share is computed once. A mask lets a
-token see its own path only, and its position is its depth: a model whose attention knows nothing but these computes for
-each path what it computes for the sequence alone, which is tried before it is relied on.
+Sequences that begin alike are packed: laid out as one tree, so that what they share is
+computed once. A mask lets a token see its own path only, and its position is its depth:
+a model whose attention knows nothing but these computes for each path what it computes
+for the sequence alone, which is tried before it is relied on.
 """
 
 import inspect
@@ -25,21 +27,36 @@ from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
 from ..running.replay import Replay, record
-from ..structure.model_structure import base_model, inputs_device, positions_of, text_config
+from ..structure.model_structure import (
+    base_model,
+    inputs_device,
+    positions_of,
+    text_config,
+)
 
-TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
-WRITTEN_AT_ONCE = 32768  # likewise, with their answers: a decoding step of one row takes as long as one of many
-# A token attends over its whole pack, seen or not, so a pack stays within reach of its longest path.
+TOKENS_AT_ONCE = {
+    "cpu": 4096,
+    "cuda": 32768,
+    "mps": 8192,
+}  # of a batch, when its size is "auto"; halved as needed
+# likewise, with their answers: a decoding step of one row takes as long as one of many
+WRITTEN_AT_ONCE = 32768
+# A token attends over its whole pack, seen or not, so a pack stays within reach of its
+# longest path.
 MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
 
 T = TypeVar("T")
 BatchSize = int | Literal["auto"]  # requests at a time; auto: as many as memory holds
-Sequences = dict[tuple[int, ...], dict[int, tuple[int, ...]]]  # a sequence: the requests about it, what each asks for
+Sequences = dict[
+    tuple[int, ...], dict[int, tuple[int, ...]]
+]  # a sequence: the requests about it, what each asks for
 
 
 @dataclass(frozen=True)
 class Request:
-    """`sequence` is what the model reads; its last len(`continuation`) predictions are held against `continuation`."""
+    """`sequence` is what the model reads; its last len(`continuation`) predictions are
+    held against `continuation`.
+    """
 
     sequence: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -52,7 +69,9 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestScores:
-    """For some requests: log-likelihoods in nats, and how many tokens are no first choice; (plans, requests) each."""
+    """For some requests: log-likelihoods in nats, and how many tokens are no first
+    choice; (plans, requests) each.
+    """
 
     requests: list[int]
     log_likelihoods: Tensor  # float64
@@ -65,30 +84,54 @@ class RequestScores:
 
 
 class Scorer:
-    """Scores requests; `tokens` counts what it ran, without padding, `plain_tokens` what distinct sequences hold."""
+    """Scores requests; `tokens` counts what it ran, without padding, `plain_tokens`
+    what distinct sequences hold.
+    """
 
     def __init__(self, model: PreTrainedModel, batch_size: BatchSize = "auto") -> None:
         if batch_size != "auto" and batch_size < 1:
-            raise UsageError(f"batch size {batch_size} is not a number from 1; give one, or auto")
+            raise UsageError(
+                f"batch size {batch_size} is not a number from 1; give one, or auto"
+            )
         self.model = base_model(model)
         self.device = inputs_device(self.model)
         self.most_packs = math.inf if batch_size == "auto" else batch_size
-        self.most_tokens = TOKENS_AT_ONCE.get(self.device.type, 8192) if batch_size == "auto" else math.inf
+        self.most_tokens = (
+            TOKENS_AT_ONCE.get(self.device.type, 8192)
+            if batch_size == "auto"
+            else math.inf
+        )
         self.most_written = max(self.most_tokens, WRITTEN_AT_ONCE)
         config = text_config(self.model)
-        takes_positions = "position_ids" in inspect.signature(type(self.model).forward).parameters
-        self.packs = takes_positions and config._attn_implementation in ("sdpa", "eager")  # which take any mask
-        self.context = positions_of(self.model)  # as long as the buffers of some models, which no pack may exceed
-        windows = ("sliding_window", "attention_chunk_size")  # of which a mask of one's own knows nothing
+        takes_positions = (
+            "position_ids" in inspect.signature(type(self.model).forward).parameters
+        )
+        self.packs = takes_positions and config._attn_implementation in (
+            "sdpa",
+            "eager",
+        )  # which take any mask
+        self.context = positions_of(
+            self.model
+        )  # as long as the buffers of some models, which no pack may exceed
+        windows = (
+            "sliding_window",
+            "attention_chunk_size",
+        )  # of which a mask of one's own knows nothing
         self.window = min(getattr(config, name, None) or math.inf for name in windows)
         self.token_scorer = TokenScorer(self.model)
         self.proved = 0  # the longest sequence for which packed was seen to equal plain
         self.tokens = self.plain_tokens = 0
 
-    def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[RequestScores]:
-        """In batches, the longest first. Raises `UsageError` where one sequence takes more memory than there is."""
+    def score(
+        self, plans: Sequence[Plan], requests: Sequence[Request]
+    ) -> Iterator[RequestScores]:
+        """In batches, the longest first. Raises `UsageError` where one sequence takes
+        more memory than there is.
+        """
         replay = Replay(self.model, plans)
-        by_prompt = any(plan.prefill for plan in plans)  # a plan skips what comes ahead of a continuation
+        by_prompt = any(
+            plan.prefill for plan in plans
+        )  # a plan skips what comes ahead of a continuation
         groups: dict[int | None, Sequences] = {}
         for number, request in enumerate(requests):
             about = groups.setdefault(request.prompt_tokens if by_prompt else None, {})
@@ -96,13 +139,22 @@ class Scorer:
         for prompt in sorted(groups, key=lambda tokens: -(tokens or 0)):
             yield from self._score(replay, groups[prompt], prompt)
 
-    def _score(self, replay: Replay, about: Sequences, prompt: int | None) -> Iterator[RequestScores]:
-        """Of sequences whose prompts are of one length, or None: nothing needs to know it."""
+    def _score(
+        self, replay: Replay, about: Sequences, prompt: int | None
+    ) -> Iterator[RequestScores]:
+        """Of sequences whose prompts are of one length, or None: nothing needs to know
+        it.
+        """
         self.plain_tokens += sum(map(len, about))
         waiting = deque(sorted(self._arrange(about, prompt), key=len, reverse=True))
         while waiting:
-            batch = [waiting.popleft() for _ in range(self.fitting(len(waiting[0]), len(waiting)))]
-            scores = unless_out_of_memory(partial(self._run, replay, batch, about, prompt))
+            batch = [
+                waiting.popleft()
+                for _ in range(self.fitting(len(waiting[0]), len(waiting)))
+            ]
+            scores = unless_out_of_memory(
+                partial(self._run, replay, batch, about, prompt)
+            )
             if scores is not None:
                 yield scores
             elif len(batch) == 1 and len(batch[0].paths) > 1:
@@ -112,16 +164,25 @@ class Scorer:
                 waiting.extendleft(reversed(batch))
 
     def fitting(self, width: int, count: int, *, written: bool = False) -> int:
-        """How many of `count` rows of `width` tokens to run at once, or to write, answers included."""
+        """How many of `count` rows of `width` tokens to run at once, or to write,
+        answers included.
+        """
         most = self.most_written if written else self.most_tokens
         return int(max(1, min(count, self.most_packs, most // width)))
 
     def shrink(self, rows: int, width: int) -> None:
-        """Run at most half of that from now on: it took more memory than there is. Raises `UsageError` at one row."""
+        """Run at most half of that from now on: it took more memory than there is.
+        Raises `UsageError` at one row.
+        """
         clear_device_cache(garbage_collection=True)
         if rows == 1:
-            told = f"one sequence of {width} tokens takes more memory than {self.device} has"
-            raise UsageError(f"{told}; give a smaller dtype, fewer examples, or a device_map")
+            told = (
+                f"one sequence of {width} tokens takes more memory than"
+                f" {self.device} has"
+            )
+            raise UsageError(
+                f"{told}; give a smaller dtype, fewer examples, or a device_map"
+            )
         if self.most_tokens < math.inf:
             half = rows * width // 2
             self.most_tokens = min(self.most_tokens, half)
@@ -130,26 +191,43 @@ class Scorer:
             self.most_packs = rows // 2
 
     def _arrange(self, about: Sequences, prompt: int | None = None) -> "list[Pack]":
-        """All sequences in packs: of several where that is seen to change nothing, of one where it is not.
+        """All sequences in packs: of several where that is seen to change nothing, of
+        one where it is not.
 
-        With a `prompt` of so many tokens a pack has sequences of one prompt, which is then its beginning.
+        With a `prompt` of so many tokens a pack has sequences of one prompt, which is
+        then its beginning.
         """
         short = sorted(sequence for sequence in about if len(sequence) <= self.window)
-        alike = groupby(short, key=lambda sequence: sequence[:prompt] if prompt else None)
-        packs = [pack for _, some in alike for pack in packed(some, self.context)] if self.packs else []
-        lengths = [max(map(len, pack.paths)) if len(pack.paths) > 1 else 0 for pack in packs]
+        alike = groupby(
+            short, key=lambda sequence: sequence[:prompt] if prompt else None
+        )
+        packs = (
+            [pack for _, some in alike for pack in packed(some, self.context)]
+            if self.packs
+            else []
+        )
+        lengths = [
+            max(map(len, pack.paths)) if len(pack.paths) > 1 else 0 for pack in packs
+        ]
         if (longest := max(lengths, default=0)) > self.proved:
             complaint = self._prove(packs[lengths.index(longest)], about)
             if complaint:
-                warnings.warn(f"answers are computed one by one, not packed: {complaint}", stacklevel=5)
+                warnings.warn(
+                    f"answers are computed one by one, not packed: {complaint}",
+                    stacklevel=5,
+                )
                 self.packs = False
             self.proved = longest
         if not self.packs:
             return list(plain(about))
-        return packs + list(plain(sequence for sequence in about if len(sequence) > self.window))
+        return packs + list(
+            plain(sequence for sequence in about if len(sequence) > self.window)
+        )
 
     def _prove(self, pack: "Pack", about: Sequences) -> str | None:
-        """Compare a pack with its last and its longest path run alone, on the original; None if nothing differs."""
+        """Compare a pack with its last and its longest path run alone, on the original;
+        None if nothing differs.
+        """
         dense = Replay(self.model, [Plan()])
         expected: dict[int, float] = {}
         for single in plain({max(pack.paths, key=len), list(pack.paths)[-1]}):
@@ -157,23 +235,37 @@ class Scorer:
             expected |= dict(zip(scores.requests, scores.log_likelihoods[0].tolist()))
         try:
             found = self._run(dense, [pack], about)
-        except Exception as error:  # an architecture that can't take such a mask says so in a way of its own
+        # an architecture that can't take such a mask says so in a way of its own
+        except Exception as error:
             return f"the model does not take a mask of its own ({type(error).__name__})"
         got = dict(zip(found.requests, found.log_likelihoods[0].tolist()))
-        asked = {number: asks for path in pack.paths for number, asks in about[path].items()}
+        asked = {
+            number: asks for path in pack.paths for number, asks in about[path].items()
+        }
         for number, value in expected.items():
             difference = abs(got[number] - value)
             if not difference <= tolerance(self.model.dtype, len(asked[number])):
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
-    def _run(self, replay: Replay, packs: "list[Pack]", about: Sequences, prompt: int | None = None) -> RequestScores:
+    def _run(
+        self,
+        replay: Replay,
+        packs: "list[Pack]",
+        about: Sequences,
+        prompt: int | None = None,
+    ) -> RequestScores:
         numbers: list[int] = []
-        places: list[tuple[int, int, int, int]] = []  # which of `numbers`, row, column, token
+        places: list[
+            tuple[int, int, int, int]
+        ] = []  # which of `numbers`, row, column, token
         for row, pack in enumerate(packs):
             for sequence, path in pack.paths.items():
                 for number, asks in about[sequence].items():
-                    places += [(len(numbers), row, column, token) for column, token in zip(path[-len(asks) :], asks)]
+                    places += [
+                        (len(numbers), row, column, token)
+                        for column, token in zip(path[-len(asks) :], asks)
+                    ]
                     numbers.append(number)
         owners, rows, columns, targets = torch.tensor(places).T
         inputs = inputs_of(packs, self.model.dtype)
@@ -181,12 +273,19 @@ class Scorer:
         likely = torch.empty(replay.plans, len(numbers), dtype=torch.float64)
         missed = torch.empty_like(likely)
         with torch.inference_mode():
-            for plans, hidden in replay.hidden_states(record(self.model, prompt, **inputs)):
+            for plans, hidden in replay.hidden_states(
+                record(self.model, prompt, **inputs)
+            ):
                 judged = hidden[rows.to(hidden.device), columns.to(hidden.device)]
                 scores = self.token_scorer.score(judged, targets, likeliest=True)
                 likely[plans], missed[plans] = (
-                    torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owners, values)
-                    for values in (-scores.nll.cpu().double(), (scores.likeliest.cpu() != targets).double())
+                    torch.zeros(len(numbers), dtype=torch.float64).index_add_(
+                        0, owners, values
+                    )
+                    for values in (
+                        -scores.nll.cpu().double(),
+                        (scores.likeliest.cpu() != targets).double(),
+                    )
                 )
         return RequestScores(numbers, likely, missed)
 
@@ -202,18 +301,30 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
 
 
 def tolerance(dtype: torch.dtype, tokens: int) -> float:
-    """By how many nats an answer of so many tokens may differ between two batches: what rounding makes of it."""
-    return max(1e-4, 1e-5 * tokens) if dtype in (torch.float32, torch.float64) else max(0.3, 0.1 * tokens)
+    """By how many nats an answer of so many tokens may differ between two batches: what
+    rounding makes of it.
+    """
+    return (
+        max(1e-4, 1e-5 * tokens)
+        if dtype in (torch.float32, torch.float64)
+        else max(0.3, 0.1 * tokens)
+    )
 
 
 @dataclass
 class Pack:
-    """A tree of tokens in the order in which they are run, every parent before its children."""
+    """A tree of tokens in the order in which they are run, every parent before its
+    children.
+    """
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    paths: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # a sequence: where its tokens are
-    forks: list[int] = field(default_factory=list)  # for each path, how many of its tokens were there before it
+    paths: dict[tuple[int, ...], list[int]] = field(
+        default_factory=dict
+    )  # a sequence: where its tokens are
+    forks: list[int] = field(
+        default_factory=list
+    )  # for each path, how many of its tokens were there before it
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -224,31 +335,46 @@ class Pack:
         new = range(len(self), len(self) + len(sequence) - shared)
         self.tokens += sequence[shared:]
         self.positions += range(shared, len(sequence))
-        self.paths[sequence] = [*self.paths[after][:shared], *new] if after else list(new)
+        self.paths[sequence] = (
+            [*self.paths[after][:shared], *new] if after else list(new)
+        )
         self.forks.append(shared)
 
     def sight(self, width: int) -> Tensor:
-        """Which tokens each token sees, bool (width, width); padding sees itself, as a softmax needs something."""
+        """Which tokens each token sees, bool (width, width); padding sees itself, as a
+        softmax needs something.
+        """
         seen = torch.eye(width, dtype=torch.bool)
         for path, fork in zip(self.paths.values(), self.forks):
             index = torch.tensor(path)
-            seen[index[fork:, None], index] = torch.ones(len(path), len(path), dtype=torch.bool).tril()[fork:]
+            seen[index[fork:, None], index] = torch.ones(
+                len(path), len(path), dtype=torch.bool
+            ).tril()[fork:]
         return seen
 
 
 def common(first: Sequence[object], second: Sequence[object]) -> int:
     """How much two sequences share from their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second)) if a != b),
+        min(len(first), len(second)),
+    )
 
 
-def packed(sequences: Iterable[tuple[int, ...]], most: float = math.inf) -> Iterator[Pack]:
-    """Distinct sequences in as few tokens as packs of sensible size, `most` tokens, allow: each beside its like."""
+def packed(
+    sequences: Iterable[tuple[int, ...]], most: float = math.inf
+) -> Iterator[Pack]:
+    """Distinct sequences in as few tokens as packs of sensible size, `most` tokens,
+    allow: each beside its like.
+    """
     pack = Pack()
     before: tuple[int, ...] = ()
     for sequence in sorted(sequences):
         shared = common(before, sequence)
         size = len(pack) + len(sequence) - shared
-        room = min(most, MOST_TIMES_LONGEST * max(len(before), len(sequence)) + MOST_BESIDE)
+        room = min(
+            most, MOST_TIMES_LONGEST * max(len(before), len(sequence)) + MOST_BESIDE
+        )
         if before and (4 * shared < len(sequence) or size > room):
             yield pack
             pack, before = Pack(), ()
@@ -267,11 +393,23 @@ def plain(sequences: Iterable[tuple[int, ...]]) -> Iterator[Pack]:
 
 
 def inputs_of(packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Token ids (packs, tokens), padded on the right; of several paths positions, a mask (packs, 1, tokens, tokens)."""
-    inputs = {"input_ids": pad_sequence([torch.tensor(pack.tokens) for pack in packs], batch_first=True)}
+    """Token ids (packs, tokens), padded on the right; of several paths positions, a
+    mask (packs, 1, tokens, tokens).
+    """
+    inputs = {
+        "input_ids": pad_sequence(
+            [torch.tensor(pack.tokens) for pack in packs], batch_first=True
+        )
+    }
     if any(len(pack.paths) > 1 for pack in packs):
-        inputs["position_ids"] = pad_sequence([torch.tensor(pack.positions) for pack in packs], batch_first=True)
-        hidden = torch.stack([~pack.sight(inputs["input_ids"].shape[1]) for pack in packs])
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        inputs["position_ids"] = pad_sequence(
+            [torch.tensor(pack.positions) for pack in packs], batch_first=True
+        )
+        hidden = torch.stack(
+            [~pack.sight(inputs["input_ids"].shape[1]) for pack in packs]
+        )
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(
+            hidden, torch.finfo(dtype).min
+        )
         inputs["attention_mask"] = mask[:, None]
     return inputs

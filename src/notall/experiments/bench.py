@@ -1,4 +1,6 @@
-"""Time prefill and decode of the original and the skipped model, interleaved in one run."""
+"""Time prefill and decode of the original and the skipped model, interleaved in one
+run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,18 +34,25 @@ class Timed(Fact):
 
 
 class BenchRecord(Record, Skips, kind="bench"):
-    """A plan and the original model, timed in one run. Every measurement is one of its own."""
+    """A plan and the original model, timed in one run. Every measurement is one of its
+    own.
+    """
 
     prompt_tokens: Count
     generation_tokens: Count
     concurrency: Count = Field(description="sequences at once")
     rounds: Count = Field(description="how often both were timed, in turn")
     dense: Timed
-    skipped: Timed | None = Field(None, description="without what the plan skips; None where it skips nothing")
+    skipped: Timed | None = Field(
+        None, description="without what the plan skips; None where it skips nothing"
+    )
 
     @property
     def told(self) -> str:
-        return f"{self.prompt_tokens} + {self.generation_tokens} tokens, {self.concurrency} at once"
+        return (
+            f"{self.prompt_tokens} + {self.generation_tokens} tokens,"
+            f" {self.concurrency} at once"
+        )
 
 
 class BenchRow(Fact):
@@ -58,7 +67,10 @@ def rows_of(records: Sequence[BenchRecord]) -> list[BenchRow]:
     return [
         BenchRow(plan_words=name, model=model, bench=record)
         for record in records
-        for name, model in (("dense", record.dense), (record.plan.in_words(), record.skipped))
+        for name, model in (
+            ("dense", record.dense),
+            (record.plan.in_words(), record.skipped),
+        )
         if model
     ]
 
@@ -80,8 +92,12 @@ class ShapeOptions:
 
     PANEL: ClassVar = "Model"
 
-    shape: str | None = option(None, "instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")
-    dummy_weights: bool = option(False, "use random weights, so that nothing is downloaded", ("--dummy-weights",))
+    shape: str | None = option(
+        None, "instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json"
+    )
+    dummy_weights: bool = option(
+        False, "use random weights, so that nothing is downloaded", ("--dummy-weights",)
+    )
 
     def load(self, model: ModelOptions, seed: int) -> "PreTrainedModel":
         """The model that is named, or one of random weights."""
@@ -89,11 +105,20 @@ class ShapeOptions:
             return model.load()[0]
         if not self.dummy_weights:
             raise UsageError("--shape has no weights of its own: add --dummy-weights")
-        from ..models.loading import build_random, load_config, resolve_device, resolve_dtype
+        from ..models.loading import (
+            build_random,
+            load_config,
+            resolve_device,
+            resolve_dtype,
+        )
 
         place, spec = resolve_device(model.device), self.shape or model.model
-        config = load_config(spec, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        return build_random(config, dtype=resolve_dtype(model.dtype, place), device=place, seed=seed)
+        config = load_config(
+            spec, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        return build_random(
+            config, dtype=resolve_dtype(model.dtype, place), device=place, seed=seed
+        )
 
 
 def bench(
@@ -106,27 +131,44 @@ def bench(
     seed: int = 0,
     progress: Progress = silent,
 ) -> BenchRecord:
-    """`plan` and the original, timed; kept in the folder `out`, if given, or `UsageError` before anything is timed."""
+    """`plan` and the original, timed; kept in the folder `out`, if given, or
+    `UsageError` before anything is timed.
+    """
     from ..measuring.speed import time_plans
     from ..running.skipping import footprint
 
     with working_in(out, "bench"):
         kept = Ledger(out, BenchRecord) if out else None
-        times = time_plans(model, {"skipped": plan} if plan else {}, workload, seed=seed, progress=progress)
+        times = time_plans(
+            model,
+            {"skipped": plan} if plan else {},
+            workload,
+            seed=seed,
+            progress=progress,
+        )
         dense = Timed(times=times["dense"], footprint=footprint(model, Plan()))
-        skipped = Timed(times=times["skipped"], footprint=footprint(model, plan)) if plan else None
+        skipped = (
+            Timed(times=times["skipped"], footprint=footprint(model, plan))
+            if plan
+            else None
+        )
         source = Provenance.of(provenance, seed=seed)
-        record = BenchRecord(plan=plan, **vars(workload), dense=dense, skipped=skipped, provenance=source)
+        record = BenchRecord(
+            plan=plan, **vars(workload), dense=dense, skipped=skipped, provenance=source
+        )
         if kept is not None:
             kept.add(record)
     return record
 
 
 def conclusion(record: BenchRecord) -> str:
-    """What prompt and generated tokens take together, of a record that skips something."""
+    """What prompt and generated tokens take together, of a record that skips
+    something.
+    """
     assert record.skipped
     dense, skipped = (
-        one.times.prefill_ms.median + record.generation_tokens * one.times.decode_ms_per_token.median
+        one.times.prefill_ms.median
+        + record.generation_tokens * one.times.decode_ms_per_token.median
         for one in (record.dense, record.skipped)
     )
     tokens, faster = (
@@ -136,16 +178,26 @@ def conclusion(record: BenchRecord) -> str:
     told = f"Without {record.plan.in_words()} {tokens} take {skipped:,.0f} ms"
     by = "by medians" if record.rounds > 1 else "in one round, which has no spread"
     first = f" {_first_token(record)}" if record.plan.prefill else ""
-    return f"{told}, where the original model takes {dense:,.0f}: {faster}, {by}.{first}"
+    return (
+        f"{told}, where the original model takes {dense:,.0f}: {faster}, {by}.{first}"
+    )
 
 
 def _first_token(record: BenchRecord) -> str:
     assert record.skipped
     dense, skipped = record.dense.times.prefill_ms, record.skipped.times.prefill_ms
-    faster, decode = record.skipped.times.speedup_prefill, record.skipped.times.speedup_decode
-    told = f"The first token comes after {skipped.median:,.0f} ms, not {dense.median:,.0f}"
+    faster, decode = (
+        record.skipped.times.speedup_prefill,
+        record.skipped.times.speedup_decode,
+    )
+    told = (
+        f"The first token comes after {skipped.median:,.0f} ms, not {dense.median:,.0f}"
+    )
     spread = f" [{faster.low:.2f} to {faster.high:.2f}]" if record.rounds > 1 else ""
-    return f"{told}: {faster.median:.2f} times as fast{spread}; each further one {decode.median:.2f} times."
+    return (
+        f"{told}: {faster.median:.2f} times as fast{spread}; each further one"
+        f" {decode.median:.2f} times."
+    )
 
 
 def shown(folder: Folder) -> Shown:
@@ -154,14 +206,30 @@ def shown(folder: Folder) -> Shown:
     for row in rows:
         plan = row.bench.plan if row.model is row.bench.skipped else Plan()
         name, dense = f"{row.plan_words}, {row.bench.told}", row.bench.dense.footprint
-        steps.append(Step(name, plan, None, row.model.times, row.model.footprint, dense))
-    note = "Plan and original model are timed in turn; a speedup is the median of the rounds' own ratios."
-    results = Section("results", "Results", (), table("results", COLUMNS, rows), tuple(range(len(rows))), note)
+        steps.append(
+            Step(name, plan, None, row.model.times, row.model.footprint, dense)
+        )
+    note = (
+        "Plan and original model are timed in turn; a speedup is the median of the"
+        " rounds' own ratios."
+    )
+    results = Section(
+        "results",
+        "Results",
+        (),
+        table("results", COLUMNS, rows),
+        tuple(range(len(rows))),
+        note,
+    )
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
-        return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
+        return Shown(
+            steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,)
+        )
     # Of random weights no loss is of interest.
     real = "MODEL" if rows[timed[-1]].bench.what.get("dummy_weights") else folder.model
     command = next_command("eval", real, *folder.plan_options)
-    message = Verdict.of(steps[timed[-1]], folder).message("see what that costs", command)
+    message = Verdict.of(steps[timed[-1]], folder).message(
+        "see what that costs", command
+    )
     return Shown(message, (), tuple(steps), timed[-1], (results,))

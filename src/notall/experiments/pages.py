@@ -1,4 +1,6 @@
-"""What pages of several verbs share: the best of plans, plans side by side, what each sublayer costs alone."""
+"""What pages of several verbs share: the best of plans, plans side by side, what each
+sublayer costs alone.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,17 +41,30 @@ P = TypeVar("P", bound=MeasuredPlan)
 
 
 def fastest(records: Iterable[P]) -> P | None:
-    """The fastest usable one: of those as fast by quartiles, what loses least; untimed: the smallest, then the best."""
+    """The fastest usable one: of those as fast by quartiles, what loses least; untimed:
+    the smallest, then the best.
+    """
     usable = [one for one in records if one.plan and is_usable(one.quality)]
 
     def pace(one: P) -> float:
         return one.times.speedup_decode.median if one.times else 0
 
-    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
+    first = max(
+        usable,
+        key=lambda one: (
+            pace(one),
+            -one.footprint.weight_bytes,
+            -one.quality.nats_lost,
+        ),
+        default=None,
+    )
     if first is None or not first.times:
         return first
     low = first.times.speedup_decode.low
-    return min((one for one in usable if pace(one) >= low), key=lambda one: one.quality.nats_lost)
+    return min(
+        (one for one in usable if pace(one) >= low),
+        key=lambda one: one.quality.nats_lost,
+    )
 
 
 def mildest(records: Iterable[P]) -> P | None:
@@ -64,25 +79,52 @@ def shown_plans(
     then: Callable[[Folder, P], tuple[str, str]],
     dense: Footprint | None = None,
 ) -> Shown:
-    """A page on the fastest usable plan, and on what comes `then`; else on the mildest, else the last."""
-    steps = tuple(Step(one.name, one.plan, one.quality, one.times, one.footprint, dense) for one in records)
+    """A page on the fastest usable plan, and on what comes `then`; else on the mildest,
+    else the last.
+    """
+    steps = tuple(
+        Step(one.name, one.plan, one.quality, one.times, one.footprint, dense)
+        for one in records
+    )
     best, least, message = fastest(records), mildest(records), None
     if best:
-        message = Verdict.of(steps[records.index(best)], folder, best.way).message(*then(folder, best))
+        message = Verdict.of(steps[records.index(best)], folder, best.way).message(
+            *then(folder, best)
+        )
     elif least:
         plans = sum(bool(one.plan) for one in records)
-        which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
-        mild = f"{shortened(least.name, NAME_LETTERS)}, {' and '.join(faults_of(least.quality))}"
-        said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
-        message = Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
+        which = (
+            f"None of the {plans} plans here leaves"
+            if plans > 1
+            else "The one plan here does not leave"
+        )
+        mild = (
+            f"{shortened(least.name, NAME_LETTERS)},"
+            f" {' and '.join(faults_of(least.quality))}"
+        )
+        said = (
+            f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest,"
+            f" {mild}"
+        )
+        message = Message(
+            f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model)
+        )
     first = records.index(best or least or records[-1])
-    return Shown(message, (), steps, first, tuple(sections), costs=read_costs(folder.path))
+    return Shown(
+        message, (), steps, first, tuple(sections), costs=read_costs(folder.path)
+    )
 
 
 def results(
-    records: Sequence[P], columns: Sequence[Column[P]], order: Sequence[int], figures: Sequence[Figure], note: str = ""
+    records: Sequence[P],
+    columns: Sequence[Column[P]],
+    order: Sequence[int],
+    figures: Sequence[Figure],
+    note: str = "",
 ) -> Section:
-    """The records in this order, with a column that says which models are still usable, beside the figures of them."""
+    """The records in this order, with a column that says which models are still usable,
+    beside the figures of them.
+    """
 
     def usable(one: P) -> str:
         known = one.plan and is_number(one.quality.delta_nll)
@@ -95,14 +137,25 @@ def results(
 
 
 def points_of(records: Sequence[P], look: Callable[[P], Settings]) -> "list[Point]":
-    """A point for each record with a loss, which looks as `look` says; its `plan` counts the records from 0."""
+    """A point for each record with a loss, which looks as `look` says; its `plan`
+    counts the records from 0.
+    """
     from ..charts.losses import Point
 
     found = []
     for number, one in enumerate(records):
         lost, speedup = one.quality, one.times.speedup_decode if one.times else None
         if is_number(lost.delta_nll):
-            found.append(Point(one.name, lost.delta_nll, lost.delta_nll_se, speedup, plan=number, **look(one)))
+            found.append(
+                Point(
+                    one.name,
+                    lost.delta_nll,
+                    lost.delta_nll_se,
+                    speedup,
+                    plan=number,
+                    **look(one),
+                )
+            )
     return found
 
 
@@ -110,7 +163,12 @@ def similarity_section(rows: Sequence[Similarity]) -> Section:
     from ..charts.layers import similarity
     from ..charts.style import on_page
 
-    figure = Figure(on_page(similarity(rows), 340), "change by depth", csv=as_csv(rows), note=f"{SIMILARITY_READS}.")
+    figure = Figure(
+        on_page(similarity(rows), 340),
+        "change by depth",
+        csv=as_csv(rows),
+        note=f"{SIMILARITY_READS}.",
+    )
     return Section("similarity", "Similarity by depth", (figure,))
 
 
@@ -118,12 +176,18 @@ TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}  # by the objec
 
 
 def read_costs(folder: Path) -> Costs | None:
-    """Of all that a folder's files tell, what tells of most sublayers. Raises `UsageError` on a malformed line."""
+    """Of all that a folder's files tell, what tells of most sublayers. Raises
+    `UsageError` on a malformed line.
+    """
     found = []
     if rows := read(folder / LeaveOneOutRecord.file, LeaveOneOutRecord):
         windows = rows[0].sequences
         on = f"{several(windows, 'window')} of text" if windows else "some text"
-        found.append(Costs({_place(row.sublayer): row.delta_nll for row in rows}, TITLES["nll"], on))
+        found.append(
+            Costs(
+                {_place(row.sublayer): row.delta_nll for row in rows}, TITLES["nll"], on
+            )
+        )
     log = folder / EvaluationRecord.file
     for file in (log, *sorted(log.with_suffix("").glob("*.jsonl"))):
         found += _evaluated(file)
@@ -131,7 +195,9 @@ def read_costs(folder: Path) -> Costs | None:
 
 
 def _evaluated(file: Path) -> Iterator[Costs]:
-    """Of a search or a comparison, which may have evaluated sublayers alone on all of its text, and on parts of it."""
+    """Of a search or a comparison, which may have evaluated sublayers alone on all of
+    its text, and on parts of it.
+    """
     header = header_of(file)
     objective = header.provenance.what.get("objective") if header else None
     by_share: dict[int | str, dict[tuple[str, ...], float]] = {}
@@ -141,7 +207,11 @@ def _evaluated(file: Path) -> Iterator[Costs]:
     for share, costs in by_share.items():
         if () not in costs:
             continue
-        found = {_place(names[0]): cost - costs[()] for names, cost in costs.items() if len(names) == 1}
+        found = {
+            _place(names[0]): cost - costs[()]
+            for names, cost in costs.items()
+            if len(names) == 1
+        }
         if found:
             part = "" if share == "all" else f", on {share} of its batches"
             title = TITLES.get(str(objective), f"rise of {objective}")

@@ -1,4 +1,6 @@
-"""What is kept of what the original model can do, by tasks: what is asked for, measured, kept, and said."""
+"""What is kept of what the original model can do, by tasks: what is asked for,
+measured, kept, and said.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,23 +35,32 @@ class RecoveryOptions(TaskOptions):
 
     recovery: float | None = option(
         None,
-        "the share of the original model's score that each task must keep, or exit code 3 (of needles and answers, "
-        "if no --tasks are named)",
+        "the share of the original model's score that each task must keep, or exit code"
+        " 3 (of needles and answers, if no --tasks are named)",
         metavar="SHARE",
     )
 
     def check(self, *, objectives: Sequence[str] = ()) -> TaskChoice:
-        """As `TaskOptions.check`; raises `UsageError` for what is no share of a score, too."""
+        """As `TaskOptions.check`; raises `UsageError` for what is no share of a score,
+        too.
+        """
         if self.recovery is None:
             return super().check(objectives=objectives)
         if not 0 < self.recovery <= 1:
-            raise UsageError(f"--recovery {self.recovery:g} is no share of a score: give one such as 0.95")
+            raise UsageError(
+                f"--recovery {self.recovery:g} is no share of a score: give one such as"
+                " 0.95"
+            )
         named = replace(self, tasks=self.tasks or TASKS, recovery=None)
         return replace(named.check(objectives=objectives), recovery=self.recovery)
 
 
-class JudgedRecord(Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")):
-    """A plan, with its weights if it has any, on a task, beside the original model on the same items."""
+class JudgedRecord(
+    Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")
+):
+    """A plan, with its weights if it has any, on a task, beside the original model on
+    the same items.
+    """
 
 
 def judge(
@@ -61,10 +72,14 @@ def judge(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> list[PlanScore]:
-    """What the plans, by their states, score on `jobs`. Answers are kept in the folder `out`."""
+    """What the plans, by their states, score on `jobs`. Answers are kept in the folder
+    `out`.
+    """
     names = [*plans]
     found = run_choice(model, tokenizer, [*plans.values()], jobs, tasks, out, progress)
-    return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
+    return [
+        PlanScore(model=names[result.number], **dict(result.score)) for result in found
+    ]
 
 
 def judged(
@@ -76,34 +91,58 @@ def judged(
     settings: Provenance,
     progress: Progress = silent,
 ) -> list[PlanScore]:
-    """What the plans score on the tasks that are asked for, kept in `folder`, with their answers in one beside it."""
-    scores = judge(model, tokenizer, plans, tasks.jobs(), tasks, folder / "answers", progress)
+    """What the plans score on the tasks that are asked for, kept in `folder`, with
+    their answers in one beside it.
+    """
+    scores = judge(
+        model, tokenizer, plans, tasks.jobs(), tasks, folder / "answers", progress
+    )
     keep_scores(folder, plans, scores, settings)
     return scores
 
 
-def keep_scores(folder: Path, plans: Mapping[State, Plan], scores: Sequence[PlanScore], settings: Provenance) -> None:
+def keep_scores(
+    folder: Path,
+    plans: Mapping[State, Plan],
+    scores: Sequence[PlanScore],
+    settings: Provenance,
+) -> None:
     """Write down what plans score, unless it is there."""
     records = []
     for score in scores:
-        plan, about = plans[score.model], Provenance.of(settings, weights=plans[score.model].digest)
-        records.append(JudgedRecord(**dict(score), plan=plan.unrepaired, provenance=about))
+        plan, about = (
+            plans[score.model],
+            Provenance.of(settings, weights=plans[score.model].digest),
+        )
+        records.append(
+            JudgedRecord(**dict(score), plan=plan.unrepaired, provenance=about)
+        )
     with lines.lock(folder):
         Ledger(folder, JudgedRecord).renew(records)
 
 
 def scores_of(folder: Folder, plan: Plan | None) -> list[JudgedRecord]:
     """What a folder holds of a plan, in each of its states."""
-    return [one for one in folder.of(JudgedRecord) if plan and one.plan.indices == plan.indices]
+    return [
+        one
+        for one in folder.of(JudgedRecord)
+        if plan and one.plan.indices == plan.indices
+    ]
 
 
 def scores_table(scores: Sequence[PlanScore]) -> Table:
-    return table("benchmarks, differences paired by document; worse: p < 0.05", PLAN_SCORES, scores)
+    return table(
+        "benchmarks, differences paired by document; worse: p < 0.05",
+        PLAN_SCORES,
+        scores,
+    )
 
 
 def last_state(scores: Sequence[PlanScore]) -> list[PlanScore]:
     """Of the last of the states that scored, where more is better."""
-    return [one for one in scores if one.model == scores[-1].model and one.higher_is_better]
+    return [
+        one for one in scores if one.model == scores[-1].model and one.higher_is_better
+    ]
 
 
 def verdict_on(score: PlanScore, least: float) -> Recovered:
@@ -116,32 +155,49 @@ def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str |
     verdicts = [verdict_on(one, least) for one in last_state(scores)]
     if not verdicts:
         return None
-    rest = [f"{verdicts.count(word)} {word}" for word in ("lost", "inconclusive") if word in verdicts]
+    rest = [
+        f"{verdicts.count(word)} {word}"
+        for word in ("lost", "inconclusive")
+        if word in verdicts
+    ]
     kept = f"{verdicts.count('kept')} of {several(len(verdicts), 'score')}"
     told = f"Recovery: {kept} at {least:g} or more of the original model's"
     return f"{told}{''.join(f', {one}' for one in rest)}."
 
 
 def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
-    """Which scores of the last state are not seen to keep `least` of the original model's; None: all are.
+    """Which scores of the last state are not seen to keep `least` of the original
+    model's; None: all are.
 
-    Every metric counts of which more is better; where the original model scores nothing, it is inconclusive.
+    Every metric counts of which more is better; where the original model scores
+    nothing, it is inconclusive.
     """
     last, short = last_state(scores), []
     for one in last:
         name, verdict = f"{one.task} ({one.usual_metric})", verdict_on(one, least)
         if one.recovery is None:
-            short.append(f"{name} {verdict}, as the original model scores {one.value - one.delta:.2f}")
+            short.append(
+                f"{name} {verdict}, as the original model scores"
+                f" {one.value - one.delta:.2f}"
+            )
         elif verdict != "kept":
             share, low, high = one.recovery.interval
             more = one.recovery.items_to_tell(least)
-            tell = f"; about {more:,} would tell" if verdict == "inconclusive" and more else ""
+            tell = (
+                f"; about {more:,} would tell"
+                if verdict == "inconclusive" and more
+                else ""
+            )
             interval = f"{share:.2f} [{low:.2f}, {high:.2f}]"
-            short.append(f"{name} {verdict}, {interval} on {several(one.documents, 'item')}{tell}")
+            short.append(
+                f"{name} {verdict}, {interval} on"
+                f" {several(one.documents, 'item')}{tell}"
+            )
     if not last:
         return f"a recovery of {least:g}: no task has a score of which more is better"
     return (
-        f"a recovery of {least:g} on {len(short)} of {several(len(last), 'score')}: {'; '.join(short)}"
+        f"a recovery of {least:g} on {len(short)} of {several(len(last), 'score')}:"
+        f" {'; '.join(short)}"
         if short
         else None
     )

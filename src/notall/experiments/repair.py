@@ -1,4 +1,6 @@
-"""Repair what a plan keeps, in closed form or by another method, or heal it by a short distillation."""
+"""Repair what a plan keeps, in closed form or by another method, or heal it by a short
+distillation.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
 REFIT = "refit"  # the method that is the default
 NONE = "none"  # no repair, where one is the default
 TOKENS, STEP = 131_072, 4  # that a healing trains on, and windows of each step
-METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
+METHODS = (
+    f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,17 @@ class RepairOptions:
 
     repair: str | None = option(None, f"repair first: {METHODS}", metavar="METHOD")
     repair_text: Words = option((), "text to fit to; repeat it for more (default: mix)")
-    repair_sequences: int | None = option(None, "windows of 512 tokens to fit to (default: up to 128)")
+    repair_sequences: int | None = option(
+        None, "windows of 512 tokens to fit to (default: up to 128)"
+    )
 
     def __bool__(self) -> bool:
         return self.repair not in (None, NONE)
 
     def check(self, out: Path | None) -> None:
-        """Raise `UsageError` for a method that no plan can keep, texts that cannot be read, and a folder of others."""
+        """Raise `UsageError` for a method that no plan can keep, texts that cannot be
+        read, and a folder of others.
+        """
         check_sizes(1 if self.repair_sequences is None else self.repair_sequences)
         if self:
             check_folder(out, "repair")
@@ -71,10 +79,17 @@ class RepairOptions:
         seed: int = 0,
         used: Sequence[Drawn] = (),
     ) -> RepairTexts:
-        """Windows to fit to, and others to measure on, which overlap none that was `used` to choose the plan."""
+        """Windows to fit to, and others to measure on, which overlap none that was
+        `used` to choose the plan.
+        """
         from ..repairing.texts import RepairTexts
 
-        how: Settings = {"sequences": self.repair_sequences, "seed": seed, "used": used, "progress": progress}
+        how: Settings = {
+            "sequences": self.repair_sequences,
+            "seed": seed,
+            "used": used,
+            "progress": progress,
+        }
         return RepairTexts.draw(model, tokenizer, self.sources, **how)
 
     def apply(
@@ -92,27 +107,42 @@ class RepairOptions:
         if not plan or plan.state == "repaired":
             return plan
         about = Provenance.of(provenance, **texts.described)
-        return repair_into(out, str(self.repair), model, plan, texts.together(8), about, progress)
+        return repair_into(
+            out, str(self.repair), model, plan, texts.together(8), about, progress
+        )
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The texts that weights are fitted to, and those that what came out is measured on."""
+    """The texts that weights are fitted to, and those that what came out is measured
+    on.
+    """
 
     PANEL: ClassVar = "Text"
 
-    text: Words = option((), "text to fit to; repeat it, since two kinds repair better than one (default: mix)")
+    text: Words = option(
+        (),
+        "text to fit to; repeat it, since two kinds repair better than one (default:"
+        " mix)",
+    )
     held_out: Words = option(
         (),
-        "text to measure on; repeat it for more (default: other windows of each --text; they are of a copy of it, too)",
+        "text to measure on; repeat it for more (default: other windows of each --text;"
+        " they are of a copy of it, too)",
     )
-    sequences: int | None = option(None, "windows to fit to, of all texts together (default: up to 128)")
+    sequences: int | None = option(
+        None, "windows to fit to, of all texts together (default: up to 128)"
+    )
     length: int = option(512, "tokens in each window", least=1)
     batch_size: int = option(8, "windows to run at a time")
 
     def check(self) -> None:
-        """Raise `UsageError` for numbers that make no windows, and for a text that cannot be read."""
-        check_sizes(1 if self.windows is None else self.windows, self.length, self.batch_size)
+        """Raise `UsageError` for numbers that make no windows, and for a text that
+        cannot be read.
+        """
+        check_sizes(
+            1 if self.windows is None else self.windows, self.length, self.batch_size
+        )
         check_texts(*self.text, *self.held_out)
 
     @property
@@ -129,14 +159,26 @@ class FitOptions:
         *,
         training: bool,
     ) -> RepairTexts:
-        """Windows to fit to, and others to measure on, which overlap none that is `used` already."""
+        """Windows to fit to, and others to measure on, which overlap none that is
+        `used` already.
+        """
         from ..repairing.texts import RepairTexts
 
         texts, most = self.text or (USE,), TOKENS // self.length if training else None
-        how: Settings = {"sequences": self.windows, "most": most, "length": self.length, "seed": seed}
+        how: Settings = {
+            "sequences": self.windows,
+            "most": most,
+            "length": self.length,
+            "seed": seed,
+        }
         with progress_bar("reading the texts") as progress:
-            how |= {"used": windows_of(used, model, tokenizer, self.held_out or texts), "training": training}
-            return RepairTexts.draw(model, tokenizer, texts, self.held_out, **how, progress=progress)
+            how |= {
+                "used": windows_of(used, model, tokenizer, self.held_out or texts),
+                "training": training,
+            }
+            return RepairTexts.draw(
+                model, tokenizer, texts, self.held_out, **how, progress=progress
+            )
 
 
 @dataclass(frozen=True)
@@ -144,20 +186,38 @@ class HealTexts(FitOptions):
     """The texts that are trained on, and those that what came out is measured on."""
 
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
-    sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
-    batch_size: int = option(STEP, "windows of each training step", ("--per-step", "--batch-size"))
-    sample: bool = option(False, "train on text by the original model, from the first words of each window")
-    tokens: int | None = option(None, "instead of --sequences: tokens to train on, of all texts together")
+    sequences: int | None = option(
+        None,
+        "windows to train on, of all texts together (default: up to 131,072 tokens)",
+    )
+    batch_size: int = option(
+        STEP, "windows of each training step", ("--per-step", "--batch-size")
+    )
+    sample: bool = option(
+        False,
+        "train on text by the original model, from the first words of each window",
+    )
+    tokens: int | None = option(
+        None, "instead of --sequences: tokens to train on, of all texts together"
+    )
 
     @property
     def windows(self) -> int | None:
-        """How many to train on; None: as many as there are. Raises `UsageError` for less than one."""
+        """How many to train on; None: as many as there are. Raises `UsageError` for
+        less than one.
+        """
         if self.tokens is None:
             return self.sequences
         if self.sequences is not None:
-            raise UsageError("--tokens and --sequences both say how much to train on: give one of them")
+            raise UsageError(
+                "--tokens and --sequences both say how much to train on: give one of"
+                " them"
+            )
         if self.tokens < self.length:
-            raise UsageError(f"--tokens {shortened(self.tokens)} is less than one window of {self.length}: give more")
+            raise UsageError(
+                f"--tokens {shortened(self.tokens)} is less than one window of"
+                f" {self.length}: give more"
+            )
         return self.tokens // self.length
 
 
@@ -166,25 +226,43 @@ class HealOptions:
     PANEL: ClassVar = "Training"
 
     train: Literal["outputs", "all", "lora"] = option(
-        "outputs", "outputs (norms and output projections), all weights, or lora (merged in the end)", metavar="WHAT"
+        "outputs",
+        "outputs (norms and output projections), all weights, or lora (merged in the"
+        " end)",
+        metavar="WHAT",
     )
-    rank: int | None = option(None, "rank of the matrices of --train lora (default: 16)")
+    rank: int | None = option(
+        None, "rank of the matrices of --train lora (default: 16)"
+    )
     rate: float = option(3e-4, "the learning rate to begin with")
     warm_up: float = option(
-        0.0, "share of the training, 0 to 1, that fits each sublayer alone to the original's stream", metavar="SHARE"
+        0.0,
+        "share of the training, 0 to 1, that fits each sublayer alone to the original's"
+        " stream",
+        metavar="SHARE",
     )
     minutes: float | None = option(
-        None, "minutes of CPU time, of all threads together, to train for, repeating the text (default: once over it)"
+        None,
+        "minutes of CPU time, of all threads together, to train for, repeating the text"
+        " (default: once over it)",
     )
 
     def config(self, seed: int) -> TrainConfig:
         from ..repairing.students import TrainConfig
 
         if not 0 < self.rate < 1:
-            raise UsageError(f"--rate {self.rate} is no learning rate: give one such as 3e-4")
+            raise UsageError(
+                f"--rate {self.rate} is no learning rate: give one such as 3e-4"
+            )
         if self.rank is not None and (self.train != "lora" or self.rank < 1):
-            raise UsageError(f"--rank {shortened(self.rank)} is of no use here: give 1 or more, with --train lora")
-        return TrainConfig(**{name: value for name, value in vars(self).items() if value is not None}, seed=seed)
+            raise UsageError(
+                f"--rank {shortened(self.rank)} is of no use here: give 1 or more, with"
+                " --train lora"
+            )
+        return TrainConfig(
+            **{name: value for name, value in vars(self).items() if value is not None},
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -200,13 +278,21 @@ class HealRayOptions(ClusterOptions):
 
 
 def check_method(name: str, offload: Path | None = None) -> None:
-    """Raise `UsageError` for a repair that there is none of, that no plan can keep, or that knows no offloading."""
+    """Raise `UsageError` for a repair that there is none of, that no plan can keep, or
+    that knows no offloading.
+    """
     from ..repairing.methods import method
 
     adds = method(name).adds
     if adds != "nothing":
-        told = f"{shortened(name)} keeps {adds} at run time, which no checkpoint has room for"
-        fix = f"measure it with `notall compare --repair {shortened(name)}`, or give --repair {REFIT}"
+        told = (
+            f"{shortened(name)} keeps {adds} at run time, which no checkpoint has"
+            " room for"
+        )
+        fix = (
+            f"measure it with `notall compare --repair {shortened(name)}`, or give"
+            f" --repair {REFIT}"
+        )
         raise UsageError(f"{told}: {fix}")
     if offload and name != REFIT:
         raise UsageError(f"--offload goes with --repair {REFIT}, the default")
@@ -218,7 +304,11 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
     in_vain = any(one.ridge is None and not one.why for one in repaired.refits)
-    helped = "; refitting others did not help on held-out text (more text may)" if in_vain else ""
+    helped = (
+        "; refitting others did not help on held-out text (more text may)"
+        if in_vain
+        else ""
+    )
     kept = f"{refit} of {several(total, 'kept sublayer')}"
     if repaired.prefill:
         kept = f"keys and values of {refit} of {several(total, 'skipped attention')}"
@@ -228,4 +318,6 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
 
 
 def shown(folder: Folder) -> Shown:
-    return shown_measured(folder, lambda verdict: what_next(verdict, folder.model, folder.path))
+    return shown_measured(
+        folder, lambda verdict: what_next(verdict, folder.model, folder.path)
+    )

@@ -29,14 +29,18 @@ MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
 LITTLE = 0.1  # nats to ask for where nothing was usable
 REFITTING = "refit the keys and values of the prompt"
-NAME_LETTERS = 120  # of a name in a sentence; the tables' CSV and the provenance have all of them
+NAME_LETTERS = (
+    120  # of a name in a sentence; the tables' CSV and the provenance have all of them
+)
 
 
 def faults_of(quality: Quality) -> list[str]:
     """Why a model of this quality is of no use; nothing where it is usable."""
     faults = {
         "perplexity has more than doubled": quality.nats_lost > MOST_NATS,
-        "over half of its first choices have changed": not quality.top1_agreement >= LEAST_AGREEMENT,  # nan too
+        "over half of its first choices have changed": (
+            not quality.top1_agreement >= LEAST_AGREEMENT
+        ),  # nan too
     }
     return [fault for fault, found in faults.items() if found]
 
@@ -57,12 +61,16 @@ def joined(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A plan with what is known of it, which the first sentence of a page and the last of a command say."""
+    """A plan with what is known of it, which the first sentence of a page and the last
+    of a command say.
+    """
 
     plan: Plan
     quality: Quality | None = None  # on `text`
     text: str = ""
-    also: Mapping[str, Quality] = field(default_factory=dict)  # on other texts, by their names
+    also: Mapping[str, Quality] = field(
+        default_factory=dict
+    )  # on other texts, by their names
     speedup: Quartiles | None = None  # of what `verb` says
     verb: str = "decodes"
     footprint: Footprint | None = None  # with the plan
@@ -89,7 +97,9 @@ class Verdict:
         state: str = "",
         spec: str = "",
     ) -> "Verdict":
-        """Of a `model` in memory; with the `spec` that it was loaded by, its file's sizes are told too."""
+        """Of a `model` in memory; with the `spec` that it was loaded by, its file's
+        sizes are told too.
+        """
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
@@ -100,7 +110,16 @@ class Verdict:
         left, dense = footprint(model, plan), footprint(model, Plan())
         stored = stored_sizes(spec, plan) if spec else None
         state = state or plan.state
-        return cls(plan, quality, text, footprint=left, dense=dense, stored=stored, among=among, state=state)
+        return cls(
+            plan,
+            quality,
+            text,
+            footprint=left,
+            dense=dense,
+            stored=stored,
+            among=among,
+            state=state,
+        )
 
     @classmethod
     def of(cls, step: Step, folder: Folder, named: str = "") -> "Verdict":
@@ -119,23 +138,54 @@ class Verdict:
 
     @property
     def usable(self) -> bool | None:
-        """Whether no task is lost, perplexity has at most doubled, and half of the first choices are the same."""
+        """Whether no task is lost, perplexity has at most doubled, and half of the
+        first choices are the same.
+        """
         return not self.faults if self.quality or self.scores else None
 
     @property
     def faults(self) -> list[str]:
-        lost = [*dict.fromkeys(one.task for one in last_state(self.scores) if verdict_on(one, self.least) == "lost")]
-        told = [f"less than {self.least:.2g} of the original model's score is kept on {joined(lost)}"] if lost else []
-        return [*dict.fromkeys(fault for quality in self.qualities.values() for fault in faults_of(quality)), *told]
+        lost = [
+            *dict.fromkeys(
+                one.task
+                for one in last_state(self.scores)
+                if verdict_on(one, self.least) == "lost"
+            )
+        ]
+        told = (
+            [
+                f"less than {self.least:.2g} of the original model's score is kept on"
+                f" {joined(lost)}"
+            ]
+            if lost
+            else []
+        )
+        return [
+            *dict.fromkeys(
+                fault
+                for quality in self.qualities.values()
+                for fault in faults_of(quality)
+            ),
+            *told,
+        ]
 
     @property
     def qualities(self) -> dict[str, Quality]:
         """That on each text, by its name."""
         return ({self.text: self.quality} if self.quality else {}) | {**self.also}
 
-    def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> "Verdict":
-        """With what tasks say of it; where less is kept than is `asked` for, or that is not seen, it is missed."""
-        missed = "; ".join(filter(None, (self.missed, short_of(scores, asked) if asked else None))) or None
+    def judged(
+        self, scores: Sequence[PlanScore], asked: float | None = None
+    ) -> "Verdict":
+        """With what tasks say of it; where less is kept than is `asked` for, or that is
+        not seen, it is missed.
+        """
+        missed = (
+            "; ".join(
+                filter(None, (self.missed, short_of(scores, asked) if asked else None))
+            )
+            or None
+        )
         return replace(self, scores=scores, least=asked or RECOVERY, missed=missed)
 
     @property
@@ -153,7 +203,9 @@ class Verdict:
         return " ".join(self._said())
 
     def then(self, mend: str, otherwise: str) -> "Verdict":
-        """With the command that makes up for a plan that is of no use, or else with what one would do with it."""
+        """With the command that makes up for a plan that is of no use, or else with
+        what one would do with it.
+        """
         return replace(self, next=mend if self.usable is False else otherwise)
 
     def message(self, end: str, command: str) -> Message:
@@ -165,10 +217,15 @@ class Verdict:
             yield f"Next:    {self.next}"
 
     def in_numbers(self) -> Settings:
-        """What it says, for programs; of bytes those of the original model, and those that are left."""
+        """What it says, for programs; of bytes those of the original model, and those
+        that are left.
+        """
         dense, left = vars(self.dense), vars(self.footprint)
         told = {
-            **{name: getattr(self, name) for name in ("said", "usable", "missed", "next")},
+            **{
+                name: getattr(self, name)
+                for name in ("said", "usable", "missed", "next")
+            },
             "text": self.text if self.quality else None,
             "delta_nll": self.lost,
             "perplexity_factor": self.perplexity_factor,
@@ -190,8 +247,13 @@ class Verdict:
                 among = f" (it has {several(self.layers, 'layer')})"
             among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
             state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
-            model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
-            yield f"Without {self.plan.in_words(self.among)}{among}{model}: {'; '.join(self._parts())}."
+            model = (
+                f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
+            )
+            yield (
+                f"Without {self.plan.in_words(self.among)}{among}{model}:"
+                f" {'; '.join(self._parts())}."
+            )
         if faults := self.faults:
             yield f"Warning: the model is no longer usable: {' and '.join(faults)}."
         if told := kept_in_words(self.scores, self.least):
@@ -199,91 +261,155 @@ class Verdict:
         if self.missed:
             yield f"Missed {self.missed}."
         if self.late:
-            yield "The time was up before the search was done: with more --max-minutes it may find better."
+            yield (
+                "The time was up before the search was done: with more --max-minutes it"
+                " may find better."
+            )
 
     def _parts(self) -> Iterator[str]:
         for text, quality in self.qualities.items():
             on = f" on {text}" if text else ""
-            yield f"{in_nats(quality)} (perplexity × {perplexity_factor(quality.nats_lost):.3g}){on}"
+            yield (
+                f"{in_nats(quality)} (perplexity ×"
+                f" {perplexity_factor(quality.nats_lost):.3g}){on}"
+            )
             if is_number(quality.top1_agreement):
                 yield f"{quality.top1_agreement:.0%} of the first choices are the same"
         if not self.quality:
             yield "what that costs was not measured"
         if self.speedup:
             spread = f"quartiles {self.speedup.low:.2f} to {self.speedup.high:.2f}"
-            spread = "of one round, which has no spread" if self.speedup.n == 1 else spread
+            spread = (
+                "of one round, which has no spread" if self.speedup.n == 1 else spread
+            )
             yield f"{self.verb} {self.speedup.median:.2f}× as fast ({spread})"
         if self.footprint and self.dense:
-            packed = f" unpacked, {in_bytes(self.stored.left)} in the file's types" if self.stored else ""
+            packed = (
+                f" unpacked, {in_bytes(self.stored.left)} in the file's types"
+                if self.stored
+                else ""
+            )
             for what, unit, dense, left in (
-                ("weights", packed, self.dense.weight_bytes, self.footprint.weight_bytes),
-                ("KV cache", " a token", self.dense.kv_bytes_per_token, self.footprint.kv_bytes_per_token),
+                (
+                    "weights",
+                    packed,
+                    self.dense.weight_bytes,
+                    self.footprint.weight_bytes,
+                ),
+                (
+                    "KV cache",
+                    " a token",
+                    self.dense.kv_bytes_per_token,
+                    self.footprint.kv_bytes_per_token,
+                ),
                 ("states", "", self.dense.state_bytes, self.footprint.state_bytes or 0),
             ):
                 if dense:
-                    smaller = f"{what} {1 - left / dense:.0%} smaller ({in_bytes(left)}{unit})"
+                    smaller = (
+                        f"{what} {1 - left / dense:.0%} smaller"
+                        f" ({in_bytes(left)}{unit})"
+                    )
                     yield smaller if left < dense else f"the same {what}"
 
 
 def next_command(name: str, *words: object, **options: object) -> str:
-    """A command line of notall; an option that is True has no value, and one that is None is left out."""
+    """A command line of notall; an option that is True has no value, and one that is
+    None is left out.
+    """
     line = ["notall", name, *map(str, words)]
     for option, value in options.items():
         if value is not None:
-            line += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+            line += [
+                f"--{option.replace('_', '-')}",
+                *([] if value is True else [str(value)]),
+            ]
     return shlex.join(line)
 
 
 def mending(model: str, plan: object, repaired: bool) -> str:
-    """The command that makes up for what the plan in a file, or the folder of a repair, leaves out."""
+    """The command that makes up for what the plan in a file, or the folder of a repair,
+    leaves out.
+    """
     name, out = ("heal", "healed") if repaired else ("repair", "repaired")
     return next_command(name, model, plan=plan, out=out)
 
 
 def asking_for_less(model: str, plan: Plan | None = None) -> tuple[str, str]:
-    """What to type where a plan costs too much; of one that skips in the prompt alone likewise there."""
+    """What to type where a plan costs too much; of one that skips in the prompt alone
+    likewise there.
+    """
     phase = "prefill" if plan and plan.prefill and not len(plan) else None
-    command = next_command("search", model, max_nll=LITTLE, phase=phase, out="plan.json")
+    command = next_command(
+        "search", model, max_nll=LITTLE, phase=phase, out="plan.json"
+    )
     return "ask for what costs little", command
 
 
 def prompt_in_words(structure: "ModelStructure", plan: Plan) -> str:
-    """What a plan saves in the prompt alone, which its weights and cache do not tell; "" of one that does not."""
+    """What a plan saves in the prompt alone, which its weights and cache do not tell;
+    "" of one that does not.
+    """
     if not plan.prefill:
         return ""
     whole = sum(part.parameters for part in structure.sublayers)
-    skipped = sum(part.parameters for part in structure.sublayers if part.index in getattr(plan.prefill, part.kind))
+    skipped = sum(
+        part.parameters
+        for part in structure.sublayers
+        if part.index in getattr(plan.prefill, part.kind)
+    )
     count = plan.prefill.last_tokens
     last = "token" if count == 1 else several(count, "token")
-    told = f"skips {skipped / whole:.0%} of the layers' parameters, but for keys and values"
-    return f"A prompt {told}, up to its last {last}. Weights, KV cache and decoding stay as they are."
+    told = (
+        f"skips {skipped / whole:.0%} of the layers' parameters, but for keys and"
+        " values"
+    )
+    return (
+        f"A prompt {told}, up to its last {last}. Weights, KV cache and decoding stay"
+        " as they are."
+    )
 
 
-def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None = None) -> tuple[str, str]:
-    """What to do with the plan that is in `made`, and the command; `repair_text` is what a repair would fit it to."""
+def what_next(
+    verdict: Verdict, model: str, made: Path, repair_text: str | None = None
+) -> tuple[str, str]:
+    """What to do with the plan that is in `made`, and the command; `repair_text` is
+    what a repair would fit it to.
+    """
     if verdict.usable is None:
         return "see what that costs", next_command("eval", model, plan=made)
-    if verdict.usable and verdict.plan.prefill:  # no released engine runs it but transformers
+    if (
+        verdict.usable and verdict.plan.prefill
+    ):  # no released engine runs it but transformers
         if verdict.state == "skipped" and verdict.plan.prefill.attention:
             return REFITTING, mending(model, made, repaired=False)
         if verdict.speedup and not model.endswith(".gguf"):
             written = made.with_name(f"{made.stem}-pruned")
-            return "write that model", next_command("export", model, plan=made, to="hf", out=written)
+            return "write that model", next_command(
+                "export", model, plan=made, to="hf", out=written
+            )
         return "see what that saves", next_command("bench", model, plan=made)
     if verdict.usable:
-        form = "gguf" if model.endswith(".gguf") else "hf"  # a file in few bits is no checkpoint of transformers
+        form = (
+            "gguf" if model.endswith(".gguf") else "hf"
+        )  # a file in few bits is no checkpoint of transformers
         pruned = {"to": form, "out": made.with_name(f"{made.stem}-pruned")}
         if verdict.state != "skipped":
-            return "write that model", next_command("export", model, plan=made, **pruned)
+            return "write that model", next_command(
+                "export", model, plan=made, **pruned
+            )
         mend = {"repair": "refit", "repair_text": repair_text}
-        return "repair it, and write that model", next_command("export", model, plan=made, **mend, **pruned)
+        return "repair it, and write that model", next_command(
+            "export", model, plan=made, **mend, **pruned
+        )
     if verdict.state == "healed":
         return asking_for_less(model, verdict.plan)
     return "make up for what is lost", mending(model, made, verdict.state == "repaired")
 
 
 def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
-    """The options that name the text of a run, where it is not what commands read by default; with it its `sizes`."""
+    """The options that name the text of a run, where it is not what commands read by
+    default; with it its `sizes`.
+    """
     what = about.what
     if what.get("text", USE) in (DEFAULT_TEXT, USE):
         return {}

@@ -1,4 +1,6 @@
-"""The checkpoints that a command writes into its folder: it replaces its own, and nobody else's."""
+"""The checkpoints that a command writes into its folder: it replaces its own, and
+nobody else's.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,9 @@ FIX = "move it away, or choose a new --out"
 
 @dataclass(frozen=True)
 class Written:
-    """`folder` need not exist; a file in it lists each checkpoint before it is written."""
+    """`folder` need not exist; a file in it lists each checkpoint before it is
+    written.
+    """
 
     folder: Path
 
@@ -26,17 +30,25 @@ class Written:
         return self.folder / "written.jsonl"
 
     def check(self) -> None:
-        """Raise `UsageError` where the folder is a link or a file, or holds others' files alone."""
+        """Raise `UsageError` where the folder is a link or a file, or holds others'
+        files alone.
+        """
         self._refuse_link(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{shortened(self.folder)} is a file: {FIX}")
         held = [*self.folder.iterdir()] if self.folder.is_dir() else []
         listed = lines.read(self._list) if self._list in held else []
-        if held and not (listed and all(line.keys() == {"checkpoint"} for line in listed)):
-            raise UsageError(f"{shortened(min(held))} is there, and notall did not write it: {FIX}")
+        if held and not (
+            listed and all(line.keys() == {"checkpoint"} for line in listed)
+        ):
+            raise UsageError(
+                f"{shortened(min(held))} is there, and notall did not write it: {FIX}"
+            )
 
     def check_own(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is there. Raises `UsageError` for a link, and for one of others."""
+        """Whether a checkpoint is there. Raises `UsageError` for a link, and for one of
+        others.
+        """
         self._refuse_link(self.folder)
         self._refuse_link(checkpoint)
         if not checkpoint.exists():
@@ -47,7 +59,9 @@ class Written:
         return True
 
     def make_way(self, checkpoint: Path) -> None:
-        """Remove an own checkpoint, or list what will be written. Raises as `check_own` does."""
+        """Remove an own checkpoint, or list what will be written. Raises as `check_own`
+        does.
+        """
         if self.check_own(checkpoint):
             remove(checkpoint)
         else:
@@ -55,5 +69,8 @@ class Written:
 
     def _refuse_link(self, path: Path) -> None:
         if path.is_symlink():
-            told = f"{shortened(path)} is a link, or holds one: what it leads to may be others'"
+            told = (
+                f"{shortened(path)} is a link, or holds one: what it leads to may be"
+                " others'"
+            )
             raise UsageError(f"{told}; choose a new --out")

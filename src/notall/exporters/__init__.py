@@ -31,7 +31,8 @@ TARGETS = {
     "swiftkv": "notall.exporters.swiftkv:SwiftKVExport",
 }
 SHARD_BYTES = 5_000_000_000
-UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
+# what a GGUF file's numbers are written in: what they are run and timed in
+UNPACKED = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,22 @@ class Source:
 
 
 class Export(ABC):
-    """A model without what `plan` skips in the form of one target, before it is written."""
+    """A model without what `plan` skips in the form of one target, before it is
+    written.
+    """
 
     plan: Plan
     origin: Origin
     form: str  # the model type that is written
     use: str  # how to run it, for people
-    skips_prompts: ClassVar[bool] = False  # whether its engines skip what only a prompt does
-    own_keys: ClassVar[str] = (  # whose weights a repair of a prompt changes, for people
-        "The tokens that skip have keys and values of their own weights; all others are the original's."
+    skips_prompts: ClassVar[bool] = (
+        False  # whether its engines skip what only a prompt does
+    )
+    own_keys: ClassVar[
+        str
+    ] = (  # whose weights a repair of a prompt changes, for people
+        "The tokens that skip have keys and values of their own weights; all others are"
+        " the original's."
     )
     dense_bytes: int  # of weights
     written_bytes: int
@@ -62,7 +70,9 @@ class Export(ABC):
     @classmethod
     @abstractmethod
     def prepared(cls, source: Source, plan: Plan) -> "AbstractContextManager[Export]":
-        """Work it out, with no weights in memory. Raises `UsageError` where the target cannot express the plan."""
+        """Work it out, with no weights in memory. Raises `UsageError` where the target
+        cannot express the plan.
+        """
 
     @abstractmethod
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
@@ -70,7 +80,9 @@ class Export(ABC):
 
     @abstractmethod
     def verify(self, folder: Path) -> Verdict:
-        """Run what was written; raise `UsageError` where it answers differently from the skipped model."""
+        """Run what was written; raise `UsageError` where it answers differently from
+        the skipped model.
+        """
 
     @property
     def manifest(self) -> Settings:
@@ -78,7 +90,9 @@ class Export(ABC):
 
 
 def target_named(name: str) -> type[Export]:
-    """That of `TARGETS`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
+    """That of `TARGETS`, of an installed package, or `module:Class`. Raises
+    `UsageError` where there is none.
+    """
     return class_named(name, TARGETS, "notall.targets", "export target", Export)  # type: ignore[type-abstract]
 
 
@@ -97,41 +111,56 @@ def export(
     verify: bool = True,
     progress: Progress = silent,
 ) -> Path:
-    """Write `model` without the sublayers of `plan` as files for the engines of `target`; returns the folder `out`.
+    """Write `model` without the sublayers of `plan` as files for the engines of
+    `target`; returns the folder `out`.
 
-    `model` is what `notall.load` takes, or a live model with its `tokenizer`; `target` is one of `TARGETS`. Weights are
-    copied from file to file, one shard at a time; `verify` needs memory for the dense and for the written model, which
-    it runs, one at a time, and compares.
-    `dtype` (float32, bfloat16, float16) is that of the written weights; without one they keep theirs, and those of a
-    GGUF file, which have no such dtype, become bfloat16. A program of ExecuTorch is in float32 without one.
+    `model` is what `notall.load` takes, or a live model with its `tokenizer`; `target`
+    is one of `TARGETS`. Weights are copied from file to file, one shard at a time;
+    `verify` needs memory for the dense and for the written model, which it runs, one at
+    a time, and compares. `dtype` (float32, bfloat16, float16) is that of the written
+    weights; without one they keep theirs, and those of a GGUF file, which have no such
+    dtype, become bfloat16. A program of ExecuTorch is in float32 without one.
     `measured` goes into the model card as a table. `out` appears whole or not at all.
-    Raises `UsageError` for a plan of another model, one that keeps matrices at run time, a folder that exists,
-    damaged files, a target that cannot express the plan, a full disk, and a model that answers differently.
+    Raises `UsageError` for a plan of another model, one that keeps matrices at run
+    time, a folder that exists, damaged files, a target that cannot express the plan, a
+    full disk, and a model that answers differently.
     """
     if type(plan) is not Plan:  # the module of repaired plans imports torch
         from ..running.repaired import refuse_maps
 
         refuse_maps(plan)
-    kind, source = _target_for(target, plan), Source(model, tokenizer, revision, trust_remote_code, dtype)
+    kind, source = (
+        _target_for(target, plan),
+        Source(model, tokenizer, revision, trust_remote_code, dtype),
+    )
     out = Path(out)
     with appearing(out) as folder, kind.prepared(source, plan) as prepared:
         check_room(folder, prepared.written_bytes)
         prepared.write(folder, shard_bytes, progress)
         if verify:
             progress(0, 1, "comparing with the skipped model")
-        describe(folder, prepared, prepared.verify(folder) if verify else TURNED_OFF, measured)
+        describe(
+            folder,
+            prepared,
+            prepared.verify(folder) if verify else TURNED_OFF,
+            measured,
+        )
     return out
 
 
 def check_export(source: Source, plan: Plan, target: str, out: Path) -> None:
-    """Raise `UsageError` as `export` does, as far as that is known without running a model, and write nothing."""
+    """Raise `UsageError` as `export` does, as far as that is known without running a
+    model, and write nothing.
+    """
     check_absent(out)
     with _target_for(target, plan).prepared(source, plan) as prepared:
         check_room(out, prepared.written_bytes)
 
 
 def _target_for(name: str, plan: Plan) -> type[Export]:
-    """As `target_named`. Raises `UsageError` where a prompt skips what this target has no form for."""
+    """As `target_named`. Raises `UsageError` where a prompt skips what this target has
+    no form for.
+    """
     kind = target_named(name)
     if not kind.skips_prompts:
         refuse_prefill(plan, f"an export as {name}")
@@ -140,7 +169,9 @@ def _target_for(name: str, plan: Plan) -> type[Export]:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name `out` in the end, or is removed. Raises `UsageError` where it cannot."""
+    """A scratch folder that takes the name `out` in the end, or is removed. Raises
+    `UsageError` where it cannot.
+    """
     check_absent(out)
     with beside(out) as scratch:
         with writing(f"to {out.parent}", "choose another folder"):
@@ -150,23 +181,36 @@ def appearing(out: Path) -> Iterator[Path]:
             os.rename(scratch, out)
         except OSError as error:
             if error.errno in FULL:
-                raise UsageError(f"no space left for {out}; free some, or choose another disk") from None
+                raise UsageError(
+                    f"no space left for {out}; free some, or choose another disk"
+                ) from None
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise UsageError(f"{out} was made by someone else meanwhile; choose another folder") from None
+                raise UsageError(
+                    f"{out} was made by someone else meanwhile; choose another folder"
+                ) from None
             raise
 
 
 def check_absent(out: Path) -> None:
     """Raise `UsageError` where a folder `out` cannot be made."""
     if out.exists() or out.is_symlink():
-        raise UsageError(f"{out} exists already; choose another folder, or remove it first")
+        raise UsageError(
+            f"{out} exists already; choose another folder, or remove it first"
+        )
     refuse_unwritable(out.parent)
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raise `UsageError` where the disk of `folder`, which need not be there, has fewer than `size` bytes left."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Raise `UsageError` where the disk of `folder`, which need not be there, has fewer
+    than `size` bytes left.
+    """
+    existing = next(
+        path for path in (folder, *folder.absolute().parents) if path.exists()
+    )
     free = shutil.disk_usage(existing).free
     if size > free:
-        told = f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left"
+        told = (
+            f"the export takes {in_bytes(size)}, and {shortened(existing)} has"
+            f" {in_bytes(free)} left"
+        )
         raise UsageError(f"{told}; free some, or choose another disk")

@@ -1,6 +1,8 @@
-"""ExecuTorch: a program for CPUs (XNNPACK), which its own exporter of Llamas makes of the layers that are left.
+"""ExecuTorch: a program for CPUs (XNNPACK), which its own exporter of Llamas makes of
+the layers that are left.
 
-Layers may lack either sublayer. A program holds its whole graph, so that no code of ours runs it.
+Layers may lack either sublayer. A program holds its whole graph, so that no code of
+ours runs it.
 """
 
 import math
@@ -29,15 +31,24 @@ from .tensors import FLOATS, Weight, Weights
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BY_LENGTH = ("dynamic", "longrope")  # RoPEs whose angles go by how long a text is
 PROGRAM = "model.pte"
-INSTALL = "install it and notall in an environment of their own (pip install executorch notall), and run this there"
-USE = (
-    f"ExecuTorch's runners for language models take `{PROGRAM}` and the tokenizer beside it. The program reads up to "
-    "{tokens} tokens, and takes the memory of a cache for all of them when it is loaded."
+INSTALL = (
+    "install it and notall in an environment of their own (pip install executorch"
+    " notall), and run this there"
 )
-# Tensors of a layer, and around the layers, by the names that ExecuTorch's Llama has for them.
+USE = (
+    f"ExecuTorch's runners for language models take `{PROGRAM}` and the tokenizer"
+    " beside it. The program reads up to {tokens} tokens, and takes the memory of a"
+    " cache for all of them when it is loaded."
+)
+# Tensors of a layer, and around the layers, by the names that ExecuTorch's Llama has
+# for them.
 LAYER = {
     "input_layernorm.weight": "attention_norm.weight",
-    **{f"self_attn.{one}_proj.{kind}": f"attention.w{one}.{kind}" for one in "qkv" for kind in ("weight", "bias")},
+    **{
+        f"self_attn.{one}_proj.{kind}": f"attention.w{one}.{kind}"
+        for one in "qkv"
+        for kind in ("weight", "bias")
+    },
     "self_attn.q_norm.weight": "attention.q_norm_fn.weight",
     "self_attn.k_norm.weight": "attention.k_norm_fn.weight",
     "self_attn.o_proj.weight": "attention.wo.weight",
@@ -48,135 +59,236 @@ LAYER = {
     "self_attn.rotary_emb.inv_freq": "",  # old files have it, and it is computed
 }
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
-AROUND = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": "norm.weight", "lm_head.weight": HEAD}
+AROUND = {
+    "model.embed_tokens.weight": EMBEDDING,
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": HEAD,
+}
 
 Rows = Sequence[tuple[int | None, int | None]]
-Run = Callable[[Tensor, int], Tensor]  # the logits behind tokens, (tokens,), that stand in the text from a place on
-SCALES = "hqq_scale_only"  # how torchao finds them: as ExecuTorch's own exporter asks for
+Run = Callable[
+    [Tensor, int], Tensor
+]  # the logits behind tokens, (tokens,), that stand in the text from a place on
+SCALES = (  # how torchao finds them: as ExecuTorch's own exporter asks for
+    "hqq_scale_only"
+)
 
 
 class ExecuTorchExport(CheckpointExport):
-    """A program with its tokenizer. A subclass of another `most_tokens` makes one that reads so many."""
+    """A program with its tokenizer. A subclass of another `most_tokens` makes one that
+    reads so many.
+    """
 
     most_tokens: ClassVar[int] = 2048
     unpacked: ClassVar[str] = "float32"
 
     @classmethod
     def of(cls, dense: DenseModel, plan: Plan) -> "ExecuTorchExport":
-        """Raises `UsageError` for a model that ExecuTorch's Llama cannot be, and where ExecuTorch is absent."""
+        """Raises `UsageError` for a model that ExecuTorch's Llama cannot be, and where
+        ExecuTorch is absent.
+        """
         _check(dense)
-        dense = dense if dense.dtype else dense.in_dtype(torch.float32)  # all that XNNPACK takes
+        dense = (
+            dense if dense.dtype else dense.in_dtype(torch.float32)
+        )  # all that XNNPACK takes
         rows = list(sparse_layers(layers_of(dense.structure, plan)))
         tensors = dict(_named(dense, rows))
         if find_spec("executorch") is None:
             raise UsageError(f"ExecuTorch is not installed: {INSTALL}")
-        args = _args(dense, rows, tensors, min(cls.most_tokens, dense.config.max_position_embeddings))
+        args = _args(
+            dense,
+            rows,
+            tensors,
+            min(cls.most_tokens, dense.config.max_position_embeddings),
+        )
         use = USE.format(tokens=args["max_context_len"])
-        return cls(dense, plan, {"model_type": "executorch", "args": args}, tensors, use, {}, {})
+        return cls(
+            dense,
+            plan,
+            {"model_type": "executorch", "args": args},
+            tensors,
+            use,
+            {},
+            {},
+        )
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
         progress(0, 1, "building a program")
         with quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = _program(self._transformer(), self.settings["args"], _stops(self.dense))
+            program = _program(
+                self._transformer(), self.settings["args"], _stops(self.dense)
+            )
         with open(folder / PROGRAM, "wb") as file:
             program.write_to_file(file)
         self.copy_companions(folder)
 
     def _transformer(self) -> nn.Module:
-        """ExecuTorch's Llama with the weights, and with the model's own RoPE, whatever it is scaled by."""
+        """ExecuTorch's Llama with the weights, and with the model's own RoPE, whatever
+        it is scaled by.
+        """
         from executorch.examples.models.llama import llama_transformer, model_args
-        from executorch.examples.models.llama.source_transformation import custom_kv_cache, sdpa
+        from executorch.examples.models.llama.source_transformation import (
+            custom_kv_cache,
+            sdpa,
+        )
 
         args, rotary = self.settings["args"], self.dense.empty.base_model.rotary_emb
         with torch.device("meta"):
-            model = llama_transformer.construct_transformer(model_args.ModelArgs(**args))
+            model = llama_transformer.construct_transformer(
+                model_args.ModelArgs(**args)
+            )
         for block, kind in zip(model.layers, args["mlp_type"]):
             if kind == "skip":  # which it overlooks
                 del block.feed_forward, block.ffn_norm
                 block.mlp_type = kind
-        caches = {name: cache for name, cache in model.state_dict().items() if "kv_cache" in name}
+        caches = {
+            name: cache
+            for name, cache in model.state_dict().items()
+            if "kv_cache" in name
+        }
         weights = {name: tensor.read() for name, tensor in self.tensors.items()}
         model.load_state_dict(caches | weights, assign=True)
-        angles = type(rotary)(self.dense.config)(torch.empty(1), torch.arange(args["max_context_len"])[None])
+        angles = type(rotary)(self.dense.config)(
+            torch.empty(1), torch.arange(args["max_context_len"])[None]
+        )
         model.rope.freqs_cos, model.rope.freqs_sin = (one[0] for one in angles)
         model.to(FLOATS[self.tensors[EMBEDDING].dtype])
-        return custom_kv_cache.replace_kv_cache_with_custom_kv_cache(sdpa.replace_sdpa_with_custom_op(model)).eval()
+        return custom_kv_cache.replace_kv_cache_with_custom_kv_cache(
+            sdpa.replace_sdpa_with_custom_op(model)
+        ).eval()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """As `logits_of_program`, of the model that the program is built of, in torch."""
+        """As `logits_of_program`, of the model that the program is built of, in
+        torch.
+        """
         model = self._transformer()
-        return _logits_of(lambda ids, at: model(ids[None], {"input_pos": torch.tensor([at])})[0].flatten(), tokens)
+        return _logits_of(
+            lambda ids, at: model(ids[None], {"input_pos": torch.tensor([at])})[
+                0
+            ].flatten(),
+            tokens,
+        )
 
     def verify(self, folder: Path) -> Verdict:
-        """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens one by one."""
+        """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens
+        one by one.
+        """
         tokens, expected = self.skipped_logits()
         most = 1e-4 if expected.dtype == torch.float32 else 5e-2
-        error = relative_error(logits_of_program(folder / PROGRAM, tokens), expected[:, -2:])
-        return Verified(f"ExecuTorch {version('executorch')}", error, most, "of the largest logit").checked()
+        error = relative_error(
+            logits_of_program(folder / PROGRAM, tokens), expected[:, -2:]
+        )
+        return Verified(
+            f"ExecuTorch {version('executorch')}", error, most, "of the largest logit"
+        ).checked()
 
 
 class Export8da4w(ExecuTorchExport):
-    """Matrices in 4 bits, in groups of inputs, which are rounded to 8 bits as they come. The embedding stays."""
+    """Matrices in 4 bits, in groups of inputs, which are rounded to 8 bits as they
+    come. The embedding stays.
+    """
 
     group: ClassVar[int] = 32  # as large as the default model's widths divide by
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, one in self.tensors.items():
-            if name != EMBEDDING and len(one.shape) == 2 and not one.shape[1] % self.group:  # 16 bits of scale a group
-                self.written_bytes -= one.size - math.prod(one.shape) * (self.group + 4) // (2 * self.group)
+            if (
+                name != EMBEDDING
+                and len(one.shape) == 2
+                and not one.shape[1] % self.group
+            ):  # 16 bits of scale a group
+                self.written_bytes -= one.size - math.prod(one.shape) * (
+                    self.group + 4
+                ) // (2 * self.group)
 
     def _transformer(self) -> nn.Module:
-        from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+        from torchao.quantization import (
+            Int8DynamicActivationIntxWeightConfig,
+            quantize_,
+        )
         from torchao.quantization.granularity import PerGroup
 
         model, four_bits = super()._transformer(), torch.int4  # type: ignore[attr-defined]
         config = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=four_bits, weight_granularity=PerGroup(self.group), intx_choose_qparams_algorithm=SCALES
+            weight_dtype=four_bits,
+            weight_granularity=PerGroup(self.group),
+            intx_choose_qparams_algorithm=SCALES,
         )
-        quantize_(model, config, lambda one, _: isinstance(one, nn.Linear) and not one.in_features % self.group)
+        quantize_(
+            model,
+            config,
+            lambda one, _: (
+                isinstance(one, nn.Linear) and not one.in_features % self.group
+            ),
+        )
         return model
 
     def verify(self, folder: Path) -> Verdict:
-        """By the error of the logits beside that of torchao's own rounding: no program has that to the last bit."""
+        """By the error of the logits beside that of torchao's own rounding: no program
+        has that to the last bit.
+        """
         tokens, expected = self.skipped_logits()
-        rounded, found = self.logits(tokens), logits_of_program(folder / PROGRAM, tokens)
-        program, torchs = ((one - expected[:, -2:]).norm().item() for one in (found, rounded))
+        rounded, found = (
+            self.logits(tokens),
+            logits_of_program(folder / PROGRAM, tokens),
+        )
+        program, torchs = (
+            (one - expected[:, -2:]).norm().item() for one in (found, rounded)
+        )
         unit = "times the error of torchao's 8da4w"
-        return Verified(f"ExecuTorch {version('executorch')}", program / torchs, 1.25, unit).checked()
+        return Verified(
+            f"ExecuTorch {version('executorch')}", program / torchs, 1.25, unit
+        ).checked()
 
 
 def runner(program: Path) -> Run:
-    """The logits behind tokens, (tokens,), that stand in the text from a place on: (vocabulary,)."""
+    """The logits behind tokens, (tokens,), that stand in the text from a place on:
+    (vocabulary,).
+    """
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  attention with a cache
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(program).load_method("forward")
-    return lambda tokens, place: method.execute((tokens[None], torch.tensor([place])))[0].flatten().clone()
+    return lambda tokens, place: (
+        method.execute((tokens[None], torch.tensor([place])))[0].flatten().clone()
+    )
 
 
 def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
-    """The last two logits of token ids, (batch, tokens): (batch, 2, vocabulary). Each text begins its cache anew."""
+    """The last two logits of token ids, (batch, tokens): (batch, 2, vocabulary). Each
+    text begins its cache anew.
+    """
     return _logits_of(runner(program), tokens)
 
 
 @torch.no_grad()
 def _logits_of(run: Run, tokens: Tensor) -> Tensor:
     last = tokens.shape[1] - 1
-    return torch.stack([torch.stack([run(text[:last], 0), run(text[last:], last)]) for text in tokens])
+    return torch.stack(
+        [torch.stack([run(text[:last], 0), run(text[last:], last)]) for text in tokens]
+    )
 
 
 def _check(dense: DenseModel) -> None:
     config, problem = dense.config, dense.unlike_llama(FAMILIES)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    foreign = {*dense.outside_layers} - {*AROUND} | {name for one in dense.layers for name in one} - {*LAYER}
+    rope = (
+        getattr(config, "rope_parameters", None)
+        or getattr(config, "rope_scaling", None)
+        or {}
+    )
+    foreign = {*dense.outside_layers} - {*AROUND} | {
+        name for one in dense.layers for name in one
+    } - {*LAYER}
     if not problem and foreign:
         problem = f"it has no place for {min(foreign)}"
     elif not problem and (kind := rope.get("rope_type", "default")) in BY_LENGTH:
         problem = f"its RoPE ({kind}) goes by how long a text is"
     if problem:
-        raise UsageError(f"ExecuTorch's Llama does not fit this model: {problem}; export to hf")
+        raise UsageError(
+            f"ExecuTorch's Llama does not fit this model: {problem}; export to hf"
+        )
 
 
 def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
@@ -187,7 +299,11 @@ def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
         for index, kind in zip(row, ("attention", "mlp")):
             if index is not None:
                 parts = dense.parts(getattr(dense.structure.blocks[index], kind))
-                yield from ((f"layers.{number}.{LAYER[n]}", tensor) for n, tensor in parts.items() if LAYER[n])
+                yield from (
+                    (f"layers.{number}.{LAYER[n]}", tensor)
+                    for n, tensor in parts.items()
+                    if LAYER[n]
+                )
 
 
 def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Settings:
@@ -200,7 +316,10 @@ def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Setti
         "n_layers": len(rows),
         "n_heads": config.num_attention_heads,
         "n_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": (
+            getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads
+        ),
         "vocab_size": config.vocab_size,
         "norm_eps": config.rms_norm_eps,
         "attention_qkv_bias": any(name.endswith("wq.bias") for name in tensors),
@@ -212,35 +331,75 @@ def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Setti
         "enable_dynamic_shape": True,
         "max_seq_len": tokens,
         "max_context_len": tokens,
-        "layer_types": ["skip_attention" if attention is None else "attention" for attention, _ in rows],
+        "layer_types": [
+            "skip_attention" if attention is None else "attention"
+            for attention, _ in rows
+        ],
         "mlp_type": ["skip" if mlp is None else "default" for _, mlp in rows],
     }
 
 
 def _stops(dense: DenseModel) -> Settings:
-    """The tokens that a text begins and ends with, as ExecuTorch's runners ask for them."""
+    """The tokens that a text begins and ends with, as ExecuTorch's runners ask for
+    them.
+    """
     file = own_file(dense.folder, "generation_config.json")
     told = {**dense.settings, **(read_json(contents(file)) if file else {})}
     first, last = told.get("bos_token_id"), told.get("eos_token_id")
     ends = last if isinstance(last, list) else [last]
-    return ({} if first is None else {"get_bos_id": first}) | ({} if last is None else {"get_eos_ids": ends})
+    return ({} if first is None else {"get_bos_id": first}) | (
+        {} if last is None else {"get_eos_ids": ends}
+    )
 
 
 def _program(model: nn.Module, args: Settings, stops: Settings) -> Any:
-    """For prompts of any length and for single tokens: by XNNPACK, and what it lacks by ExecuTorch's own kernels."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    """For prompts of any length and for single tokens: by XNNPACK, and what it lacks by
+    ExecuTorch's own kernels.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackPartitioner,
+    )
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
     from executorch.exir.passes import MemoryPlanningPass
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+    from executorch.exir.passes.sym_shape_eval_pass import (
+        ConstraintBasedSymShapeEvalPass,
+    )
 
     given = (torch.tensor([[2, 3, 4]]), {"input_pos": torch.tensor([0])})
-    shapes = ({1: torch.export.Dim("tokens", max=args["max_seq_len"] - 1)}, {"input_pos": {0: 1}})
+    shapes = (
+        {1: torch.export.Dim("tokens", max=args["max_seq_len"] - 1)},
+        {"input_pos": {0: 1}},
+    )
     traced = torch.export.export(model, given, dynamic_shapes=shapes)
-    about = {f"get_{name}": args[name] for name in ("max_seq_len", "max_context_len", "n_layers", "vocab_size")}
-    about |= {"use_kv_cache": True, "use_sdpa_with_kv_cache": True, "enable_dynamic_shape": True, **stops}
+    about = {
+        f"get_{name}": args[name]
+        for name in ("max_seq_len", "max_context_len", "n_layers", "vocab_size")
+    }
+    about |= {
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        **stops,
+    }
     how = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    # With each of some 150 parts that XNNPACK takes, torch would compile all others again: most of the time it takes.
-    with patch.object(torch.fx.GraphModule, "_recompile_submodules", lambda _: [], create=True):
-        edge = to_edge_transform_and_lower(traced, None, [XnnpackPartitioner()], about, how)
-    planning, shapes_of = MemoryPlanningPass(alloc_graph_input=False), ConstraintBasedSymShapeEvalPass()
-    return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning, sym_shape_eval_pass=shapes_of))
+    # With each of some 150 parts that XNNPACK takes, torch would compile all others
+    # again: most of the time it takes.
+    with patch.object(
+        torch.fx.GraphModule, "_recompile_submodules", lambda _: [], create=True
+    ):
+        edge = to_edge_transform_and_lower(
+            traced, None, [XnnpackPartitioner()], about, how
+        )
+    planning, shapes_of = (
+        MemoryPlanningPass(alloc_graph_input=False),
+        ConstraintBasedSymShapeEvalPass(),
+    )
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            memory_planning_pass=planning, sym_shape_eval_pass=shapes_of
+        )
+    )

@@ -1,7 +1,9 @@
-"""The GGUF file of a plan that skips the deepest blocks in the prompt alone: the original's, and what a prompt needs.
+"""The GGUF file of a plan that skips the deepest blocks in the prompt alone: the
+original's, and what a prompt needs.
 
-llama.cpp with `docs/upstream/llamacpp-prefill.patch` runs it. A setting says how many blocks a prompt's tokens skip;
-tensors hold the keys' and values' projections that were refit for these tokens.
+llama.cpp with `docs/upstream/llamacpp-prefill.patch` runs it. A setting says how many
+blocks a prompt's tokens skip; tensors hold the keys' and values' projections that were
+refit for these tokens.
 """
 
 import re
@@ -21,24 +23,37 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("llama", "qwen2")  # that the patch knows
 PROJECTION = re.compile(r"\.(\d+)\.self_attn\.([kv])_proj\.(weight|bias)$")
-PREFILL = "_prefill"  # behind the name of a projection that a prompt's tokens have for themselves
+# behind the name of a projection that a prompt's tokens have for themselves
+PREFILL = "_prefill"
 
 
 def with_prompt_skips(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
-    """Fields and tensors of the file. Raises `UsageError` for a plan that no such file can express."""
+    """Fields and tensors of the file. Raises `UsageError` for a plan that no such file
+    can express.
+    """
     tail = _tail(source, plan)
     fields = source.fields | {f"{source.architecture}.{KV_ONLY}": Field.of(tail)}
-    return fields, source.tensors | _prompt_tensors(source, getattr(plan, "prompt_weights", {}))
+    return fields, source.tensors | _prompt_tensors(
+        source, getattr(plan, "prompt_weights", {})
+    )
 
 
 def weights_in(source: GGUF, weights: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Those of a prompt that have a tensor of the original's, too: a bias need not."""
-    return {path: weight for path, weight in weights.items() if _tensor_of(path) in source.tensors}
+    return {
+        path: weight
+        for path, weight in weights.items()
+        if _tensor_of(path) in source.tensors
+    }
 
 
 def in_places(source: GGUF, tensors: Tensors) -> Tensors:
     """Those of the original, with a prompt's in their places where there are any."""
-    prompt = {name.replace(f"{PREFILL}.", "."): one for name, one in tensors.items() if f"{PREFILL}." in name}
+    prompt = {
+        name.replace(f"{PREFILL}.", "."): one
+        for name, one in tensors.items()
+        if f"{PREFILL}." in name
+    }
     return {name: prompt.get(name, tensor) for name, tensor in source.tensors.items()}
 
 
@@ -47,16 +62,24 @@ def _tail(source: GGUF, plan: Plan) -> int:
     skips, form = plan.prefill, "GGUF file that skips in the prompt alone"
     deepest = tuple(range(source.depth - len(skips.attention), source.depth))
     if plan.attention or plan.mlp:
-        problem = "this plan skips sublayers for every token and others in the prompt alone"
+        problem = (
+            "this plan skips sublayers for every token and others in the prompt alone"
+        )
         fix = "export a plan of one part"
     elif source.architecture not in ARCHITECTURES:
-        problem = f"notall has no {form} for {source.architecture} (it has for {', '.join(ARCHITECTURES)})"
+        problem = (
+            f"notall has no {form} for {source.architecture} (it has for"
+            f" {', '.join(ARCHITECTURES)})"
+        )
         fix = "give a plan that skips for every token"
     elif not skips.attention == skips.mlp == deepest:
         problem = f"a {form} skips the deepest blocks, and this plan is {skips}"
         fix = "make a plan with --skip block:N --phase prefill, or export to hf"
     elif skips.last_tokens > 1:
-        problem = f"llama.cpp runs a prompt's last token whole, and this plan the last {skips.last_tokens}"
+        problem = (
+            "llama.cpp runs a prompt's last token whole, and this plan the last"
+            f" {skips.last_tokens}"
+        )
         fix = "make a plan with --last-tokens 1, or export to hf"
     else:
         return len(deepest)
@@ -64,16 +87,22 @@ def _tail(source: GGUF, plan: Plan) -> int:
 
 
 def _tensor_of(path: str) -> str:
-    """Where the original has what a prompt's parameter stands in for. Raises `UsageError` for others than K and V."""
+    """Where the original has what a prompt's parameter stands in for. Raises
+    `UsageError` for others than K and V.
+    """
     found = PROJECTION.search(path)
     if found is None:
-        raise UsageError(f"the prompt's {path} is no projection of keys or values; repair this model")
+        raise UsageError(
+            f"the prompt's {path} is no projection of keys or values; repair this model"
+        )
     index, projection, kind = found.groups()
     return f"{BLOCK}{index}.attn_{projection}.{kind}"
 
 
 def _prompt_tensors(source: GGUF, weights: "Mapping[str, Tensor]") -> Tensors:
-    """A projection that has one of its own gets both, where the other is the original's."""
+    """A projection that has one of its own gets both, where the other is the
+    original's.
+    """
     given: dict[str, Values] = {}
     for path, weight in weights.items():
         place = Place(_tensor_of(path), weight.detach().float().cpu().numpy())
@@ -82,8 +111,13 @@ def _prompt_tensors(source: GGUF, weights: "Mapping[str, Tensor]") -> Tensors:
     for module in dict.fromkeys(name.rpartition(".")[0] for name in given):
         matrix = source.tensors.get(f"{module}.weight")
         if matrix is None:
-            told = f"{source.path.name} has no {module}.weight, which the plan has weights for"
-            raise UsageError(f"{told}; convert the model with its queries, keys and values apart")
+            told = (
+                f"{source.path.name} has no {module}.weight, which the plan has"
+                " weights for"
+            )
+            raise UsageError(
+                f"{told}; convert the model with its queries, keys and values apart"
+            )
         for kind, shape in (("weight", matrix.shape), ("bias", matrix.shape[:1])):
             name, own = f"{module}.{kind}", f"{module}{PREFILL}.{kind}"
             stored, values = source.tensors.get(name), given.get(name)
@@ -91,7 +125,9 @@ def _prompt_tensors(source: GGUF, weights: "Mapping[str, Tensor]") -> Tensors:
                 told = f"the prompt's {name} is {values.shape}, and the model's {shape}"
                 raise UsageError(f"{told}; repair the model of this file")
             if values is not None:
-                tensors[own] = packed(values, stored.quantization if stored else Kind.F32)
+                tensors[own] = packed(
+                    values, stored.quantization if stored else Kind.F32
+                )
             elif stored is not None:
                 tensors[own] = stored
     return tensors

@@ -23,9 +23,11 @@ ROWS = 64  # of a matrix that are compared
 
 
 def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
-    """`source` with these values of parameters, by their paths in transformers; types get 8 bits or more.
+    """`source` with these values of parameters, by their paths in transformers; types
+    get 8 bits or more.
 
-    Raises `UsageError` for a parameter that the file does not hold, or holds in another shape.
+    Raises `UsageError` for a parameter that the file does not hold, or holds in another
+    shape.
     """
     fields, changed = dict(source.fields), dict[str, Values]()
     for path, weight in weights.items():
@@ -37,37 +39,60 @@ def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
             _put(source, changed, path, place)
     if EMBEDDING in changed and HEAD not in changed and _is_tied(source):
         changed[HEAD] = changed[EMBEDDING]
-    tensors = {name: packed(values, source.tensors[name].quantization) for name, values in changed.items()}
+    tensors = {
+        name: packed(values, source.tensors[name].quantization)
+        for name, values in changed.items()
+    }
     _warn_of_wider(source, tensors)
     return replace(source, fields=fields, tensors=source.tensors | tensors)
 
 
 def _put(source: GGUF, changed: dict[str, Values], path: str, place: Place) -> None:
     stored = source.tensors.get(place.tensor)
-    shape = None if stored is None else stored.shape if place.part is None else stored.shape[1:]
+    shape = (
+        None
+        if stored is None
+        else stored.shape
+        if place.part is None
+        else stored.shape[1:]
+    )
     values = place.values
     if shape and place.tensor in (EMBEDDING, HEAD):
         values = values[: shape[0]]  # a file may lack the rows that no token has
     if shape and values.shape == (1, *shape):
         values = values[0]  # llama-quantize leaves it out
     if values.shape != shape:
-        raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
+        raise UsageError(
+            f"{path} has another shape in {source.path.name}; repair the model of this"
+            " file"
+        )
     if place.part is None:
         changed[place.tensor] = values
         return
-    whole = changed.setdefault(place.tensor, _numbers(source.tensors[place.tensor]).copy())
+    whole = changed.setdefault(
+        place.tensor, _numbers(source.tensors[place.tensor]).copy()
+    )
     whole[place.part] = values
 
 
-def _put_setting(source: GGUF, fields: Fields, path: str, name: str, index: int, value: float) -> None:
+def _put_setting(
+    source: GGUF, fields: Fields, path: str, name: str, index: int, value: float
+) -> None:
     held = fields.get(name)
     if held is None or not isinstance(held.value, list) or index >= len(held.value):
-        raise UsageError(f"{source.path.name} has no setting for {path}, which the plan has weights for; repair it")
-    fields[name] = Field([*held.value[:index], value, *held.value[index + 1 :]], held.kind)
+        raise UsageError(
+            f"{source.path.name} has no setting for {path}, which the plan has weights"
+            " for; repair it"
+        )
+    fields[name] = Field(
+        [*held.value[:index], value, *held.value[index + 1 :]], held.kind
+    )
 
 
 def packed(values: Values, stored: Kind) -> GGUFTensor:
-    """Numbers that were fitted, in the type of those that they replace, or in 8 bits where that has fewer."""
+    """Numbers that were fitted, in the type of those that they replace, or in 8 bits
+    where that has fewer.
+    """
     kind = _wide_enough(stored)
     return GGUFTensor(quantize(np.ascontiguousarray(values), kind), kind)
 
@@ -83,23 +108,33 @@ def _numbers(tensor: GGUFTensor) -> Values:
 
 
 def _is_tied(source: GGUF) -> bool:
-    """Whether the head of the file is a copy of its embeddings, in the same type or in another."""
+    """Whether the head of the file is a copy of its embeddings, in the same type or in
+    another.
+    """
     if HEAD not in source.tensors:
         return False
     one, other = (source.tensors[name] for name in (EMBEDDING, HEAD))
     if one.shape != other.shape:
         return False
-    first, second = (_numbers(replace(each, data=each.data[:ROWS])) for each in (one, other))
+    first, second = (
+        _numbers(replace(each, data=each.data[:ROWS])) for each in (one, other)
+    )
     return bool(np.linalg.norm(first - second) <= ALIKE * np.linalg.norm(first))
 
 
 def _warn_of_wider(source: GGUF, tensors: Mapping[str, GGUFTensor]) -> None:
     before = {name: source.tensors[name].quantization for name in tensors}
-    widened = {kind.name for name, kind in before.items() if kind != tensors[name].quantization}
+    widened = {
+        kind.name for name, kind in before.items() if kind != tensors[name].quantization
+    }
     if widened:
-        named, fix = ", ".join(sorted(widened)), "repair and export an F16 file, and quantise that"
+        named, fix = (
+            ", ".join(sorted(widened)),
+            "repair and export an F16 file, and quantise that",
+        )
         logger.warning(
-            "repaired weights that were %s are written in 8 bits, in which they lose less; to have that type, %s",
+            "repaired weights that were %s are written in 8 bits, in which they lose"
+            " less; to have that type, %s",
             named,
             fix,
         )

@@ -1,4 +1,6 @@
-"""transformers: an ordinary checkpoint where the plan is portable, else a regrouped one with its own modeling file."""
+"""transformers: an ordinary checkpoint where the plan is portable, else a regrouped one
+with its own modeling file.
+"""
 
 import math
 from pathlib import Path
@@ -36,32 +38,49 @@ from .remote_code import (
 )
 from .tensors import check_copies, read_notes
 
-SUBLAYERS = ("attention", "mlp", "before", "after")  # of each layer, as config.json has them
+SUBLAYERS = (
+    "attention",
+    "mlp",
+    "before",
+    "after",
+)  # of each layer, as config.json has them
 STEPS = 3  # behind a prompt that is compared
-TOKENS, PADDING = 12, 5  # of the sequences that are compared; and of these, on the left of the first
+TOKENS, PADDING = (
+    12,
+    5,
+)  # of the sequences that are compared; and of these, on the left of the first
 
 LOADED = (
-    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    'folder = "."  # where this file lies, or its hub id\n'
-    "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
-    "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-    'tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=16)\n'
-    "print(tokenizer.decode(tokens[0]))\n```"
+    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nfolder"
+    ' = "."  # where this file lies, or its hub id\ntokenizer ='
+    " AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\nmodel ="
+    " AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\ntokens ="
+    ' model.generate(**tokenizer("Hello", return_tensors="pt"),'
+    " max_new_tokens=16)\nprint(tokenizer.decode(tokens[0]))\n```"
 )
-ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the original loads this one, with no code of its own."
+ORDINARY_USE = (
+    "An ordinary {base} checkpoint: whatever loads the original loads this one, with no"
+    " code of its own."
+)
 REGROUPED_USE = (
-    "Every layer has one attention, and MLPs that lost theirs ride along; the modeling file beside the weights says "
-    "how. Load it with `trust_remote_code=True`, or after `notall.register()`:\n\n"
-) + LOADED
+    "Every layer has one attention, and MLPs that lost theirs ride along; the modeling"
+    " file beside the weights says how. Load it with `trust_remote_code=True`, or after"
+    " `notall.register()`:\n\n" + LOADED
+)
 
 PROMPT_USE = (
-    "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and their keys and values are written "
-    "all the same; the last ones and all that is generated run whole. This saves time to the first token, and neither "
-    "memory nor cache nor time of decoding. The modeling file beside the weights does it, with transformers alone"
-    "{vllm}. `generate` knows its prompt; a forward outside of it runs whole, but inside of "
-    "`with model.prompt(tokens):`, whose first tokens are the prompt.\n\n"
-) + LOADED
-IN_VLLM = "; vLLM does with notall installed (`vllm serve . --enforce-eager`), and refuses it without"
+    "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and"
+    " their keys and values are written all the same; the last ones and all that is"
+    " generated run whole. This saves time to the first token, and neither memory nor"
+    " cache nor time of decoding. The modeling file beside the weights does it, with"
+    " transformers alone{vllm}. `generate` knows its prompt; a forward outside of it"
+    " runs whole, but inside of `with model.prompt(tokens):`, whose first tokens are"
+    " the prompt.\n\n" + LOADED
+)
+IN_VLLM = (
+    "; vLLM does with notall installed (`vllm serve . --enforce-eager`), and refuses it"
+    " without"
+)
 
 
 class HFExport(CheckpointExport):
@@ -71,7 +90,9 @@ class HFExport(CheckpointExport):
 
     @classmethod
     def of(cls, dense: DenseModel, plan: Plan) -> "HFExport":
-        """Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form."""
+        """Raises `UsageError` for a plan that is not portable where the architecture
+        has no regrouped form.
+        """
         if plan.prefill:
             return cls._of_prompts(dense, plan)
         layers, base = layers_of(dense.structure, plan), dense.config.model_type
@@ -80,8 +101,12 @@ class HFExport(CheckpointExport):
         notes: dict[str, str] = {}
         if dense.quantisation is not None:
             moved = moved_modules(dense, layers)
-            settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
-            notes = renamed_notes(read_notes(dense.folder / dense.origin.weights), moved)
+            settings["quantization_config"] = cut_quantisation(
+                dense.quantisation, moved, dense.prefix
+            )
+            notes = renamed_notes(
+                read_notes(dense.folder / dense.origin.weights), moved
+            )
         check_built(dense, settings, layers)
         use = ORDINARY_USE.format(base=base)
         if not all(layer.is_ordinary for layer in layers):
@@ -90,16 +115,22 @@ class HFExport(CheckpointExport):
                 "model_type": model_type_of(base),
                 "architectures": [classes_of(base)["AutoModelForCausalLM"]],
                 "auto_map": auto_map(base),
-                "sublayers": [{name: vars(layer)[name] for name in SUBLAYERS} for layer in layers],
+                "sublayers": [
+                    {name: vars(layer)[name] for name in SUBLAYERS} for layer in layers
+                ],
             }
             use, files = REGROUPED_USE, {modeling_file(base): source_of(base)}
         elif not dense.trusted:
             settings.pop("auto_map", None)  # the code that it names does not go along
-        return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)
+        return cls(
+            dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes
+        )
 
     @classmethod
     def _of_prompts(cls, dense: DenseModel, plan: Plan) -> "HFExport":
-        """Of a plan that skips in the prompt alone. Raises `UsageError` where it has no such form."""
+        """Of a plan that skips in the prompt alone. Raises `UsageError` where it has no
+        such form.
+        """
         check_form(dense, plan)
         code = PromptCode(dense.config.model_type)
         settings = {**dense.settings, **code.settings(dense, plan)}
@@ -110,62 +141,103 @@ class HFExport(CheckpointExport):
             plan,
             settings,
             tensors,
-            PROMPT_USE.format(last=plan.prefill.last_tokens, vllm=IN_VLLM if code.base in NATIVE else ""),
+            PROMPT_USE.format(
+                last=plan.prefill.last_tokens,
+                vllm=IN_VLLM if code.base in NATIVE else "",
+            ),
             {code.file: code.source},
             notes,
         )
 
     def verify(self, folder: Path) -> Verdict:
-        """By its bytes, and by logits, one model at a time, unless it is quantised and not to be run here."""
-        dense, base, logits_of = self.dense, self.dense.config.model_type, self._logits_of
+        """By its bytes, and by logits, one model at a time, unless it is quantised and
+        not to be run here.
+        """
+        dense, base, logits_of = (
+            self.dense,
+            self.dense.config.model_type,
+            self._logits_of,
+        )
         check_copies(folder, self.tensors, self.texts)
         try:
             model = dense.load()
         except UsageError as error:
             if dense.quantisation is None:
                 raise
-            return NotVerified(f"{error}; each tensor is the original model's, bit for bit")
+            return NotVerified(
+                f"{error}; each tensor is the original model's, bit for bit"
+            )
         with skip(model, self.plan):
             expected = logits_of(model)
         del model
         loader = reader_of(dense.config)
         if self.form == model_type_of(base):
-            loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
+            loader = getattr(
+                load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"]
+            )
         if self.plan.prefill:
             code = PromptCode(base)
-            loader = getattr(run_source(folder / code.file, code.source), code.classes[CAUSAL])
+            loader = getattr(
+                run_source(folder / code.file, code.source), code.classes[CAUSAL]
+            )
         with explained(folder.name), quiet():
             found = logits_of(load_whole(loader, folder, dense.trusted))
         by, most = f"transformers {transformers.__version__}", tolerance(expected.dtype)
-        return Verified(by, relative_error(found, expected), most, "of the largest logit").checked()
+        return Verified(
+            by, relative_error(found, expected), most, "of the largest logit"
+        ).checked()
 
     def _logits_of(self, model: PreTrainedModel) -> Tensor:
         skips = self.plan.prefill
-        return _generated_logits(model, skips.last_tokens) if skips else _logits_of(model)
+        return (
+            _generated_logits(model, skips.last_tokens) if skips else _logits_of(model)
+        )
 
     @property
     def manifest(self) -> Settings:
-        """Also after how many layers the kinds of mixers come again, where they no longer do: engines count them so."""
+        """Also after how many layers the kinds of mixers come again, where they no
+        longer do: engines count them so.
+        """
         structure = self.dense.structure
-        kept = [block.index for block in structure.blocks if block.index not in self.plan.attention]
+        kept = [
+            block.index
+            for block in structure.blocks
+            if block.index not in self.plan.attention
+        ]
         breaks = structure.period > 1 and not structure.keeps_period(kept)
-        return super().manifest | ({"breaks_period": structure.period} if breaks else {})
+        return super().manifest | (
+            {"breaks_period": structure.period} if breaks else {}
+        )
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
     base, blocks = dense.config.model_type, dense.structure.blocks
     if blocks[0].parallel:
         told = f"in {base} the attention and the MLP of a block run side by side"
-        raise UsageError(f"{told}, so that a checkpoint can lack whole blocks only; skip blocks")
+        raise UsageError(
+            f"{told}, so that a checkpoint can lack whole blocks only; skip blocks"
+        )
     fix = "skip whole blocks, or choose a portable plan"
     if base not in FAMILIES:
-        told = "this plan keeps sublayers that do not alternate, attention, MLP, attention, MLP"
-        lacks = f"notall has no form for that in {base} (it has for {', '.join(FAMILIES)})"
+        told = (
+            "this plan keeps sublayers that do not alternate, attention, MLP,"
+            " attention, MLP"
+        )
+        lacks = (
+            f"notall has no form for that in {base} (it has for {', '.join(FAMILIES)})"
+        )
         raise UsageError(f"{told}, and {lacks}; {fix}")
-    kinds = {repr(build_of(dense.layer(block.index), block.mlp)) for block in blocks if block.index not in plan.mlp}
+    kinds = {
+        repr(build_of(dense.layer(block.index), block.mlp))
+        for block in blocks
+        if block.index not in plan.mlp
+    }
     if len(kinds) > 1:
         told = f"this {base} has MLPs of {len(kinds)} kinds"
-        raise UsageError(f"{told}, and an MLP without its attention would be built as the wrong one; {fix}")
+        raise UsageError(
+            f"{told}, and an MLP without its attention would be built as the wrong one;"
+            f" {fix}"
+        )
 
 
 def _logits_of(model: PreTrainedModel) -> Tensor:
@@ -174,18 +246,30 @@ def _logits_of(model: PreTrainedModel) -> Tensor:
     mask = torch.ones_like(tokens)
     mask[0, :PADDING] = 0
     with torch.inference_mode():
-        prompt = model(input_ids=tokens[:, :TOKENS], attention_mask=mask[:, :TOKENS], use_cache=True)
+        prompt = model(
+            input_ids=tokens[:, :TOKENS],
+            attention_mask=mask[:, :TOKENS],
+            use_cache=True,
+        )
         name = cache_argument(model)
-        step = model(input_ids=tokens[:, TOKENS:], attention_mask=mask, use_cache=True, **{name: prompt[name]})
+        step = model(
+            input_ids=tokens[:, TOKENS:],
+            attention_mask=mask,
+            use_cache=True,
+            **{name: prompt[name]},
+        )
     return torch.cat([prompt.logits[mask[:, :TOKENS].bool()], step.logits[:, -1]])
 
 
 def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
-    """What `generate` makes of a prompt and given tokens that follow it: (2, tokens, vocabulary).
+    """What `generate` makes of a prompt and given tokens that follow it: (2, tokens,
+    vocabulary).
 
     The prompt is longer than the tokens of it that run whole.
     """
-    most = int(positions_of(model)) - STEPS if positions_of(model) < math.inf else math.inf
+    most = (
+        int(positions_of(model)) - STEPS if positions_of(model) < math.inf else math.inf
+    )
     width = int(min(last_tokens + TOKENS, most))
     tokens = probe_tokens(model, width + STEPS)
     mask = torch.ones_like(tokens[:, :width])
@@ -194,8 +278,17 @@ def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
     def following(row: int, before: Tensor) -> list[int]:
         return [int(tokens[row, len(before)])]
 
-    how = GenerationConfig(max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    options: Any = {"generation_config": how, "prefix_allowed_tokens_fn": following, "pad_token_id": 0}
+    how = GenerationConfig(
+        max_new_tokens=STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    options: Any = {
+        "generation_config": how,
+        "prefix_allowed_tokens_fn": following,
+        "pad_token_id": 0,
+    }
     with torch.inference_mode(), quiet():
         found = model.generate(tokens[:, :width], attention_mask=mask, **options)
     return torch.stack(found.logits, dim=1)

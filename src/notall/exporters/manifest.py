@@ -1,4 +1,6 @@
-"""What an export says of itself: `notall.json` for programs, a model card for people."""
+"""What an export says of itself: `notall.json` for programs, a model card for
+people.
+"""
 
 import logging
 import re
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of a card: what its title adds to the model's name, what becomes of what is skipped, and the head of its table.
+# Of a card: what its title adds to the model's name, what becomes of what is skipped,
+# and the head of its table.
 OF_EVERY_TOKEN = (
     "without some of its sublayers",
     "What is left out is in no file, takes no time and holds no cache.",
@@ -51,7 +54,9 @@ class NotAsSkipped(UsageError):
 
 @dataclass(frozen=True)
 class Verified:
-    """An engine ran what was written, and answered as the original model that skips the plan."""
+    """An engine ran what was written, and answered as the original model that skips the
+    plan.
+    """
 
     by: str  # the engine and its release
     difference: float  # in `unit`
@@ -60,14 +65,23 @@ class Verified:
 
     def __str__(self) -> str:
         near = f"within {self.difference:.2g} {self.unit} (at most {self.most:.2g})"
-        return f"{self.by} answers as the skipped model does, {near if self.difference else 'to the last bit'}"
+        return (
+            f"{self.by} answers as the skipped model does,"
+            f" {near if self.difference else 'to the last bit'}"
+        )
 
     def checked(self) -> "Verified":
         """Raises `NotAsSkipped` where it answered differently."""
         if not self.difference <= self.most:
-            off = f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was expected), so nothing was written"
+            off = (
+                f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was"
+                " expected), so nothing was written"
+            )
             told = f"{self.by} answers differently from the skipped model, {off}"
-            raise NotAsSkipped(f"{told}; please report model and plan, or export without this comparison (--no-verify)")
+            raise NotAsSkipped(
+                f"{told}; please report model and plan, or export without this"
+                " comparison (--no-verify)"
+            )
         return self
 
 
@@ -85,46 +99,88 @@ Verdict = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
-def describe(folder: Path, export: "Export", verdict: Verdict, measured: Settings | None = None) -> None:
-    """Write the manifest, with what is known now that the weights are written, and the card."""
+def describe(
+    folder: Path, export: "Export", verdict: Verdict, measured: Settings | None = None
+) -> None:
+    """Write the manifest, with what is known now that the weights are written, and the
+    card.
+    """
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
-    write_manifest(folder, {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)})
-    (folder / "README.md").write_text(_card(export, verdict, measured), encoding="utf-8")
+    write_manifest(
+        folder,
+        {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)},
+    )
+    (folder / "README.md").write_text(
+        _card(export, verdict, measured), encoding="utf-8"
+    )
 
 
 def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
-    """The plan, twice: ours, and as transformers' `per_layer_config` has it. `form` is the model type written."""
-    kinds = {i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)] for i in range(origin.layers)}
+    """The plan, twice: ours, and as transformers' `per_layer_config` has it. `form` is
+    the model type written.
+    """
+    kinds = {
+        i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)]
+        for i in range(origin.layers)
+    }
     repair: Settings = {}
     if hasattr(plan, "history"):  # of a repaired plan, whose class would import torch
-        steps = [{**step.model_dump(mode="json"), "told": str(step)} for step in plan.history]
-        refits = [refit.model_dump(mode="json", exclude={"record", "provenance"}) for refit in plan.refits]  # type: ignore[attr-defined]
-        repair = {"repair": {"weights": plan.digest, "history": steps, "refits": refits}}
+        steps = [
+            {**step.model_dump(mode="json"), "told": str(step)} for step in plan.history
+        ]
+        refits = [
+            refit.model_dump(mode="json", exclude={"record", "provenance"})
+            for refit in plan.refits  # type: ignore[attr-defined]
+        ]
+        repair = {
+            "repair": {"weights": plan.digest, "history": steps, "refits": refits}
+        }
     return {
         "notall": __version__,
         "model_type": form,
-        "dense": {name: value for name, value in asdict(origin).items() if name != "card"},
+        "dense": {
+            name: value for name, value in asdict(origin).items() if name != "card"
+        },
         "plan": {**plan.indices, "note": plan.note},
         **repair,
-        "per_layer_config": {str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped},
+        "per_layer_config": {
+            str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped
+        },
     }
 
 
 def plan_of(folder: Path) -> Plan:
-    """In the original model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
+    """In the original model's numbers. Raises `UsageError` where it is damaged, or the
+    plan has weights of its own.
+    """
     manifest = check_manifest(folder, strict=False)
     try:
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
-        skipped = {"attention": plan["attention"], "mlp": plan["mlp"], "prefill": plan.get("prefill", {})}
-        is_repaired, found = "repair" in manifest, Plan(**skipped, note=plan.get("note"))
+        skipped = {
+            "attention": plan["attention"],
+            "mlp": plan["mlp"],
+            "prefill": plan.get("prefill", {}),
+        }
+        is_repaired, found = (
+            "repair" in manifest,
+            Plan(**skipped, note=plan.get("note")),
+        )
     except (KeyError, TypeError, AttributeError, UsageError):
-        raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}") from None
+        raise UsageError(
+            f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}"
+        ) from None
     if is_repaired:
         which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
         told = f"{shortened(folder)} was exported from a repaired plan"
         raise UsageError(f"{told}: give the folder of the repair itself{which}")
-    shape = Fingerprint.parse(fingerprint)  # that of a GGUF file has no digest, and is equal to no model's
-    return found.model_copy(update={"fingerprint": str(fingerprint)}) if shape and shape.digest else found
+    shape = Fingerprint.parse(
+        fingerprint
+    )  # that of a GGUF file has no digest, and is equal to no model's
+    return (
+        found.model_copy(update={"fingerprint": str(fingerprint)})
+        if shape and shape.digest
+        else found
+    )
 
 
 def weights_beside(folder: Path) -> Path | None:
@@ -134,7 +190,9 @@ def weights_beside(folder: Path) -> Path | None:
 
 
 def dense_of(folder: Path) -> str:
-    """The name of the model that an export was made of; of the default model's file that of the default model."""
+    """The name of the model that an export was made of; of the default model's file
+    that of the default model.
+    """
     try:
         name = str(read_manifest(folder)["dense"]["model"])
         return DEFAULT_MODEL if name == default_gguf().name else shortened(name)
@@ -148,18 +206,26 @@ def verdict_of(manifest: Settings) -> Verdict:
 
 
 def check_verified(spec: str | Path) -> None:
-    """Raise `UsageError` for an export that was never compared with the model that it was made of."""
+    """Raise `UsageError` for an export that was never compared with the model that it
+    was made of.
+    """
     path = expanded(spec)
     folder = path.parent if path.is_file() else path
-    if not (folder / MANIFEST).is_file() or "verified" not in (manifest := read_manifest(folder)):
+    if not (folder / MANIFEST).is_file() or "verified" not in (
+        manifest := read_manifest(folder)
+    ):
         return
     if isinstance(verdict := verdict_of(manifest), NotVerified):
         told = f"{shortened(path.name)} is an export that was {verdict}"
-        raise UsageError(f"{told}: export it again with that comparison, and measure what passes it")
+        raise UsageError(
+            f"{told}: export it again with that comparison, and measure what passes it"
+        )
 
 
 def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
-    """What was left out of which model, how to run it, and what was measured. Keeps the original model's licence."""
+    """What was left out of which model, how to run it, and what was measured. Keeps the
+    original model's licence.
+    """
     from huggingface_hub import ModelCardData
 
     manifest = export.manifest
@@ -169,22 +235,34 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
     in_prompt = plan.get("prefill")
     named = in_prompt or plan
-    skipped = [(name, ", ".join(map(str, named[name.lower()])) or "none") for name in ("attention", "MLP")]
+    skipped = [
+        (name, ", ".join(map(str, named[name.lower()])) or "none")
+        for name in ("attention", "MLP")
+    ]
     title, told, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
     model, revision = literal(dense["model"]), literal(dense["revision"])
     sections = [
         f"# {model} {title}",
-        f"Written by notall {manifest['notall']} from {model} ({revision}), which has "
-        f"{several(dense['layers'], 'layer')}. {told}",
+        (
+            f"Written by notall {manifest['notall']} from {model} ({revision}), which"
+            f" has {several(dense['layers'], 'layer')}. {told}"
+        ),
         _table(("sublayer", head), skipped),
         *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),
-        *(_on_repair(manifest["repair"], export.own_keys if in_prompt else None) if "repair" in manifest else []),
+        *(
+            _on_repair(manifest["repair"], export.own_keys if in_prompt else None)
+            if "repair" in manifest
+            else []
+        ),
         export.use,
         f"Check: {verdict}.",
     ]
     if measured:
         rows = [
-            (literal(name), literal(f"{value:.4g}" if isinstance(value, float) else value))
+            (
+                literal(name),
+                literal(f"{value:.4g}" if isinstance(value, float) else value),
+            )
             for name, value in measured.items()
         ]
         sections += ["## Measured", _table(("what", "value"), rows)]
@@ -193,30 +271,50 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
 
 
 def _on_repair(repair: Settings, own_keys: str | None) -> Iterator[str]:
-    """That weights are not the original model's, by what they were made, and what is left of the error."""
+    """That weights are not the original model's, by what they were made, and what is
+    left of the error.
+    """
     steps = "; then ".join(literal(step["told"]) for step in repair["history"])
     made = f" They were {steps}." if steps else ""
     yield "## Repaired"
     if own_keys:
         yield f"{own_keys}{made}"
     else:
-        yield f"The remaining weights are repaired: some of them are not the original model's.{made}"
+        yield (
+            "The remaining weights are repaired: some of them are not the original"
+            f" model's.{made}"
+        )
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
     mended = [one for one in refit if one["left"] <= 1 - LITTLE]
-    rows = [(literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in mended]
+    rows = [
+        (literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in mended
+    ]
     if refit:
-        yield f"{len(rows)} of {several(len(refit), 'refit step')} left at most {1 - LITTLE:.0%} of the error."
+        yield (
+            f"{len(rows)} of {several(len(refit), 'refit step')} left at most"
+            f" {1 - LITTLE:.0%} of the error."
+        )
     if rows:
-        yield _table(("refit, in the original model's numbers", "error left on text that it was not fitted to"), rows)
+        yield _table(
+            (
+                "refit, in the original model's numbers",
+                "error left on text that it was not fitted to",
+            ),
+            rows,
+        )
 
 
 def literal(text: object) -> str:
-    """`text` as Markdown shows it as it is, and not as HTML or other markup: it may be anyone's."""
+    """`text` as Markdown shows it as it is, and not as HTML or other markup: it may be
+    anyone's.
+    """
     return re.sub(r"[\\`*<>\[\]&|]", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def _terms(dense_card: Path | None) -> Settings:
-    """What the original model's card says of its licence and language: words, or lists of words."""
+    """What the original model's card says of its licence and language: words, or lists
+    of words.
+    """
     from huggingface_hub import metadata_load
 
     if dense_card is None:
@@ -224,12 +322,27 @@ def _terms(dense_card: Path | None) -> Settings:
     try:
         known = metadata_load(dense_card) or {}
     except Exception:  # whatever YAML makes of it
-        logger.warning("%s of the original model is damaged: look its licence up, and add it", dense_card.name)
+        logger.warning(
+            "%s of the original model is damaged: look its licence up, and add it",
+            dense_card.name,
+        )
         return {}
-    found = {name: known.get(name) for name in ("license", "license_name", "license_link", "language")}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
-    return {name: found[name] for name, words in lists.items() if words and all(isinstance(w, str) for w in words)}
+    found = {
+        name: known.get(name)
+        for name in ("license", "license_name", "license_link", "language")
+    }
+    lists = {
+        name: value if isinstance(value, list) else [value]
+        for name, value in found.items()
+    }
+    return {
+        name: found[name]
+        for name, words in lists.items()
+        if words and all(isinstance(w, str) for w in words)
+    }
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"| {left} | {right} |" for left, right in (head, ("---", "---"), *rows))
+    return "\n".join(
+        f"| {left} | {right} |" for left, right in (head, ("---", "---"), *rows)
+    )

@@ -1,6 +1,8 @@
-"""nemotron-nas (DeciLMForCausalLM): one checkpoint for vLLM, MLX-LM, SGLang, TensorRT-LLM and ExLlamaV3.
+"""nemotron-nas (DeciLMForCausalLM): one checkpoint for vLLM, MLX-LM, SGLang,
+TensorRT-LLM and ExLlamaV3.
 
-Llama-like models fit, and Qwen2 with an output bias of zeros. MLPs are padded with zeros to a multiple of 256.
+Llama-like models fit, and Qwen2 with an output bias of zeros. MLPs are padded with
+zeros to a multiple of 256.
 """
 
 import logging
@@ -32,21 +34,28 @@ logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2")
 KEPT = (
-    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
-    "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_bias",
-    "mlp_bias", "attention_dropout", "use_cache", "torch_dtype", "dtype", "transformers_version",
+    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id",
+    "eos_token_id", "pad_token_id", "initializer_range", "attention_bias", "mlp_bias",
+    "attention_dropout", "use_cache", "torch_dtype", "dtype", "transformers_version",
 )  # fmt: skip
 # What the blocks of other models may have.
 FFN: Settings = {"replace_with_linear": False, "sparsify": None}
-NO_SINK: Settings = {"num_sink_tokens": None, "unshifted_sink": False, "use_prefill_window_in_sink_attention": False}
+NO_SINK: Settings = {
+    "num_sink_tokens": None,
+    "unshifted_sink": False,
+    "use_prefill_window_in_sink_attention": False,
+}
 ATTENTION = FFN | NO_SINK | {"window_length": None}
 
 USE = (
-    "MLX-LM, TensorRT-LLM, SGLang and ExLlamaV3 read this checkpoint as it is, and vLLM with `--trust-remote-code`, "
-    "for the small configuration file beside the weights. transformers has no such model: export to hf for it."
+    "MLX-LM, TensorRT-LLM, SGLang and ExLlamaV3 read this checkpoint as it is, and vLLM"
+    " with `--trust-remote-code`, for the small configuration file beside the weights."
+    " transformers has no such model: export to hf for it."
 )
 WITHOUT_FIRST_ATTENTION = (
-    "vLLM's own nemotron-nas cannot run a model whose first layer has an MLP and no attention; for vLLM export to hf"
+    "vLLM's own nemotron-nas cannot run a model whose first layer has an MLP and no"
+    " attention; for vLLM export to hf"
 )
 
 
@@ -60,7 +69,15 @@ class NemotronExport(CheckpointExport):
         layers = list(sparse_layers(layers_of(dense.structure, plan)))
         use = USE if layers[0][0] is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
         files = {"configuration_decilm.py": CONFIGURATION}
-        return cls(dense, plan, _settings(dense, layers), dict(_named(dense, layers)), use, files, {})
+        return cls(
+            dense,
+            plan,
+            _settings(dense, layers),
+            dict(_named(dense, layers)),
+            use,
+            files,
+            {},
+        )
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
         super().write(folder, shard_bytes, progress)
@@ -68,18 +85,26 @@ class NemotronExport(CheckpointExport):
             logger.warning(WITHOUT_FIRST_ATTENTION)
 
     def verify(self, folder: Path) -> Verdict:
-        """By its bytes, and in MLX-LM, on a batch without padding; says so where MLX-LM is not installed."""
+        """By its bytes, and in MLX-LM, on a batch without padding; says so where MLX-LM
+        is not installed.
+        """
         check_copies(folder, self.tensors, self.texts)
         if find_spec("mlx_lm") is None:
             return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
         tokens, expected = self.skipped_logits()
-        most = 1e-3 if expected.dtype == torch.float32 else 5e-2  # its kernels are its own
+        most = (
+            1e-3 if expected.dtype == torch.float32 else 5e-2
+        )  # its kernels are its own
         error = relative_error(logits_in_mlx(folder, tokens), expected)
-        return Verified(f"MLX-LM {version('mlx-lm')}", error, most, "of the largest logit").checked()
+        return Verified(
+            f"MLX-LM {version('mlx-lm')}", error, most, "of the largest logit"
+        ).checked()
 
 
 def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
-    """The logits of token ids, (batch, tokens), without padding: (batch, tokens, vocabulary)."""
+    """The logits of token ids, (batch, tokens), without padding: (batch, tokens,
+    vocabulary).
+    """
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
@@ -90,22 +115,36 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 def _check(dense: DenseModel) -> None:
     config, problem = dense.config, dense.unlike_llama(FAMILIES)
     head = getattr(config, "head_dim", None)
-    if not problem and head not in (None, config.hidden_size // config.num_attention_heads):
+    if not problem and head not in (
+        None,
+        config.hidden_size // config.num_attention_heads,
+    ):
         problem = "its heads are not the hidden size divided by their number"
     if problem:
-        raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
+        raise UsageError(
+            f"nemotron-nas does not fit this model: {problem}; export to hf"
+        )
 
 
-def _settings(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> Settings:
+def _settings(
+    dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]
+) -> Settings:
     config = dense.config
     heads_in_group = config.num_attention_heads // config.num_key_value_heads
     mult = ffn_mult(_width(config), config.hidden_size)
-    attentions = (ATTENTION | _has(attention, "n_heads_in_group", heads_in_group) for attention, _ in rows)
+    attentions = (
+        ATTENTION | _has(attention, "n_heads_in_group", heads_in_group)
+        for attention, _ in rows
+    )
     mlps = (FFN | _has(mlp, "ffn_mult", mult) for _, mlp in rows)
     settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
     if config.model_type == "qwen2":
         settings["attention_bias"] = True
-    rope: Settings = {name: value for name, value in dense.settings.items() if name.startswith("rope_")}
+    rope: Settings = {
+        name: value
+        for name, value in dense.settings.items()
+        if name.startswith("rope_")
+    }
     rope |= rope_names(dense.settings)
     rope.setdefault("rope_theta", 10_000.0)  # others take another default
     return {
@@ -116,7 +155,10 @@ def _settings(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) 
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "hidden_act": "silu",
         "num_hidden_layers": len(rows),
-        "block_configs": [{"attention": attention, "ffn": mlp} for attention, mlp in zip(attentions, mlps)],
+        "block_configs": [
+            {"attention": attention, "ffn": mlp}
+            for attention, mlp in zip(attentions, mlps)
+        ],
     }
 
 
@@ -125,7 +167,9 @@ def _has(index: int | None, name: str, value: float) -> Settings:
 
 
 def ffn_mult(width: int, hidden: int) -> float:
-    """The multiplier from which engines compute an MLP's width: int(2 m h / 3), rounded up to a multiple of 256."""
+    """The multiplier from which engines compute an MLP's width: int(2 m h / 3), rounded
+    up to a multiple of 256.
+    """
     mult = 1.5 * width / hidden
     assert ceil(int(2 * mult * hidden / 3) / MULTIPLE) * MULTIPLE == width
     return mult
@@ -135,7 +179,9 @@ def _width(config: PretrainedConfig) -> int:
     return ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
 
 
-def _named(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> Iterator[tuple[str, Weight]]:
+def _named(
+    dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]
+) -> Iterator[tuple[str, Weight]]:
     yield from dense.outside_layers.items()
     for number, (attention, mlp) in enumerate(rows):
         start = f"{dense.prefix}{number}."
@@ -144,7 +190,9 @@ def _named(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> 
             yield from ((start + name, tensor) for name, tensor in parts.items())
             if dense.config.model_type == "qwen2":
                 weight = parts["self_attn.o_proj.weight"]
-                zeros = weight.changed(lambda one: torch.zeros(len(one)), weight.shape[:1])
+                zeros = weight.changed(
+                    lambda one: torch.zeros(len(one)), weight.shape[:1]
+                )
                 yield f"{start}self_attn.o_proj.bias", zeros
         if mlp is not None:
             for name, tensor in dense.parts(dense.structure.blocks[mlp].mlp).items():
@@ -152,14 +200,28 @@ def _named(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> 
 
 
 def _padded(name: str, weight: Weight, width: int) -> Weight:
-    """A tensor of an MLP with zeros behind its values, by which the MLP is `width` wide."""
+    """A tensor of an MLP with zeros behind its values, by which the MLP is `width`
+    wide.
+    """
     shape = list(weight.shape)
     if name.endswith("down_proj.weight"):
         shape[1] = width
     elif name.rpartition(".")[0].endswith(("gate_proj", "up_proj")):
         shape[0] = width
-    more = [side for new, old in zip(shape[::-1], weight.shape[::-1]) for side in (0, new - old)]
-    return weight.changed(lambda values: pad(values, more), tuple(shape)) if any(more) else weight
+    more = [
+        side
+        for new, old in zip(shape[::-1], weight.shape[::-1])
+        for side in (0, new - old)
+    ]
+    return (
+        weight.changed(lambda values: pad(values, more), tuple(shape))
+        if any(more)
+        else weight
+    )
 
 
-CONFIGURATION = files("notall.exporters").joinpath("configuration_decilm.template").read_text(encoding="utf-8")
+CONFIGURATION = (
+    files("notall.exporters")
+    .joinpath("configuration_decilm.template")
+    .read_text(encoding="utf-8")
+)

@@ -1,4 +1,6 @@
-"""The modeling file of a checkpoint that skips in the prompt alone, and what config.json and weights hold for it."""
+"""The modeling file of a checkpoint that skips in the prompt alone, and what
+config.json and weights hold for it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +17,13 @@ from .dense import DenseModel
 from .remote_code import FAMILIES
 from .tensors import Weight, Weights
 
-BASES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # whose layers are norm, attention, norm, MLP
+BASES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)  # whose layers are norm, attention, norm, MLP
 PROJECTIONS = ("k_proj", "v_proj")
 CAUSAL = "AutoModelForCausalLM"
 
@@ -36,13 +44,19 @@ class PromptCode:
 
     @property
     def classes(self) -> dict[str, str]:
-        """As `auto_map` has them; without an AutoModel, which other engines would lay requests side by side in."""
+        """As `auto_map` has them; without an AutoModel, which other engines would lay
+        requests side by side in.
+        """
         name = f"NotallPrefill{FAMILIES[self.base].name}"
         return {"AutoConfig": f"{name}Config", CAUSAL: f"{name}ForCausalLM"}
 
     @cached_property
     def source(self) -> str:
-        names = {"base": self.base, "name": FAMILIES[self.base].name, "model_type": self.model_type}
+        names = {
+            "base": self.base,
+            "name": FAMILIES[self.base].name,
+            "model_type": self.model_type,
+        }
         return Template(_MODEL).substitute(names)
 
     def settings(self, dense: DenseModel, plan: Plan) -> Settings:
@@ -56,54 +70,98 @@ class PromptCode:
         return {
             "model_type": self.model_type,
             "architectures": [self.classes[CAUSAL]],
-            "auto_map": {auto: f"{self.file.removesuffix('.py')}.{name}" for auto, name in self.classes.items()},
+            "auto_map": {
+                auto: f"{self.file.removesuffix('.py')}.{name}"
+                for auto, name in self.classes.items()
+            },
             "prompt_skips": {**plan.prefill.indices, "projections": projections},
         }
 
     def tensors(self, dense: DenseModel, plan: Plan) -> Weights:
-        """The original's whole, and those that tokens of a prompt have for themselves."""
-        return {**dense.tensors, **{path: weight for _, path, weight in own_weights(dense, plan)}}
+        """The original's whole, and those that tokens of a prompt have for
+        themselves.
+        """
+        return {
+            **dense.tensors,
+            **{path: weight for _, path, weight in own_weights(dense, plan)},
+        }
 
 
-_MODEL = files("notall.exporters").joinpath("prompt_modeling.template").read_text(encoding="utf-8")
+_MODEL = (
+    files("notall.exporters")
+    .joinpath("prompt_modeling.template")
+    .read_text(encoding="utf-8")
+)
 
 
 def check_form(dense: DenseModel, plan: Plan) -> None:
-    """Raise `UsageError` where a plan that skips in the prompt has no form as a checkpoint of transformers."""
+    """Raise `UsageError` where a plan that skips in the prompt has no form as a
+    checkpoint of transformers.
+    """
     base = dense.config.model_type
     if plan.attention or plan.mlp:
-        both = "this plan skips sublayers for every token and others in the prompt alone"
-        raise UsageError(f"{both}, and notall has no checkpoint of both; export a plan of one part")
+        both = (
+            "this plan skips sublayers for every token and others in the prompt alone"
+        )
+        raise UsageError(
+            f"{both}, and notall has no checkpoint of both; export a plan of one part"
+        )
     if base not in BASES:
-        lacks = f"notall has no checkpoint that skips in the prompt alone for {base} (it has for {', '.join(BASES)})"
-        raise UsageError(f"{lacks}; run the plan with notall.skip, or give one that skips for every token")
+        lacks = (
+            f"notall has no checkpoint that skips in the prompt alone for {base} (it"
+            f" has for {', '.join(BASES)})"
+        )
+        raise UsageError(
+            f"{lacks}; run the plan with notall.skip, or give one that skips for every"
+            " token"
+        )
     if dense.quantisation is not None:
-        told = "its weights are quantised, and notall has no such checkpoint that skips in the prompt alone"
-        raise UsageError(f"{told}; run the plan with notall.skip, or export the original model in plain numbers")
+        told = (
+            "its weights are quantised, and notall has no such checkpoint that skips in"
+            " the prompt alone"
+        )
+        raise UsageError(
+            f"{told}; run the plan with notall.skip, or export the original model in"
+            " plain numbers"
+        )
 
 
 def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weight]]:
-    """The weights of a prompt's tokens: INDEX.PROJECTION.weight or .bias, its name in the files, and the tensor.
+    """The weights of a prompt's tokens: INDEX.PROJECTION.weight or .bias, its name in
+    the files, and the tensor.
 
-    A projection that has one of its own gets both, where the other is the original model's. Raises `UsageError` for
-    a repair of another model, and for weights of other projections.
+    A projection that has one of its own gets both, where the other is the original
+    model's. Raises `UsageError` for a repair of another model, and for weights of other
+    projections.
     """
     if not isinstance(plan, RepairedPlan) or not plan.prompt_weights:
         return
     layers = f"{dense.structure.layers}."
-    given = {path.removeprefix(layers): tensor for path, tensor in plan.prompt_weights.items()}
+    given = {
+        path.removeprefix(layers): tensor
+        for path, tensor in plan.prompt_weights.items()
+    }
     for module in dict.fromkeys(path.rpartition(".")[0] for path in given):
         index, _, below = module.partition(".")
         above, _, projection = below.rpartition(".")
         if above != "self_attn" or projection not in PROJECTIONS:
-            raise UsageError(f"the prompt's {module} is no projection of keys or values; repair this model")
+            raise UsageError(
+                f"the prompt's {module} is no projection of keys or values; repair this"
+                " model"
+            )
         matrix = dense.tensors[f"{dense.prefix}{module}.weight"]
         plan.check_replaced({f"{layers}{module}.weight": matrix.read()})
         for kind, shape in (("weight", matrix.shape), ("bias", matrix.shape[:1])):
-            stored, values = dense.tensors.get(f"{dense.prefix}{module}.{kind}"), given.get(f"{module}.{kind}")
+            stored, values = (
+                dense.tensors.get(f"{dense.prefix}{module}.{kind}"),
+                given.get(f"{module}.{kind}"),
+            )
             path = f"{dense.prefix}{index}.{above}.prompt_{projection}.{kind}"
             if values is not None and tuple(values.shape) != shape:
-                told = f"the prompt's {module}.{kind} is {tuple(values.shape)}, and the model's {shape}"
+                told = (
+                    f"the prompt's {module}.{kind} is {tuple(values.shape)}, and the"
+                    f" model's {shape}"
+                )
                 raise UsageError(f"{told}; repair this model")
             if values is not None:
                 like = stored or matrix.changed(lambda whole: whole[:, 0], shape)

@@ -1,6 +1,8 @@
-"""The quantisation settings of a checkpoint that loses layers: each pattern of modules is renumbered.
+"""The quantisation settings of a checkpoint that loses layers: each pattern of modules
+is renumbered.
 
-A pattern means, of what is kept, just what it meant in the original model: as it is, renumbered, or as a list of names.
+A pattern means, of what is kept, just what it meant in the original model: as it is,
+renumbered, or as a list of names.
 """
 
 import json
@@ -16,7 +18,9 @@ from ..errors import UsageError, shortened
 from ..files import Settings
 from ..models.quantisation import quantisation_name
 
-Moved = dict[str, str | None]  # names of modules in the original model, to those in the export, if they are kept
+Moved = dict[
+    str, str | None
+]  # names of modules in the original model, to those in the export, if they are kept
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 
@@ -25,7 +29,9 @@ class Words:
     """How settings name modules: whether a pattern means a name."""
 
     means: Callable[[str, str], bool]
-    exactly: Callable[[str, str], str] = lambda pattern, name: name  # what stands for one name in a pattern's place
+    exactly: Callable[[str, str], str] = lambda pattern, name: (
+        name
+    )  # what stands for one name in a pattern's place
     tree: bool = False  # it means all below a module as well
     weights: bool = False  # a module's weight may be named instead
 
@@ -45,19 +51,30 @@ def _is_or_matches(pattern: str, name: str, end: str = "") -> bool:
 
 # As transformers' `should_convert_module`.
 BEGINNINGS = Words(
-    lambda pattern, name: _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern), tree=True
+    lambda pattern, name: (
+        _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern)
+    ),
+    tree=True,
 )
 NAMES = Words(_is_or_matches)
 WHOLE_NAMES = Words(partial(_is_or_matches, end="$"), weights=True)
-# GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with `+:`.
+# GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with
+# `+:`.
 SIGNED = Words(
     lambda pattern, name: _matches(re.sub("^[-+]:", "", pattern), name),
-    lambda pattern, name: "".join([*re.findall("^[-+]:", pattern), re.escape(name), "$"]),
+    lambda pattern, name: "".join(
+        [*re.findall("^[-+]:", pattern), re.escape(name), "$"]
+    ),
 )
 
-Rules = Mapping[tuple[str, ...], Words]  # where settings name modules, `*` being any key, and how
+Rules = Mapping[
+    tuple[str, ...], Words
+]  # where settings name modules, `*` being any key, and how
 
-_LISTS: Rules = {(name,): BEGINNINGS for name in ("modules_to_not_convert", "modules_to_convert", "ignored_layers")}
+_LISTS: Rules = {
+    (name,): BEGINNINGS
+    for name in ("modules_to_not_convert", "modules_to_convert", "ignored_layers")
+}
 _TRANSFORMS = ("transform_config", "config_groups", "*", "apply", "*")
 
 RULES: Mapping[str, Rules] = {
@@ -72,34 +89,70 @@ RULES: Mapping[str, Rules] = {
     "gptq": {("dynamic",): SIGNED},
     "torchao": {
         **_LISTS,
-        **{("quant_type", "default", "_data", name): WHOLE_NAMES for name in ("fqn_to_config", "module_fqn_to_config")},
+        **{
+            ("quant_type", "default", "_data", name): WHOLE_NAMES
+            for name in ("fqn_to_config", "module_fqn_to_config")
+        },
     },
 }
 
 
 def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
-    """Those of an export; the names of layers begin with `layers`. Raises `UsageError` where not all can be told."""
+    """Those of an export; the names of layers begin with `layers`. Raises `UsageError`
+    where not all can be told.
+    """
     method = quantisation_name(settings)
     rules = RULES.get(method.split()[0], {})
     last = layers.rstrip(".").rpartition(".")[2]
-    numbered = re.compile(rf"\b{re.escape(last)}\W*\d")  # a number behind the list of layers, perhaps in a pattern
-    weights = moved | {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
+    numbered = re.compile(
+        rf"\b{re.escape(last)}\W*\d"
+    )  # a number behind the list of layers, perhaps in a pattern
+    weights = moved | {
+        f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()
+    }
 
     def cut(value: Any, *path: str) -> Any:
-        """What stands at `path`; where a rule names that, its patterns are renumbered: entries of a list, or keys."""
-        ruled = (rules[rule] for rule in rules if len(rule) == len(path) and all(map(fnmatchcase, path, rule)))
+        """What stands at `path`; where a rule names that, its patterns are renumbered:
+        entries of a list, or keys.
+        """
+        ruled = (
+            rules[rule]
+            for rule in rules
+            if len(rule) == len(path) and all(map(fnmatchcase, path, rule))
+        )
         if words := next(ruled, None):
-            return _each(value, partial(_renumbered, words, weights if words.weights else moved, layers))
-        if any(isinstance(told, str) and numbered.search(told) for told in (*path[-1:], value)):
-            where = f"tell layers apart in {'.'.join(path)}, which notall cannot cut, so this plan runs in memory only"
-            raise UsageError(f"the quantisation settings of this model ({method}) {where}")
+            return _each(
+                value,
+                partial(
+                    _renumbered, words, weights if words.weights else moved, layers
+                ),
+            )
+        if any(
+            isinstance(told, str) and numbered.search(told)
+            for told in (*path[-1:], value)
+        ):
+            where = (
+                f"tell layers apart in {'.'.join(path)}, which notall cannot cut, so"
+                " this plan runs in memory only"
+            )
+            raise UsageError(
+                f"the quantisation settings of this model ({method}) {where}"
+            )
         if isinstance(value, list | tuple):
             return [cut(entry, *path, "*") for entry in value]
         if not isinstance(value, Mapping):
             return value
         table = {key: cut(held, *path, str(key)) for key, held in value.items()}
-        if (*path, "*", "targets") in rules:  # a group that is left without any goes, too
-            return {key: entry for key, entry in table.items() if entry == value[key] or entry["targets"]}
+        if (
+            *path,
+            "*",
+            "targets",
+        ) in rules:  # a group that is left without any goes, too
+            return {
+                key: entry
+                for key, entry in table.items()
+                if entry == value[key] or entry["targets"]
+            }
         return table
 
     return dict(cut(settings))
@@ -107,7 +160,9 @@ def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
 
 def _each(value: Any, renumbered: Callable[[str], list[str]]) -> Any:
     if isinstance(value, list):
-        return list(dict.fromkeys(new for pattern in value for new in renumbered(str(pattern))))
+        return list(
+            dict.fromkeys(new for pattern in value for new in renumbered(str(pattern)))
+        )
     if not isinstance(value, Mapping):
         return value
     cut: Settings = {}
@@ -118,31 +173,55 @@ def _each(value: Any, renumbered: Callable[[str], list[str]]) -> Any:
 
 
 def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
-    """What torchao notes of tensors in the headers of files, under new names. Raises `UsageError` if damaged."""
+    """What torchao notes of tensors in the headers of files, under new names. Raises
+    `UsageError` if damaged.
+    """
 
     def renamed(parameter: str) -> str | None:
         module, _, name = parameter.rpartition(".")
         return f"{new}.{name}" if (new := moved.get(module)) else None
 
-    found = {new: note for name, note in notes.items() if name != TENSOR_NAMES and (new := renamed(name))}
+    found = {
+        new: note
+        for name, note in notes.items()
+        if name != TENSOR_NAMES and (new := renamed(name))
+    }
     if TENSOR_NAMES in notes:
         try:
             names = [str(name) for name in json.loads(notes[TENSOR_NAMES])]
         except (ValueError, TypeError):
-            raise UsageError("what torchao noted of this model's tensors is damaged; fetch the model again") from None
-        found[TENSOR_NAMES] = json.dumps([new for name in names if (new := renamed(name))])
+            raise UsageError(
+                "what torchao noted of this model's tensors is damaged; fetch the model"
+                " again"
+            ) from None
+        found[TENSOR_NAMES] = json.dumps(
+            [new for name in names if (new := renamed(name))]
+        )
     return found
 
 
 def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[str]:
-    """The patterns that mean, of what is kept, what `pattern` meant in the original model; none where that is gone."""
-    told = f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber"
+    """The patterns that mean, of what is kept, what `pattern` meant in the original
+    model; none where that is gone.
+    """
+    told = (
+        f"the quantisation settings of this model name modules by {shortened(pattern)},"
+        " which notall cannot renumber"
+    )
     unknown = UsageError(f"{told}, so this plan runs in memory only")
     meant = {new for name, new in moved.items() if words.means(pattern, name)}
     wanted = {new for new in meant if new is not None}
     if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):
-        layer = beginning[0]  # all of which goes to one place, and with it a name that only an engine has, say
-        below = ((name.removeprefix(layer), new) for name, new in moved.items() if name.startswith(layer))
+        layer = beginning[
+            0
+            # all of which goes to one place, and with it a name that only an engine
+            # has, say
+        ]
+        below = (
+            (name.removeprefix(layer), new)
+            for name, new in moved.items()
+            if name.startswith(layer)
+        )
         starts = {new.removesuffix(name) if new else None for name, new in below}
         if len(starts) > 1:
             raise unknown
@@ -151,14 +230,25 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
         return []
 
     def numbers(name: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+        return [
+            (int(part), "") if part.isdigit() else (-1, part)
+            for part in name.split(".")
+        ]
 
     tops = wanted
     if words.tree:  # of a.b.c, a and a.b are above
-        tops = {name for name in wanted if wanted.isdisjoint(accumulate(name.split(".")[:-1], "{}.{}".format))}
+        tops = {
+            name
+            for name in wanted
+            if wanted.isdisjoint(accumulate(name.split(".")[:-1], "{}.{}".format))
+        }
     named = [words.exactly(pattern, name) for name in sorted(tops, key=numbers)]
     for tried in ([pattern], [moved.get(pattern) or pattern], named):
-        if wanted == {new for new in moved.values() if new and any(words.means(one, new) for one in tried)}:
+        if wanted == {
+            new
+            for new in moved.values()
+            if new and any(words.means(one, new) for one in tried)
+        }:
             return tried
     if words.tree:
         raise unknown

@@ -1,12 +1,15 @@
-"""vLLM's native models that skip sublayers for a prompt's tokens alone, as a checkpoint of `hf` says.
+"""vLLM's native models that skip sublayers for a prompt's tokens alone, as a checkpoint
+of `hf` says.
 
-In vLLM the tokens of all requests lie in one row. Those of a prompt but its last ones skip; these and all that is
-generated run whole. How long a prompt is tells the model runner, ahead of each forward: a chunk of a prompt, a prompt
-whose beginning is in the cache, and a request that was preempted keep to it. The layers then split the row:
+In vLLM the tokens of all requests lie in one row. Those of a prompt but its last ones
+skip; these and all that is generated run whole. How long a prompt is tells the model
+runner, ahead of each forward: a chunk of a prompt, a prompt whose beginning is in the
+cache, and a request that was preempted keep to it. The layers then split the row:
 
 - a skipped MLP runs for the whole tokens alone;
-- a skipped attention first writes keys and values of the tokens that skip; then it runs for the whole ones alone, by
-  metadata that has these as its queries. In vLLM the queries of a request are the last of its keys, as these are.
+- a skipped attention first writes keys and values of the tokens that skip; then it runs
+  for the whole ones alone, by metadata that has these as its queries. In vLLM the
+  queries of a request are the last of its keys, as these are.
 """
 
 import functools
@@ -26,29 +29,48 @@ from ..structure.undoing import Undo
 
 OWN = "prompt_kv_proj"  # the module that makes keys and values of tokens that skip
 PROJECTION = re.compile(r"(.*layers\.(\d+)\.self_attn\.)([kv]_proj)(\..+)")
-CANNOT = "this checkpoint skips sublayers in the prompt alone, and notall does not run it in vLLM"
-STACKED = {f".prompt_{one}_proj": (f".{OWN}", one) for one in "kv"}  # of a checkpoint, as vLLM's loader has it
+CANNOT = (
+    "this checkpoint skips sublayers in the prompt alone, and notall does not run it in"
+    " vLLM"
+)
+STACKED = {
+    f".prompt_{one}_proj": (f".{OWN}", one) for one in "kv"
+}  # of a checkpoint, as vLLM's loader has it
 
 
 @dataclass
 class Step:
-    """Which tokens of the forward that runs skip, and which are whole: their rows in the batch."""
+    """Which tokens of the forward that runs skip, and which are whole: their rows in
+    the batch.
+    """
 
     last_tokens: int
-    attentions: list[str] = field(default_factory=list)  # those that are skipped, by vLLM's names
-    counts: NDArray[np.int64] | None = None  # whole tokens of each request; None: all are whole
+    attentions: list[str] = field(
+        default_factory=list
+    )  # those that are skipped, by vLLM's names
+    counts: NDArray[np.int64] | None = (
+        None  # whole tokens of each request; None: all are whole
+    )
     early: Tensor | None = None  # the rows that skip
     whole: Tensor | None = None  # the others, in order
-    slots: dict[str, Tensor] = field(default_factory=dict)  # of the early tokens, by attention
+    slots: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # of the early tokens, by attention
 
-    def enter(self, computed: NDArray[Any], scheduled: NDArray[Any], prompts: NDArray[Any]) -> None:
-        """A forward begins, of requests with so many tokens in the cache, to run, and of a prompt."""
+    def enter(
+        self, computed: NDArray[Any], scheduled: NDArray[Any], prompts: NDArray[Any]
+    ) -> None:
+        """A forward begins, of requests with so many tokens in the cache, to run, and
+        of a prompt.
+        """
         self.leave()
         skipping = np.clip(prompts - self.last_tokens - computed, 0, scheduled)
         if not skipping.any():
             return
         starts = np.cumsum(scheduled) - scheduled
-        places = np.arange(scheduled.sum()) - np.repeat(starts, scheduled)  # among the request's
+        places = np.arange(scheduled.sum()) - np.repeat(
+            starts, scheduled
+        )  # among the request's
         skips = torch.from_numpy(places < np.repeat(skipping, scheduled))
         self.counts = scheduled - skipping
         self.early, self.whole = skips.nonzero()[:, 0], (~skips).nonzero()[:, 0]
@@ -64,16 +86,22 @@ class Step:
         return self.counts is not None
 
     def part(self, context: Any, device: torch.device) -> None:
-        """Have a forward's context tell the skipped attentions the whole tokens' places in the cache alone."""
+        """Have a forward's context tell the skipped attentions the whole tokens' places
+        in the cache alone.
+        """
         assert self.early is not None
         assert self.whole is not None
         self.early, self.whole = self.early.to(device), self.whole.to(device)
-        self.slots = {name: context.slot_mapping[name][self.early] for name in self.attentions}
+        self.slots = {
+            name: context.slot_mapping[name][self.early] for name in self.attentions
+        }
         own = {name: context.slot_mapping[name][self.whole] for name in self.attentions}
         context.slot_mapping = context.slot_mapping | own
 
     def of_whole(self, common: Any) -> Any:
-        """An attention's metadata, of the requests that have whole tokens, with these as their queries."""
+        """An attention's metadata, of the requests that have whole tokens, with these
+        as their queries.
+        """
         assert self.counts is not None
         assert self.whole is not None
         requests = np.flatnonzero(self.counts)
@@ -82,7 +110,10 @@ class Step:
         starts = torch.zeros(len(requests) + 1, dtype=common.query_start_loc.dtype)
         starts[1:] = torch.from_numpy(counts).cumsum(0)
         there, whole = chosen.to(device), self.whole.to(device)
-        on_cpu = {name: getattr(common, name) for name in ("seq_lens_cpu_upper_bound", "is_prefilling")}
+        on_cpu = {
+            name: getattr(common, name)
+            for name in ("seq_lens_cpu_upper_bound", "is_prefilling")
+        }
         return type(common)(
             query_start_loc=starts.to(device),
             query_start_loc_cpu=starts,
@@ -95,18 +126,25 @@ class Step:
             slot_mapping=common.slot_mapping[whole],
             causal=common.causal,
             positions=None if common.positions is None else common.positions[whole],
-            **{name: None if value is None else value[chosen] for name, value in on_cpu.items()},
+            **{
+                name: None if value is None else value[chosen]
+                for name, value in on_cpu.items()
+            },
         )
 
 
 @functools.cache
 def prompt_model(stock: Any, layers_in: Any) -> Any:
-    """A class of vLLM's, `stock`, that skips what its config says; `layers_in` makes its layers."""
+    """A class of vLLM's, `stock`, that skips what its config says; `layers_in` makes
+    its layers.
+    """
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.models.utils import WeightsMapper
 
     class Model(stock):
-        packed_modules_mapping = stock.packed_modules_mapping | {OWN: [name[1:] for name in STACKED]}
+        packed_modules_mapping = stock.packed_modules_mapping | {
+            OWN: [name[1:] for name in STACKED]
+        }
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             refuse(vllm_config)
@@ -128,7 +166,9 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
             try:
                 if self.prompt_step.splits:
                     self.prompt_step.part(get_forward_context(), positions.device)
-                return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+                return super().forward(
+                    input_ids, positions, intermediate_tensors, inputs_embeds
+                )
             finally:
                 self.prompt_step.leave()
 
@@ -142,13 +182,21 @@ def refuse(vllm_config: Any) -> None:
     """Raise `UsageError` for what was not seen to answer as transformers does."""
     parallel = vllm_config.parallel_config
     refused = {
-        "compiled graphs: give --enforce-eager": not vllm_config.model_config.enforce_eager,
-        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
+        "compiled graphs: give --enforce-eager": (
+            not vllm_config.model_config.enforce_eager
+        ),
+        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": (
+            vllm_config.use_v2_model_runner
+        ),
         "LoRA adapters": vllm_config.lora_config is not None,
         "speculative decoding": vllm_config.speculative_config is not None,
         "a transfer of the KV cache": vllm_config.kv_transfer_config is not None,
         "micro-batches": parallel.use_ubatching,
-        "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+        "context parallelism": (
+            parallel.decode_context_parallel_size
+            * parallel.prefill_context_parallel_size
+            > 1
+        ),
     }
     for what, is_asked in refused.items():
         if is_asked:
@@ -156,7 +204,9 @@ def refuse(vllm_config: Any) -> None:
 
 
 def _count_tokens() -> None:
-    """Have vLLM's model runner tell a model of this module which tokens are a prompt's, ahead of each forward."""
+    """Have vLLM's model runner tell a model of this module which tokens are a prompt's,
+    ahead of each forward.
+    """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 
     prepare = Runner._prepare_inputs
@@ -176,20 +226,26 @@ def _count_tokens() -> None:
 
 
 def _tokens(runner: Any, scheduler_output: Any) -> tuple[NDArray[Any], ...]:
-    """Of each request of a batch: tokens in the cache, tokens that run, and tokens of the prompt.
+    """Of each request of a batch: tokens in the cache, tokens that run, and tokens of
+    the prompt.
 
-    One that asks for the log-probabilities of its prompt has no tokens of a prompt, and so runs whole.
+    One that asks for the log-probabilities of its prompt has no tokens of a prompt, and
+    so runs whole.
     """
     batch = runner.input_batch
     names = batch.req_ids[: batch.num_reqs]
-    scheduled = np.array([scheduler_output.num_scheduled_tokens[name] for name in names])
+    scheduled = np.array(
+        [scheduler_output.num_scheduled_tokens[name] for name in names]
+    )
     params = [runner.requests[name].sampling_params for name in names]
     asked = [getattr(one, "prompt_logprobs", None) is not None for one in params]
     prompts = np.where(asked, 0, batch.num_prompt_tokens[: batch.num_reqs])
     return batch.num_computed_tokens_cpu[: batch.num_reqs], scheduled, prompts
 
 
-def _skipping(module: Any, vllm_config: Any, skips: Settings, step: Step, undo: Undo) -> Undo:
+def _skipping(
+    module: Any, vllm_config: Any, skips: Settings, step: Step, undo: Undo
+) -> Undo:
     """Have vLLM build layers that skip, until `undo` is left."""
     make_layers = module.make_layers
     backend_of: Any = functools.cache(functools.partial(_backend, step))
@@ -198,10 +254,17 @@ def _skipping(module: Any, vllm_config: Any, skips: Settings, step: Step, undo: 
         def made(prefix: str) -> nn.Module:
             layer: Any = make(prefix=prefix)
             index = int(prefix.rpartition(".")[2])
-            layer.skips_attention, layer.skips_mlp = (index in skips[kind] for kind in ("attention", "mlp"))
+            layer.skips_attention, layer.skips_mlp = (
+                index in skips[kind] for kind in ("attention", "mlp")
+            )
             if layer.skips_attention:
                 has_bias = any(skips["projections"].get(str(index), {}).values())
-                _write_own(layer.self_attn, has_bias, vllm_config.quant_config, f"{prefix}.self_attn")
+                _write_own(
+                    layer.self_attn,
+                    has_bias,
+                    vllm_config.quant_config,
+                    f"{prefix}.self_attn",
+                )
                 attention = layer.self_attn.attn
                 attention.attn_backend = backend_of(attention.attn_backend)
                 step.attentions.append(attention.layer_name)
@@ -232,8 +295,12 @@ def _write_own(attention: Any, has_bias: bool, quantisation: Any, prefix: str) -
     setattr(attention, OWN, made)
 
 
-def _with_own(weights: Iterable[tuple[str, Tensor]], skips: Settings) -> Iterator[tuple[str, Tensor]]:
-    """Also the projections of tokens that skip an attention, where they are those of all others."""
+def _with_own(
+    weights: Iterable[tuple[str, Tensor]], skips: Settings
+) -> Iterator[tuple[str, Tensor]]:
+    """Also the projections of tokens that skip an attention, where they are those of
+    all others.
+    """
     for name, weight in weights:
         yield name, weight
         found = PROJECTION.fullmatch(name)
@@ -247,17 +314,24 @@ def _with_own(weights: Iterable[tuple[str, Tensor]], skips: Settings) -> Iterato
 
 
 def _backend(step: Step, stock: Any) -> Any:
-    """An attention backend of vLLM's, `stock`, whose metadata is that of the whole tokens."""
+    """An attention backend of vLLM's, `stock`, whose metadata is that of the whole
+    tokens.
+    """
     from vllm.v1.attention.backend import subclass_attention_backend
 
     if stock.forward_includes_kv_cache_update:
-        writes = f"{stock.get_name()}, which writes keys and values as it attends: choose another backend"
+        writes = (
+            f"{stock.get_name()}, which writes keys and values as it attends: choose"
+            " another backend"
+        )
         raise UsageError(f"{CANNOT} with {writes}")
 
     class Builder(stock.get_builder_cls()):  # type: ignore[misc]
         supports_update_block_table = False
 
-        def build(self, common_prefix_len: int, common_attn_metadata: Any, *more: Any) -> Any:
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, *more: Any
+        ) -> Any:
             common = common_attn_metadata
             if step.counts is not None and step.counts.any():
                 common = step.of_whole(common)
@@ -269,17 +343,39 @@ def _backend(step: Step, stock: Any) -> Any:
 @functools.cache
 def _skipping_class(layer_class: Any) -> Any:
     class Skipping(layer_class):
-        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
-            if not self.prompt_step.splits or not (self.skips_attention or self.skips_mlp):
+        def forward(
+            self,
+            positions: Tensor,
+            hidden: Tensor,
+            residual: Tensor | None,
+            **kwargs: Any,
+        ) -> Any:
+            if not self.prompt_step.splits or not (
+                self.skips_attention or self.skips_mlp
+            ):
                 return super().forward(positions, hidden, residual, **kwargs)
-            stream = hidden if residual is None else hidden + residual  # (tokens, hidden)
+            stream = (
+                hidden if residual is None else hidden + residual
+            )  # (tokens, hidden)
             if self.skips_attention:
-                self.write(stream[self.prompt_step.early], positions[self.prompt_step.early])
-            stream = stream + self.added(self.skips_attention, self.attend, stream, positions)
+                self.write(
+                    stream[self.prompt_step.early], positions[self.prompt_step.early]
+                )
+            stream = stream + self.added(
+                self.skips_attention, self.attend, stream, positions
+            )
             return self.added(self.skips_mlp, self.transform, stream), stream
 
-        def added(self, is_skipped: bool, run: Callable[..., Tensor], stream: Tensor, *more: Tensor) -> Tensor:
-            """What a sublayer adds to the stream, (tokens, hidden): nothing where tokens skip it."""
+        def added(
+            self,
+            is_skipped: bool,
+            run: Callable[..., Tensor],
+            stream: Tensor,
+            *more: Tensor,
+        ) -> Tensor:
+            """What a sublayer adds to the stream, (tokens, hidden): nothing where
+            tokens skip it.
+            """
             if not is_skipped:
                 return run(stream, *more)
             found, whole = torch.zeros_like(stream), self.prompt_step.whole
@@ -288,21 +384,29 @@ def _skipping_class(layer_class: Any) -> Any:
             return found
 
         def attend(self, stream: Tensor, positions: Tensor) -> Tensor:
-            return self.self_attn(positions=positions, hidden_states=self.input_layernorm(stream))
+            return self.self_attn(
+                positions=positions, hidden_states=self.input_layernorm(stream)
+            )
 
         def transform(self, stream: Tensor) -> Tensor:
             return self.mlp(self.post_attention_layernorm(stream))
 
         def write(self, stream: Tensor, positions: Tensor) -> None:
-            """Write keys and values of tokens that skip, (tokens, hidden), to the cache."""
+            """Write keys and values of tokens that skip, (tokens, hidden), to the
+            cache.
+            """
             attention, to = self.self_attn, self.self_attn.attn
             both, _ = getattr(attention, OWN)(self.input_layernorm(stream))
             keys, values = (one.contiguous() for one in both.chunk(2, dim=-1))
             if hasattr(attention, "k_norm"):
-                keys = attention.k_norm(keys.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+                keys = attention.k_norm(
+                    keys.unflatten(-1, (-1, attention.head_dim))
+                ).flatten(-2)
             keys = attention.rotary_emb(positions, torch.zeros_like(keys), keys)[1]
             shape = (-1, attention.num_kv_heads, attention.head_dim)
             slots = self.prompt_step.slots[to.layer_name]
-            to.impl.do_kv_cache_update(to, keys.view(shape), values.view(shape), to.kv_cache, slots)
+            to.impl.do_kv_cache_update(
+                to, keys.view(shape), values.view(shape), to.kv_cache, slots
+            )
 
     return Skipping

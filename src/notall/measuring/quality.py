@@ -1,4 +1,6 @@
-"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the original model."""
+"""What a plan costs in quality, and what each layer and sublayer does to the residual
+stream of the original model.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,14 @@ from ..running.replay import Enough, Replay, answering, record, standing_in
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import Block, base_model
-from ..structure.observation import Arguments, LayerCall, called_with, first, run_branches, scaled
+from ..structure.observation import (
+    Arguments,
+    LayerCall,
+    called_with,
+    first,
+    run_branches,
+    scaled,
+)
 from .statistics import mean_and_error
 from .token_scores import TokenScorer
 
@@ -33,36 +42,60 @@ def evaluate(
     batches: Iterable[Tensor],
     prompt_tokens: int | None = None,
 ) -> list[Quality]:
-    """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside the original model.
+    """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside
+    the original model.
 
-    All plans run together, sharing the sublayers before the first that differs. With `prompt_tokens` so many first
-    tokens of each sequence are its prompt, and the tokens behind it alone are scored: a plan with a prefill part needs
-    it. Raises `UsageError` when a plan does not fit, for what are no token ids of the model, for a prompt that leaves
-    nothing to score or to skip, and for a model inside a `skip`.
+    All plans run together, sharing the sublayers before the first that differs. With
+    `prompt_tokens` so many first tokens of each sequence are its prompt, and the tokens
+    behind it alone are scored: a plan with a prefill part needs it. Raises `UsageError`
+    when a plan does not fit, for what are no token ids of the model, for a prompt that
+    leaves nothing to score or to skip, and for a model inside a `skip`.
     """
     expect(plans, Sequence, "a list of plans, such as [plan]")
     for plan in plans:
         expect(plan, Plan, "plans, such as notall.Plan(attention=[3])")
     together = Replay(model, [Plan(), *plans]), TokenScorer(model)
-    scores = [_scores(*together, tokens, plans, prompt_tokens) for tokens in checked(batches, model)]
+    scores = [
+        _scores(*together, tokens, plans, prompt_tokens)
+        for tokens in checked(batches, model)
+    ]
     if not scores:
         raise UsageError(f"there is no text to measure on: give a list of {IDS}")
     return gather(scores)
 
 
 def score(
-    model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor, prompt_tokens: int | None = None
+    model: PreTrainedModel,
+    plans: Sequence[Plan],
+    tokens: Tensor,
+    prompt_tokens: int | None = None,
 ) -> list[Scores]:
-    """Scores of the original model, then of each plan, on one batch of token ids, (batch, tokens), as `evaluate`."""
-    return _scores(Replay(model, [Plan(), *plans]), TokenScorer(model), tokens, plans, prompt_tokens)
+    """Scores of the original model, then of each plan, on one batch of token ids,
+    (batch, tokens), as `evaluate`.
+    """
+    return _scores(
+        Replay(model, [Plan(), *plans]),
+        TokenScorer(model),
+        tokens,
+        plans,
+        prompt_tokens,
+    )
 
 
 def _scores(
-    replay: Replay, scorer: TokenScorer, tokens: Tensor, plans: Sequence[Plan], prompt_tokens: int | None
+    replay: Replay,
+    scorer: TokenScorer,
+    tokens: Tensor,
+    plans: Sequence[Plan],
+    prompt_tokens: int | None,
 ) -> list[Scores]:
-    """Those of the replay's plans, the original model and `plans`, on one batch of token ids, (batch, tokens)."""
+    """Those of the replay's plans, the original model and `plans`, on one batch of
+    token ids, (batch, tokens).
+    """
     check_prompt(plans, tokens.shape[1], prompt_tokens)
-    start = prompt_tokens or 1  # of what is scored: the first token is predicted from nothing
+    start = (
+        prompt_tokens or 1
+    )  # of what is scored: the first token is predicted from nothing
     targets = tokens[:, start:].flatten()
     recording = record(replay.model, prompt_tokens, input_ids=tokens)
     found: dict[int, Scores] = {}
@@ -76,25 +109,47 @@ def _scores(
             else:
                 scores = scorer.score(rows, targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.nll)
-            values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
-            nll, kl, agreement = map(tuple, values.view(3, len(tokens), -1).mean(-1).tolist())  # of each sequence
-            found |= dict.fromkeys(numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement))
+            values = torch.stack(
+                [value.to(same.device) for value in (scores.nll, scores.kl, same)]
+            )
+            nll, kl, agreement = map(
+                tuple, values.view(3, len(tokens), -1).mean(-1).tolist()
+            )  # of each sequence
+            found |= dict.fromkeys(
+                numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement)
+            )
     return [found[number] for number in range(replay.plans)]
 
 
 def check_prompt(plans: Sequence[Plan], tokens: int, prompt_tokens: int | None) -> None:
-    """Raise `UsageError` unless `prompt_tokens` of `tokens` leave something to score, and something to skip."""
-    needed = max((plan.prefill.last_tokens for plan in plans if plan.prefill), default=0)
+    """Raise `UsageError` unless `prompt_tokens` of `tokens` leave something to score,
+    and something to skip.
+    """
+    needed = max(
+        (plan.prefill.last_tokens for plan in plans if plan.prefill), default=0
+    )
     if prompt_tokens is None:
         if needed:
-            told = "a plan skips sublayers in the prompt alone, and nothing says which tokens are the prompt"
-            raise UsageError(f"{told}: give prompt_tokens (--prompt-tokens), such as {max(tokens // 2, 1)}")
+            told = (
+                "a plan skips sublayers in the prompt alone, and nothing says which"
+                " tokens are the prompt"
+            )
+            raise UsageError(
+                f"{told}: give prompt_tokens (--prompt-tokens), such as"
+                f" {max(tokens // 2, 1)}"
+            )
         return
     if not 1 <= prompt_tokens < tokens:
-        told = f"a prompt of {prompt_tokens} tokens leaves nothing to score in windows of {tokens}"
+        told = (
+            f"a prompt of {prompt_tokens} tokens leaves nothing to score in windows of"
+            f" {tokens}"
+        )
         raise UsageError(f"{told}: give 1 to {tokens - 1}, or longer windows")
     if prompt_tokens <= needed:
-        told = f"of a prompt of {prompt_tokens} tokens nothing is skipped where its last {needed} run whole"
+        told = (
+            f"of a prompt of {prompt_tokens} tokens nothing is skipped where its last"
+            f" {needed} run whole"
+        )
         raise UsageError(f"{told}: give more than {needed} (--prompt-tokens)")
 
 
@@ -104,18 +159,31 @@ def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
 
 
 def summarize(scores: Scores, dense: Scores) -> Quality:
-    """Means and errors over sequences, paired with the original model's scores on the same sequences."""
+    """Means and errors over sequences, paired with the original model's scores on the
+    same sequences.
+    """
     found: dict[str, float] = {}
     differences = [value - base for value, base in zip(scores.nll, dense.nll)]
-    samples = {"nll": scores.nll, "delta_nll": differences, "kl": scores.kl, "top1_agreement": scores.top1_agreement}
+    samples = {
+        "nll": scores.nll,
+        "delta_nll": differences,
+        "kl": scores.kl,
+        "top1_agreement": scores.top1_agreement,
+    }
     for name, values in samples.items():
         found[name], found[f"{name}_se"] = mean_and_error(values)
-    return Quality(**found, perplexity=math.exp(min(found["nll"], 700.0)), sequences=len(scores.nll))
+    return Quality(
+        **found,
+        perplexity=math.exp(min(found["nll"], 700.0)),
+        sequences=len(scores.nll),
+    )
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A block's passage: the residual stream, (batch, tokens, hidden), of several side by side, around its parts."""
+    """A block's passage: the residual stream, (batch, tokens, hidden), of several side
+    by side, around its parts.
+    """
 
     block: Block
     before: Tensor
@@ -126,19 +194,26 @@ class Passage:
 Look = Callable[[Passage], None]
 
 
-def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
-    """Cosine similarity of the residual stream before and after each block, attention and MLP of the original model.
+def measure_similarity(
+    model: PreTrainedModel, batches: Iterable[Tensor]
+) -> list[Similarity]:
+    """Cosine similarity of the residual stream before and after each block, attention
+    and MLP of the original model.
 
-    `batches` are token ids, (batch, tokens) each. The last block is compared before the final norm. Costs less than a
-    forward pass, since no head is run, and keeps one block's hidden states at a time.
-    Raises `UsageError` for what are no token ids.
+    `batches` are token ids, (batch, tokens) each. The last block is compared before the
+    final norm. Costs less than a forward pass, since no head is run, and keeps one
+    block's hidden states at a time. Raises `UsageError` for what are no token ids.
     Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
     """
     found: dict[tuple[int, Literal["block", "attention", "mlp"]], list[Tensor]] = {}
 
     def look(passage: Passage) -> None:
-        for kind, (before, after) in ({"block": (passage.before, passage.after)} | passage.around).items():
-            cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
+        for kind, (before, after) in (
+            {"block": (passage.before, passage.after)} | passage.around
+        ).items():
+            cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(
+                dim=-1
+            )  # (batch,)
             found.setdefault((passage.block.index, kind), []).append(cosine)  # type: ignore[arg-type]
 
     with torch.no_grad():
@@ -146,15 +221,27 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
             walk(model, look, input_ids=tokens)
     structure, rows = locate(model), []
     several = structure.sublayers if len(structure.mixers) > 1 else ()
-    mixers: dict[tuple[int, str], str | None] = {(part.index, part.kind): part.mixer for part in several}
+    mixers: dict[tuple[int, str], str | None] = {
+        (part.index, part.kind): part.mixer for part in several
+    }
     for at, values in found.items():
         mean, error = mean_and_error(torch.cat(values).tolist())
-        rows.append(Similarity(layer=at[0], kind=at[1], cosine=mean, cosine_se=error, mixer=mixers.get(at)))
+        rows.append(
+            Similarity(
+                layer=at[0],
+                kind=at[1],
+                cosine=mean,
+                cosine_se=error,
+                mixer=mixers.get(at),
+            )
+        )
     return rows
 
 
 def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
-    """Have `look` see the original's passages on `inputs`, a block's states at a time, without running the head."""
+    """Have `look` see the original's passages on `inputs`, a block's states at a time,
+    without running the head.
+    """
     inner = base_model(model)
     structure, shape = locate(inner), inputs["input_ids"].shape
 
@@ -165,7 +252,11 @@ def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
 
     def watched(layer: nn.Module, block: Block) -> Callable[..., object]:
         is_stubbed = any(part.stub for part in block.sublayers)
-        return _inside(layer, block, shape, seen) if is_stubbed else _one_by_one(layer, block, seen)
+        return (
+            _inside(layer, block, shape, seen)
+            if is_stubbed
+            else _one_by_one(layer, block, seen)
+        )
 
     with suppress(Enough), standing_in(inner, structure, watched):
         inner(**inputs, use_cache=False)
@@ -181,7 +272,9 @@ def _one_by_one(layer: nn.Module, block: Block, look: Look) -> Callable[..., obj
             start = before if block.parallel else after
             end = run_branches(part.branches, layer, start, LayerCall(arguments))
             around[part.kind] = start, end
-            after = after + (end - start) if block.parallel and after is not before else end
+            after = (
+                after + (end - start) if block.parallel and after is not before else end
+            )
         after = scaled(after, block.scale)
         look(Passage(block, before, after, around))
         return after
@@ -189,14 +282,23 @@ def _one_by_one(layer: nn.Module, block: Block, look: Look) -> Callable[..., obj
     return answering(layer, block, answer)
 
 
-def _inside(layer: nn.Module, block: Block, shape: Sequence[int], look: Look) -> Callable[..., object]:
-    """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them."""
+def _inside(
+    layer: nn.Module, block: Block, shape: Sequence[int], look: Look
+) -> Callable[..., object]:
+    """A forward for a layer whose sublayers run only inside of it: with none, with the
+    first, with all of them.
+    """
     stubs = [part.stub for part in block.sublayers if part.stub]
-    fewer = [stubbed_layer(layer, block.index, dict.fromkeys(stubs[ran:])) for ran in range(len(stubs) + 1)]
+    fewer = [
+        stubbed_layer(layer, block.index, dict.fromkeys(stubs[ran:]))
+        for ran in range(len(stubs) + 1)
+    ]
 
     def as_stream(state: Tensor) -> Tensor:
         """Any number of streams as one, (batch, tokens, hidden)."""
-        if state.dim() > 3 and state.shape[:2] != tuple(shape):  # Gemma 3n's streams come first
+        if state.dim() > 3 and state.shape[:2] != tuple(
+            shape
+        ):  # Gemma 3n's streams come first
             state = state.movedim(0, 2)
         return state.flatten(2)
 
@@ -206,7 +308,9 @@ def _inside(layer: nn.Module, block: Block, shape: Sequence[int], look: Look) ->
         for twin in fewer:  # the dense layer comes last: others read what it makes
             answer = twin(*args, **kwargs)
             states.append(as_stream(first(answer)))
-        look(Passage(block, before, states[-1], dict(zip(block.kinds, pairwise(states)))))
+        look(
+            Passage(block, before, states[-1], dict(zip(block.kinds, pairwise(states))))
+        )
         return answer
 
     return forward

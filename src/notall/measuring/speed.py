@@ -1,4 +1,6 @@
-"""How long a model takes: prefill apart from decode, variants interleaved, each beside the original model."""
+"""How long a model takes: prefill apart from decode, variants interleaved, each beside
+the original model.
+"""
 
 import inspect
 import os
@@ -35,7 +37,9 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True)
 class Timing:
-    """What one variant took, a sample a round; `peak_bytes` is the most CUDA memory of a round, None without CUDA."""
+    """What one variant took, a sample a round; `peak_bytes` is the most CUDA memory of
+    a round, None without CUDA.
+    """
 
     prefill_samples_ms: tuple[float, ...]
     decode_samples_ms: tuple[float, ...]  # a token
@@ -53,12 +57,15 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms, decode_ms_per_token), of all of them.
+    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms,
+    decode_ms_per_token), of all of them.
 
     Inside a `skip` whose plan skips in the prompt alone, `prompt` is declared as such.
     """
     devices = _accelerators(model)
-    last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
+    last_only = last_logits(
+        model, 1
+    )  # as `generate` does: those of the whole prompt would dominate small models
     with torch.inference_mode():
         start = _now(devices)
         with declared_prompt(model, prompt.shape[1]):
@@ -67,38 +74,60 @@ def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, 
         prefilled = _now(devices)
         name = cache_name(output)
         for _ in range(new):
-            output = model(input_ids=token, use_cache=True, **{name: output[name]}, **last_only)
+            output = model(
+                input_ids=token, use_cache=True, **{name: output[name]}, **last_only
+            )
             token = output.logits[:, -1:].argmax(-1)
         return 1e3 * (prefilled - start), 1e3 * (_now(devices) - prefilled) / new
 
 
 def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
-    """The argument of the model's forward that has it make the logits of so many last tokens alone, if it takes one."""
-    return {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    """The argument of the model's forward that has it make the logits of so many last
+    tokens alone, if it takes one.
+    """
+    return (
+        {"logits_to_keep": tokens}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
 
 
 def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
-    """Mean milliseconds of a forward of `width` tokens, as checks of drafts, over `tokens` (B, P) behind a `prompt`."""
+    """Mean milliseconds of a forward of `width` tokens, as checks of drafts, over
+    `tokens` (B, P) behind a `prompt`.
+    """
     devices, all_of_them = _accelerators(model), last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
     with torch.inference_mode():
-        output = model(input_ids=tokens[:, :prompt], use_cache=True, **last_logits(model, 1))
+        output = model(
+            input_ids=tokens[:, :prompt], use_cache=True, **last_logits(model, 1)
+        )
         name = cache_name(output)
         start = _now(devices)
         for step in tokens[:, prompt : prompt + steps * width].split(width, dim=1):
-            output = model(input_ids=step, use_cache=True, **{name: output[name]}, **all_of_them)
+            output = model(
+                input_ids=step, use_cache=True, **{name: output[name]}, **all_of_them
+            )
             output.logits.argmax(-1)
         return 1e3 * (_now(devices) - start) / steps
 
 
 def interleaved(
-    measures: Mapping[str, Callable[[], Sample]], rounds: int, progress: Progress = silent
+    measures: Mapping[str, Callable[[], Sample]],
+    rounds: int,
+    progress: Progress = silent,
 ) -> dict[str, list[Sample]]:
-    """What each of `measures` answers, once a round behind one to warm up, in an order that turns: drift cancels."""
+    """What each of `measures` answers, once a round behind one to warm up, in an order
+    that turns: drift cancels.
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
     for index in range(1 + rounds):
         for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
-            progress(index * len(measures) + place, (1 + rounds) * len(measures), f"timing {name}")
+            progress(
+                index * len(measures) + place,
+                (1 + rounds) * len(measures),
+                f"timing {name}",
+            )
             samples[name].append(measures[name]())
     return {name: found[1:] for name, found in samples.items()}
 
@@ -111,11 +140,15 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Time each variant, entered and left outside of the timed region, once a round, `interleaved`, on one prompt."""
+    """Time each variant, entered and left outside of the timed region, once a round,
+    `interleaved`, on one prompt.
+    """
     workload.check(model)
     generator = torch.Generator().manual_seed(seed)
     shape = workload.concurrency, workload.prompt_tokens
-    prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator)
+    prompt = torch.randint(
+        model.config.get_text_config().vocab_size, shape, generator=generator
+    )
     prompt = prompt.to(inputs_device(model))
     gpus = [device for device in _accelerators(model) if device.type == "cuda"]
 
@@ -126,7 +159,9 @@ def compare(
             times = time_once(model, prompt, workload.generation_tokens)
             return *times, sum(map(torch.cuda.max_memory_allocated, gpus))
 
-    samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, progress)
+    samples = interleaved(
+        {name: partial(measured, name) for name in variants}, workload.rounds, progress
+    )
     columns = {name: tuple(zip(*rows)) for name, rows in samples.items()}
     return {
         name: Timing(prefill, decode, max(peaks) if gpus else None)
@@ -142,20 +177,31 @@ def time_plans(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Times]:
-    """The times of the original and of each of `plans` by name, `dense` first. Raises as `skip` and `compare` do."""
+    """The times of the original and of each of `plans` by name, `dense` first. Raises
+    as `skip` and `compare` do.
+    """
     check_prompt([*plans.values()], workload.prompt_tokens + 1, workload.prompt_tokens)
-    variants = {name: partial(skip, model, plan) for name, plan in {"dense": Plan(), **plans}.items()}
+    variants = {
+        name: partial(skip, model, plan)
+        for name, plan in {"dense": Plan(), **plans}.items()
+    }
     timings = compare(model, variants, workload, seed=seed, progress=progress)
     return {name: timing.beside(timings["dense"]) for name, timing in timings.items()}
 
 
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
-    """How many times faster `other` is than `baseline` (above 1: faster), by samples of the same rounds, paired."""
-    return Quartiles.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
+    """How many times faster `other` is than `baseline` (above 1: faster), by samples of
+    the same rounds, paired.
+    """
+    return Quartiles.of(
+        [slow / fast for slow, fast in zip(baseline, other, strict=True)]
+    )
 
 
 def machine(*devices: torch.device | str) -> Settings:
-    """What a timing depends on: the CPU, our cores, torch's threads, versions, the devices (or the CPU)."""
+    """What a timing depends on: the CPU, our cores, torch's threads, versions, the
+    devices (or the CPU).
+    """
     cpu = _cpu_model()
     names = {str(device): _name_of(device, cpu) for device in devices or ("cpu",)}
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -165,12 +211,20 @@ def machine(*devices: torch.device | str) -> Settings:
         "threads": torch.get_num_threads(),
         "device": ", ".join(names),
         "device_name": ", ".join(dict.fromkeys(names.values())),
-        "versions": {**versions, "transformers": transformers.__version__, "notall": __version__},
+        "versions": {
+            **versions,
+            "transformers": transformers.__version__,
+            "notall": __version__,
+        },
     }
 
 
 def _name_of(device: torch.device | str, cpu: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu
+    return (
+        torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else cpu
+    )
 
 
 def _now(devices: Iterable[torch.device]) -> float:
@@ -182,7 +236,9 @@ def _now(devices: Iterable[torch.device]) -> float:
 def devices_of(model: PreTrainedModel) -> list[torch.device]:
     """Where its weights are, by name: those that accelerate fetches are on the CPU."""
     found = {weight.device for weight in model.parameters()}
-    return sorted({torch.device("cpu") if one.type == "meta" else one for one in found}, key=str)
+    return sorted(
+        {torch.device("cpu") if one.type == "meta" else one for one in found}, key=str
+    )
 
 
 def _accelerators(model: PreTrainedModel) -> list[torch.device]:
@@ -190,12 +246,18 @@ def _accelerators(model: PreTrainedModel) -> list[torch.device]:
 
 
 def cache_name(output: Mapping[str, object]) -> str:
-    """By which name a model that answers this takes its cache. Raises `UsageError` where it keeps none."""
-    # transformers renamed it in 5.24; a model returns its cache under the name by which it takes it.
+    """By which name a model that answers this takes its cache. Raises `UsageError`
+    where it keeps none.
+    """
+    # transformers renamed it in 5.24; a model returns its cache under the name by which
+    # it takes it.
     for name in ("cache", "past_key_values"):
         if output.get(name) is not None:
             return name
-    raise UsageError("the model returned no KV cache, so its decoding can't be timed; choose one that keeps a cache")
+    raise UsageError(
+        "the model returned no KV cache, so its decoding can't be timed; choose one"
+        " that keeps a cache"
+    )
 
 
 def cores() -> int:
@@ -208,8 +270,14 @@ def cores() -> int:
 def _cpu_model() -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False
+        ).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    names = (
+        line.partition(":")[2].strip()
+        for line in lines
+        if line.startswith("model name")
+    )
     return next(names, platform.processor() or platform.machine())

@@ -1,7 +1,9 @@
-"""Errors of means, and what so few items allow to say: tests of paired differences, and intervals.
+"""Errors of means, and what so few items allow to say: tests of paired differences, and
+intervals.
 
-It needs no scipy, which a base install has not: the tests compare each function with it. Items of one document are no
-independent witnesses: where `documents` names the document of each item, errors, tests and intervals count documents.
+It needs no scipy, which a base install has not: the tests compare each function with
+it. Items of one document are no independent witnesses: where `documents` names the
+document of each item, errors, tests and intervals count documents.
 """
 
 import math
@@ -18,23 +20,33 @@ from ..results.record import Quartiles
 
 Item = TypeVar("Item")
 Floats = NDArray[np.float64]
-Documents = Sequence[Hashable] | None  # of each item its document; None where each has its own
-LEVEL = 1 - SIGNIFICANT  # of intervals: each end misses as often as a one-sided test at half of `SIGNIFICANT`
+Documents = (
+    Sequence[Hashable] | None
+)  # of each item its document; None where each has its own
+LEVEL = (
+    1 - SIGNIFICANT
+)  # of intervals: each end misses as often as a one-sided test at half of `SIGNIFICANT`
 NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 JACKKNIFED = 100  # parts, at most, of which one is left out at a time
 MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
-FEWEST = math.ceil(math.log2(2 / SIGNIFICANT))  # terms of one sign that an exact test tells from chance: 2 / 2^6 < 0.05
+FEWEST = math.ceil(
+    math.log2(2 / SIGNIFICANT)
+)  # terms of one sign that an exact test tells from chance: 2 / 2^6 < 0.05
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # of times
 LEAST_WINDOWS = 8  # of text
 FEW_SCORES = 12  # scores from which a skew can be estimated
 
 
-def mean_and_error(values: Sequence[float], documents: Documents = None) -> tuple[float, float]:
-    """The mean, and its standard error (sample standard deviation / sqrt(n)): nan for one value, inf on overflow.
+def mean_and_error(
+    values: Sequence[float], documents: Documents = None
+) -> tuple[float, float]:
+    """The mean, and its standard error (sample standard deviation / sqrt(n)): nan for
+    one value, inf on overflow.
 
-    Over C documents it is cluster-robust: sqrt(C / (C - 1) sum over documents of (sum of value - mean)^2) / n.
-    Source: Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference, II.A.
+    Over C documents it is cluster-robust: sqrt(C / (C - 1) sum over documents of (sum
+    of value - mean)^2) / n. Source: Cameron and Miller 2015, A Practitioner's Guide to
+    Cluster-Robust Inference, II.A.
     """
     n = len(values)
     try:
@@ -43,13 +55,18 @@ def mean_and_error(values: Sequence[float], documents: Documents = None) -> tupl
         count = len(apart)
         if count < 2:
             return mean, math.nan
-        return mean, math.sqrt(count / (count - 1) * math.fsum(one**2 for one in apart)) / n
+        return (
+            mean,
+            math.sqrt(count / (count - 1) * math.fsum(one**2 for one in apart)) / n,
+        )
     except OverflowError:
         return math.inf, math.inf
 
 
 def summed(values: Sequence[float], documents: Documents = None) -> list[float]:
-    """The sum of the values of each document, in the order of their first items; without documents the values."""
+    """The sum of the values of each document, in the order of their first items;
+    without documents the values.
+    """
     if documents is None:
         return list(values)
     sums = dict.fromkeys(documents, 0.0)
@@ -59,30 +76,44 @@ def summed(values: Sequence[float], documents: Documents = None) -> list[float]:
 
 
 def jackknife_error(
-    statistic: Callable[[Sequence[Item]], float], items: Sequence[Item], groups: int = JACKKNIFED
+    statistic: Callable[[Sequence[Item]], float],
+    items: Sequence[Item],
+    groups: int = JACKKNIFED,
 ) -> float:
-    """The standard error of `statistic(items)`, by leaving out one of (at most) `groups` parts at a time.
+    """The standard error of `statistic(items)`, by leaving out one of (at most)
+    `groups` parts at a time.
 
-    Of a mean, with a part for each item, it is the standard error of `mean_and_error`; of one item it is nan.
-    Source: Tukey 1958; Efron and Tibshirani, An Introduction to the Bootstrap, chapter 11.
+    Of a mean, with a part for each item, it is the standard error of `mean_and_error`;
+    of one item it is nan. Source: Tukey 1958; Efron and Tibshirani, An Introduction to
+    the Bootstrap, chapter 11.
     """
     groups = min(groups, len(items))
     if groups < 2:
         return math.nan
-    left = [statistic([item for i, item in enumerate(items) if i % groups != part]) for part in range(groups)]
+    left = [
+        statistic([item for i, item in enumerate(items) if i % groups != part])
+        for part in range(groups)
+    ]
     average = math.fsum(left) / groups
-    return math.sqrt(math.fsum((value - average) ** 2 for value in left) * (groups - 1) / groups)
+    return math.sqrt(
+        math.fsum((value - average) ** 2 for value in left) * (groups - 1) / groups
+    )
 
 
-# --- tests ------------------------------------------------------------------------------------------------------------
+# --- tests
+# --------------------------------------------------------------------------------------
 
 
-def sign_flip_p_value(differences: Sequence[float], documents: Documents = None) -> float:
-    """How likely paired differences sum up as far from zero by chance, were each as likely of the other sign.
+def sign_flip_p_value(
+    differences: Sequence[float], documents: Documents = None
+) -> float:
+    """How likely paired differences sum up as far from zero by chance, were each as
+    likely of the other sign.
 
-    Two-sided. Exact where all that are not 0 are of one size, as of right and wrong answers (McNemar 1947), and for up
-    to 16 others; for more by the normal distribution, with the variance that flipping gives.
-    Source: Fisher 1935, The Design of Experiments, section 21.
+    Two-sided. Exact where all that are not 0 are of one size, as of right and wrong
+    answers (McNemar 1947), and for up to 16 others; for more by the normal
+    distribution, with the variance that flipping gives. Source: Fisher 1935, The Design
+    of Experiments, section 21.
     """
     terms = [value for value in summed(differences, documents) if value]
     if not all(map(math.isfinite, terms)):
@@ -107,17 +138,21 @@ def _sign_test(above: int, of: int) -> float:
 
 
 def too_few(could_fall: int, items: int) -> int | None:
-    """How many items it takes before a loss could be told from chance; None where there are enough, or nothing to lose.
+    """How many items it takes before a loss could be told from chance; None where there
+    are enough, or nothing to lose.
 
-    `could_fall` of the `items` could do worse: of right and wrong answers those that the original model has right.
+    `could_fall` of the `items` could do worse: of right and wrong answers those that
+    the original model has right.
     """
     return math.ceil(FEWEST * items / could_fall) if 0 < could_fall < FEWEST else None
 
 
 def student_p_value(difference: float, error: float, degrees: float) -> float:
-    """How likely a difference is as large by chance: two-sided, Student's t of so many degrees of freedom.
+    """How likely a difference is as large by chance: two-sided, Student's t of so many
+    degrees of freedom.
 
-    `error` is its standard error, estimated with those degrees; without any, or without an error, it is nan.
+    `error` is its standard error, estimated with those degrees; without any, or without
+    an error, it is nan.
     """
     if not (degrees > 0 and error >= 0):
         return math.nan
@@ -129,29 +164,51 @@ def student_p_value(difference: float, error: float, degrees: float) -> float:
 
 @cache
 def student_quantile(degrees: float, level: float = LEVEL) -> float:
-    """How many errors an interval at `level` reaches to either side of its middle; inf without a degree of freedom."""
+    """How many errors an interval at `level` reaches to either side of its middle; inf
+    without a degree of freedom.
+    """
     if not degrees > 0:
         return math.inf
-    return _crossing(lambda reach: student_p_value(reach, 1.0, degrees) - (1 - level), 0.0, 1.0)
+    return _crossing(
+        lambda reach: student_p_value(reach, 1.0, degrees) - (1 - level), 0.0, 1.0
+    )
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function, as a continued fraction (Abramowitz and Stegun 26.5.8)."""
+    """The regularised incomplete beta function, as a continued fraction (Abramowitz and
+    Stegun 26.5.8).
+    """
     if x <= 0 or x >= 1:
         return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction of the other tail converges faster
+    if x > (a + 1) / (
+        a + b + 2
+    ):  # where the fraction of the other tail converges faster
         return 1 - _incomplete_beta(b, a, 1 - x)
     value = 1.0
     for step in range(30 + round(2 * math.sqrt(max(a, b))), 0, -1):
         half, place = step // 2, a + step
         odd = -(a + half) * (a + b + half)
-        value = 1 + (odd if step % 2 else half * (b - half)) * x / ((place - 1) * place) / value
-    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+        value = (
+            1
+            + (odd if step % 2 else half * (b - half))
+            * x
+            / ((place - 1) * place)
+            / value
+        )
+    logarithm = (
+        math.lgamma(a + b)
+        - math.lgamma(a)
+        - math.lgamma(b)
+        + a * math.log(x)
+        + b * math.log1p(-x)
+    )
     return math.exp(logarithm) / (a * value)
 
 
 def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses zero, from `low` on; looked for beyond `high` too, and inf where it does not."""
+    """Where a falling function crosses zero, from `low` on; looked for beyond `high`
+    too, and inf where it does not.
+    """
     while falling(high) > 0:
         low, high = high, 2 * high
         if high > 1e9:
@@ -162,29 +219,37 @@ def _crossing(falling: Callable[[float], float], low: float, high: float) -> flo
     return (low + high) / 2
 
 
-# --- estimates with their errors --------------------------------------------------------------------------------------
+# --- estimates with their errors
+# --------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
-    """A value with its standard error, which was estimated with so many degrees of freedom."""
+    """A value with its standard error, which was estimated with so many degrees of
+    freedom.
+    """
 
     value: float
     error: float
     degrees: float
 
     def ends(self, level: float = LEVEL) -> tuple[float, float]:
-        """Of its interval, by Student's t; infinitely far where there are too few items for an error."""
+        """Of its interval, by Student's t; infinitely far where there are too few items
+        for an error.
+        """
         reach = student_quantile(self.degrees, level) * self.error
         reach = reach if reach >= 0 else math.inf  # nan
         return self.value - reach, self.value + reach
 
     def less(self, other: "Estimate") -> "Estimate":
-        """The difference of two independent estimates (Welch 1947); the error is too large where both rise together."""
+        """The difference of two independent estimates (Welch 1947); the error is too
+        large where both rise together.
+        """
         return combined([(1.0, self), (-1.0, other)])
 
 
 def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
-    """The weighted sum of independent estimates, with the degrees of freedom of Welch and Satterthwaite (1946).
+    """The weighted sum of independent estimates, with the degrees of freedom of Welch
+    and Satterthwaite (1946).
 
     Without an error, where one of them has none.
     """
@@ -198,11 +263,14 @@ def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
     return Estimate(value, math.sqrt(total), degrees)
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], documents: Documents = None) -> Estimate:
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], documents: Documents = None
+) -> Estimate:
     """The mean of ours less theirs on the same items.
 
-    Of right and wrong answers (1 and 0) the error counts half an item more in each of the four cells, so that where
-    both agree on all it is not 0. Source: Agresti and Min 2005, Statistics in Medicine 24, 729.
+    Of right and wrong answers (1 and 0) the error counts half an item more in each of
+    the four cells, so that where both agree on all it is not 0. Source: Agresti and Min
+    2005, Statistics in Medicine 24, 729.
     """
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
     mean, error = mean_and_error(differences, documents)
@@ -215,17 +283,21 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], documents:
 
 
 def of_rounds(found: Quartiles) -> Estimate:
-    """A median of timed rounds. Its error is from the quartiles, which count for about half of the rounds.
+    """A median of timed rounds. Its error is from the quartiles, which count for about
+    half of the rounds.
 
-    A simulation in the tests has the rates: at 5 rounds and more an interval's end misses in 2 to 3.5 % of cases.
+    A simulation in the tests has the rates: at 5 rounds and more an interval's end
+    misses in 2 to 3.5 % of cases.
     """
     return Estimate(found.median, found.error, (found.n - 1) / 2)
 
 
 def of_ranks(correlation: float, count: int) -> Estimate:
-    """A rank correlation of so many pairs: its interval has 0 where a shuffle is as far from 0 in 5 % of cases.
+    """A rank correlation of so many pairs: its interval has 0 where a shuffle is as far
+    from 0 in 5 % of cases.
 
-    By Student's t, which holds from six pairs on. Source: Kendall and Gibbons 1990, Rank Correlation Methods, 4.
+    By Student's t, which holds from six pairs on. Source: Kendall and Gibbons 1990,
+    Rank Correlation Methods, 4.
     """
     degrees = count - 2
     if degrees < 1:
@@ -235,7 +307,8 @@ def of_ranks(correlation: float, count: int) -> Estimate:
     return Estimate(correlation, farthest / reach, degrees)
 
 
-# --- recovery ---------------------------------------------------------------------------------------------------------
+# --- recovery
+# --------------------------------------------------------------------------------------
 
 
 def are_right_or_wrong(*columns: Sequence[float]) -> bool:
@@ -245,23 +318,37 @@ def are_right_or_wrong(*columns: Sequence[float]) -> bool:
 def recovery_interval(
     ours: Sequence[float], theirs: Sequence[float], documents: Documents = None
 ) -> tuple[float, float, float]:
-    """The mean of `ours` over that of `theirs`, on the same items, and the ends of its interval at the level 0.95.
+    """The mean of `ours` over that of `theirs`, on the same items, and the ends of its
+    interval at the level 0.95.
 
-    The interval has every ratio that a test does not reject. Right and wrong answers (1 and 0) have the score test of
-    Tang, Tang and Chan 2003 (Statistics in Medicine 22, 1217), other scores Student's t, corrected for their skew. Of
-    few scores, or few that differ, the skew is unknown: they are tested as if each was all or nothing, which is wider.
-    An interval ends at infinity where `theirs` may have no mean above zero; then the ratio may be nan.
+    The interval has every ratio that a test does not reject. Right and wrong answers (1
+    and 0) have the score test of Tang, Tang and Chan 2003 (Statistics in Medicine 22,
+    1217), other scores Student's t, corrected for their skew. Of few scores, or few
+    that differ, the skew is unknown: they are tested as if each was all or nothing,
+    which is wider. An interval ends at infinity where `theirs` may have no mean above
+    zero; then the ratio may be nan.
     """
-    mine, base = (np.array(summed(values, documents), dtype=np.float64) for values in (ours, theirs))
+    mine, base = (
+        np.array(summed(values, documents), dtype=np.float64)
+        for values in (ours, theirs)
+    )
     if not (base.sum() > 0 and len(base) > 1):
-        return float(mine.sum() / base.sum()) if base.sum() > 0 else math.nan, 0.0, math.inf
+        return (
+            float(mine.sum() / base.sum()) if base.sum() > 0 else math.nan,
+            0.0,
+            math.inf,
+        )
     ratio, differ = float(mine.sum() / base.sum()), int((mine != base).sum())
-    whole = np.stack([mine, base]).min() >= 0 and (len(base) < FEW_SCORES or differ < FEWEST)
+    whole = np.stack([mine, base]).min() >= 0 and (
+        len(base) < FEW_SCORES or differ < FEWEST
+    )
     if documents is None and are_right_or_wrong(ours, theirs):
         whole = True
 
     def evidence(least: float) -> float:
-        """For a ratio above `least`: how far the test is beyond its threshold, on either side."""
+        """For a ratio above `least`: how far the test is beyond its threshold, on
+        either side.
+        """
         if whole:
             return _score(mine, base, least) / NORMAL
         return _skewed_t(mine - least * base) / student_quantile((len(base) - 1) / 2)
@@ -272,9 +359,11 @@ def recovery_interval(
 
 
 def _score(ours: Floats, theirs: Floats, ratio: float) -> float:
-    """The standardised score for a larger ratio than this, from how much both have, was lost and was gained.
+    """The standardised score for a larger ratio than this, from how much both have, was
+    lost and was gained.
 
-    Below zero with a continuity correction, as the few losses have the long tail there. Values are shares of the most.
+    Below zero with a continuity correction, as the few losses have the long tail there.
+    Values are shares of the most.
     """
     most = max(ours.max(), theirs.max())
     both, change = np.minimum(ours, theirs).sum() / most, (ours - theirs) / most
@@ -295,7 +384,9 @@ def _score(ours: Floats, theirs: Floats, ratio: float) -> float:
 
 
 def _skewed_t(values: Floats) -> float:
-    """Student's t of the mean, corrected for the values' skew. Source: Hall 1992, J. R. Statist. Soc. B 54, 221."""
+    """Student's t of the mean, corrected for the values' skew. Source: Hall 1992, J. R.
+    Statist. Soc. B 54, 221.
+    """
     n, mean = len(values), float(values.mean())
     apart = values - mean
     spread = float(np.sqrt((apart**2).mean()))

@@ -1,10 +1,13 @@
-"""What the next token's distribution says, for rows of the last layer's output, at the cost of one logsumexp.
+"""What the next token's distribution says, for rows of the last layer's output, at the
+cost of one logsumexp.
 
-With a head that is a matrix, log p(v) = w_v . h - lse(h). So NLL is lse(h) - w_target . h, and KL(dense || plan) is
-lse(h) less E_p[w] . h, up to what only depends on the original model p: its mean row of the head, E_p[w], is as wide as
-the model and is computed once. No logits are kept: the matrix is taken a tile at a time, which stays in the cache.
-Each tile is taken less a logit near the row's largest ones, inside the matrix product, so that a dtype of few bits
-rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time, by the model.
+With a head that is a matrix, log p(v) = w_v . h - lse(h). So NLL is lse(h) - w_target .
+h, and KL(dense || plan) is lse(h) less E_p[w] . h, up to what only depends on the
+original model p: its mean row of the head, E_p[w], is as wide as the model and is
+computed once. No logits are kept: the matrix is taken a tile at a time, which stays in
+the cache. Each tile is taken less a logit near the row's largest ones, inside the
+matrix product, so that a dtype of few bits rounds what counts least of all. Heads that
+are no matrix are run as they are, some rows at a time, by the model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,17 +26,26 @@ from ..structure.model_structure import base_model, inputs_device, text_config
 from ..structure.observation import forward_of
 from ..structure.undoing import Undo
 
-# Rows and columns of a tile, by device: small enough for a cache, or large enough to keep a GPU busy.
+# Rows and columns of a tile, by device: small enough for a cache, or large enough to
+# keep a GPU busy.
 TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}
-LOGITS = {True: 2**23, False: 2**27}  # of a head that is no matrix, at once: on a CPU, and elsewhere
-NOTHING = -80.0  # exp() of less is as good as none, and takes a CPU up to 150 times as long
-CACHED = 16  # of their rows, whose log-probabilities are made at once on a CPU: they stay in a cache
+LOGITS = {
+    True: 2**23,
+    False: 2**27,
+}  # of a head that is no matrix, at once: on a CPU, and elsewhere
+NOTHING = (
+    -80.0
+)  # exp() of less is as good as none, and takes a CPU up to 150 times as long
+# of their rows, whose log-probabilities are made at once on a CPU: they stay in a cache
+CACHED = 16
 LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A head that is a matrix: its logits are `scale` * states @ `weight`.T + `bias`."""
+    """A head that is a matrix: its logits are `scale` * states @ `weight`.T +
+    `bias`.
+    """
 
     weight: Tensor  # (vocabulary, width), the model's own
     bias: Tensor | None  # (vocabulary,), float32
@@ -41,7 +53,9 @@ class Projection:
 
 
 class Head:
-    """What comes behind the last layer of `model`. Raises `UnsupportedModel` where that mixes tokens."""
+    """What comes behind the last layer of `model`. Raises `UnsupportedModel` where that
+    mixes tokens.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = base_model(model)
@@ -57,31 +71,51 @@ class Head:
         return self._behind(hidden[:, None]).flatten(0, -2)
 
     def states(self, hidden: Tensor) -> Tensor:
-        """What the output projection is given, (rows, width), from rows of the last layer's output, (rows, hidden)."""
-        return states_before_output(self.model, lambda: self._behind(hidden[:, None])).flatten(0, -2)
+        """What the output projection is given, (rows, width), from rows of the last
+        layer's output, (rows, hidden).
+        """
+        return states_before_output(
+            self.model, lambda: self._behind(hidden[:, None])
+        ).flatten(0, -2)
 
     def _behind(self, hidden: Tensor) -> Tensor:
-        """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is what the last layer answers."""
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=inputs_device(self.model))
+        """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is
+        what the last layer answers.
+        """
+        ids = torch.zeros(
+            hidden.shape[:2], dtype=torch.long, device=inputs_device(self.model)
+        )
         with handing(self.model, self.structure, hidden):
             return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()
     def _probe(self) -> Projection | None:
         """The head's matrix, where random rows say that it is one."""
-        device = next(self.model.get_submodule(self.structure.layers).parameters()).device
-        device = torch.device("cpu") if device.type == "meta" else device  # accelerate takes them from there
+        device = next(
+            self.model.get_submodule(self.structure.layers).parameters()
+        ).device
+        device = (
+            torch.device("cpu") if device.type == "meta" else device
+        )  # accelerate takes them from there
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(2, 4, text_config(self.model).hidden_size, generator=generator)
+        hidden = torch.randn(
+            2, 4, text_config(self.model).hidden_size, generator=generator
+        )
         hidden = hidden.to(device, self.model.dtype)
         expected = self._behind(hidden).flatten(0, 1)
         rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
         if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
-            told = f"the head of {type(self.model).__name__} makes a token's logits from more than its own hidden state"
+            told = (
+                f"the head of {type(self.model).__name__} makes a token's logits from"
+                " more than its own hidden state"
+            )
             raise UnsupportedModel(f"{told}: choose another model")
         output = self.output
         # quantised or adapted, or offloaded
-        if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {nn.Linear, nn.Parameter}:
+        if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {
+            nn.Linear,
+            nn.Parameter,
+        }:
             return None
         if not output.weight.is_floating_point() or output.weight.device.type == "meta":
             return None
@@ -90,12 +124,20 @@ class Head:
         bias = None if output.bias is None else output.bias.detach().float() * scale
         found = Projection(output.weight.detach(), bias, scale)
         states = self.states(hidden.flatten(0, 1)).to(found.weight.device)
-        logits = scale * (states @ found.weight.T).float() + (0.0 if bias is None else bias)
+        logits = scale * (states @ found.weight.T).float() + (
+            0.0 if bias is None else bias
+        )
         return found if _close(logits, expected, rounding) else None
 
-    def _scale(self, output: nn.Linear, hidden: Tensor, generator: torch.Generator) -> float | None:
-        """By what the model multiplies what `output` answers; None where it does anything else."""
-        made = LARGE * torch.randn(len(hidden), output.out_features, generator=generator)
+    def _scale(
+        self, output: nn.Linear, hidden: Tensor, generator: torch.Generator
+    ) -> float | None:
+        """By what the model multiplies what `output` answers; None where it does
+        anything else.
+        """
+        made = LARGE * torch.randn(
+            len(hidden), output.out_features, generator=generator
+        )
 
         def answer(states: Tensor) -> Tensor:
             return made.to(states.device).view(*states.shape[:-1], -1)
@@ -106,22 +148,34 @@ class Head:
             return None
         scale = float((given * made).sum() / made.double().square().sum())
         rounding = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2**-7
-        return scale if ((given - scale * made).abs() <= rounding * abs(scale) * made.abs()).all() else None
+        return (
+            scale
+            if (
+                (given - scale * made).abs() <= rounding * abs(scale) * made.abs()
+            ).all()
+            else None
+        )
 
 
-_PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = (
+    WeakKeyDictionary()
+)
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
     if found.shape != expected.shape:
         return False
     expected = expected.to(found.device).float()
-    return bool((found.float() - expected).abs().max() <= rounding * expected.abs().max())
+    return bool(
+        (found.float() - expected).abs().max() <= rounding * expected.abs().max()
+    )
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One value a row, in nats and at least float32, or none; `confidence` is the probability of `likeliest`, int64."""
+    """One value a row, in nats and at least float32, or none; `confidence` is the
+    probability of `likeliest`, int64.
+    """
 
     nll: Tensor
     kl: Tensor
@@ -131,15 +185,25 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Dense:
-    """The original model's distributions, a row each, as plans are held against them."""
+    """The original model's distributions, a row each, as plans are held against
+    them.
+    """
 
-    kept: Tensor  # the head's mean row, (rows, width); if it is no matrix, the last layer's output, (rows, hidden)
-    anchor: Tensor | None  # (rows,): what its product with a plan's states lacks to their logsumexp without any KL
+    # the head's mean row, (rows, width); if it is no matrix, the last layer's output,
+    # (rows, hidden)
+    kept: Tensor
+    anchor: (
+        Tensor | None
+        # (rows,): what its product with a plan's states lacks to their logsumexp
+        # without any KL
+    )
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides."""
+    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was
+    asked for besides.
+    """
 
     about: Tensor
     log_sums: Tensor
@@ -149,82 +213,143 @@ class _Sums:
 
 
 class TokenScorer:
-    """Scores of rows of the last layer's output of `model`, (rows, hidden) each; see `TokenScores`, `Dense`."""
+    """Scores of rows of the last layer's output of `model`, (rows, hidden) each; see
+    `TokenScores`, `Dense`.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.head = Head(model)
         self.is_matrix = self.head.projection is not None
         projection = self.head.projection or Projection(torch.empty(0), None, 1.0)
-        self.weight, self.bias, self.scale = projection.weight, projection.bias, projection.scale
+        self.weight, self.bias, self.scale = (
+            projection.weight,
+            projection.bias,
+            projection.scale,
+        )
         self.exact = torch.promote_types(self.weight.dtype, torch.float32)
         self.words: Tensor | None = None
 
     @torch.no_grad()
-    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> "TokenScorer":
-        """As if the vocabulary were the `words` likeliest in rows of the original model, and the `targets`."""
-        if not self.is_matrix or 2 * words > len(self.weight):  # that would save less than half
+    def on_likely_words(
+        self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]
+    ) -> "TokenScorer":
+        """As if the vocabulary were the `words` likeliest in rows of the original
+        model, and the `targets`.
+        """
+        if not self.is_matrix or 2 * words > len(
+            self.weight
+        ):  # that would save less than half
             return self
-        likely = torch.stack([self._mass(rows) for rows in hidden]).sum(0).topk(words).indices
+        likely = (
+            torch.stack([self._mass(rows) for rows in hidden])
+            .sum(0)
+            .topk(words)
+            .indices
+        )
         part, here = copy(self), self.weight.device
         part.words = torch.cat([one.to(here) for one in (likely, *targets)]).unique()
-        part.weight, part.bias = self.weight[part.words], None if self.bias is None else self.bias[part.words]
+        part.weight, part.bias = (
+            self.weight[part.words],
+            (None if self.bias is None else self.bias[part.words]),
+        )
         return part
 
     @torch.no_grad()
     def dense(
         self, hidden: Tensor, targets: Tensor | None = None, *, likeliest: bool = False
     ) -> tuple[TokenScores, Dense]:
-        """Of the original model's rows: its own scores, with a KL of 0, and what plans are held against."""
+        """Of the original model's rows: its own scores, with a KL of 0, and what plans
+        are held against.
+        """
         if not self.is_matrix:
-            zeros = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-            return replace(self._by_logits(hidden, targets, None, likeliest), kl=zeros), Dense(hidden, None)
+            zeros = hidden.new_zeros(
+                len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)
+            )
+            return replace(
+                self._by_logits(hidden, targets, None, likeliest), kl=zeros
+            ), Dense(hidden, None)
         states, wanted = self._read(hidden, targets)
         sums, dense = self._dense(states, wanted, likeliest)
         return _scores(sums, wanted, torch.zeros_like(sums.about), likeliest), dense
 
     @torch.no_grad()
     def score(
-        self, hidden: Tensor, targets: Tensor | None = None, dense: Dense | None = None, *, likeliest: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        dense: Dense | None = None,
+        *,
+        likeliest: bool = False,
     ) -> TokenScores:
-        """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are given: at least one of them."""
+        """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are
+        given: at least one of them.
+        """
         if not self.is_matrix:
             return self._by_logits(hidden, targets, dense, likeliest)
         states, wanted = self._read(hidden, targets)
         alike = None if dense is None else self._alike(states, dense)
         about = wanted if alike is None else alike
-        assert about is not None, "give targets, the original model's distributions, or both"
+        assert about is not None, (
+            "give targets, the original model's distributions, or both"
+        )
         sums = self._sums(states, about, likeliest)
-        return _scores(sums, wanted, None if alike is None else sums.log_sums + (sums.about - alike), likeliest)
+        return _scores(
+            sums,
+            wanted,
+            None if alike is None else sums.log_sums + (sums.about - alike),
+            likeliest,
+        )
 
     @torch.no_grad()
     def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(dense || these), (rows,), and its derivative by `states`, the difference of both mean rows of the head.
+        """KL(dense || these), (rows,), and its derivative by `states`, the difference
+        of both mean rows of the head.
 
-        Both states are given as the head's matrix is, (rows, width); the results are where `states` are.
-        Raises `UnsupportedModel` where it is no matrix.
+        Both states are given as the head's matrix is, (rows, width); the results are
+        where `states` are. Raises `UnsupportedModel` where it is no matrix.
         """
         if not self.is_matrix:
-            raise UnsupportedModel(f"the head of {type(self.head.model).__name__} is no matrix, and cannot be aimed at")
+            raise UnsupportedModel(
+                f"the head of {type(self.head.model).__name__} is no matrix, and cannot"
+                " be aimed at"
+            )
         _, dense = self._dense(dense_states.to(self.weight), None, False)
         given = states.to(self.weight)
         alike = self._alike(given, dense)
         sums = self._sums(given, alike, mean=True)
-        nats, slope = sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
+        nats, slope = (
+            sums.log_sums + (sums.about - alike),
+            sums.mean * self.scale - dense.kept,
+        )
         return nats.to(states.device), slope.to(states.device)
 
     def _mass(self, hidden: Tensor) -> Tensor:
         """The probability of each token, (vocabulary,), summed over the rows."""
-        rows = hidden.split(max(1, LOGITS[hidden.device.type == "cpu"] // len(self.weight)))
-        return torch.stack([self.head.logits(few).to(self.exact).softmax(-1).sum(0) for few in rows]).sum(0)
+        rows = hidden.split(
+            max(1, LOGITS[hidden.device.type == "cpu"] // len(self.weight))
+        )
+        return torch.stack(
+            [self.head.logits(few).to(self.exact).softmax(-1).sum(0) for few in rows]
+        ).sum(0)
 
-    def _dense(self, states: Tensor, wanted: Tensor | None, likeliest: bool) -> tuple[_Sums, Dense]:
-        near = self._sums(states, states.new_zeros(len(states)) if wanted is None else wanted)
+    def _dense(
+        self, states: Tensor, wanted: Tensor | None, likeliest: bool
+    ) -> tuple[_Sums, Dense]:
+        near = self._sums(
+            states, states.new_zeros(len(states)) if wanted is None else wanted
+        )
         sums = self._sums(states, near.about + near.log_sums, likeliest, mean=True)
         kept = sums.mean * self.scale
-        return sums, Dense(kept, sums.about + sums.log_sums - self._products(states, kept))
+        return sums, Dense(
+            kept, sums.about + sums.log_sums - self._products(states, kept)
+        )
 
-    def _read(self, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What the matrix is given, (rows, width), and the logits of the targets, (rows,)."""
+    def _read(
+        self, hidden: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the matrix is given, (rows, width), and the logits of the targets,
+        (rows,).
+        """
         states = self.head.states(hidden).to(self.weight.device)
         if targets is None:
             return states, None
@@ -242,18 +367,29 @@ class TokenScorer:
         assert dense.anchor is not None
         return self._products(states, dense.kept) + dense.anchor
 
-    def _sums(self, states: Tensor, about: Tensor, largest: bool = False, mean: bool = False) -> _Sums:
+    def _sums(
+        self, states: Tensor, about: Tensor, largest: bool = False, mean: bool = False
+    ) -> _Sums:
         sums = self._summed(states, about, largest, mean)
-        if not (sums.log_sums.isfinite() & (sums.log_sums > NOTHING / 2)).all():  # `about` is far from the largest
+        if not (
+            sums.log_sums.isfinite() & (sums.log_sums > NOTHING / 2)
+        ).all():  # `about` is far from the largest
             about = about + self._summed(states, about, True, False).largest
             sums = self._summed(states, about, largest, mean)
         return sums
 
-    def _summed(self, states: Tensor, about: Tensor, largest: bool, mean: bool) -> _Sums:
+    def _summed(
+        self, states: Tensor, about: Tensor, largest: bool, mean: bool
+    ) -> _Sums:
         about = about.to(states.dtype)
         totals, shares = states.new_zeros(2, len(states), dtype=self.exact)
-        top, place = torch.full_like(totals, -torch.inf), torch.zeros_like(totals, dtype=torch.long)
-        rows_of_head = states.new_zeros(states.shape if mean else (0,), dtype=self.exact)
+        top, place = (
+            torch.full_like(totals, -torch.inf),
+            torch.zeros_like(totals, dtype=torch.long),
+        )
+        rows_of_head = states.new_zeros(
+            states.shape if mean else (0,), dtype=self.exact
+        )
         far = False
         for rows, columns, tile in self._tiles(states, about):
             if columns.start == 0 and tile.device.type == "cpu":
@@ -262,13 +398,17 @@ class TokenScorer:
                 tile.clamp_(min=NOTHING)
             if largest:
                 values = tile.amax(-1)
-                better = (values > top[rows]).nonzero()[:, 0]  # few: a maximum with its place takes four times as long
+                better = (values > top[rows]).nonzero()[
+                    :, 0
+                ]  # few: a maximum with its place takes four times as long
                 place[rows.start + better] = tile[better].argmax(-1) + columns.start
                 top[rows] = torch.maximum(top[rows], values)
             totals[rows] += tile.exp_().sum(-1)
             if mean:
                 share = tile.to(self.weight.dtype)
-                shares[rows] += share.sum(-1, dtype=self.exact)  # rounded as they are in the product
+                shares[rows] += share.sum(
+                    -1, dtype=self.exact
+                )  # rounded as they are in the product
                 rows_of_head[rows] += share @ self.weight[columns]
         if mean:
             rows_of_head /= shares[:, None]
@@ -276,18 +416,29 @@ class TokenScorer:
             place = self.words[place]
         return _Sums(about.to(self.exact), totals.log(), top, place, rows_of_head)
 
-    def _tiles(self, states: Tensor, about: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Logits less `about` by rows and columns; each tile may be written to, and is gone when the next one comes."""
+    def _tiles(
+        self, states: Tensor, about: Tensor
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Logits less `about` by rows and columns; each tile may be written to, and is
+        gone when the next one comes.
+        """
         most_rows, most_columns = TILES.get(states.device.type, TILES["cuda"])
         room = min(most_rows, len(states)) * min(most_columns, len(self.weight))
         rounded = torch.empty(room, dtype=self.weight.dtype, device=states.device)
-        exact = rounded if self.weight.dtype == self.exact else torch.empty_like(rounded, dtype=self.exact)
+        exact = (
+            rounded
+            if self.weight.dtype == self.exact
+            else torch.empty_like(rounded, dtype=self.exact)
+        )
         for rows in _slices(len(states), most_rows):
             given, less = states[rows], about[rows, None]
             for columns in _slices(len(self.weight), most_columns):
                 part = self.weight[columns]
                 shape = len(given), len(part)
-                out, tile = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (rounded, exact))
+                out, tile = (
+                    buffer[: shape[0] * shape[1]].view(shape)
+                    for buffer in (rounded, exact)
+                )
                 torch.addmm(less, given, part.T, beta=-1, alpha=self.scale, out=out)
                 if exact is not rounded:
                     tile.copy_(out)
@@ -295,24 +446,42 @@ class TokenScorer:
                     tile += self.bias[columns]
                 yield rows, columns, tile
 
-    def _by_logits(self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool) -> TokenScores:
+    def _by_logits(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None,
+        dense: Dense | None,
+        likeliest: bool,
+    ) -> TokenScores:
         parts: list[TokenScores] = []
         on_cpu = hidden.device.type == "cpu"
-        for rows in _slices(len(hidden), max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size)):
+        for rows in _slices(
+            len(hidden),
+            max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size),
+        ):
             logits = self.head.logits(hidden[rows])
             base = None if dense is None else self.head.logits(dense.kept[rows])
             wanted = None if targets is None else targets[rows].to(logits.device)
             for few in _slices(len(logits), CACHED if on_cpu else len(logits)):
-                aims, dense_logits = (None if each is None else each[few] for each in (wanted, base))
+                aims, dense_logits = (
+                    None if each is None else each[few] for each in (wanted, base)
+                )
                 parts.append(_from_logits(logits[few], aims, dense_logits, likeliest))
-        return TokenScores(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(TokenScores)))
+        return TokenScores(
+            *(
+                torch.cat([getattr(part, one.name) for part in parts])
+                for one in fields(TokenScores)
+            )
+        )
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _scores(sums: _Sums, wanted: Tensor | None, kl: Tensor | None, likeliest: bool) -> TokenScores:
+def _scores(
+    sums: _Sums, wanted: Tensor | None, kl: Tensor | None, likeliest: bool
+) -> TokenScores:
     nothing = sums.about[:0]
     return TokenScores(
         nothing if wanted is None else sums.log_sums + (sums.about - wanted),
@@ -322,11 +491,20 @@ def _scores(sums: _Sums, wanted: Tensor | None, kl: Tensor | None, likeliest: bo
     )
 
 
-def _from_logits(logits: Tensor, targets: Tensor | None, dense: Tensor | None, likeliest: bool) -> TokenScores:
-    """From logits, (rows, vocabulary). Written out, since torch's `kl_div` takes four times as long on a CPU."""
+def _from_logits(
+    logits: Tensor, targets: Tensor | None, dense: Tensor | None, likeliest: bool
+) -> TokenScores:
+    """From logits, (rows, vocabulary). Written out, since torch's `kl_div` takes four
+    times as long on a CPU.
+    """
     exact = torch.promote_types(logits.dtype, torch.float32)
     log_q = logits.to(exact).log_softmax(-1)
-    nll, kl, top, place = log_q.new_empty(0), log_q.new_empty(0), log_q.new_empty(0), log_q.new_empty(0).long()
+    nll, kl, top, place = (
+        log_q.new_empty(0),
+        log_q.new_empty(0),
+        log_q.new_empty(0),
+        log_q.new_empty(0).long(),
+    )
     if targets is not None:
         nll = -log_q.gather(1, targets[:, None])[:, 0]
     if dense is not None:

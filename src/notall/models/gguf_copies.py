@@ -1,4 +1,6 @@
-"""GGUF files as plain folders, which all of transformers understands: copied once and kept in the cache."""
+"""GGUF files as plain folders, which all of transformers understands: copied once and
+kept in the cache.
+"""
 
 import contextlib
 import io
@@ -12,7 +14,12 @@ import transformers
 from filelock import FileLock
 from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ..digests import digest_of_file
 from ..errors import UsageError
@@ -29,7 +36,8 @@ COPY_FORMAT = 2  # one more whenever the copy of the same file comes out otherwi
 
 def converted_folder(gguf: Path) -> Path:
     """Where the plain copy of a GGUF file is, or would be."""
-    # The two lines of transformers write configs that the other misreads in silence (the RoPE base, for one).
+    # The two lines of transformers write configs that the other misreads in silence
+    # (the RoPE base, for one).
     made_by = f"{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
     return cache_folder("gguf") / f"{digest_of_file(gguf)[:16]}-{made_by}"
 
@@ -79,19 +87,24 @@ def _is_whole(folder: Path) -> bool:
 def read_model(gguf: Path) -> PreTrainedModel:
     """The model of a GGUF file as transformers reads it, in float32; no copy is made.
 
-    Raises `UsageError` for a damaged file, and `UnknownArchitecture` for one that transformers does not know.
+    Raises `UsageError` for a damaged file, and `UnknownArchitecture` for one that
+    transformers does not know.
     """
     with explained(gguf), quiet(), contextlib.redirect_stderr(io.StringIO()):
         return _read(gguf).eval()
 
 
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
-    """Read a GGUF file with transformers, and save the model as if it had never been one."""
+    """Read a GGUF file with transformers, and save the model as if it had never been
+    one.
+    """
     tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
     refuse_kv_only(gguf, open_gguf(gguf).fields)
     with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):
         read = _read(gguf)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(gguf.parent, **_source(gguf))
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+            gguf.parent, **_source(gguf)
+        )
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict(), assign=True)
@@ -104,9 +117,15 @@ def _read(gguf: Path) -> PreTrainedModel:
     """With plain numbers. Its progress bars, on stderr, obey no switch."""
     # transformers 5 keeps GGUF blocks packed where it has kernels for them
     plain_numbers = getattr(transformers, "GgufConfig", None)
-    unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
+    unpacked = (
+        {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
+    )
     model, report = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, **_source(gguf), **unpacked, dtype=torch.float32, output_loading_info=True
+        gguf.parent,
+        **_source(gguf),
+        **unpacked,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     check_weights(gguf, report)
     if hasattr(model.config, "quantization_config"):  # with it, save_pretrained refuses
@@ -115,11 +134,17 @@ def _read(gguf: Path) -> PreTrainedModel:
 
 
 def _source(gguf: Path) -> Settings:
-    return {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+    return {
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
 
 
 def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
-    """That of a SmolLM file's header, whose digits and BOS transformers gets wrong; None for other files."""
+    """That of a SmolLM file's header, whose digits and BOS transformers gets wrong;
+    None for other files.
+    """
     reader = open_gguf(gguf)
 
     def read(name: str) -> Any:
@@ -128,13 +153,28 @@ def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
 
     if read("ggml.pre") != "smollm":
         return None
-    words, merges = read("ggml.tokens"), [tuple(merge.split(" ")) for merge in read("ggml.merges")]
-    bpe = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=merges))
+    words, merges = (
+        read("ggml.tokens"),
+        [tuple(merge.split(" ")) for merge in read("ggml.merges")],
+    )
+    bpe = Tokenizer(
+        models.BPE(
+            vocab={word: number for number, word in enumerate(words)}, merges=merges
+        )
+    )
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), bytes_]
+    )
     bpe.decoder = decoders.ByteLevel()
-    control = [word for word, kind in zip(words, read("ggml.token_type"), strict=True) if kind == TokenType.CONTROL]
-    bpe.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in control])
+    control = [
+        word
+        for word, kind in zip(words, read("ggml.token_type"), strict=True)
+        if kind == TokenType.CONTROL
+    ]
+    bpe.add_special_tokens(
+        [AddedToken(word, normalized=False, special=True) for word in control]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=words[read("ggml.bos_token_id")],

@@ -1,4 +1,6 @@
-"""What a GGUF file holds, compared with the unpacked model that notall computes with. No torch."""
+"""What a GGUF file holds, compared with the unpacked model that notall computes with.
+No torch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from .names import named_gguf
 
 @dataclass(frozen=True)
 class StoredSizes:
-    """Bytes of weights in the types of a file, of the original model and without what a plan skips."""
+    """Bytes of weights in the types of a file, of the original model and without what a
+    plan skips.
+    """
 
     name: str
     whole: int
@@ -23,30 +27,44 @@ class StoredSizes:
 
 
 def stored_sizes(spec: str | Path, plan: Plan) -> StoredSizes | None:
-    """Of the GGUF file that a spec names; None of another model. Raises `UsageError` as `read_gguf` does."""
+    """Of the GGUF file that a spec names; None of another model. Raises `UsageError` as
+    `read_gguf` does.
+    """
     file = named_gguf(spec)
     if file is None:
         return None
     source = read_gguf(file)
     kinds = sorted({tensor.quantization.name for tensor in source.tensors.values()})
-    head = prod(source.tensors[HEAD].shape) if {EMBEDDING, HEAD} <= source.tensors.keys() else 0
-    return StoredSizes(file.name, _bytes_of(source.tensors), _left(source, plan), tuple(kinds), head)
+    head = (
+        prod(source.tensors[HEAD].shape)
+        if {EMBEDDING, HEAD} <= source.tensors.keys()
+        else 0
+    )
+    return StoredSizes(
+        file.name, _bytes_of(source.tensors), _left(source, plan), tuple(kinds), head
+    )
 
 
 def size_notes(spec: str | Path, plan: Plan) -> list[str]:
-    """Why the sizes of a model are others than its file's; nothing where no GGUF file was unpacked."""
+    """Why the sizes of a model are others than its file's; nothing where no GGUF file
+    was unpacked.
+    """
     stored = stored_sizes(spec, plan)
     return [*_notes(stored, plan)] if stored else []
 
 
 def _notes(stored: StoredSizes, plan: Plan) -> Iterator[str]:
     left = f", and {in_bytes(stored.left)} without what is skipped" if plan else ""
-    told = f"{stored.name} holds {in_bytes(stored.whole)} of weights in {', '.join(stored.types)}{left}"
+    told = (
+        f"{stored.name} holds {in_bytes(stored.whole)} of weights in"
+        f" {', '.join(stored.types)}{left}"
+    )
     yield f"{told}; the table has the sizes of its numbers unpacked."
     if stored.head:
         yield (
-            f"{stored.head:,} of the parameters are the output head's, which the file holds apart from the embeddings: "
-            "a model that shares them is counted without."
+            f"{stored.head:,} of the parameters are the output head's, which the file"
+            " holds apart from the embeddings: a model that shares them is counted"
+            " without."
         )
 
 

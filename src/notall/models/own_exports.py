@@ -1,4 +1,6 @@
-"""What `notall export` wrote, without the code beside it: layers of transformers' own class that lack a sublayer."""
+"""What `notall export` wrote, without the code beside it: layers of transformers' own
+class that lack a sublayer.
+"""
 
 import re
 from collections.abc import Mapping
@@ -17,20 +19,29 @@ from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
-PROMPT_SKIPS = f"{REGROUPED}prefill_"  # what an export that skips in the prompt alone begins with
+PROMPT_SKIPS = (  # what an export that skips in the prompt alone begins with
+    f"{REGROUPED}prefill_"
+)
 SWIFTKV = "llama_swiftkv"  # which ArcticInference alone runs
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
-TENSOR = re.compile(r"(?P<start>.*\blayers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)")
+TENSOR = re.compile(
+    r"(?P<start>.*\blayers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)"
+)
 REDONE = "export it anew from the original model"
 
 
 @dataclass(frozen=True)
 class OwnExport:
-    """An export as layers of the original architecture, some of which lack a sublayer."""
+    """An export as layers of the original architecture, some of which lack a
+    sublayer.
+    """
 
     config: PretrainedConfig
-    missing: dict[str, list[int]]  # by kind, the layers of `config` that have no such sublayer
-    # of a layer of the files, and where in it an MLP rides along (such as after, 0), the layer of `config`
+    missing: dict[
+        str, list[int]
+    ]  # by kind, the layers of `config` that have no such sublayer
+    # of a layer of the files, and where in it an MLP rides along (such as after, 0),
+    # the layer of `config`
     places: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
 
     def renamed(self, name: str) -> str:
@@ -40,42 +51,59 @@ class OwnExport:
             return name
         key = int(match["layer"]), match["place"] or "", int(match["slot"] or 0)
         if key not in self.places:
-            raise UsageError(f"config.json says nothing of {shortened(name)}: it is damaged; {REDONE}")
+            raise UsageError(
+                f"config.json says nothing of {shortened(name)}: it is damaged;"
+                f" {REDONE}"
+            )
         return f"{match['start']}{self.places[key]}.{match['end']}"
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
-        """Every tensor of the files, by the names that the model of `config` gives them."""
+        """Every tensor of the files, by the names that the model of `config` gives
+        them.
+        """
         weights: dict[str, Tensor] = {}
         for shard in weight_files(first_file(folder)):
             with safe_open(shard, framework="pt") as file:
-                weights |= {self.renamed(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    weights[self.renamed(name)] = file.get_tensor(name)
         return weights
 
 
 def first_file(folder: Path, named: str | None = None) -> Path:
-    """Where transformers begins: with what the config has `named`, else the one file, else the index of shards."""
+    """Where transformers begins: with what the config has `named`, else the one file,
+    else the index of shards.
+    """
     names = (named,) if named else (SINGLE, INDEX)
     file = next((path for name in names if (path := own_file(folder, name))), None)
     if file is None:
-        raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
+        raise UsageError(
+            f"{folder.name} has no {shortened(' and no '.join(names))}; download or"
+            " save it again"
+        )
     return file
 
 
 def weight_files(file: Path) -> list[Path]:
-    """The safetensors files that transformers reads, where it begins with `file`: that one, or shards of an index."""
+    """The safetensors files that transformers reads, where it begins with `file`: that
+    one, or shards of an index.
+    """
     if file.suffix == ".safetensors":
         return [file]
     found = []
     for name in shard_names(file):
         shard = own_file(file.parent, name)
         if shard is None:
-            raise UsageError(f"{file.parent.name} lacks {shortened(name)}; download it again")
+            raise UsageError(
+                f"{file.parent.name} lacks {shortened(name)}; download it again"
+            )
         found.append(shard)
     return found
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names. Raises `UsageError` for others than safetensors: pickles."""
+    """The files that an index names. Raises `UsageError` for others than safetensors:
+    pickles.
+    """
     names = sorted(set(shard_index(index).values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
         other = shortened(others[0]) or "nothing"
@@ -96,28 +124,51 @@ def shard_index(path: Path) -> dict[str, str]:
     try:
         return _Index.model_validate(read_json(contents(path)), strict=True).weight_map
     except ValueError:
-        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again") from None
+        raise UsageError(
+            f"{path.parent.name}: {path.name} is damaged; download it again"
+        ) from None
 
 
 def own_export(name: str | Path, settings: Settings) -> OwnExport:
-    """The layers that config.json of an export tells. Raises `UsageError` where it tells none that can be built."""
+    """The layers that config.json of an export tells. Raises `UsageError` where it
+    tells none that can be built.
+    """
     refuse_prompt_skips(name, settings)
     try:
-        return _regrouped(settings) if settings["model_type"] != NEMOTRON_NAS else _nemotron_nas(settings)
-    except Exception as error:  # transformers raises whatever a damaged file leads it to
+        return (
+            _regrouped(settings)
+            if settings["model_type"] != NEMOTRON_NAS
+            else _nemotron_nas(settings)
+        )
+    except (
+        Exception
+    ) as error:  # transformers raises whatever a damaged file leads it to
         said = shortened(f"{type(error).__name__}: {error}")
-        raise UsageError(f"the config of {shortened(name)} is none that notall writes ({said}); {REDONE}") from error
+        raise UsageError(
+            f"the config of {shortened(name)} is none that notall writes ({said});"
+            f" {REDONE}"
+        ) from error
 
 
 def refuse_prompt_skips(name: str | Path, settings: Settings) -> None:
-    """Raise `UsageError` for an export that skips in the prompt alone, which other code than notall's runs."""
+    """Raise `UsageError` for an export that skips in the prompt alone, which other code
+    than notall's runs.
+    """
     form = str(settings.get("model_type"))
     if form == SWIFTKV:
-        told = f"{shortened(name)} is in SwiftKV's form, which ArcticInference alone runs"
+        told = (
+            f"{shortened(name)} is in SwiftKV's form, which ArcticInference alone runs"
+        )
         raise UsageError(f"{told}; give the original model and the plan")
     if form.startswith(PROMPT_SKIPS):
-        told = f"{shortened(name)} skips sublayers in the prompt alone, and runs in transformers by its own code"
-        raise UsageError(f"{told} (trust_remote_code=True), or in vLLM; give the original model and the plan")
+        told = (
+            f"{shortened(name)} skips sublayers in the prompt alone, and runs in"
+            " transformers by its own code"
+        )
+        raise UsageError(
+            f"{told} (trust_remote_code=True), or in vLLM; give the original model and"
+            " the plan"
+        )
 
 
 def _regrouped(settings: Settings) -> OwnExport:
@@ -125,7 +176,11 @@ def _regrouped(settings: Settings) -> OwnExport:
     places: dict[tuple[int, str, int], int] = {}
     missing: dict[str, list[int]] = {"attention": [], "mlp": []}
     for number, row in enumerate(rows):
-        for place, count in (("before", len(row["before"])), ("", 1), ("after", len(row["after"]))):
+        for place, count in (
+            ("before", len(row["before"])),
+            ("", 1),
+            ("after", len(row["after"])),
+        ):
             for slot in range(count):
                 layer = len(places)
                 places[number, place, slot] = layer
@@ -134,18 +189,27 @@ def _regrouped(settings: Settings) -> OwnExport:
                 elif row["mlp"] is None:
                     missing["mlp"].append(layer)
     sources = [number for number, _, _ in places]
-    spread = {**settings, "num_hidden_layers": len(sources)}  # a layer each, with what that of the files has
+    spread = {
+        **settings,
+        "num_hidden_layers": len(sources),
+    }  # a layer each, with what that of the files has
     for name in PER_LAYER_LISTS:
         values = settings.get(name)
         if isinstance(values, list) and len(values) == len(rows):
             spread[name] = [values[source] for source in sources]
     if indices := settings.get("mlp_only_layers"):
-        spread["mlp_only_layers"] = [number for number, source in enumerate(sources) if source in indices]
-    return OwnExport(_config(settings["model_type"].removeprefix(REGROUPED), spread), missing, places)
+        spread["mlp_only_layers"] = [
+            number for number, source in enumerate(sources) if source in indices
+        ]
+    return OwnExport(
+        _config(settings["model_type"].removeprefix(REGROUPED), spread), missing, places
+    )
 
 
 def _nemotron_nas(settings: Settings) -> OwnExport:
-    """As Llama, which it is but for what its layers lack; only where the layers are of one size."""
+    """As Llama, which it is but for what its layers lack; only where the layers are of
+    one size.
+    """
     blocks, hidden = settings["block_configs"], settings["hidden_size"]
     missing = {
         kind: [number for number, block in enumerate(blocks) if block[name]["no_op"]]
@@ -154,13 +218,24 @@ def _nemotron_nas(settings: Settings) -> OwnExport:
     if set(missing["attention"]) & set(missing["mlp"]):
         raise ValueError("a layer has neither an attention nor an MLP")
     parts = [block[name] for block in blocks for name in ("attention", "ffn")]
-    if any(part.get(name) for part in parts for name in ("replace_with_linear", "sparsify", "window_length")):
+    if any(
+        part.get(name)
+        for part in parts
+        for name in ("replace_with_linear", "sparsify", "window_length")
+    ):
         raise ValueError("layers are not Llama's")
-    groups = {block["attention"]["n_heads_in_group"] for block in blocks if not block["attention"]["no_op"]}
+    groups = {
+        block["attention"]["n_heads_in_group"]
+        for block in blocks
+        if not block["attention"]["no_op"]
+    }
     widths = {block["ffn"]["ffn_mult"] for block in blocks if not block["ffn"]["no_op"]}
     if len(groups) != 1 or len(widths) > 1:
         raise ValueError("layers differ in size")
-    width = max((ceil(int(2 * mult * hidden / 3) / MULTIPLE) * MULTIPLE for mult in widths), default=MULTIPLE)
+    width = max(
+        (ceil(int(2 * mult * hidden / 3) / MULTIPLE) * MULTIPLE for mult in widths),
+        default=MULTIPLE,
+    )
     sizes = {
         "num_hidden_layers": len(blocks),
         "num_key_value_heads": settings["num_attention_heads"] // groups.pop(),

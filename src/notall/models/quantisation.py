@@ -1,4 +1,6 @@
-"""What a config says of quantised weights, and whether transformers can run them on this machine."""
+"""What a config says of quantised weights, and whether transformers can run them on
+this machine.
+"""
 
 from collections.abc import Mapping
 
@@ -16,34 +18,53 @@ PACKAGES |= {"awq": "gptqmodel", "gptq": "gptqmodel optimum"}
 
 
 def quantisation_of(config: PretrainedConfig) -> Settings | None:
-    """The quantisation settings of a config, or None. Raises `UsageError` where they are no settings."""
+    """The quantisation settings of a config, or None. Raises `UsageError` where they
+    are no settings.
+    """
     told = getattr(config, "quantization_config", None)
     if isinstance(told, QuantizationConfigMixin):
         return told.to_dict()
     if not isinstance(told, Mapping | None):
-        raise UsageError("the quantization_config of this model is damaged; fetch its config.json again")
+        raise UsageError(
+            "the quantization_config of this model is damaged; fetch its config.json"
+            " again"
+        )
     return told if told is None else dict(told)
 
 
 def quantisation_name(told: Mapping[str, object]) -> str:
     """Such as `fp8`, `gptq 4-bit` or `compressed-tensors`."""
     method = told.get("quant_method")
-    method = str(getattr(method, "value", method) or "bitsandbytes")  # old files of bitsandbytes do not say
-    bits = told.get("bits") or (4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") else None)
+    method = str(
+        getattr(method, "value", method) or "bitsandbytes"
+    )  # old files of bitsandbytes do not say
+    bits = told.get("bits") or (
+        4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") else None
+    )
     return f"{method} {bits}-bit" if bits else method
 
 
 def why_not_here(told: Mapping[str, object]) -> str | None:
-    """What keeps transformers from running such weights here, and what to install; None where nothing does."""
+    """What keeps transformers from running such weights here, and what to install; None
+    where nothing does.
+    """
     name = quantisation_name(told)
     package = PACKAGES.get(name.split()[0])
     try:
         with quiet():
-            AutoHfQuantizer.from_config(dict(told), pre_quantized=True).validate_environment(device_map=None)
+            AutoHfQuantizer.from_config(
+                dict(told), pre_quantized=True
+            ).validate_environment(device_map=None)
     except Exception as error:  # each quantiser checks in its own way
-        said = shortened((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."), 120)
+        said = shortened(
+            (str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."),
+            120,
+        )
         if not isinstance(error, ImportError):
             return f"transformers cannot run {name} weights here ({said})"
         fix = f": pip install {package}" if package else f" ({said})"
-        return f"transformers runs {name} weights with a package that is not installed{fix}"
+        return (
+            f"transformers runs {name} weights with a package that is not"
+            f" installed{fix}"
+        )
     return None

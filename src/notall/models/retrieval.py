@@ -1,4 +1,6 @@
-"""Texts in which something is told far back and asked for at the end, in several forms, for any tokenizer."""
+"""Texts in which something is told far back and asked for at the end, in several forms,
+for any tokenizer.
+"""
 
 import random
 from collections.abc import Callable, Iterator
@@ -8,26 +10,38 @@ from typing import Literal
 from .prompts import CITIES, GOODS, PEOPLE, WORDS
 
 Form = Literal["passkey", "keys", "quotes", "several", "facts", "stock", "copying"]
-FITTED: tuple[Form, ...] = ("passkey", "keys", "quotes", "several")  # that episodes to fit to have
+FITTED: tuple[Form, ...] = (
+    "passkey",
+    "keys",
+    "quotes",
+    "several",
+)  # that episodes to fit to have
 UNSEEN: tuple[Form, ...] = ("facts", "stock", "copying")  # that only judge
 CONTEXTS = (256, 512, 1024)  # tokens, about, of a passkey's texts
 WORDS_A_TOKEN = 0.75  # of English, about
-WORKS, NOUNS, ADJECTIVES, VERBS = (WORDS[name] for name in ("works", "nouns", "adjectives", "verbs"))
+WORKS, NOUNS, ADJECTIVES, VERBS = (
+    WORDS[name] for name in ("works", "nouns", "adjectives", "verbs")
+)
 
 
 @dataclass(frozen=True)
 class Episode:
     """A text that ends in a question, and what should come next.
 
-    A number follows a quote or a comma: behind a space, often a token of its own, first choices would tell of layout.
+    A number follows a quote or a comma: behind a space, often a token of its own, first
+    choices would tell of layout.
     """
 
     text: str
     answer: str
 
 
-def episode(form: Form, tokens: int, draw: random.Random, hay: Iterator[str] | None = None) -> Episode:
-    """An episode of about so many tokens, its answer at a random depth in `hay` (passkey: arXiv 2305.16300, 4.2)."""
+def episode(
+    form: Form, tokens: int, draw: random.Random, hay: Iterator[str] | None = None
+) -> Episode:
+    """An episode of about so many tokens, its answer at a random depth in `hay`
+    (passkey: arXiv 2305.16300, 4.2).
+    """
     told, question, answer = MAKERS[form](draw)
     room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*told, question)).split())
     sentences = list[str]()
@@ -42,7 +56,10 @@ def episode(form: Form, tokens: int, draw: random.Random, hay: Iterator[str] | N
 
 def _sentence(draw: random.Random) -> str:
     one, other = draw.sample(NOUNS, 2)
-    return f"The {draw.choice(ADJECTIVES)} {one} {draw.choice(VERBS)} the {draw.choice(ADJECTIVES)} {other}."
+    return (
+        f"The {draw.choice(ADJECTIVES)} {one} {draw.choice(VERBS)} the"
+        f" {draw.choice(ADJECTIVES)} {other}."
+    )
 
 
 def _digits(draw: random.Random, count: int = 5) -> str:
@@ -62,32 +79,54 @@ def _keys(draw: random.Random) -> Made:
     names, values = draw.sample(NOUNS, 4), [_digits(draw) for _ in range(4)]
     told = ", ".join(f'"{name}": "{value}"' for name, value in zip(names, values))
     asked = draw.randrange(4)
-    return ["{" + told + "}"], f'In the JSON object above the value of "{names[asked]}" is "', f'{values[asked]}"'
+    return (
+        ["{" + told + "}"],
+        f'In the JSON object above the value of "{names[asked]}" is "',
+        f'{values[asked]}"',
+    )
 
 
 def _quotes(draw: random.Random) -> Made:
     person, said = draw.choice(PEOPLE), _sentence(draw).removesuffix(".").lower()
-    return [f'{person} wrote: "{said}"'], f'What did {person} write? {person} wrote: "', f'{said}"'
+    return (
+        [f'{person} wrote: "{said}"'],
+        f'What did {person} write? {person} wrote: "',
+        f'{said}"',
+    )
 
 
 def _several(draw: random.Random) -> Made:
     people, numbers = draw.sample(PEOPLE, 3), [_digits(draw, 4) for _ in range(3)]
-    told = [f'The locker of {person} has the number "{number}".' for person, number in zip(people, numbers)]
+    told = [
+        f'The locker of {person} has the number "{number}".'
+        for person, number in zip(people, numbers)
+    ]
     asked = draw.randrange(3)
     return told, f'The locker of {people[asked]} has the number "', numbers[asked]
 
 
 def _facts(draw: random.Random) -> Made:
     person, city, work = draw.choice(PEOPLE), draw.choice(CITIES), draw.choice(WORKS)
-    told = f"{person} moved to {city} some years ago and has worked there as a {work} since."
-    return [told], f"Question: In which city does {person} work?\nAnswer: {person} works in", f" {city}"
+    told = (
+        f"{person} moved to {city} some years ago and has worked there as a {work}"
+        " since."
+    )
+    return (
+        [told],
+        f"Question: In which city does {person} work?\nAnswer: {person} works in",
+        f" {city}",
+    )
 
 
 def _stock(draw: random.Random) -> Made:
     goods, numbers = draw.sample(GOODS, 4), [_digits(draw, 3) for _ in range(4)]
     head, asked = "goods,in stock\n", draw.randrange(4)
     lines = "\n".join(f"{name},{number}" for name, number in zip(goods, numbers))
-    return [head + lines], f"The line of {goods[asked]} again:\n{head}{goods[asked]},", numbers[asked]
+    return (
+        [head + lines],
+        f"The line of {goods[asked]} again:\n{head}{goods[asked]},",
+        numbers[asked],
+    )
 
 
 def _copying(draw: random.Random) -> Made:
@@ -96,4 +135,6 @@ def _copying(draw: random.Random) -> Made:
 
 
 ALL_MAKERS = _passkey, _keys, _quotes, _several, _facts, _stock, _copying
-MAKERS: dict[Form, Callable[[random.Random], Made]] = dict(zip((*FITTED, *UNSEEN), ALL_MAKERS, strict=True))
+MAKERS: dict[Form, Callable[[random.Random], Made]] = dict(
+    zip((*FITTED, *UNSEEN), ALL_MAKERS, strict=True)
+)

@@ -16,7 +16,8 @@ from ..structure.model_structure import inputs_device
 from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
-ANSWERS_TO = "answers:"  # before a file of prompts, the first, third ... of which a model answers
+# before a file of prompts, the first, third ... of which a model answers
+ANSWERS_TO = "answers:"
 MOST_BYTES = 1 << 30  # of a file
 
 
@@ -26,7 +27,9 @@ def is_made(source: str) -> bool:
 
 @dataclass(frozen=True)
 class Text:
-    """A text with its name (`prose`, or the file's with no folder) and the SHA-256 of its UTF-8 bytes."""
+    """A text with its name (`prose`, or the file's with no folder) and the SHA-256 of
+    its UTF-8 bytes.
+    """
 
     name: str
     sha256: str
@@ -34,9 +37,11 @@ class Text:
 
 
 def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
-    """Read a UTF-8 text file, the `text` fields of a .jsonl file, or `prose`: English that ships with Python.
+    """Read a UTF-8 text file, the `text` fields of a .jsonl file, or `prose`: English
+    that ships with Python.
 
-    Prose and its hash differ a bit between Python versions. Raises UsageError for a text missing, empty or not UTF-8.
+    Prose and its hash differ a bit between Python versions. Raises UsageError for a
+    text missing, empty or not UTF-8.
     """
     path = expanded(source)
     name = shortened(path.name)
@@ -52,17 +57,23 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
 
 
 def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
-    return len(token_ids(tokenizer, text)) // max(1, length - len(start_tokens(tokenizer)))
+    return len(token_ids(tokenizer, text)) // max(
+        1, length - len(start_tokens(tokenizer))
+    )
 
 
-_TOKENISED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Tensor]] = WeakKeyDictionary()
+_TOKENISED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Tensor]] = (
+    WeakKeyDictionary()
+)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
     """(tokens,), int32; a text is tokenised once."""
     known = _TOKENISED.setdefault(tokenizer, {})
     if text.sha256 not in known:
-        ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(text.content, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         known[text.sha256] = torch.tensor(ids, dtype=torch.int32)
     return known[text.sha256]
 
@@ -76,24 +87,42 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _prose() -> str:
     try:
         from pydoc_data.topics import topics
-    except ImportError as error:  # some distributions ship Python without its documentation
-        raise UsageError("this Python has no pydoc_data, the default text: give a text file") from error
+    except (
+        ImportError
+    ) as error:  # some distributions ship Python without its documentation
+        raise UsageError(
+            "this Python has no pydoc_data, the default text: give a text file"
+        ) from error
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def read_file(path: Path, wanted: str) -> str:
-    """A UTF-8 file's text. Raises UsageError, which says to give `wanted`, for none and for too large a one."""
+    """A UTF-8 file's text. Raises UsageError, which says to give `wanted`, for none and
+    for too large a one.
+    """
     name = shortened(path)
     try:
-        return contents(path, MOST_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return (
+            contents(path, MOST_BYTES)
+            .decode("utf-8-sig")
+            .replace("\r\n", "\n")
+            .replace("\r", "\n")
+        )
     except UnicodeDecodeError as error:
-        raise UsageError(f"the text {name} is not UTF-8 (byte {error.start}): convert it, or give another") from error
+        raise UsageError(
+            f"the text {name} is not UTF-8 (byte {error.start}): convert it, or give"
+            " another"
+        ) from error
     except OSError as error:
-        raise UsageError(f"cannot read the text {name} ({error.strerror}): give {wanted}") from error
+        raise UsageError(
+            f"cannot read the text {name} ({error.strerror}): give {wanted}"
+        ) from error
 
 
 def fields(path: Path, content: str, name: str) -> list[str]:
-    """The field `name` of every line of JSON, each a string; blank lines are skipped."""
+    """The field `name` of every line of JSON, each a string; blank lines are
+    skipped.
+    """
     found = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -103,50 +132,82 @@ def fields(path: Path, content: str, name: str) -> list[str]:
         except (ValueError, KeyError, TypeError):
             field = None
         if not isinstance(field, str):
-            raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
+            raise UsageError(
+                f"{shortened(path)}, line {number}: give a JSON object with a string"
+                f' named "{name}"'
+            )
         found.append(field)
     return found
 
 
-IDS = "token ids as tensors of (batch, tokens), such as tokenizer(text, return_tensors='pt')['input_ids']"
+IDS = (
+    "token ids as tensors of (batch, tokens), such as tokenizer(text,"
+    " return_tensors='pt')['input_ids']"
+)
 
 
-def checked(batches: Iterable[Tensor], model: PreTrainedModel | None = None) -> Iterator[Tensor]:
+def checked(
+    batches: Iterable[Tensor], model: PreTrainedModel | None = None
+) -> Iterator[Tensor]:
     """`batches` one by one, on the device where `model` takes its inputs.
 
-    Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s.
+    Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not
+    `model`'s.
     """
     expect(batches, Iterable, f"a list of {IDS}")
     device = None if model is None else inputs_device(model)
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None
+    vocabulary = (
+        getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None
+    )
     for batch in batches:
         expect(batch, Tensor, IDS)
         if batch.ndim != 2 or batch.is_floating_point() or not len(batch):
-            raise UsageError(f"give {IDS}, not a tensor of {tuple(batch.shape)}, {str(batch.dtype).rpartition('.')[2]}")
+            raise UsageError(
+                f"give {IDS}, not a tensor of {tuple(batch.shape)},"
+                f" {str(batch.dtype).rpartition('.')[2]}"
+            )
         if batch.shape[1] < 2:
-            raise UsageError("a window of one token predicts nothing: give windows of two tokens or more")
+            raise UsageError(
+                "a window of one token predicts nothing: give windows of two tokens or"
+                " more"
+            )
         for token in map(int, batch.aminmax()):
             if vocabulary is not None and not 0 <= token < vocabulary:
-                raise UsageError(f"the model has no token {token:,}, but {vocabulary:,} from 0: use its own tokenizer")
+                raise UsageError(
+                    f"the model has no token {token:,}, but {vocabulary:,} from 0: use"
+                    " its own tokenizer"
+                )
         yield batch.to(device=device)
 
 
-def all_checked(batches: Iterable[Tensor], model: PreTrainedModel | None = None) -> list[Tensor]:
-    """`batches`, each `checked`. Raises `UsageError` as `checked` does, and where there are none."""
+def all_checked(
+    batches: Iterable[Tensor], model: PreTrainedModel | None = None
+) -> list[Tensor]:
+    """`batches`, each `checked`. Raises `UsageError` as `checked` does, and where there
+    are none.
+    """
     if not (found := list(checked(batches, model))):
         raise UsageError(f"there is no text: give a list of {IDS}")
     return found
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, a line or a `prompt` field of a .jsonl file each; one that comes twice is read once.
+    """The prompts of a file, a line or a `prompt` field of a .jsonl file each; one that
+    comes twice is read once.
 
     Raises `UsageError` where one is none, or all are.
     """
     content = read_file(path, "a file of prompts")
-    prompts = fields(path, content, "prompt") if path.suffix == ".jsonl" else [*filter(str.strip, content.split("\n"))]
+    prompts = (
+        fields(path, content, "prompt")
+        if path.suffix == ".jsonl"
+        else [*filter(str.strip, content.split("\n"))]
+    )
     if not prompts:
         raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
     if not all(map(str.strip, prompts)):
-        raise UsageError(f"{shortened(path)} holds an empty prompt: write one that says something, or leave it out")
+        raise UsageError(
+            f"{shortened(path)} holds an empty prompt: write one that says something,"
+            " or leave it out"
+        )
     return [*dict.fromkeys(prompts)]  # every second one judges what the others choose

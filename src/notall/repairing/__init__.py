@@ -1,1 +1,3 @@
-"""What makes up for what is skipped: refits of kept weights in closed form, published methods, and training."""
+"""What makes up for what is skipped: refits of kept weights in closed form, published
+methods, and training.
+"""

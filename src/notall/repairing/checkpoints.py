@@ -1,4 +1,6 @@
-"""The folder in which a healing keeps how far it is: what it wrote there goes in the end."""
+"""The folder in which a healing keeps how far it is: what it wrote there goes in the
+end.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,18 +40,26 @@ class Checkpoints:
         return self.folder / TRAINED
 
     def refuse_others(self) -> None:
-        """Raise `UsageError` where the folder is a link, or holds what no healing wrote."""
+        """Raise `UsageError` where the folder is a link, or holds what no healing
+        wrote.
+        """
         if not self.folder.is_symlink() and not self.folder.exists():
             return
         others = [self.folder]
         if self.folder.is_dir() and not self.folder.is_symlink():
-            others = [path for path in sorted(self.folder.iterdir()) if not _is_ours(path)]
+            others = [
+                path for path in sorted(self.folder.iterdir()) if not _is_ours(path)
+            ]
         if others:
             fix = "move it away, or choose another --out"
-            raise UsageError(f"{shortened(others[0])} is there, and no healing wrote it: {fix}")
+            raise UsageError(
+                f"{shortened(others[0])} is there, and no healing wrote it: {fix}"
+            )
 
     def remove(self) -> None:
-        """Remove what a healing wrote, and the folder if it is empty then; no link is followed."""
+        """Remove what a healing wrote, and the folder if it is empty then; no link is
+        followed.
+        """
         if self.folder.is_symlink() or not self.folder.is_dir():
             return
         for path in filter(_is_ours, [*self.folder.iterdir()]):
@@ -59,7 +69,9 @@ class Checkpoints:
 
     @contextmanager
     def for_ray(self) -> Iterator[Path]:
-        """A new folder for Ray Train, which is removed in the end, as are those of killed runs."""
+        """A new folder for Ray Train, which is removed in the end, as are those of
+        killed runs.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with beside(self.folder / RAY) as scratch:
             yield scratch

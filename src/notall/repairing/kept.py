@@ -18,17 +18,28 @@ class Kept:
     def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
         self.folder = folder
         self.refits = Ledger(folder, RefitRecord, about)
-        self.finished = repaired.refuse_other_work(folder, RefitRecord, plan) and (folder / repaired.PLAN).is_file()
+        self.finished = (
+            repaired.refuse_other_work(folder, RefitRecord, plan)
+            and (folder / repaired.PLAN).is_file()
+        )
 
-    def add(self, refit: RefitRecord, brought: RepairedPlan, model: PreTrainedModel) -> None:
+    def add(
+        self, refit: RefitRecord, brought: RepairedPlan, model: PreTrainedModel
+    ) -> None:
         """Keep a step and the weights that it `brought`, where it brought any."""
-        if brought.weights or brought.prompt_weights:  # first: a line says that they are there
-            digest = repaired.write_weights(self.folder / file_of(refit), brought.knowing(model))
+        if (
+            brought.weights or brought.prompt_weights
+        ):  # first: a line says that they are there
+            digest = repaired.write_weights(
+                self.folder / file_of(refit), brought.knowing(model)
+            )
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
     def sealed(self, plan: Plan) -> RepairedPlan:
         """The finished plan, read back from the folder."""
-        files = {file_of(one): one.sha256 for one in self.refits if one.ridge is not None}
+        files = {
+            file_of(one): one.sha256 for one in self.refits if one.ridge is not None
+        }
         repaired.seal(self.folder, plan, files)
         return RepairedPlan.load(self.folder)

@@ -1,11 +1,14 @@
-"""Refit the keys and values of a prompt: maps of its own for attentions that are skipped in it.
+"""Refit the keys and values of a prompt: maps of its own for attentions that are
+skipped in it.
 
-Where sublayers before an attention are skipped in the prompt, it reads another stream than the original's, and its
-keys and values are off. Each of its projections W that keys and values depend on gets a change C, and a bias, for the
-prompt's tokens alone: with x what the projection is given when the plan is skipped, and y what it answers in the
-original, C is argmin sum |y - (W + C) x - b|^2 + ridge * |C|^2. The ridge is relative to the mean of sum x_i^2, and
-chosen on sequences that it was not fitted to. The first token of a sequence counts `SINK` times, as most attentions
-look at it whatever they read. The answer's tokens keep the original's weights.
+Where sublayers before an attention are skipped in the prompt, it reads another stream
+than the original's, and its keys and values are off. Each of its projections W that
+keys and values depend on gets a change C, and a bias, for the prompt's tokens alone:
+with x what the projection is given when the plan is skipped, and y what it answers in
+the original, C is argmin sum |y - (W + C) x - b|^2 + ridge * |C|^2. The ridge is
+relative to the mean of sum x_i^2, and chosen on sequences that it was not fitted to.
+The first token of a sequence counts `SINK` times, as most attentions look at it
+whatever they read. The answer's tokens keep the original's weights.
 """
 
 import time
@@ -29,7 +32,8 @@ from .solving import Moments
 from .streams import DenseStream, Line
 
 TINY = 1e-30
-SINK = 10.0  # 100 comes to the same, 1 to a KL that is a quarter higher on the default model
+# 100 comes to the same, 1 to a KL that is a quarter higher on the default model
+SINK = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Projected:
 
 
 @contextmanager
-def projecting(holder: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Projected]]:
+def projecting(
+    holder: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, Projected]]:
     """What the projections `names` below `holder` are given and make, in the `with`."""
     found: dict[str, Projected] = {}
 
@@ -61,18 +67,26 @@ def projecting(holder: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Pr
 
 @dataclass(eq=False)
 class KeyValueRepair:
-    """The refit of one plan's prompt: the original's stream and the prompt's, side by side through the layers."""
+    """The refit of one plan's prompt: the original's stream and the prompt's, side by
+    side through the layers.
+    """
 
     text: DenseStream
     plan: Plan
     ridges: Sequence[float]
     kept: Kept | None = None
     refits: list[RefitRecord] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # by their paths in the model
+    weights: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # by their paths in the model
 
     def __post_init__(self) -> None:
         sublayers = self.text.structure.sublayers
-        parts = [part for part in sublayers if part.index in getattr(self.plan.prefill, part.kind)]
+        parts = [
+            part
+            for part in sublayers
+            if part.index in getattr(self.plan.prefill, part.kind)
+        ]
         self.skipped = {part.name for part in parts}
         self.rows = checked_rows(self.text.model, self.text.structure, parts)
 
@@ -81,31 +95,48 @@ class KeyValueRepair:
         refit = [
             number
             for number, line in enumerate(self.text.lines)
-            if any(part.name in self.skipped and part.kind == "attention" for part in line.parts)
+            if any(
+                part.name in self.skipped and part.kind == "attention"
+                for part in line.parts
+            )
         ]
         (original,) = self.text.before(0)
         prompt = original
         for number, line in enumerate(self.text.lines[: max(refit, default=-1) + 1]):
-            progress(number, max(refit) + 1, f"refitting keys and values, {' '.join(line.names)}")
+            progress(
+                number,
+                max(refit) + 1,
+                f"refitting keys and values, {' '.join(line.names)}",
+            )
             if number in refit:
                 # both streams are one before the first gap, where nothing is lacking
-                self._refit(next(part for part in line.parts if part.kind == "attention"), original, prompt)
+                self._refit(
+                    next(part for part in line.parts if part.kind == "attention"),
+                    original,
+                    prompt,
+                )
             prompt, original = self._behind(number, line, original, prompt)
         if self.kept:
             return self.kept.sealed(self.plan)
-        return RepairedPlan.of(self.plan, prompt_weights=self.weights, refits=tuple(self.refits))
+        return RepairedPlan.of(
+            self.plan, prompt_weights=self.weights, refits=tuple(self.refits)
+        )
 
     def _behind(
         self, number: int, line: Line, original: list[Tensor], prompt: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The prompt's stream and the original's behind a line, (batch, tokens, hidden) a batch."""
+        """The prompt's stream and the original's behind a line, (batch, tokens, hidden)
+        a batch.
+        """
         (dense,) = self.text.before(number + 1)
         if not self.skipped.isdisjoint(line.names):
             left = tuple(part for part in line.parts if part.name not in self.skipped)
             return self.text.run([Line(line.block, left, line.scale)], prompt), dense
         return (dense if prompt is original else self.text.run([line], prompt)), dense
 
-    def _refit(self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]) -> None:
+    def _refit(
+        self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
+    ) -> None:
         """Fit the keys and values of one attention, or take them from the folder."""
         if self.kept and ((part.name,),) in self.kept.refits:
             return
@@ -115,65 +146,121 @@ class KeyValueRepair:
             ridge, left, weights = self._solve(part, original, prompt)
         seconds = time.process_time() - start
         why = "" if prompt is not original else "nothing is skipped before it"
-        record = RefitRecord(sublayers=(part.name,), ridge=ridge, left=left, seconds=seconds, why=why)
+        record = RefitRecord(
+            sublayers=(part.name,), ridge=ridge, left=left, seconds=seconds, why=why
+        )
         self.refits.append(record)
         if self.kept:
-            self.kept.add(record, RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights), self.text.model)
+            self.kept.add(
+                record,
+                RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights),
+                self.text.model,
+            )
         else:
             self.weights |= weights
 
     def _solve(
         self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
     ) -> tuple[float | None, float, dict[str, Tensor]]:
-        """The ridge, the share of the error that it leaves on sequences held out, and the weights."""
+        """The ridge, the share of the error that it leaves on sequences held out, and
+        the weights.
+        """
         layer = self.text.layers[part.index]
         branch = next(branch for branch in part.branches if branch.is_attention)
         sums: list[Moments] = []  # of sequences that are fitted, and of those held out
         read: list[str] = []
         for number, (dense, stale) in enumerate(zip(original, prompt)):
             recording = self.text.recordings[number]
-            call, here = LayerCall(recording.arguments[part.index]), recording.devices[part.index]
+            call, here = (
+                LayerCall(recording.arguments[part.index]),
+                recording.devices[part.index],
+            )
             wanted = self._projected(layer, branch, part, dense.to(here), call)
             found = self._projected(layer, branch, part, stale.to(here), call)
             read = read or list(found)
             inputs = found[read[0]].inputs
             exact = torch.promote_types(inputs.dtype, torch.float32)
-            lacking = torch.cat([self._lacking(part, name, wanted, found) for name in read], 1)  # (tokens, rows)
+            lacking = torch.cat(
+                [self._lacking(part, name, wanted, found) for name in read], 1
+            )  # (tokens, rows)
             sums = sums or [_none(inputs, lacking, exact) for _ in range(2)]
-            held = self.text.held[number].to(here)[:, None].expand(stale.shape[:2]).flatten()  # (tokens,)
+            held = (
+                self.text.held[number]
+                .to(here)[:, None]
+                .expand(stale.shape[:2])
+                .flatten()
+            )  # (tokens,)
             counts = torch.ones(stale.shape[:2], dtype=exact, device=here)
             counts[:, 0] = SINK
             for one, rows in zip(sums, (~held, held)):
-                one.add(inputs[rows].to(exact), lacking[rows].to(exact), counts.flatten()[rows])
+                one.add(
+                    inputs[rows].to(exact),
+                    lacking[rows].to(exact),
+                    counts.flatten()[rows],
+                )
         fitted, held_out = sums
-        ridge, left, change = self._best(fitted, held_out, self._counts(part, read, fitted))
-        return ridge, left, {} if change is None else self._changed(part, layer, read, change)
+        ridge, left, change = self._best(
+            fitted, held_out, self._counts(part, read, fitted)
+        )
+        return (
+            ridge,
+            left,
+            {} if change is None else self._changed(part, layer, read, change),
+        )
 
     def _projected(
-        self, layer: nn.Module, branch: Branch, part: Sublayer, states: Tensor, call: LayerCall
+        self,
+        layer: nn.Module,
+        branch: Branch,
+        part: Sublayer,
+        states: Tensor,
+        call: LayerCall,
     ) -> dict[str, Projected]:
-        """What projections that read the attention's own input, and feed keys or values, are given and make."""
+        """What projections that read the attention's own input, and feed keys or
+        values, are given and make.
+        """
         needed = [name for name, rows in self.rows[part.name].items() if rows.any()]
         with projecting(layer, needed) as found:
             caught(branch, layer, states, call)
         first = found[needed[0]].inputs
-        return {name: one for name, one in found.items() if one.inputs.shape == first.shape and one.inputs.equal(first)}
+        return {
+            name: one
+            for name, one in found.items()
+            if one.inputs.shape == first.shape and one.inputs.equal(first)
+        }
 
     def _lacking(
-        self, part: Sublayer, name: str, wanted: Mapping[str, Projected], found: Mapping[str, Projected]
+        self,
+        part: Sublayer,
+        name: str,
+        wanted: Mapping[str, Projected],
+        found: Mapping[str, Projected],
     ) -> Tensor:
-        """What a projection's rows for keys and values make too little of, (tokens, rows)."""
+        """What a projection's rows for keys and values make too little of, (tokens,
+        rows).
+        """
         rows = self.rows[part.name][name]
         return (wanted[name].outputs - found[name].outputs)[:, rows]
 
     def _counts(self, part: Sublayer, read: Sequence[str], fitted: Moments) -> Tensor:
-        """How much each row counts, (rows,): those of each projection as much as those of another."""
+        """How much each row counts, (rows,): those of each projection as much as those
+        of another.
+        """
         sizes = [int(self.rows[part.name][name].sum()) for name in read]
         parts = fitted.square.split(sizes)
-        return torch.cat([torch.full_like(one, 1 / float(one.sum().clamp_min(TINY))) for one in parts])
+        return torch.cat(
+            [
+                torch.full_like(one, 1 / float(one.sum().clamp_min(TINY)))
+                for one in parts
+            ]
+        )
 
-    def _best(self, fitted: Moments, held: Moments, counts: Tensor) -> tuple[float | None, float, Tensor | None]:
-        """The ridge that leaves least on what is held out, that share, and the change, (rows, inputs + 1)."""
+    def _best(
+        self, fitted: Moments, held: Moments, counts: Tensor
+    ) -> tuple[float | None, float, Tensor | None]:
+        """The ridge that leaves least on what is held out, that share, and the change,
+        (rows, inputs + 1).
+        """
         best, least = None, 1.0
         for ridge in self.ridges:
             change = _solved(fitted, ridge)
@@ -181,25 +268,37 @@ class KeyValueRepair:
                 best, least = ridge, left
         return best, least, None if best is None else _solved(fitted + held, best)
 
-    def _changed(self, part: Sublayer, layer: nn.Module, read: Sequence[str], change: Tensor) -> dict[str, Tensor]:
-        """The rows for keys and values of the projections `read`, (rows, inputs), and of their biases, (rows,)."""
+    def _changed(
+        self, part: Sublayer, layer: nn.Module, read: Sequence[str], change: Tensor
+    ) -> dict[str, Tensor]:
+        """The rows for keys and values of the projections `read`, (rows, inputs), and
+        of their biases, (rows,).
+        """
         weights: dict[str, Tensor] = {}
         needed = [self.rows[part.name][name] for name in read]
-        for name, rows, more in zip(read, needed, change.split([int(one.sum()) for one in needed])):
+        for name, rows, more in zip(
+            read, needed, change.split([int(one.sum()) for one in needed])
+        ):
             source = child(layer, name)
             matrix, bias = matrix_of(source)[rows].to(change), bias_of(source)
             path = f"{self.text.structure.layers}.{part.index}.{name}"
             weights[f"{path}.weight"] = matrix + more[:, :-1]
-            weights[f"{path}.bias"] = more[:, -1] if bias is None else bias[rows].to(change) + more[:, -1]
+            weights[f"{path}.bias"] = (
+                more[:, -1] if bias is None else bias[rows].to(change) + more[:, -1]
+            )
         return weights
 
 
 def _solved(sums: Moments, ridge: float) -> Tensor | None:
-    """The change that a ridge leaves, relative to the mean square of features, (rows, inputs + 1), if there is one."""
+    """The change that a ridge leaves, relative to the mean square of features, (rows,
+    inputs + 1), if there is one.
+    """
     return sums.solve(ridge * float(sums.gram.diagonal()[:-1].mean()), alike=True)
 
 
 def _none(inputs: Tensor, lacking: Tensor, exact: torch.dtype) -> Moments:
-    """Sums of no tokens yet, of inputs (tokens, inputs) and what is lacking, (tokens, rows)."""
+    """Sums of no tokens yet, of inputs (tokens, inputs) and what is lacking, (tokens,
+    rows).
+    """
     like = inputs.new_empty(0, dtype=exact)
     return Moments.none(inputs.shape[1], lacking.shape[1], True, like)

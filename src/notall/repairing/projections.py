@@ -1,4 +1,6 @@
-"""The output projections of sublayers, found by trying what becomes of random numbers in place of answers."""
+"""The output projections of sublayers, found by trying what becomes of random numbers
+in place of answers.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +23,19 @@ from ..structure.undoing import Undo
 PROBED = 16  # tokens to find a projection with
 READERS = 4  # sublayers that follow: what is further away reads other streams
 # Norms compute in float32, whatever is around them.
-ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
+ROUNDING = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 2**-7,
+    torch.bfloat16: 2**-5,
+}
 
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A sublayer's last matrix: it adds `scale` * (W z + bias) to the stream, and what does not depend on W."""
+    """A sublayer's last matrix: it adds `scale` * (W z + bias) to the stream, and what
+    does not depend on W.
+    """
 
     path: str  # of the module, below its layer
     scale: float
@@ -41,7 +50,9 @@ class OutputProjection:
         """(outputs,)"""
         return layer.get_submodule(self.path).bias  # type: ignore[return-value]
 
-    def parameters(self, layer: nn.Module, matrix: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    def parameters(
+        self, layer: nn.Module, matrix: Tensor, bias: Tensor | None
+    ) -> dict[str, Tensor]:
         """New values as the module holds them, by their paths below the layer."""
         turned = isinstance(layer.get_submodule(self.path), Conv1D)
         found = {f"{self.path}.weight": (matrix.T if turned else matrix).contiguous()}
@@ -49,67 +60,97 @@ class OutputProjection:
 
 
 class Projections:
-    """Those of a model's sublayers, tried on a few of `tokens`, (batch, tokens); `shared`: ids of tied parameters."""
+    """Those of a model's sublayers, tried on a few of `tokens`, (batch, tokens);
+    `shared`: ids of tied parameters.
+    """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
         self.layers: nn.ModuleList = model.get_submodule(locate(model).layers)
         self.probe = record(model, input_ids=tokens[:1, :PROBED])
-        uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+        uses = Counter(
+            id(one) for _, one in model.named_parameters(remove_duplicate=False)
+        )
         self.shared = {one for one, count in uses.items() if count > 1}
         self._found: dict[str, OutputProjection | None] = {}
 
     @torch.no_grad()
     def of(self, part: Sublayer, *, own: bool = False) -> OutputProjection | None:
-        """That of a sublayer, if it has one; with `own` none whose weights are also another layer's."""
+        """That of a sublayer, if it has one; with `own` none whose weights are also
+        another layer's.
+        """
         if part.name not in self._found:
             call = LayerCall(self.probe.arguments[part.index])
             hidden = self.probe.embedded.to(self.probe.devices[part.index])
             trial = _Trial(self.layers[part.index], part, hidden, call)
             paths = reversed(trial.matrices()) if len(part.branches) == 1 else ()
-            self._found[part.name] = next((one for path in paths if (one := trial.of(path))), None)
+            self._found[part.name] = next(
+                (one for path in paths if (one := trial.of(path))), None
+            )
         found = self._found[part.name]
-        is_shared = found is not None and id(self.layers[part.index].get_submodule(found.path).weight) in self.shared
+        is_shared = (
+            found is not None
+            and id(self.layers[part.index].get_submodule(found.path).weight)
+            in self.shared
+        )
         return None if own and is_shared else found
 
 
 @contextmanager
 def features_of(
-    layer: nn.Module, projections: Sequence[OutputProjection], keep: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    layer: nn.Module,
+    projections: Sequence[OutputProjection],
+    keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Iterator[Callable[[], list[Tensor]]]:
-    """What these are given while the layer runs, times their scales, side by side: (tokens, features) a call."""
+    """What these are given while the layer runs, times their scales, side by side:
+    (tokens, features) a call.
+    """
     seen: list[list[Tensor]] = [[] for _ in projections]
 
     def taken() -> list[Tensor]:
-        return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)]
+        return [
+            torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)
+        ]
 
     def take(number: int, given: Tensor) -> None:
         one, features = projections[number], given.flatten(0, -2)
-        seen[number].append(keep(features if one.norm or one.scale == 1 else one.scale * features))
+        seen[number].append(
+            keep(features if one.norm or one.scale == 1 else one.scale * features)
+        )
 
     with ExitStack() as hooks:
         for number, one in enumerate(projections):
             module = layer.get_submodule(one.path)
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, number=number: take(number, args[0])))
+            hooks.enter_context(
+                module.register_forward_pre_hook(
+                    lambda _, args, number=number: take(number, args[0])
+                )
+            )
         yield taken
 
 
 class _Trial:
     """One sublayer, run with other answers of its matrices."""
 
-    def __init__(self, layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> None:
+    def __init__(
+        self, layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall
+    ) -> None:
         self.layer, self.part, self.hidden, self.call = layer, part, hidden, call
         self.exact = torch.promote_types(hidden.dtype, torch.float32)
         self.rounding = ROUNDING[hidden.dtype]
 
     def matrices(self) -> list[str]:
-        """The plain matrices, as wide as the stream, that answer for each token once, as they run: no experts'."""
+        """The plain matrices, as wide as the stream, that answer for each token once,
+        as they run: no experts'.
+        """
         sizes: dict[str, list[int]] = {}
         with ExitStack() as hooks:
             for name in self.part.modules:
                 for path, module in child(self.layer, name).named_modules(prefix=name):
                     if _is_plain(module, self.hidden.shape[-1]):
                         hook = module.register_forward_hook(
-                            lambda *seen, path=path: sizes.setdefault(path, []).append(seen[-1].numel())
+                            lambda *seen, path=path: sizes.setdefault(path, []).append(
+                                seen[-1].numel()
+                            )
                         )
                         hooks.enter_context(hook)
             self._added()
@@ -121,8 +162,12 @@ class _Trial:
         size = self.hidden.float().std().clamp_min(1e-3).item()
         shape = self.hidden.shape
         # of two sizes: a norm would answer alike
-        first, second = (times * size * torch.randn(shape, generator=generator) for times in (1, 3))
-        first, second = (made.to(self.hidden.device, self.hidden.dtype) for made in (first, second))
+        first, second = (
+            times * size * torch.randn(shape, generator=generator) for times in (1, 3)
+        )
+        first, second = (
+            made.to(self.hidden.device, self.hidden.dtype) for made in (first, second)
+        )
         one, other = self._added(path, first), self._added(path, second)
         if one.shape != first.shape:
             return None
@@ -130,57 +175,92 @@ class _Trial:
         if scale is not None:
             return OutputProjection(path, scale)
         for op in self.part.branches[0].ops:
-            if op.module and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
+            if (
+                op.module
+                and not path.startswith(op.module)
+                and is_norm(child(self.layer, op.module))
+            ):
                 norm = child(self.layer, op.module)
                 scale = _factor(one, norm(first).to(self.exact), self.rounding)
-                # it answers alike where all channels are larger, as norms do and activations do not
-                larger, plain = (norm(times * (first / size)).to(self.exact) for times in (3, 1))
+                # it answers alike where all channels are larger, as norms do and
+                # activations do not
+                larger, plain = (
+                    norm(times * (first / size)).to(self.exact) for times in (3, 1)
+                )
                 if scale is not None and _factor(larger, plain, self.rounding) == 1:
                     return OutputProjection(path, scale, op.module)
         return None
 
     def _added(self, path: str | None = None, answer: Tensor | None = None) -> Tensor:
-        """What the sublayer adds to the stream, with `answer` in place of what the matrix at `path` says."""
+        """What the sublayer adds to the stream, with `answer` in place of what the
+        matrix at `path` says.
+        """
         branch = self.part.branches[0]
         if path is None or answer is None:
             return branch.run(self.layer, self.hidden, self.call)
         module = self.layer.get_submodule(path)
-        with Undo() as undo, undo.put(*forward_of(module), lambda given: answer.view(*given.shape[:-1], -1)):
-            added = branch.run(self.layer, self.hidden, self.call).view(self.hidden.shape).to(self.exact)
+        with (
+            Undo() as undo,
+            undo.put(
+                *forward_of(module), lambda given: answer.view(*given.shape[:-1], -1)
+            ),
+        ):
+            added = (
+                branch.run(self.layer, self.hidden, self.call)
+                .view(self.hidden.shape)
+                .to(self.exact)
+            )
         return added - self.hidden.to(self.exact) if branch.adds_itself else added
 
 
 def _factor(found: Tensor, made: Tensor, rounding: float) -> float | None:
     """By what `made` was multiplied; None where it was anything else."""
     factor = float((found * made).sum() / made.square().sum())
-    close = (found - factor * made).abs().max() <= rounding * abs(factor) * made.abs().max()
+    close = (found - factor * made).abs().max() <= rounding * abs(
+        factor
+    ) * made.abs().max()
     if not close or not factor:
         return None
     return 1.0 if abs(factor - 1) < 1e-3 else factor
 
 
 def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a plain matrix, an `nn.Linear` or a `Conv1D`: not quantised, and not adapted."""
-    if not isinstance(module, nn.Linear | Conv1D) or type(module.weight) is not nn.Parameter:
+    """Whether it is a plain matrix, an `nn.Linear` or a `Conv1D`: not quantised, and
+    not adapted.
+    """
+    if (
+        not isinstance(module, nn.Linear | Conv1D)
+        or type(module.weight) is not nn.Parameter
+    ):
         return False
     return module.weight.is_floating_point()
 
 
 def _is_plain(module: nn.Module, width: int) -> bool:
-    """Whether it is a matrix of so many outputs that lies in memory as it is: not offloaded either."""
+    """Whether it is a matrix of so many outputs that lies in memory as it is: not
+    offloaded either.
+    """
     if not is_matrix(module) or module.weight.device.type == "meta":
         return False
     matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
     if len(matrix) != width or type(module) in (nn.Linear, Conv1D):
         return len(matrix) == width
-    # a linear layer of another class, such as Falcon's: does it do what its matrix and bias say?
-    given = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
+    # a linear layer of another class, such as Falcon's: does it do what its matrix and
+    # bias say?
+    given = torch.randn(
+        2, matrix.shape[1], generator=torch.Generator().manual_seed(0)
+    ).to(matrix)
     expected, found = nn.functional.linear(given, matrix, module.bias), module(given)
-    return bool((found - expected).abs().max() <= ROUNDING[matrix.dtype] * expected.abs().max())
+    return bool(
+        (found - expected).abs().max() <= ROUNDING[matrix.dtype] * expected.abs().max()
+    )
 
 
-def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence[tuple[Sublayer, ...]]) -> list[Tensor]:
-    """For the stream behind each step, (hidden,): the mean of the squared gains of its next readers, about 1.
+def reading_gains(
+    model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence[tuple[Sublayer, ...]]
+) -> list[Tensor]:
+    """For the stream behind each step, (hidden,): the mean of the squared gains of its
+    next readers, about 1.
 
     All are where the model's inputs are.
     """
@@ -199,17 +279,25 @@ def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence
     last = gain((lambda rows: head.states(rows[0])[None]) if plain else None)
     firsts = [(parts[0].index, parts[0].branches[0].ops[0].module) for parts in steps]
     begins = [child(layers[index], first) if first else None for index, first in firsts]
-    gains = [gain(norm if norm is not None and is_norm(norm) else None) for norm in begins]
-    readers = [torch.stack([*gains[place : place + READERS], last]) for place in range(1, len(steps) + 1)]
+    gains = [
+        gain(norm if norm is not None and is_norm(norm) else None) for norm in begins
+    ]
+    readers = [
+        torch.stack([*gains[place : place + READERS], last])
+        for place in range(1, len(steps) + 1)
+    ]
     return [(metric := rows.square().mean(0)) / metric.mean() for rows in readers]
 
 
 def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
-    """By what a norm multiplies each channel once it was scaled, with its sign, (hidden,), of `ones` (1, 1, hidden).
+    """By what a norm multiplies each channel once it was scaled, with its sign,
+    (hidden,), of `ones` (1, 1, hidden).
 
     On the device of `ones`, wherever the norm's weights are.
     """
-    signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(ones)  # of mean 0, which some take away
+    signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(
+        ones
+    )  # of mean 0, which some take away
     gain = (norm(ones * signs).float() - norm(-ones * signs).float())[0, 0] / 2
     return gain.to(ones.device) * signs.float()
 

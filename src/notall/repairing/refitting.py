@@ -1,8 +1,10 @@
-"""Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream comes near the original model's.
+"""Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream
+comes near the original model's.
 
-At a kept sublayer with features z and output projection W, the least change C is sought for which S + (W + C) z is near
-D: S is the skipped model's stream, with all that was refit before, D the original's behind the gap that follows. A
-ridge on C is chosen on sequences that it was not fitted to. Nothing is trained, and no tensor is added.
+At a kept sublayer with features z and output projection W, the least change C is sought
+for which S + (W + C) z is near D: S is the skipped model's stream, with all that was
+refit before, D the original's behind the gap that follows. A ridge on C is chosen on
+sequences that it was not fitted to. Nothing is trained, and no tensor is added.
 """
 
 import os
@@ -53,24 +55,33 @@ def repair(
     provenance: Provenance | Mapping[str, object] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
-    """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
+    """`plan`, with weights of what it keeps that make up for what it skips; the model
+    itself stays as it is.
 
-    Of a plan that skips in the prompt alone, the skipped attentions get maps of keys and values for the prompt's tokens
-    (`KeyValueRepair`); all weights that an answer is made with stay as they are.
+    Of a plan that skips in the prompt alone, the skipped attentions get maps of keys
+    and values for the prompt's tokens (`KeyValueRepair`); all weights that an answer is
+    made with stay as they are.
 
-    `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
-    eight is held out. `ridges` are the strengths to try, relative to each feature's mean square; `math.inf` leaves a
-    sublayer unchanged. `ahead` is the share of the next gap's change that a sublayer aims at already. Streams and
-    features of the text are in memory, or in files of the folder `offload`. `refits` of the result says what became of
-    each sublayer. With a folder `out`, repeating the call resumes an interrupted run, which `provenance` identifies.
+    `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of
+    several kinds. One sequence in eight is held out. `ridges` are the strengths to try,
+    relative to each feature's mean square; `math.inf` leaves a sublayer unchanged.
+    `ahead` is the share of the next gap's change that a sublayer aims at already.
+    Streams and features of the text are in memory, or in files of the folder `offload`.
+    `refits` of the result says what became of each sublayer. With a folder `out`,
+    repeating the call resumes an interrupted run, which `provenance` identifies.
 
-    Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, a model
-    of which all that is kept is quantised, a folder that holds other work or is in use, and a full disk, and
-    `UnsupportedModel` as `locate` does.
+    Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips
+    nothing or is repaired, a model of which all that is kept is quantised, a folder
+    that holds other work or is in use, and a full disk, and `UnsupportedModel` as
+    `locate` does.
     """
     batches, inner = all_checked(batches, model), base_model(model)
     _check(inner, plan, sum(len(batch) for batch in batches))
-    how = {"calibration": digest_of(batches)[:16], "ridges": list(ridges), "ahead": ahead}
+    how = {
+        "calibration": digest_of(batches)[:16],
+        "ridges": list(ridges),
+        "ahead": ahead,
+    }
     about = about_weights(provenance or {}, inner, plan, **how)
     folder = Path(out) if out else None
     with working_in(folder, "repair"):
@@ -81,21 +92,37 @@ def repair(
         else:
             text = DenseStream(inner, batches, offload=offload)
             if plan.prefill:
-                refit = KeyValueRepair(text, plan, ridges=ridges, kept=kept).run(progress)
+                refit = KeyValueRepair(text, plan, ridges=ridges, kept=kept).run(
+                    progress
+                )
             else:
-                refit = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
+                refit = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(
+                    progress
+                )
             found = refit.knowing(inner)
-    if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
+    if (told := quantisation_of(inner.config)) and all(
+        refit.why for refit in found.refits
+    ):
         why = f"what this plan keeps is quantised ({quantisation_name(told)})"
-        fix = "repair the plan on the model that was quantised, export that, and quantise the export"
+        fix = (
+            "repair the plan on the model that was quantised, export that, and quantise"
+            " the export"
+        )
         raise UsageError(f"{why}, and a refit weight is none of its numbers: {fix}")
     return found.model_copy(update={"history": (repaired.step_of("repair", about),)})
 
 
 def about_weights(
-    settings: Provenance | Mapping[str, object], model: PreTrainedModel, plan: Plan, **how: object
+    settings: Provenance | Mapping[str, object],
+    model: PreTrainedModel,
+    plan: Plan,
+    **how: object,
 ) -> Provenance:
-    told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "dtype": dtype_name(model)}
+    told = {
+        "plan": plan.indices,
+        "fingerprint": locate(model).fingerprint,
+        "dtype": dtype_name(model),
+    }
     return Provenance.of(settings, **told, **how)
 
 
@@ -107,19 +134,27 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     structure = locate(model)
     plan.check(structure)
     if plan.prefill and len(plan):
-        told = "a repair is of what is skipped for every token, or in the prompt alone, and this plan does both"
+        told = (
+            "a repair is of what is skipped for every token, or in the prompt alone,"
+            " and this plan does both"
+        )
         raise UsageError(f"{told}: repair a plan of each part")
     structure.refuse_stubs("a repair")
     refuse_skipping(model, "repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     if isinstance(plan, RepairedPlan):
-        raise UsageError("the plan is repaired already: heal it, or repair the plan.json that it holds")
+        raise UsageError(
+            "the plan is repaired already: heal it, or repair the plan.json that it"
+            " holds"
+        )
 
 
 @dataclass(eq=False)
 class Repair:
-    """One plan's repair: two streams on their way through the model. `states` end as what the last layer answers."""
+    """One plan's repair: two streams on their way through the model. `states` end as
+    what the last layer answers.
+    """
 
     text: DenseStream
     plan: Plan
@@ -132,35 +167,64 @@ class Repair:
     def __post_init__(self) -> None:
         text = self.text
         self.steps = steps_of(text.structure, self.plan)
-        gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
+        gains = reading_gains(
+            text.model, text.layers, [step.parts for step in self.steps]
+        )
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
         # the gap behind the following step, part of which a step aims at already
-        self.gaps_ahead = [step if step and step.gap and self.ahead else None for step in [*self.steps[1:], None]]
-        near_gaps = [step.gap or gap is not None for step, gap in zip(self.steps, self.gaps_ahead)]
+        self.gaps_ahead = [
+            step if step and step.gap and self.ahead else None
+            for step in [*self.steps[1:], None]
+        ]
+        near_gaps = [
+            step.gap or gap is not None
+            for step, gap in zip(self.steps, self.gaps_ahead)
+        ]
         # whether the two streams differ before a step
-        self.apart = [self.steps[0].line > 0 or any(near_gaps[:number]) for number in range(len(self.steps))]
-        self.is_refit = [is_near or (apart and not self.near) for is_near, apart in zip(near_gaps, self.apart)]
+        self.apart = [
+            self.steps[0].line > 0 or any(near_gaps[:number])
+            for number in range(len(self.steps))
+        ]
+        self.is_refit = [
+            is_near or (apart and not self.near)
+            for is_near, apart in zip(near_gaps, self.apart)
+        ]
         # a step, and where it is refit those that follow and have a say in how
-        self.hangs_on = [self.steps[at : at + 1 + READERS * is_refit] for at, is_refit in enumerate(self.is_refit)]
+        self.hangs_on = [
+            self.steps[at : at + 1 + READERS * is_refit]
+            for at, is_refit in enumerate(self.is_refit)
+        ]
         self.made: list[tuple[RefitRecord, dict[str, Tensor]]] = []
         self.states: list[Tensor] = []
-        self.passed: list[tuple[list[Tensor], int]] = []  # the stream behind each step, and how many were refit by then
+        self.passed: list[
+            tuple[list[Tensor], int]
+        ] = []  # the stream behind each step, and how many were refit by then
         self.ran = 0  # sublayers of the skipped model run so far
 
-    def run(self, progress: Progress = silent, *, others: "Sequence[Repair]" = ()) -> RepairedPlan:
-        """The repaired plan; it goes on from that of the `others` that it shares most with."""
+    def run(
+        self, progress: Progress = silent, *, others: "Sequence[Repair]" = ()
+    ) -> RepairedPlan:
+        """The repaired plan; it goes on from that of the `others` that it shares most
+        with.
+        """
         (self.states,) = self.text.before(0)
         other = max(others, key=self.shared_with, default=self)
         self.passed = other.passed[: self.shared_with(other)]
         if self.passed:
             self.states, made = self.passed[-1]
             self.made = other.made[:made]
-        costs = [6 if is_refit else 1 for is_refit in self.is_refit]  # about, in runs of a step
+        costs = [
+            6 if is_refit else 1 for is_refit in self.is_refit
+        ]  # about, in runs of a step
         for number in range(len(self.passed), len(self.steps)):
             step = self.steps[number]
-            progress(sum(costs[:number]), sum(costs), f"refitting {' '.join(step.names)}")
+            progress(
+                sum(costs[:number]), sum(costs), f"refitting {' '.join(step.names)}"
+            )
             if self.is_refit[number]:
-                self.states = self._refit(step, self._target(step, self.gaps_ahead[number]))
+                self.states = self._refit(
+                    step, self._target(step, self.gaps_ahead[number])
+                )
             elif self.apart[number]:
                 self.states = self._run(step)
             else:
@@ -168,24 +232,38 @@ class Repair:
             if self.keep_all:
                 self.passed.append((self.states, len(self.made)))
         refits = tuple(refit for refit, _ in self.made)
-        progress(sum(costs), sum(costs), f"refit {sum(one.ridge is not None for one in refits)}")
+        progress(
+            sum(costs),
+            sum(costs),
+            f"refit {sum(one.ridge is not None for one in refits)}",
+        )
         if self.kept:
             return self.kept.sealed(self.plan)
-        weights = {path: weight for _, made in self.made for path, weight in made.items()}
+        weights = {
+            path: weight for _, made in self.made for path, weight in made.items()
+        }
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
     def shared_with(self, other: "Repair") -> int:
         """How many of the first steps another repair went past in the same way."""
         both = list(zip(self.hangs_on, other.hangs_on[: len(other.passed)]))
-        return next((number for number, (ours, theirs) in enumerate(both) if ours != theirs), len(both))
+        return next(
+            (number for number, (ours, theirs) in enumerate(both) if ours != theirs),
+            len(both),
+        )
 
     def _target(self, step: LiveStep, ahead: LiveStep | None) -> list[Tensor]:
-        """Where the stream is to be behind a step: where the dense one is, and some way on over the gap `ahead`."""
+        """Where the stream is to be behind a step: where the dense one is, and some way
+        on over the gap `ahead`.
+        """
         if not ahead:
             return self.text.before(step.behind)[0]
         here, by, to = self.text.before(step.behind, step.behind + 1, ahead.behind)
         whole, own = ahead.scale, ahead.own_scale
-        return [self.text.keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
+        return [
+            self.text.keep(aim + self.ahead * (gone / whole - left / own))
+            for aim, left, gone in zip(here, by, to)
+        ]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         if self.kept is None:
@@ -197,33 +275,57 @@ class Repair:
                 self.kept.add(refit, RepairedPlan(weights=weights), self.text.model)
             refit, weights = self.kept.refits[(step.names,)], {}
             self.made.append((refit, {}))
-            if refit.ridge is not None:  # from the file, so that those of all steps are never in memory together
-                weights = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256).weights
+            if (
+                refit.ridge is not None
+            ):  # from the file, so that those of all steps are never in memory together
+                weights = repaired.read_weights(
+                    self.kept.folder, file_of(refit), refit.sha256
+                ).weights
         with repaired.with_weights(self.text.model, weights):
             return self._run(step)
 
-    def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
+    def _solve(
+        self, step: LiveStep, target: list[Tensor]
+    ) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
-        start, layer, keep = time.process_time(), self.text.layers[step.block.index], self.text.keep
+        start, layer, keep = (
+            time.process_time(),
+            self.text.layers[step.block.index],
+            self.text.keep,
+        )
         found = [self.text.projections.of(part, own=True) for part in step.parts]
-        projections = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
+        projections = tuple(
+            replace(one, scale=one.scale * step.scale)
+            for one in found
+            if one is not None
+        )
         if len(projections) > 1 and any(one.norm for one in projections):
             projections = ()  # side by side, or the only one that a norm follows
         ridge, left, weights = None, 1.0, dict[str, Tensor]()
         if projections:
             with features_of(layer, projections, keep) as features:
                 behind = self._run(step)
-            before = self.states if step.scale == 1 else [keep(step.scale * hidden) for hidden in self.states]
+            before = (
+                self.states
+                if step.scale == 1
+                else [keep(step.scale * hidden) for hidden in self.states]
+            )
             kind = NormedFit if projections[0].norm else Fit
             held, metric = self.text.held, self.metrics[step.names]
-            fit = kind(layer, projections, before, behind, target, features(), held, metric)
+            fit = kind(
+                layer, projections, before, behind, target, features(), held, metric
+            )
             ridge, left, weights = fit.best(self.ridges)
         record = RefitRecord(
             sublayers=step.names,
             ridge=ridge,
             left=left,
             seconds=time.process_time() - start,
-            why="" if projections else "no matrix of its own is the last before the stream",
+            why=(
+                ""
+                if projections
+                else "no matrix of its own is the last before the stream"
+            ),
         )
         return record, self.text.placed(step, weights)
 

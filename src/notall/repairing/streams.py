@@ -1,4 +1,6 @@
-"""The original model's residual stream, line by line, for all batches: what a repair aims at."""
+"""The original model's residual stream, line by line, for all batches: what a repair
+aims at.
+"""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,14 +26,18 @@ HELD = 8  # one sequence in so many chooses the ridge
 
 
 def offloaded(tensor: Tensor, folder: Path | None) -> Tensor:
-    """The tensor, or its like on the CPU, with its bytes in a file of `folder` that goes when it does."""
+    """The tensor, or its like on the CPU, with its bytes in a file of `folder` that
+    goes when it does.
+    """
     if folder is None or not tensor.numel():
         return tensor
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     with writing(f"to {shortened(folder)}", "make room, or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(flat.data)  # a full disk is an error here, and not a crash in reading
+            file.write(
+                flat.data
+            )  # a full disk is an error here, and not a crash in reading
             file.flush()
             held = np.memmap(file, dtype=np.uint8, mode="r+", shape=flat.shape)
     return torch.from_numpy(held).view(tensor.dtype).view(tensor.shape)
@@ -39,7 +45,9 @@ def offloaded(tensor: Tensor, folder: Path | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Line:
-    """A sublayer, or both of a parallel block, which add to the stream at once; then it is multiplied by `scale`."""
+    """A sublayer, or both of a parallel block, which add to the stream at once; then it
+    is multiplied by `scale`.
+    """
 
     block: Block
     parts: tuple[Sublayer, ...]
@@ -50,10 +58,20 @@ class Line:
         return tuple(part.name for part in self.parts)
 
     def run(self, layers: nn.Module, hidden: Tensor, recording: Recording) -> Tensor:
-        """The stream behind it, (batch, tokens, hidden), given the one before it: on the device where that is."""
-        index, branches = self.block.index, tuple(branch for part in self.parts for branch in part.branches)
-        layer, call = layers.get_submodule(str(index)), LayerCall(recording.arguments[index])
-        behind = run_branches(branches, layer, hidden.to(recording.devices[index]), call)
+        """The stream behind it, (batch, tokens, hidden), given the one before it: on
+        the device where that is.
+        """
+        index, branches = (
+            self.block.index,
+            tuple(branch for part in self.parts for branch in part.branches),
+        )
+        layer, call = (
+            layers.get_submodule(str(index)),
+            LayerCall(recording.arguments[index]),
+        )
+        behind = run_branches(
+            branches, layer, hidden.to(recording.devices[index]), call
+        )
         return scaled(behind, self.scale).to(hidden.device)
 
 
@@ -66,7 +84,9 @@ def lines_of(structure: ModelStructure) -> list[Line]:
 
 @dataclass(frozen=True)
 class LiveStep(Line):
-    """What a plan keeps of a line, or of a parallel block's two. Its `scale` is up to the next step."""
+    """What a plan keeps of a line, or of a parallel block's two. Its `scale` is up to
+    the next step.
+    """
 
     line: int  # its place
     behind: int  # that of the next step
@@ -76,7 +96,9 @@ class LiveStep(Line):
 
 def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
     lines, live = lines_of(structure), list(live_steps(structure, plan))
-    places = {part.name: place for place, line in enumerate(lines) for part in line.parts}
+    places = {
+        part.name: place for place, line in enumerate(lines) for part in line.parts
+    }
     starts = [places[parts[0].name] for _, parts in live] + [len(lines)]
     blocks = [block.index for block, _ in live] + [len(structure.blocks)]
     found = []
@@ -84,15 +106,19 @@ def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
         line, behind = starts[number : number + 2]
         gap = behind > line + 1 or len(parts) < len(lines[line].parts)
         scale = structure.scale(block.index, blocks[number + 1])
-        found.append(LiveStep(block, parts, scale, line, behind, gap, lines[line].scale))
+        found.append(
+            LiveStep(block, parts, scale, line, behind, gap, lines[line].scale)
+        )
     return found
 
 
 class DenseStream:
-    """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of token ids, (batch, tokens) each.
+    """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of
+    token ids, (batch, tokens) each.
 
-    It is where the model's inputs are, or with a folder `offload` in files there, whatever devices its layers are on.
-    A few lines are kept at once, or all of them with `keep_all`; some rows are `held` out.
+    It is where the model's inputs are, or with a folder `offload` in files there,
+    whatever devices its layers are on. A few lines are kept at once, or all of them
+    with `keep_all`; some rows are `held` out.
     """
 
     def __init__(
@@ -106,9 +132,16 @@ class DenseStream:
     ) -> None:
         self.model, self.structure, self.keep_all = model, locate(model), keep_all
         self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
-        self.keep, self.tokens, self.held = partial(offloaded, folder=offload), batches[0], held_out(batches, one_in)
+        self.keep, self.tokens, self.held = (
+            partial(offloaded, folder=offload),
+            batches[0],
+            held_out(batches, one_in),
+        )
         recordings = (record(model, input_ids=batch) for batch in batches)
-        self.recordings = [replace(one, embedded=self.keep(one.embedded.to(one.device))) for one in recordings]
+        self.recordings = [
+            replace(one, embedded=self.keep(one.embedded.to(one.device)))
+            for one in recordings
+        ]
         self.lines = lines_of(self.structure)
         self.at = {0: [recording.embedded for recording in self.recordings]}
 
@@ -117,32 +150,49 @@ class DenseStream:
         return Projections(self.model, self.tokens)
 
     def before(self, *lines: int) -> list[list[Tensor]]:
-        """Before each of these lines; unless all are kept, later calls may only ask for these and what is behind."""
+        """Before each of these lines; unless all are kept, later calls may only ask for
+        these and what is behind.
+        """
         for place in range(max(self.at), max(lines)):
             self.at[place + 1] = self.run([self.lines[place]], self.at[place])
             if place not in lines and not self.keep_all:
                 del self.at[place]
         if not self.keep_all:
-            self.at = {line: states for line, states in self.at.items() if line in lines}
+            self.at = {
+                line: states for line, states in self.at.items() if line in lines
+            }
         return [self.at[line] for line in lines]
 
     def run(self, lines: Iterable[Line], states: list[Tensor]) -> list[Tensor]:
-        """The stream behind `lines`, which follow each other, given the one before them."""
+        """The stream behind `lines`, which follow each other, given the one before
+        them.
+        """
         for line in lines:
-            states = [self.keep(line.run(self.layers, *one)) for one in zip(states, self.recordings)]
+            states = [
+                self.keep(line.run(self.layers, *one))
+                for one in zip(states, self.recordings)
+            ]
         return states
 
     def at_layer(self, line: Line, states: list[Tensor]) -> list[Tensor]:
         """The same, on the device of a line's layer."""
-        return [hidden.to(one.devices[line.block.index]) for hidden, one in zip(states, self.recordings)]
+        return [
+            hidden.to(one.devices[line.block.index])
+            for hidden, one in zip(states, self.recordings)
+        ]
 
     def placed(self, line: Line, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a line's layer, by their paths below it, by those in the model."""
-        return {f"{self.structure.layers}.{line.block.index}.{name}": weight for name, weight in weights.items()}
+        return {
+            f"{self.structure.layers}.{line.block.index}.{name}": weight
+            for name, weight in weights.items()
+        }
 
 
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
-    """Of each batch, which sequences are held out, (batch,): one in so many, and the last where there are fewer."""
+    """Of each batch, which sequences are held out, (batch,): one in so many, and the
+    last where there are fewer.
+    """
     sequences = sum(len(batch) for batch in batches)
     held = torch.arange(1, sequences + 1) % min(one_in, sequences) == 0
     return list(held.split([len(batch) for batch in batches]))

@@ -1,4 +1,6 @@
-"""The texts of a repair: windows that it is fitted to, of a text or of the model's own, and those it is measured on."""
+"""The texts of a repair: windows that it is fitted to, of a text or of the model's own,
+and those it is measured on.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,16 +32,20 @@ from ..structure.model_structure import positions_of
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
-STOPS = 8  # windows of each text that a training stops by, and by which its best weights are chosen
+# windows of each text that a training stops by, and by which its best weights are
+# chosen
+STOPS = 8
 GIVEN = 8  # tokens of each window that the model goes on from
 AT_ONCE = 32  # windows that it writes
 
 
 @dataclass(frozen=True)
 class RepairTexts:
-    """Windows to fit to, of each text, and batches to measure on, by name; `described` says what they are.
+    """Windows to fit to, of each text, and batches to measure on, by name; `described`
+    says what they are.
 
-    `stops` are windows to stop a training by, (windows, tokens) of each text that is measured on.
+    `stops` are windows to stop a training by, (windows, tokens) of each text that is
+    measured on.
     """
 
     fitted: list[Drawn]
@@ -63,21 +69,31 @@ class RepairTexts:
         used: Sequence[Drawn] = (),
         progress: Progress = silent,
     ) -> "RepairTexts":
-        """As many of each text, `sequences` together, else what there is, up to `most`, and others to measure on.
+        """As many of each text, `sequences` together, else what there is, up to `most`,
+        and others to measure on.
 
-        Those are of the `held_out` texts, or, without any, of the same. They overlap none that is fitted to, none that
-        a `training` stops by, and none of those `used` before, such as to choose the plan. Windows have `length`
-        tokens, else as many as the model reads, up to 512. Raises `UsageError` for a text that is missing or has too
-        few windows, and for too long ones.
+        Those are of the `held_out` texts, or, without any, of the same. They overlap
+        none that is fitted to, none that a `training` stops by, and none of those
+        `used` before, such as to choose the plan. Windows have `length` tokens, else as
+        many as the model reads, up to 512. Raises `UsageError` for a text that is
+        missing or has too few windows, and for too long ones.
         """
         positions = positions_of(model)
         length = int(min(LENGTH, positions)) if length is None else length
         if length > positions:
-            raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
-        read = {source: text_of(model, tokenizer, source, progress) for source in (*texts, *held_out)}
+            raise UsageError(
+                f"windows of {length} tokens exceed the model's {positions} positions:"
+                " lower --length"
+            )
+        read = {
+            source: text_of(model, tokenizer, source, progress)
+            for source in (*texts, *held_out)
+        }
         own = [read[source] for source in texts]
-        judged = {read[source].sha256: read[source] for source in (held_out or texts)}
-        shared = {text.sha256: text for text in own if text.sha256 in judged}  # a held-out file may be a copy of one
+        judged = {read[source].sha256: read[source] for source in held_out or texts}
+        shared = {
+            text.sha256: text for text in own if text.sha256 in judged
+        }  # a held-out file may be a copy of one
         judged |= shared
         window = partial(draw, tokenizer, length=length, seed=seed)
         judging = partial(_judging, window, [*judged.values()], training, used)
@@ -91,20 +107,33 @@ class RepairTexts:
         return cls(
             [one.on(model) for one in fitted],
             {
-                f"{text.name}, other windows" if text in own else text.name: one.on(model).batches(2 - (text in own))
+                f"{text.name}, other windows" if text in own else text.name: (
+                    one.on(model).batches(2 - (text in own))
+                )
                 for text, one in zip(judged.values(), other)
             },
-            {"texts": told, "sequences": each * len(texts), "length": length, "seed": seed},
+            {
+                "texts": told,
+                "sequences": each * len(texts),
+                "length": length,
+                "seed": seed,
+            },
             [one.on(model).rows for one in stops],
         )
 
     def together(self, size: int, most: int | None = None) -> list[Tensor]:
-        """Up to `most` windows of all texts in turn, `size` at a time: each part of them holds some of each text."""
-        in_turn = torch.stack([one.rows for one in self.fitted], dim=1).flatten(0, 1)  # (windows of all, tokens)
+        """Up to `most` windows of all texts in turn, `size` at a time: each part of
+        them holds some of each text.
+        """
+        in_turn = torch.stack([one.rows for one in self.fitted], dim=1).flatten(
+            0, 1
+        )  # (windows of all, tokens)
         return list(in_turn[:most].split(size))
 
     def stop(self, size: int) -> list[Tensor]:
-        """Windows of each text that is measured on, others than those, to stop a training by."""
+        """Windows of each text that is measured on, others than those, to stop a
+        training by.
+        """
         return list(torch.cat(self.stops).split(size))
 
 
@@ -116,19 +145,33 @@ def _judging(
     fitted: Sequence[Drawn],
     fewer: bool = False,
 ) -> tuple[list[Drawn], list[Drawn]]:
-    """Windows of each text to measure on, and to stop a training by: both apart from those that are fitted to."""
-    other = [window(text, sequences=MEASURED, apart=[*fitted, *used], fewer=fewer) for text in texts]
+    """Windows of each text to measure on, and to stop a training by: both apart from
+    those that are fitted to.
+    """
+    other = [
+        window(text, sequences=MEASURED, apart=[*fitted, *used], fewer=fewer)
+        for text in texts
+    ]
     if not training:
         return other, []
-    return other, [window(text, sequences=STOPS, apart=[*fitted, *other], fewer=fewer) for text in texts]
+    return other, [
+        window(text, sequences=STOPS, apart=[*fitted, *other], fewer=fewer)
+        for text in texts
+    ]
 
 
-def _left_by(judging: Callable[..., tuple[list[Drawn], list[Drawn]]], fitted: Sequence[Drawn]) -> int:
-    """How many of the windows of each text may be fitted to, so that there are enough to judge by; at least one."""
+def _left_by(
+    judging: Callable[..., tuple[list[Drawn], list[Drawn]]], fitted: Sequence[Drawn]
+) -> int:
+    """How many of the windows of each text may be fitted to, so that there are enough
+    to judge by; at least one.
+    """
     each = max(1, min(map(len, fitted)))
     while each > 1:
         other, stops = judging([one[:each] for one in fitted], fewer=True)
-        lacking = max(MEASURED - len(one) for one in other) + max((STOPS - len(one) for one in stops), default=0)
+        lacking = max(MEASURED - len(one) for one in other) + max(
+            (STOPS - len(one) for one in stops), default=0
+        )
         if not lacking:
             break
         each = max(1, each - lacking)
@@ -144,19 +187,28 @@ def sampled(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Tensor]:
-    """As many windows as `batches` have, (batch, tokens) each, that begin as those do and go on as the model would.
+    """As many windows as `batches` have, (batch, tokens) each, that begin as those do
+    and go on as the model would.
 
-    They are kept in `folder`, a file for each text and settings. Raises `UsageError` where that is damaged.
+    They are kept in `folder`, a file for each text and settings. Raises `UsageError`
+    where that is damaged.
     """
     windows = torch.cat(list(batches))
     given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]
 
     def write() -> Kept:
-        prompts = tracked(windows[:, :given].split(AT_ONCE), "sampling text to train on", progress)
-        parts = [sample(model, some, length - given, seed=seed + number) for number, some in enumerate(prompts)]
+        prompts = tracked(
+            windows[:, :given].split(AT_ONCE), "sampling text to train on", progress
+        )
+        parts = [
+            sample(model, some, length - given, seed=seed + number)
+            for number, some in enumerate(prompts)
+        ]
         return {"ids": torch.cat(parts)}, {}
 
-    kept, _ = kept_tensors(folder, "sampled", [settings.what, digest_of(batches)[:16], seed], write)
+    kept, _ = kept_tensors(
+        folder, "sampled", [settings.what, digest_of(batches)[:16], seed], write
+    )
     return list(kept["ids"].to(windows.device).split([len(batch) for batch in batches]))
 
 
@@ -168,10 +220,12 @@ def measure(
     settings: Provenance,
     progress: Progress = silent,
 ) -> list[MeasuredRecord]:
-    """A record a text and plan. Each is kept in `folder`, and not measured again for the same weights and windows.
+    """A record a text and plan. Each is kept in `folder`, and not measured again for
+    the same weights and windows.
 
-    `texts` are token ids, (batch, tokens), by the text's name. Where a plan skips in the prompt alone, half of each
-    window is the prompt, and what follows is measured. Raises `UsageError` for a folder in use or damaged.
+    `texts` are token ids, (batch, tokens), by the text's name. Where a plan skips in
+    the prompt alone, half of each window is the prompt, and what follows is measured.
+    Raises `UsageError` for a folder in use or damaged.
     """
     found: list[MeasuredRecord] = []
     by_prompt = any(plan.prefill for plan in plans.values())
@@ -181,15 +235,30 @@ def measure(
         for name_of_text, batches in texts.items():
             prompt = batches[0].shape[1] // 2 if by_prompt else None
             text = f"{name_of_text}{behind(prompt)}"
-            about = {name: about_measured(model, settings, plan, batches) for name, plan in plans.items()}
-            lacking = {name: plan for name, plan in plans.items() if (text, name, about[name].key) not in kept}
+            about = {
+                name: about_measured(model, settings, plan, batches)
+                for name, plan in plans.items()
+            }
+            lacking = {
+                name: plan
+                for name, plan in plans.items()
+                if (text, name, about[name].key) not in kept
+            }
             telling = stages.stage(1)
             if lacking:
                 read = tracked(batches, f"measuring on {text}", telling)
-                qualities = zip(lacking.items(), evaluate(model, [*lacking.values()], read, prompt))
+                qualities = zip(
+                    lacking.items(), evaluate(model, [*lacking.values()], read, prompt)
+                )
                 kept.add(
                     *(
-                        MeasuredRecord(text=text, model=name, plan=plan, quality=quality, provenance=about[name])
+                        MeasuredRecord(
+                            text=text,
+                            model=name,
+                            plan=plan,
+                            quality=quality,
+                            provenance=about[name],
+                        )
                         for (name, plan), quality in qualities
                     )
                 )
@@ -197,6 +266,12 @@ def measure(
     return found
 
 
-def about_measured(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
-    told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "weights": plan.digest}
+def about_measured(
+    model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]
+) -> Provenance:
+    told = {
+        "plan": plan.indices,
+        "fingerprint": locate(model).fingerprint,
+        "weights": plan.digest,
+    }
     return Provenance.of(settings, **told, windows=digest_of(batches)[:16])

@@ -1,4 +1,6 @@
-"""One self-contained page from a results folder: nothing in it is fetched from anywhere."""
+"""One self-contained page from a results folder: nothing in it is fetched from
+anywhere.
+"""
 
 import os
 from collections import Counter
@@ -12,7 +14,18 @@ from ..charts import layers
 from ..charts.layers import Saving, Sublayer
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
-from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
+from ..experiments import (
+    bench,
+    compare,
+    draft,
+    driver,
+    evaluate,
+    paper,
+    pareto,
+    repair,
+    search,
+    sweep,
+)
 from ..experiments.folder import Figure, Folder, Section, Shown, Step
 from ..files import Settings, contents, refuse_others, write_whole, writing
 from ..results import lines
@@ -28,10 +41,20 @@ MAP, BAR = 104, 48  # pixels of the height of the layer map, and of a bar with i
 
 
 # In the order of a page: of each group the first of whose kinds a record is there.
-VERBS: tuple[tuple[tuple[Callable[[Folder], Shown], tuple[type[Record], ...]], ...], ...] = (
+VERBS: tuple[
+    tuple[tuple[Callable[[Folder], Shown], tuple[type[Record], ...]], ...], ...
+] = (
     (
         (sweep.shown, (sweep.SweepRecord,)),
-        (paper.shown, (paper.ClaimRecord, driver.BenchmarkRecord, driver.DiagnosticsRecord, paper.TimesRecord)),
+        (
+            paper.shown,
+            (
+                paper.ClaimRecord,
+                driver.BenchmarkRecord,
+                driver.DiagnosticsRecord,
+                paper.TimesRecord,
+            ),
+        ),
         (sweep.shown, (driver.SimilarityRecord,)),
     ),
     ((compare.shown, (compare.ComparisonRecord,)),),
@@ -44,18 +67,26 @@ VERBS: tuple[tuple[tuple[Callable[[Folder], Shown], tuple[type[Record], ...]], .
 
 
 def write_report(
-    folder: str | os.PathLike[str], out: str | os.PathLike[str], join: Sequence[str | os.PathLike[str]] = ()
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    join: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
-    """Write the page of a results folder to `out`, whole or not at all, and answer where it is.
+    """Write the page of a results folder to `out`, whole or not at all, and answer
+    where it is.
 
-    With the comparisons of the folders `join`, which are of the same model and held-out text. Raises `UsageError` where
-    they are not, a folder holds no results or a malformed line, or `out` can't be written or is no page.
+    With the comparisons of the folders `join`, which are of the same model and held-out
+    text. Raises `UsageError` where they are not, a folder holds no results or a
+    malformed line, or `out` can't be written or is no page.
     """
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
+        raise UsageError(
+            f"{shortened(path)} is no name of a page: choose one that ends in .html"
+        )
     with writing(shortened(path), "choose another -o"):
-        refuse_others(path.resolve(), lambda page: MARK in contents(page), "page of notall")
+        refuse_others(
+            path.resolve(), lambda page: MARK in contents(page), "page of notall"
+        )
         read = [read_folder(Path(one)) for one in (folder, *join)]
         page = render(compare.joined(read) if join else read[0])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,42 +95,77 @@ def write_report(
 
 
 def read_folder(path: Path) -> Folder:
-    """Read what is there. Raises `UsageError` where nothing is, a line is malformed, or models are mixed."""
+    """Read what is there. Raises `UsageError` where nothing is, a line is malformed, or
+    models are mixed.
+    """
     if path.is_file():
         raise UsageError(f"{path} is a file: give the folder that it lies in")
     if not path.is_dir():
-        raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
+        raise UsageError(
+            f"there is no folder {path}; make one with notall sweep --out {path}"
+        )
     files = dict[str, tuple[Record, ...]]()
     for file in sorted(path.glob("*.jsonl")):
         if name := kind_at(file):
             kind = KINDS[name]
             header = header_of(file) if kind.headed else None
             update = {"provenance": header.provenance} if header else {}
-            files[name] = tuple(one.model_copy(update=update) for one in read(file, kind))
+            files[name] = tuple(
+                one.model_copy(update=update) for one in read(file, kind)
+            )
     if not any(files.values()):
-        inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
-        advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
+        inside = next(
+            (child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))),
+            None,
+        )
+        advice = (
+            f"{inside} does"
+            if inside
+            else f"make some with notall sweep --out {path}, or let a run end"
+        )
         raise UsageError(f"{path} holds no results; {advice}")
-    heads = [(KINDS[name].file, held[0].provenance) for name, held in files.items() if held]
-    models = {str(one.what["revision"]): (file, one) for file, one in heads if one and "revision" in one.what}
+    heads = [
+        (KINDS[name].file, held[0].provenance) for name, held in files.items() if held
+    ]
+    models = {
+        str(one.what["revision"]): (file, one)
+        for file, one in heads
+        if one and "revision" in one.what
+    }
     if len(models) > 1:
-        told = (f"{file} is of {shortened(str(one.what.get('model')))}, {of[:9]}" for of, (file, one) in models.items())
-        raise UsageError(f"{path} holds results of several models ({'; '.join(told)}): move the others elsewhere")
+        told = (
+            f"{file} is of {shortened(str(one.what.get('model')))}, {of[:9]}"
+            for of, (file, one) in models.items()
+        )
+        raise UsageError(
+            f"{path} holds results of several models ({'; '.join(told)}): move the"
+            " others elsewhere"
+        )
     return Folder(path, files)
 
 
 def shown_by(folder: Folder) -> list[Shown]:
     """What the verbs that a folder holds records of have to say of it.
 
-    The first one opens on what a search in the folder found, as in `plan.search`; without a search of that name, on
-    the repair of a plan, as in `plan.repaired`.
+    The first one opens on what a search in the folder found, as in `plan.search`;
+    without a search of that name, on the repair of a plan, as in `plan.repaired`.
     """
-    asked = (next((shown for shown, kinds in group if any(kind in folder for kind in kinds)), None) for group in VERBS)
+    asked = (
+        next(
+            (shown for shown, kinds in group if any(kind in folder for kind in kinds)),
+            None,
+        )
+        for group in VERBS
+    )
     found = [shown(folder) for shown in asked if shown] or [Shown()]
     for chosen in _chosen_in(folder.path):
         first, *others = found
         steps, begin = (*first.steps, *chosen.steps), len(first.steps) + chosen.first
-        found = [replace(first, message=chosen.message, steps=steps, first=begin), chosen, *others]
+        found = [
+            replace(first, message=chosen.message, steps=steps, first=begin),
+            chosen,
+            *others,
+        ]
     return found
 
 
@@ -113,21 +179,34 @@ def _chosen_in(path: Path) -> Iterator[Shown]:
 
 
 def render(folder: Folder, shown: Sequence[Shown] | None = None) -> str:
-    """The page as HTML, under 3 MB, of what verbs say of a folder, or of `shown`; `UsageError` if that is nothing."""
+    """The page as HTML, under 3 MB, of what verbs say of a folder, or of `shown`;
+    `UsageError` if that is nothing.
+    """
     from jinja2 import Environment, PackageLoader
 
     page = Page(folder, tuple(shown_by(folder) if shown is None else shown))
     told = page.told
     if not (page.parts or told.steps or told.similarity or told.message or told.cards):
-        # answers are of eval, whose results are not kept, or of a paper that has only begun
+        # answers are of eval, whose results are not kept, or of a paper that has only
+        # begun
         alone = "answers alone make no page: let notall eval or notall paper end"
         advice = f"make some with notall sweep --out {folder.path}, or let a run end"
-        raise UsageError(f"{folder.path} holds no results; {alone if AnswersRecord in folder else advice}")
+        raise UsageError(
+            f"{folder.path} holds no results;"
+            f" {alone if AnswersRecord in folder else advice}"
+        )
     loader = PackageLoader("notall.report", ".")
-    templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     templates.filters |= {"short": _short, "sentence": partial(_short, length=SENTENCE)}
-    css, js = (files("notall.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return templates.get_template("page.html").render(page=page, told=told, css=css, js=js, runtime=_runtime())
+    css, js = (
+        files("notall.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.css", "page.js")
+    )
+    return templates.get_template("page.html").render(
+        page=page, told=told, css=css, js=js, runtime=_runtime()
+    )
 
 
 def _short(text: str, length: int = SHORT) -> str:
@@ -139,13 +218,17 @@ def _runtime() -> str:
     """Vega, Vega-Lite and Vega-Embed in the version that Altair writes for."""
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGALITE)
+    bundle = vl_convert.javascript_bundle(
+        "window.vegaEmbed = vegaEmbed;", vl_version=VEGALITE
+    )
     return str(bundle).replace("</script", r"<\/script")
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that verbs say of a folder, in their order; the first that has steps is the one to step through."""
+    """All that verbs say of a folder, in their order; the first that has steps is the
+    one to step through.
+    """
 
     folder: Folder
     shown: tuple[Shown, ...]
@@ -156,13 +239,17 @@ class Page:
 
     @cached_property
     def told(self) -> Shown:
-        """The first message, the first cards and the first steps, and all else; the costs of most sublayers."""
+        """The first message, the first cards and the first steps, and all else; the
+        costs of most sublayers.
+        """
         costs = [one.costs for one in self.shown if one.costs]
         return replace(
             self.stepped,
             message=next((one.message for one in self.shown if one.message), None),
             cards=next((one.cards for one in self.shown if one.cards), ()),
-            similarity=next((one.similarity for one in self.shown if one.similarity), ()),
+            similarity=next(
+                (one.similarity for one in self.shown if one.similarity), ()
+            ),
             costs=max(costs, key=lambda one: len(one.found), default=None),
             samples=tuple(sample for one in self.shown for sample in one.samples),
         )
@@ -175,9 +262,13 @@ class Page:
     @cached_property
     def layers(self) -> int:
         """How many the model has at least, as far as the folder tells."""
-        parts = [part for step in self.told.steps for part in (step.plan, step.plan.prefill)]
+        parts = [
+            part for step in self.told.steps for part in (step.plan, step.plan.prefill)
+        ]
         skipped = [layer for part in parts for layer in (*part.attention, *part.mlp)]
-        alone = [layer for _, layer in (self.told.costs.found if self.told.costs else ())]
+        alone = [
+            layer for _, layer in (self.told.costs.found if self.told.costs else ())
+        ]
         found = [*skipped, *alone, *(row.layer for row in self.told.similarity)]
         return max([self.folder.layers, *(layer + 1 for layer in found)])
 
@@ -195,41 +286,67 @@ class Page:
 
     @cached_property
     def cells(self) -> list[Sublayer]:
-        return layers.sublayers(self.layers, self.told.costs.found if self.told.costs else {}, self.told.similarity)
+        return layers.sublayers(
+            self.layers,
+            self.told.costs.found if self.told.costs else {},
+            self.told.similarity,
+        )
 
     @cached_property
     def map(self) -> Figure | None:
         if not (self.told.steps and self.layers):
             return None
-        title = _short(self.told.costs.title) if self.told.costs else "changed: 1 − cosine"
+        title = (
+            _short(self.told.costs.title) if self.told.costs else "changed: 1 − cosine"
+        )
         spec = on_page(layers.layer_map(self.cells, title), MAP)
-        return Figure(spec, "map of the model", csv=as_csv(self.cells), id="map", copied="map")
+        return Figure(
+            spec, "map of the model", csv=as_csv(self.cells), id="map", copied="map"
+        )
 
     @cached_property
     def hatches(self) -> list[tuple[str, str]]:
-        """Where some plan skips in the prompt alone, the map's legend: a swatch's class, and its words."""
+        """Where some plan skips in the prompt alone, the map's legend: a swatch's
+        class, and its words.
+        """
         plans = [step.plan for step in self.told.steps]
         every = [("every", "skipped for every token")] if any(map(len, plans)) else []
-        return [*every, ("prompt", layers.SKIPPED_IN_PROMPT)] if any(one.prefill for one in plans) else []
+        return (
+            [*every, ("prompt", layers.SKIPPED_IN_PROMPT)]
+            if any(one.prefill for one in plans)
+            else []
+        )
 
     @cached_property
     def savings(self) -> Figure | None:
-        bars = [bar for number, step in enumerate(self.told.steps) for bar in _savings(number, step)]
+        bars = [
+            bar
+            for number, step in enumerate(self.told.steps)
+            for bar in _savings(number, step)
+        ]
         if not bars:
             return None
         spec = on_page(layers.savings(bars), BAR * len({bar.measure for bar in bars}))
         told = "time and bytes of the plan beside the original model"
-        return Figure(spec, told, csv=as_csv(bars), id="savings", copied="savings", follows=True)
+        return Figure(
+            spec, told, csv=as_csv(bars), id="savings", copied="savings", follows=True
+        )
 
     @property
     def provenance(self) -> list[tuple[str, str]]:
-        """What to type first, and when it was typed; the machine without what stands beside it."""
+        """What to type first, and when it was typed; the machine without what stands
+        beside it.
+        """
         if not self.about:
             return []
         about = dict(self.about)
         if isinstance(machine := about.get("machine"), dict):
-            about["machine"] = {key: value for key, value in machine.items() if about.get(key) != value}
-        first = {name: about.get(name) or "not written down" for name in ("command", "date")}
+            about["machine"] = {
+                key: value for key, value in machine.items() if about.get(key) != value
+            }
+        first = {
+            name: about.get(name) or "not written down" for name in ("command", "date")
+        }
         return list(flatten(first | about | first))
 
     @property
@@ -241,7 +358,9 @@ class Page:
         steps = self.told.steps
         return {
             "next": self.told.message.command if self.told.message else "",
-            "specs": lines.finite({one.id: one.spec for one in drawn}),  # sums of what is very large
+            "specs": lines.finite(
+                {one.id: one.spec for one in drawn}
+            ),  # sums of what is very large
             "themes": {"light": LIGHT, "dark": DARK},
             "plans": [
                 {
@@ -257,17 +376,29 @@ class Page:
         }
 
     def _part(self, name: str, one: Shown, section: Section) -> Section:
-        """Steps of another verb than the one to step through are the page's of the same plan, if there is one."""
+        """Steps of another verb than the one to step through are the page's of the same
+        plan, if there is one.
+        """
         follows, figures = one is self.stepped, []
         for place, figure in enumerate(section.figures):
             id = f"{name}{place}" if len(section.figures) > 1 else name
             copied = f"{id}-figure" if figure.csv else name
-            marks = follows and any(param["name"] == "plan" for param in figure.spec.get("params", ()))
+            marks = follows and any(
+                param["name"] == "plan" for param in figure.spec.get("params", ())
+            )
             figures.append(replace(figure, id=id, copied=copied, follows=marks))
-        steps = section.steps or (None,) * len(section.table.rows if section.table else ())
+        steps = section.steps or (None,) * len(
+            section.table.rows if section.table else ()
+        )
         if not follows:
-            pages = {step.plan.unrepaired: number for number, step in reversed([*enumerate(self.told.steps)])}
-            steps = tuple(None if step is None else pages.get(one.steps[step].plan.unrepaired) for step in steps)
+            pages = {
+                step.plan.unrepaired: number
+                for number, step in reversed([*enumerate(self.told.steps)])
+            }
+            steps = tuple(
+                None if step is None else pages.get(one.steps[step].plan.unrepaired)
+                for step in steps
+            )
         return replace(section, name=name, figures=tuple(figures), steps=steps)
 
 
@@ -276,7 +407,15 @@ def _savings(number: int, step: Step) -> Iterator[Saving]:
 
     def bar(measure: str, text: str, share: float, low: float, high: float) -> Saving:
         told = f"{measure}: {text}"
-        return Saving(plan=number, name=_short(step.name), measure=measure, text=told, share=share, low=low, high=high)
+        return Saving(
+            plan=number,
+            name=_short(step.name),
+            measure=measure,
+            text=told,
+            share=share,
+            low=low,
+            high=high,
+        )
 
     if times := step.times:
         for measure, ms, faster in (
@@ -293,7 +432,13 @@ def _savings(number: int, step: Step) -> Iterator[Saving]:
         ):
             if whole and ours is not None:
                 share = ours / whole
-                yield bar(measure, f"{in_bytes(ours)} of {in_bytes(whole)}", share, share, share)
+                yield bar(
+                    measure,
+                    f"{in_bytes(ours)} of {in_bytes(whole)}",
+                    share,
+                    share,
+                    share,
+                )
 
 
 def flatten(value: object, name: str = "") -> Iterable[tuple[str, str]]:

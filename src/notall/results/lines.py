@@ -1,4 +1,6 @@
-"""Files of JSON lines that are only ever added to: what is written stays, and each line ends with its digest."""
+"""Files of JSON lines that are only ever added to: what is written stays, and each line
+ends with its digest.
+"""
 
 import errno
 import json
@@ -27,7 +29,10 @@ def append(path: Path, *lines: Settings) -> None:
     Raises `UsageError` where it stays as it was, as it does for a link.
     """
     refuse_link(path)
-    text = b"".join(sealed(json.dumps(finite(line), allow_nan=False).encode()) + b"\n" for line in lines)
+    text = b"".join(
+        sealed(json.dumps(finite(line), allow_nan=False).encode()) + b"\n"
+        for line in lines
+    )
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0, opener=_open_no_link) as file:
@@ -46,24 +51,40 @@ def _open_no_link(path: str, flags: int) -> int:
 
 
 def read(path: Path) -> list[Settings]:
-    """The lines of a file in their order; [] without a file. Raises as `numbered` and `parsed` do."""
+    """The lines of a file in their order; [] without a file. Raises as `numbered` and
+    `parsed` do.
+    """
     return [parsed(path, number, text) for number, text in numbered(path)]
 
 
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped with a warning."""
+    """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped
+    with a warning.
+    """
     try:
         refuse_endless(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            for number, text in enumerate(iter(lambda: file.readline(min(size - file.tell(), MOST_BYTES)), b""), 1):
+            for number, text in enumerate(
+                iter(lambda: file.readline(min(size - file.tell(), MOST_BYTES)), b""), 1
+            ):
                 if len(text) == MOST_BYTES:
-                    raise UsageError(f"line {number} of {path} has {MOST_BYTES:,} bytes or more; delete that line")
+                    raise UsageError(
+                        f"line {number} of {path} has {MOST_BYTES:,} bytes or more;"
+                        " delete that line"
+                    )
                 if not text.endswith(b"\n") and _parse(text) is None:
-                    warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
+                    warnings.warn(
+                        f"the last line of {path} was torn by an interruption and is"
+                        " dropped",
+                        stacklevel=2,
+                    )
                 elif (line := unsealed(text)) is None:
                     fix = 'delete that line, or, to keep it, its "sealed"'
-                    raise UsageError(f"line {number} of {path} was changed since it was written: {fix}")
+                    raise UsageError(
+                        f"line {number} of {path} was changed since it was written:"
+                        f" {fix}"
+                    )
                 elif line.strip():
                     yield number, line.rstrip(b"\n")
     except FileNotFoundError:
@@ -77,14 +98,22 @@ def parsed(path: Path, number: int, text: bytes) -> Settings:
     """The record in a line. Raises `UsageError` that names it where there is none."""
     line = _parse(text)
     if line is None:
-        raise UsageError(f"line {number} of {path} is no JSON record; repair or delete that line")
+        raise UsageError(
+            f"line {number} of {path} is no JSON record; repair or delete that line"
+        )
     return line
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise `UsageError` where `folder`, or what it would be made in, can't be written. Makes nothing."""
+    """Raise `UsageError` where `folder`, or what it would be made in, can't be written.
+    Makes nothing.
+    """
     with writing(folder):
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        place = next(
+            path
+            for path in (folder, *folder.absolute().parents)
+            if path.exists() or path.is_symlink()
+        )
         wrong = errno.ENOTDIR if not place.is_dir() else errno.EACCES
         if wrong == errno.ENOTDIR or not os.access(place, os.W_OK | os.X_OK):
             raise OSError(wrong, os.strerror(wrong))
@@ -92,21 +121,33 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep `folder` for this process; one that was made for this, and that nothing came into, goes again.
+    """Keep `folder` for this process; one that was made for this, and that nothing came
+    into, goes again.
 
     Raises `UsageError` when another has it, and when it can't be written.
     """
     place = folder / ".lock"
     refuse_link(place)
-    if place.is_file() and place.stat().st_size:  # some releases of filelock would empty it
-        raise UsageError(f"{shortened(place)} is there, and notall did not write it: choose another folder")
-    held, made = FileLock(place, timeout=0), [*takewhile(_is_absent, (folder, *folder.parents))]
+    if (
+        place.is_file() and place.stat().st_size
+    ):  # some releases of filelock would empty it
+        raise UsageError(
+            f"{shortened(place)} is there, and notall did not write it: choose another"
+            " folder"
+        )
+    held, made = (
+        FileLock(place, timeout=0),
+        [*takewhile(_is_absent, (folder, *folder.parents))],
+    )
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.acquire()
         except Timeout:
-            raise UsageError(f"another run is working in {folder}; wait for it, or choose another folder") from None
+            raise UsageError(
+                f"another run is working in {folder}; wait for it, or choose another"
+                " folder"
+            ) from None
     try:
         yield
     finally:
@@ -132,7 +173,9 @@ def finite(value: object) -> Any:
 
 
 def _write(file: IO[bytes], lines: bytes) -> None:
-    """Behind the last whole line: what follows it, a line that was torn, is cut off, or has only to end."""
+    """Behind the last whole line: what follows it, a line that was torn, is cut off, or
+    has only to end.
+    """
     last, end = b"", os.fstat(file.fileno()).st_size
     if end:
         with mmap(file.fileno(), 0, access=ACCESS_READ) as whole:
@@ -153,7 +196,9 @@ def _write(file: IO[bytes], lines: bytes) -> None:
 
 
 def _parse(text: bytes) -> Settings | None:
-    """The record in a line; None if there is none. Part of a record is never one: a torn line shows."""
+    """The record in a line; None if there is none. Part of a record is never one: a
+    torn line shows.
+    """
     try:
         line = read_json(text)
     except ValueError:

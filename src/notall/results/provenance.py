@@ -1,4 +1,6 @@
-"""Where a record comes from: what was asked for, which decides whether a run goes on, and where it ran."""
+"""Where a record comes from: what was asked for, which decides whether a run goes on,
+and where it ran.
+"""
 
 import json
 import shlex
@@ -20,18 +22,35 @@ PLACES = ("machine", "device", "threads", "versions", "command", "functions", "d
 
 
 class Provenance(BaseModel, frozen=True, extra="forbid"):
-    """`what` decides whether a folder's records belong to a run; `where` is told beside them, and never compared."""
+    """`what` decides whether a folder's records belong to a run; `where` is told beside
+    them, and never compared.
+    """
 
-    what: Settings = Field(description="model, text, dtype, seed, settings: what to repeat it with")
-    where: Settings = Field({}, description="machine, versions, command and its functions, date")
+    what: Settings = Field(
+        description="model, text, dtype, seed, settings: what to repeat it with"
+    )
+    where: Settings = Field(
+        {}, description="machine, versions, command and its functions, date"
+    )
 
     @classmethod
-    def of(cls, about: "Provenance | Mapping[str, object]", **more: object) -> "Provenance":
-        """`about` with what `more` says; of a flat mapping, the names in `PLACES` are where it ran."""
+    def of(
+        cls, about: "Provenance | Mapping[str, object]", **more: object
+    ) -> "Provenance":
+        """`about` with what `more` says; of a flat mapping, the names in `PLACES` are
+        where it ran.
+        """
         if isinstance(about, Provenance):
-            return about.model_copy(update={"what": {**about.what, **more}}) if more else about
+            return (
+                about.model_copy(update={"what": {**about.what, **more}})
+                if more
+                else about
+            )
         what = {name: value for name, value in about.items() if name not in PLACES}
-        return cls(what=what | more, where={name: about[name] for name in PLACES if name in about})
+        return cls(
+            what=what | more,
+            where={name: about[name] for name in PLACES if name in about},
+        )
 
     @property
     def key(self) -> str:
@@ -48,23 +67,35 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def functions(self) -> dict[str, str]:
-        """Each `module:function` that the command named, with the SHA-256 of its file."""
+        """Each `module:function` that the command named, with the SHA-256 of its
+        file.
+        """
         known = self.where.get("functions")
         return known if isinstance(known, dict) else {}
 
     @property
     def in_words(self) -> str:
         """The model in its dtype, and where it ran: what a table says above itself."""
-        model, dtype = self.what.get("model", "the model"), self.what.get("dtype", "a dtype that is not told")
-        return f"{model}, {dtype}, on {place_of(self.where.get('machine'), versions=False)}"
+        model, dtype = (
+            self.what.get("model", "the model"),
+            self.what.get("dtype", "a dtype that is not told"),
+        )
+        return (
+            f"{model}, {dtype}, on"
+            f" {place_of(self.where.get('machine'), versions=False)}"
+        )
 
 
 def this_run() -> Settings:
-    """The command as it was typed, without the folders of a machine, its functions, and the date.
+    """The command as it was typed, without the folders of a machine, its functions, and
+    the date.
 
-    The SHA-256 of their files is by `module:function`; the date is in UTC, to the minute.
+    The SHA-256 of their files is by `module:function`; the date is in UTC, to the
+    minute.
     """
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]
     functions = functions_in(words)
     return {
         "command": shlex.join(["notall", *words]),
@@ -74,21 +105,29 @@ def this_run() -> Settings:
 
 
 def behind(prompt_tokens: int | None) -> str:
-    """In words that only what follows a prompt is scored; nothing where all of a text is."""
+    """In words that only what follows a prompt is scored; nothing where all of a text
+    is.
+    """
     return f", behind a prompt of {prompt_tokens:,} tokens" if prompt_tokens else ""
 
 
 def windows_in_words(described: Settings) -> str:
     return (
-        f"{several(described['sequences'], 'window')} of {described['length']} tokens of {shortened(described['text'])}"
+        f"{several(described['sequences'], 'window')} of {described['length']} tokens"
+        f" of {shortened(described['text'])}"
     )
 
 
 def place_of(machine: Any, *, versions: bool = True) -> str:
     """Where it was measured, in words, as far as that was written down."""
     try:
-        place = f"{machine['device_name']}, {several(machine['cores'], 'core')}, threads: {machine['threads']}"
-        told = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        place = (
+            f"{machine['device_name']}, {several(machine['cores'], 'core')}, threads:"
+            f" {machine['threads']}"
+        )
+        told = ", ".join(
+            f"{name} {number}" for name, number in machine["versions"].items()
+        )
         return f"{place}; {told}" if versions else place
     except (TypeError, ValueError, KeyError, AttributeError):
         return "a machine that is not told"

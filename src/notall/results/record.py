@@ -1,10 +1,19 @@
-"""What is written down: frozen facts, and records of them that know their file, their key and where they come from."""
+"""What is written down: frozen facts, and records of them that know their file, their
+key and where they come from.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    field_validator,
+)
 from typing_extensions import Self
 
 from ..files import Settings
@@ -12,10 +21,22 @@ from ..plan import Plan
 from .lines import finite
 from .provenance import Provenance
 
-MOST_LAYERS = 10_000  # more than any model has; a damaged index does not become a page of gigabytes
+# more than any model has; a damaged index does not become a page of gigabytes
+MOST_LAYERS = 10_000
 
 Key = tuple[Any, ...]
-Command = Literal["sweep", "compare", "search", "paper", "bench", "draft", "eval", "repair", "heal", "pareto"]
+Command = Literal[
+    "sweep",
+    "compare",
+    "search",
+    "paper",
+    "bench",
+    "draft",
+    "eval",
+    "repair",
+    "heal",
+    "pareto",
+]
 Scalar = float | int | str | bool | None
 
 
@@ -45,17 +66,24 @@ Loss = Annotated[Number, _between(-0.01)]  # rounding may bring it just below 0
 Share = Annotated[Number, _between(0, 1)]  # of tokens, or a probability
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Amount = Annotated[float, Field(ge=0, lt=1e18)]  # of work
-Positive = Annotated[float, Field(gt=1e-9, lt=1e18)]  # a time, a ratio of times: it is divided by
+Positive = Annotated[
+    float, Field(gt=1e-9, lt=1e18)
+]  # a time, a ratio of times: it is divided by
 SublayerName = Annotated[str, Field(pattern=r"^(attn|mlp)\.\d{1,4}$")]
 # Of a plan what it skips, as `Plan.skipped` says it.
-SublayerNames = Annotated[str, Field(pattern=r"^(((prompt:)?(attn|mlp)\.\d{1,4}|last:\d{1,10})( |$))*$")]
+SublayerNames = Annotated[
+    str, Field(pattern=r"^(((prompt:)?(attn|mlp)\.\d{1,4}|last:\d{1,10})( |$))*$")
+]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 
 def _plausible(value: object) -> Plan:
     """In a record the fingerprint is the provenance's."""
     indices = value.indices if isinstance(value, Plan) else value
-    if not isinstance(indices, dict) or indices.keys() - {"prefill"} != {"attention", "mlp"}:
+    if not isinstance(indices, dict) or indices.keys() - {"prefill"} != {
+        "attention",
+        "mlp",
+    }:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
     plan = Plan(**indices)
     named = (*plan.attention, *plan.mlp, *plan.prefill.attention, *plan.prefill.mlp)
@@ -64,19 +92,38 @@ def _plausible(value: object) -> Plan:
     return plan
 
 
-Skipped = Annotated[Plan, BeforeValidator(_plausible), PlainSerializer(lambda plan: plan.indices, return_type=Settings)]
+Skipped = Annotated[
+    Plan,
+    BeforeValidator(_plausible),
+    PlainSerializer(lambda plan: plan.indices, return_type=Settings),
+]
 
 
-class Fact(BaseModel, frozen=True, defer_build=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """What was measured, as it is stored, shown and drawn: frozen, and checked where it is read."""
+class Fact(
+    BaseModel,
+    frozen=True,
+    defer_build=True,
+    extra="forbid",
+    strict=True,
+    allow_inf_nan=False,
+):
+    """What was measured, as it is stored, shown and drawn: frozen, and checked where it
+    is read.
+    """
 
     def figures(self) -> dict[str, Scalar]:
-        """Every number and text in it, also in the facts that it holds, by the names of fields: a line of a CSV."""
+        """Every number and text in it, also in the facts that it holds, by the names of
+        fields: a line of a CSV.
+        """
         found: dict[str, Scalar] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Quartiles):
-                found |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
+                found |= {
+                    name: value.median,
+                    f"{name}_low": value.low,
+                    f"{name}_high": value.high,
+                }
             elif isinstance(value, Fact):
                 found |= value.figures()
             elif isinstance(value, Plan):
@@ -109,11 +156,14 @@ class Quartiles(Fact):
 
     @property
     def error(self) -> float:
-        """The standard error of the median, from the quartiles, as if the samples were normal."""
+        """The standard error of the median, from the quartiles, as if the samples were
+        normal.
+        """
         return 0.93 * (self.high - self.low) / self.n**0.5
 
 
-# Of each kind of records its file, and the commands that write it; the first of them is the one that a message names.
+# Of each kind of records its file, and the commands that write it; the first of them is
+# the one that a message names.
 HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
     "sweep": ("results.jsonl", ("sweep",)),
     "scores": ("scores.jsonl", ("sweep", "compare")),
@@ -151,7 +201,9 @@ KINDS: "dict[str, type[Record]]" = {}  # those whose modules are imported
 
 
 class Record(Fact):
-    """One line of a file. `key` names the fields that tell it from others; the first of a `headed` file is of all."""
+    """One line of a file. `key` names the fields that tell it from others; the first of
+    a `headed` file is of all.
+    """
 
     kind_name: ClassVar[str]
     file: ClassVar[str]
@@ -160,9 +212,13 @@ class Record(Fact):
     headed: ClassVar[bool]
 
     record: str = Field("", validate_default=True, description="the kind of this line")
-    provenance: Provenance | None = Field(None, description="where the figures come from")
+    provenance: Provenance | None = Field(
+        None, description="where the figures come from"
+    )
 
-    def __init_subclass__(cls, kind: str, key: tuple[str, ...] = (), headed: bool = False) -> None:
+    def __init_subclass__(
+        cls, kind: str, key: tuple[str, ...] = (), headed: bool = False
+    ) -> None:
         cls.kind_name, cls.key_fields, cls.headed = kind, key, headed
         KINDS[kind] = cls
         if kind in HOMES:
@@ -177,7 +233,9 @@ class Record(Fact):
 
     @property
     def key(self) -> Key:
-        """What tells it from others of its file; measured again, it is written again."""
+        """What tells it from others of its file; measured again, it is written
+        again.
+        """
         return tuple(getattr(self, name) for name in self.key_fields)
 
     @property
@@ -186,13 +244,21 @@ class Record(Fact):
         return self.provenance.what if self.provenance else {}
 
     def line(self) -> Settings:
-        return {"record": self.kind_name, **self.model_dump(mode="json", exclude_unset=True)}
+        return {
+            "record": self.kind_name,
+            **self.model_dump(mode="json", exclude_unset=True),
+        }
 
     @classmethod
     def from_fact(cls, *facts: Fact, **more: object) -> Self:
         """A record of what `facts` have of its fields, and of what is new."""
         own = cls.model_fields.keys() - {"record"}
-        found = {name: getattr(fact, name) for fact in facts for name in type(fact).model_fields if name in own}
+        found = {
+            name: getattr(fact, name)
+            for fact in facts
+            for name in type(fact).model_fields
+            if name in own
+        }
         return cls(**found | more)
 
 

@@ -1,4 +1,6 @@
-"""Tables, words and progress at the terminal: of whatever width, a number or a heading is never cut."""
+"""Tables, words and progress at the terminal: of whatever width, a number or a heading
+is never cut.
+"""
 
 import json
 import os
@@ -22,18 +24,33 @@ from .table import Cell, Column, Table
 
 FRAME = 3  # cells beside a column's text: a space on either side, and a line
 TURNED = 2  # rows: so few may become columns
-SILENT, PACE = 60.0, 120.0  # seconds without a word in a log; of whose steps the time left is told
+SILENT, PACE = (
+    60.0,
+    120.0,
+)  # seconds without a word in a log; of whose steps the time left is told
 OTHERS = 56  # letters of a line that are not the description
-Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may have a line of its own
+Pieces = tuple[
+    str, ...
+]  # of a heading or a cell: each stays whole, and may have a line of its own
 
 
 def show(
-    tables: Mapping[str, Table], *, as_json: bool, also: Mapping[str, object] | None = None, then: Iterable[str] = ()
+    tables: Mapping[str, Table],
+    *,
+    as_json: bool,
+    also: Mapping[str, object] | None = None,
+    then: Iterable[str] = (),
 ) -> None:
-    """Print tables and `then` lines of words, or as JSON the tables' facts, by their names, and `also` what else."""
+    """Print tables and `then` lines of words, or as JSON the tables' facts, by their
+    names, and `also` what else.
+    """
     if as_json:
         found = {name: one.facts for name, one in tables.items()} | dict(also or {})
-        print(json.dumps(found, indent=2, default=lambda fact: fact.model_dump(mode="json")))
+        print(
+            json.dumps(
+                found, indent=2, default=lambda fact: fact.model_dump(mode="json")
+            )
+        )
         return
     for one in tables.values():
         print_table(one)
@@ -42,7 +59,9 @@ def show(
 
 
 def say(line: str) -> None:
-    """Print a line of words; the next command, which is copied from the terminal, without line breaks."""
+    """Print a line of words; the next command, which is copied from the terminal,
+    without line breaks.
+    """
     console, whole = Console(), line.startswith("Next:") or not sys.stdout.isatty()
     console.print(Text(printable(line, console.encoding)), soft_wrap=whole)
 
@@ -52,41 +71,69 @@ def next_report(folder: Path) -> str:
 
 
 def print_table(table: Table) -> None:
-    """On stdout. A narrow terminal leaves out the last columns, and says so; a file or a pipe gets all of them.
+    """On stdout. A narrow terminal leaves out the last columns, and says so; a file or
+    a pipe gets all of them.
 
     There a row is a line, unless COLUMNS says how wide the lines may be.
     """
     console, screen = Console(), sys.stdout.isatty()
     strips = _strips(table, console.encoding)
     if not (screen or os.environ.get("COLUMNS")):
-        console.size = ConsoleDimensions(sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1)
+        console.size = ConsoleDimensions(
+            sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1
+        )
     laid_out = _laid_out(strips, console.width)
-    parts = ([laid_out] if laid_out else None) if screen else _in_parts(strips, console.width)
-    console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
+    parts = (
+        ([laid_out] if laid_out else None)
+        if screen
+        else _in_parts(strips, console.width)
+    )
+    console.print(
+        Text(printable(table.title, console.encoding), style="bold"),
+        soft_wrap=not screen,
+    )
     if parts is None:  # each heading with what stands below it, row after row
-        named = [[(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]] for cells, _ in strips]
-        console.print(Text("\n\n".join("\n".join(map(" ".join, row)) for row in zip(*named))), soft_wrap=True)
+        named = [
+            [(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]]
+            for cells, _ in strips
+        ]
+        console.print(
+            Text("\n\n".join("\n".join(map(" ".join, row)) for row in zip(*named))),
+            soft_wrap=True,
+        )
         return
     for part in parts:
         console.print(_drawn(part))
     if screen and len(table.rows) > TURNED and len(parts[0]) < len(strips):
         left_out = [" ".join(strip.cells[0]) for strip in strips[len(parts[0]) :]]
-        console.print(Text(f"also measured: {', '.join(left_out)}; see --json or a wider terminal"))
+        console.print(
+            Text(
+                f"also measured: {', '.join(left_out)}; see --json or a wider terminal"
+            )
+        )
 
 
 def _drawn(laid_out: Sequence["Strip"]) -> RichTable:
-    """Each piece is on a line of its own; with rules between the rows where that takes several lines."""
+    """Each piece is on a line of its own; with rules between the rows where that takes
+    several lines.
+    """
     headings, *rows = zip(*(strip.cells for strip in laid_out))
     drawn = RichTable(show_lines=any(len(cell) > 1 for row in rows for cell in row))
     for heading, strip in zip(headings, laid_out):
-        drawn.add_column(Text("\n".join(heading)), justify="right" if strip.right else "left", no_wrap=True)
+        drawn.add_column(
+            Text("\n".join(heading)),
+            justify="right" if strip.right else "left",
+            no_wrap=True,
+        )
     for row in rows:
         drawn.add_row(*(Text("\n".join(cell)) for cell in row))
     return drawn
 
 
 class Strip(NamedTuple):
-    """A column as text, its heading first: of a number the pieces are itself and its error, of a text its words."""
+    """A column as text, its heading first: of a number the pieces are itself and its
+    error, of a text its words.
+    """
 
     cells: tuple[Pieces, ...]
     right: bool
@@ -107,17 +154,24 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
 
     def pieces(cell: Cell, right: bool) -> Pieces:
         value, beside = printable(cell.text, encoding), printable(cell.beside, encoding)
-        return (*([value] if right else value.split(" ")), *([beside] if beside else []))
+        return (
+            *([value] if right else value.split(" ")),
+            *([beside] if beside else []),
+        )
 
     def strip(place: int, column: Column[object]) -> Strip:
         heading = pieces(Cell(None, column.heading), False)
-        return Strip((heading, *(pieces(row[place], column.right) for row in table.rows)), column.right)
+        return Strip(
+            (heading, *(pieces(row[place], column.right) for row in table.rows)),
+            column.right,
+        )
 
     return [strip(place, column) for place, column in enumerate(table.columns)]
 
 
 def _in_parts(strips: Sequence[Strip], width: int) -> list[list[Strip]] | None:
-    """All columns, in tables of `width` cells below each other, which each begin with what names the rows.
+    """All columns, in tables of `width` cells below each other, which each begin with
+    what names the rows.
 
     None where a list is all that fits.
     """
@@ -138,39 +192,66 @@ def _is_short(strips: Sequence[Strip]) -> bool:
 
 def _naming(strips: Sequence[Strip]) -> int:
     """How many columns name the rows: to the first with numbers, which comes along."""
-    return next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
+    return next(
+        (place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2
+    )
 
 
 def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
-    """The table in `width` cells, its headings in several lines, then its cells; None where a list is all that fits.
+    """The table in `width` cells, its headings in several lines, then its cells; None
+    where a list is all that fits.
 
-    Then few rows become columns; of more the last columns go, but not the first, nor the first with numbers after it.
+    Then few rows become columns; of more the last columns go, but not the first, nor
+    the first with numbers after it.
     """
     turns = _is_short(strips)
     fewest = len(strips) if turns else _naming(strips)
     for count in range(len(strips), fewest - 1, -1):
-        for start in (0, 1, len(strips[0].cells)):  # the first cell that stands in one line
-            cells = [(*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:])) for one in strips[:count]]
-            if fitting := _fitted([Strip(some, one.right) for some, one in zip(cells, strips)], width):
+        for start in (
+            0,
+            1,
+            len(strips[0].cells),
+        ):  # the first cell that stands in one line
+            cells = [
+                (*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:]))
+                for one in strips[:count]
+            ]
+            if fitting := _fitted(
+                [Strip(some, one.right) for some, one in zip(cells, strips)], width
+            ):
                 return fitting
     rows = zip(*(strip.cells for strip in strips))  # each a column
     turned = [Strip(cells, place > 0) for place, cells in enumerate(rows)]
     return _fitted(turned, width, by_words=True) if turns else None
 
 
-def _fitted(strips: Sequence[Strip], width: int, *, by_words: bool = False) -> list[Strip] | None:
-    """The strips in `width` cells, the widest narrowed first; None where they don't fit.
+def _fitted(
+    strips: Sequence[Strip], width: int, *, by_words: bool = False
+) -> list[Strip] | None:
+    """The strips in `width` cells, the widest narrowed first; None where they don't
+    fit.
 
-    Columns of numbers have two widths, with errors beside and below; `by_words` they hold text, too.
+    Columns of numbers have two widths, with errors beside and below; `by_words` they
+    hold text, too.
     """
     least, widths = [strip.least for strip in strips], [strip.most for strip in strips]
     room = width - FRAME * len(strips) - 1
     if sum(least) > room:
         return None
     while sum(widths) > room:
-        widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
-        widths[widest] = least[widest] if strips[widest].right and not by_words else widths[widest] - 1
-    return [Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right) for one, wide in zip(strips, widths)]
+        widest = max(
+            (place for place in range(len(strips)) if widths[place] > least[place]),
+            key=widths.__getitem__,
+        )
+        widths[widest] = (
+            least[widest]
+            if strips[widest].right and not by_words
+            else widths[widest] - 1
+        )
+    return [
+        Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right)
+        for one, wide in zip(strips, widths)
+    ]
 
 
 def _filled(pieces: Pieces, width: int) -> Pieces:
@@ -185,7 +266,9 @@ def _filled(pieces: Pieces, width: int) -> Pieces:
 
 
 class _Elapsed(bars.ProgressColumn):
-    """The time since the command began: a later part of its work begins at no time of its own."""
+    """The time since the command began: a later part of its work begins at no time of
+    its own.
+    """
 
     def render(self, task: bars.Task) -> Text:
         return Text(str(CLOCK), style="progress.elapsed")
@@ -193,7 +276,9 @@ class _Elapsed(bars.ProgressColumn):
 
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
-    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
+    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no
+    terminal, a line now and then.
+    """
     console = Console(stderr=True)
     columns = (
         bars.SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
@@ -211,13 +296,19 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
         return
 
     def fitting(doing: str) -> str:
-        return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
+        return shortened(
+            printable(doing, console.encoding), max(12, console.width - OTHERS)
+        )
 
-    with bars.Progress(*columns, console=console, transient=True, speed_estimate_period=PACE) as bar:
+    with bars.Progress(
+        *columns, console=console, transient=True, speed_estimate_period=PACE
+    ) as bar:
         task = bar.add_task(fitting(doing), total=None)
 
         def tell(done: float, total: float, doing: str) -> None:
-            if done < bar.tasks[0].completed:  # another part of the work, which has a pace of its own
+            if (
+                done < bar.tasks[0].completed
+            ):  # another part of the work, which has a pace of its own
                 bar.reset(task)
             bar.update(task, completed=done, total=total, description=fitting(doing))
 
@@ -226,7 +317,9 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
 
 @contextmanager
 def _log(console: Console, doing: str) -> Iterator[Progress]:
-    """A line a minute, also while a single step takes longer, or there are many short parts."""
+    """A line a minute, also while a single step takes longer, or there are many short
+    parts.
+    """
     share, ended, me = 0.0, Event(), object()
 
     def tell(done: float, total: float, now_doing: str) -> None:
@@ -235,10 +328,14 @@ def _log(console: Console, doing: str) -> Iterator[Progress]:
         speak()
 
     def speak() -> None:
-        if doing != "starting" and time.monotonic() - CLOCK.told >= SILENT:  # what is begun says so itself
+        if (
+            doing != "starting" and time.monotonic() - CLOCK.told >= SILENT
+        ):  # what is begun says so itself
             CLOCK.told = time.monotonic()
             part = f", {share:.0%} of this part" if share else ""
-            console.print(f"{CLOCK}: {printable(doing, console.encoding)}{part}", markup=False)
+            console.print(
+                f"{CLOCK}: {printable(doing, console.encoding)}{part}", markup=False
+            )
 
     def beat() -> None:
         while not ended.wait(SILENT / 4):

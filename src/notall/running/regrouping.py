@@ -1,4 +1,6 @@
-"""What a plan keeps, cut into layers of one mixer each: the rule behind `skip` and every export."""
+"""What a plan keeps, cut into layers of one mixer each: the rule behind `skip` and
+every export.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,26 @@ from typing import TYPE_CHECKING
 from ..plan import Plan
 
 if TYPE_CHECKING:
-    from ..structure.model_structure import ModelStructure  # it needs torch, and this does not
+    from ..structure.model_structure import (
+        ModelStructure,
+    )  # it needs torch, and this does not
 
 
 @dataclass
 class Layer:
-    """A layer of a regrouped model, by dense indices: an attention, an MLP or none of it, and MLPs ahead and behind."""
+    """A layer of a regrouped model, by dense indices: an attention, an MLP or none of
+    it, and MLPs ahead and behind.
+    """
 
     attention: int
-    mlp: int | None  # the same, where the dense layer is kept as it is, also one of a single sublayer
+    mlp: (
+        int | None
+    )  # the same, where the dense layer is kept as it is, also one of a single sublayer
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
-    start: int = field(default=0, compare=False)  # the stream goes in as this dense block is given it,
+    start: int = field(
+        default=0, compare=False
+    )  # the stream goes in as this dense block is given it,
     end: int = field(default=0, compare=False)  # and comes out as this one is
 
     @property
@@ -36,22 +46,30 @@ class Layer:
 BOTH = ("attention", "mlp")
 
 
-def regroup(kinds: Sequence[Sequence[str]], plan: Plan, fits: Callable[[int, int], bool]) -> list[Layer]:
-    """Cut what `plan` keeps into layers of one attention each, in the order of the original model.
+def regroup(
+    kinds: Sequence[Sequence[str]], plan: Plan, fits: Callable[[int, int], bool]
+) -> list[Layer]:
+    """Cut what `plan` keeps into layers of one attention each, in the order of the
+    original model.
 
-    `kinds` are those of each layer's sublayers; a layer of one sublayer stays as it is, or goes. The first MLP j behind
-    a lone attention i becomes its layer's own where it `fits(i, j)`.
+    `kinds` are those of each layer's sublayers; a layer of one sublayer stays as it is,
+    or goes. The first MLP j behind a lone attention i becomes its layer's own where it
+    `fits(i, j)`.
     """
     layers: list[Layer] = []
     ahead: list[int] = []  # MLPs before the first live attention
     for index, held in enumerate(kinds):
         kept = [kind for kind in held if index not in getattr(plan, kind)]
         if "attention" in kept or (kept and "attention" not in held):
-            layers.append(Layer(index, index if len(kept) == len(held) else None, before=ahead))
+            layers.append(
+                Layer(index, index if len(kept) == len(held) else None, before=ahead)
+            )
             ahead = []
         elif kept:
             (layers[-1].after if layers else ahead).append(index)
-    ends = [min([layer.attention, *layer.before]) for layer in layers[1:]] + [len(kinds)]
+    ends = [min([layer.attention, *layer.before]) for layer in layers[1:]] + [
+        len(kinds)
+    ]
     for layer, start, end in zip(layers, [0, *ends], ends):
         layer.start, layer.end = start, end
         if layer.mlp is None and layer.after and fits(layer.attention, layer.after[0]):
@@ -59,20 +77,38 @@ def regroup(kinds: Sequence[Sequence[str]], plan: Plan, fits: Callable[[int, int
     return layers
 
 
-def layers_of(structure: ModelStructure, plan: Plan, fit: Callable[[int, int], bool] = lambda *_: True) -> list[Layer]:
-    """`regroup` of a model, of what fits by `fit` too: an MLP whose attention its checkpoint lacks rides along too."""
+def layers_of(
+    structure: ModelStructure,
+    plan: Plan,
+    fit: Callable[[int, int], bool] = lambda *_: True,
+) -> list[Layer]:
+    """`regroup` of a model, of what fits by `fit` too: an MLP whose attention its
+    checkpoint lacks rides along too.
+    """
     lacking = {*structure.missing.attention, *structure.missing.mlp}
-    kinds = [BOTH if block.index in lacking else block.kinds for block in structure.blocks]
-    return regroup(kinds, plan | structure.missing, lambda i, j: fits(structure, i, j) and fit(i, j))
+    kinds = [
+        BOTH if block.index in lacking else block.kinds for block in structure.blocks
+    ]
+    return regroup(
+        kinds,
+        plan | structure.missing,
+        lambda i, j: fits(structure, i, j) and fit(i, j),
+    )
 
 
 def is_portable(structure: ModelStructure, plan: Plan) -> bool:
-    """Whether what `plan` keeps alternates, attention, MLP, attention, MLP: any engine loads such a model."""
-    return (not plan or structure.cuttable) and all(layer.is_ordinary for layer in layers_of(structure, plan))
+    """Whether what `plan` keeps alternates, attention, MLP, attention, MLP: any engine
+    loads such a model.
+    """
+    return (not plan or structure.cuttable) and all(
+        layer.is_ordinary for layer in layers_of(structure, plan)
+    )
 
 
 def fits(structure: ModelStructure, attention: int, mlp: int) -> bool:
-    """Whether the MLP of block `mlp` can stand in the place of the one of block `attention`."""
+    """Whether the MLP of block `mlp` can stand in the place of the one of block
+    `attention`.
+    """
     block, other = structure.blocks[attention], structure.blocks[mlp]
     if "mlp" not in block.kinds:  # so that its own form is not known
         return False
@@ -83,7 +119,9 @@ def fits(structure: ModelStructure, attention: int, mlp: int) -> bool:
 
 @dataclass(frozen=True)
 class Folded:
-    """The number `whole` that an exported layer multiplies its stream by, and what divides what its sublayers add."""
+    """The number `whole` that an exported layer multiplies its stream by, and what
+    divides what its sublayers add.
+    """
 
     attention: float
     mlp: float
@@ -93,22 +131,31 @@ class Folded:
 def folded(layers: Sequence[Layer], scales: Sequence[float]) -> list[Folded]:
     """For each layer, of the numbers `scales` of the dense ones.
 
-    A dense layer i ends in h = s_i h, and h goes on being multiplied where layers are left out. So a layer of attention
-    i and MLP j, with attention n next, has s_i ... s_(n-1); s_i ... s_(j-1) of it comes late for the MLP, and what
-    stands before the first attention for both. A norm begins them, which does not mind how large their stream is.
+    A dense layer i ends in h = s_i h, and h goes on being multiplied where layers are
+    left out. So a layer of attention i and MLP j, with attention n next, has s_i ...
+    s_(n-1); s_i ... s_(j-1) of it comes late for the MLP, and what stands before the
+    first attention for both. A norm begins them, which does not mind how large their
+    stream is.
     """
     found = []
     for number, layer in enumerate(layers):
         mlp = layer.attention if layer.mlp is None else layer.mlp
-        following = layers[number + 1].attention if number + 1 < len(layers) else len(scales)
+        following = (
+            layers[number + 1].attention if number + 1 < len(layers) else len(scales)
+        )
         late = math.prod(scales[: layer.attention]) if number == 0 else 1.0
-        between, whole = scales[layer.attention : mlp], scales[layer.attention : following]
+        between, whole = (
+            scales[layer.attention : mlp],
+            scales[layer.attention : following],
+        )
         found.append(Folded(late, late * math.prod(between), late * math.prod(whole)))
     return found
 
 
 def sparse_layers(layers: Iterable[Layer]) -> Iterator[tuple[int | None, int | None]]:
-    """The attention and the MLP, or None, of each layer for engines that can leave out either: lone MLPs are layers."""
+    """The attention and the MLP, or None, of each layer for engines that can leave out
+    either: lone MLPs are layers.
+    """
     for layer in layers:
         yield from ((None, mlp) for mlp in layer.before)
         yield layer.attention, layer.mlp

@@ -1,7 +1,9 @@
-"""Layers that stay in place, as they read what others make or do more than add to their stream: stubs stand in them.
+"""Layers that stay in place, as they read what others make or do more than add to their
+stream: stubs stand in them.
 
-A sublayer is a module and what leads from it to its addition to the stream, and is left out when that answers zeros. A
-layer without such an addition is one sublayer, which answers what it is given when it is left out.
+A sublayer is a module and what leads from it to its addition to the stream, and is left
+out when that answers zeros. A layer without such an addition is one sublayer, which
+answers what it is given when it is left out.
 """
 
 import functools
@@ -28,35 +30,54 @@ Key = str | Node  # a child module, which is called once, or one function's resu
 
 @dataclass(frozen=True)
 class Form:
-    """What a module answers when it is left out: the argument named `value`, or zeros of its shape and this `width`."""
+    """What a module answers when it is left out: the argument named `value`, or zeros
+    of its shape and this `width`.
+    """
 
     names: tuple[str, ...]
     value: str
-    elements: tuple[bool | str | None, ...] | None  # of a tuple: True for that, or the argument that is handed on
+    elements: (
+        tuple[bool | str | None, ...] | None
+    )  # of a tuple: True for that, or the argument that is handed on
     width: int | None = None
 
     def named(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
         return dict(zip(self.names, args)) | kwargs
 
     def answer(self, args: tuple[Any, ...], kwargs: Arguments, index: int) -> Any:
-        """Raises `UsageError` where the cache keeps a place for what is left out, by which it would count tokens."""
+        """Raises `UsageError` where the cache keeps a place for what is left out, by
+        which it would count tokens.
+        """
         arguments = self.named(args, kwargs)
         for given in arguments.values():
             cache = getattr(given, "self_attention_cache", given)
-            if isinstance(cache, Cache) and not isinstance(next(iter(cache.layers[index:]), None), DummyLayer):
-                fix = "make it inside the `with`, as DynamicCache(config=model.config), or let the model make it"
-                raise UsageError(f"this cache keeps a place for layer {index}, whose mixer is skipped; {fix}")
+            if isinstance(cache, Cache) and not isinstance(
+                next(iter(cache.layers[index:]), None), DummyLayer
+            ):
+                fix = (
+                    "make it inside the `with`, as DynamicCache(config=model.config),"
+                    " or let the model make it"
+                )
+                raise UsageError(
+                    f"this cache keeps a place for layer {index}, whose mixer is"
+                    f" skipped; {fix}"
+                )
         value: Tensor = arguments[self.value]
         if self.width is not None:
             value = value.new_zeros(*value.shape[:-1], self.width)
         if self.elements is None:
             return value
-        return tuple(value if e is True else arguments.get(e) if isinstance(e, str) else None for e in self.elements)
+        return tuple(
+            value if e is True else arguments.get(e) if isinstance(e, str) else None
+            for e in self.elements
+        )
 
 
 @dataclass(frozen=True)
 class Stub:
-    """How a sublayer is left out: its modules, as they run, and what each answers then. "" is the whole layer."""
+    """How a sublayer is left out: its modules, as they run, and what each answers then.
+    "" is the whole layer.
+    """
 
     forms: tuple[tuple[str, Form], ...]
 
@@ -73,7 +94,9 @@ Scale = Callable[[Tensor], Tensor]  # of what a sublayer adds
 
 
 class StubModule(nn.Module):
-    """Mixed into the class of a module: answers as its form says, or with a `scale` runs, and scales what it adds."""
+    """Mixed into the class of a module: answers as its form says, or with a `scale`
+    runs, and scales what it adds.
+    """
 
     is_cut = True
     stub_form: Form
@@ -90,17 +113,29 @@ class StubModule(nn.Module):
         place = (form.elements or ()).index(True) if isinstance(answer, tuple) else 0
         value = answer[place] if isinstance(answer, tuple) else answer
         value = scale(value) if given is None else given + scale(value - given)
-        return (*answer[:place], value, *answer[place + 1 :]) if isinstance(answer, tuple) else value
+        return (
+            (*answer[:place], value, *answer[place + 1 :])
+            if isinstance(answer, tuple)
+            else value
+        )
 
 
 @functools.cache
 def _mixed(module_class: type[nn.Module]) -> type[StubModule]:
     """A subclass, so that whatever looks for the class of a module finds it."""
-    return type(f"Stub{module_class.__name__}", (StubModule, module_class), {"__module__": __name__})
+    return type(
+        f"Stub{module_class.__name__}",
+        (StubModule, module_class),
+        {"__module__": __name__},
+    )
 
 
-def _stub_module(module: nn.Module, form: Form, index: int, scale: Scale | None, is_layer: bool) -> nn.Module:
-    """What stands in for `module`, with its attributes: layers ask for dtypes of weights, which it holds if it runs."""
+def _stub_module(
+    module: nn.Module, form: Form, index: int, scale: Scale | None, is_layer: bool
+) -> nn.Module:
+    """What stands in for `module`, with its attributes: layers ask for dtypes of
+    weights, which it holds if it runs.
+    """
     kind = _mixed(type(module))  # type: ignore[arg-type]
     if scale or is_layer:
         stub = shallow_clone(module, module._modules if scale else {}, kind)
@@ -108,22 +143,37 @@ def _stub_module(module: nn.Module, form: Form, index: int, scale: Scale | None,
         stub = object.__new__(kind)
         nn.Module.__init__(stub)
         own = {*vars(stub), "forward", "_hf_hook", "_old_forward"}
-        stub.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            stub.register_buffer(name, torch.empty(0, dtype=tensor.dtype, device=tensor.device), persistent=False)
+        stub.__dict__.update(
+            {name: value for name, value in vars(module).items() if name not in own}
+        )
+        for name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            stub.register_buffer(
+                name,
+                torch.empty(0, dtype=tensor.dtype, device=tensor.device),
+                persistent=False,
+            )
         stub.training = module.training
     stub.stub_form, stub.stub_index, stub.stub_scale = form, index, scale
     return stub
 
 
-def stubbed_layer(layer: nn.Module, index: int, stubs: Mapping[Stub, Scale | None]) -> nn.Module:
-    """`layer` without what `stubs` hold; where one has a scale, all of it is run, and what it adds is scaled."""
+def stubbed_layer(
+    layer: nn.Module, index: int, stubs: Mapping[Stub, Scale | None]
+) -> nn.Module:
+    """`layer` without what `stubs` hold; where one has a scale, all of it is run, and
+    what it adds is scaled.
+    """
     children = dict(layer.named_children())
     for stub, scale in stubs.items():
         if stub.is_layer:
             return _stub_module(layer, stub.forms[-1][1], index, scale, is_layer=True)
         for name, form in stub.forms[-1:] if scale else stub.forms:
-            children[name] = _stub_module(children[name], form, index, scale, is_layer=False)
+            children[name] = _stub_module(
+                children[name], form, index, scale, is_layer=False
+            )
     return shallow_clone(layer, children, type(layer))
 
 
@@ -134,11 +184,17 @@ def whole(trace: LayerTrace) -> Stubs:
     """The stub of a whole layer, which answers what it is given."""
     names = parameter_names(trace.layer)
     arguments = {names[0]: trace.hidden} | trace.arguments
-    return {"attention": Stub((("", Form(names, names[0], _elements(trace.answer, arguments, {0}))),))}
+    return {
+        "attention": Stub(
+            (("", Form(names, names[0], _elements(trace.answer, arguments, {0}))),)
+        )
+    }
 
 
 def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
-    """The stubs of a mixer, of the classes `mixers`, and of the heaviest other addition, an MLP; None where unclear."""
+    """The stubs of a mixer, of the classes `mixers`, and of the heaviest other
+    addition, an MLP; None where unclear.
+    """
     if trace.result is None or any(len(calls) > 1 for calls in trace.calls.values()):
         return None
     mixing = [name for name in trace.calls if type(child(trace.layer, name)) in mixers]
@@ -154,14 +210,29 @@ def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
     others: dict[str, list[str]] = {}
 
     def weights(names: list[str]) -> int:
-        return sum(weight.numel() for name in names for weight in child(trace.layer, name).parameters())
+        return sum(
+            weight.numel()
+            for name in names
+            for weight in child(trace.layer, name).parameters()
+        )
 
     for name in modules:
-        if name not in own and (last := flow.end(name, mixer, through=True)) and last != end:
+        if (
+            name not in own
+            and (last := flow.end(name, mixer, through=True))
+            and last != end
+        ):
             others.setdefault(last, []).append(name)
     largest = max(others.values(), key=weights, default=None)
-    parts: dict[Kind, list[str]] = {"attention": own, **({"mlp": largest} if largest else {})}
-    stubs = {kind: stub for kind, names in parts.items() if (stub := _stub(trace, flow, names))}
+    parts: dict[Kind, list[str]] = {
+        "attention": own,
+        **({"mlp": largest} if largest else {}),
+    }
+    stubs = {
+        kind: stub
+        for kind, names in parts.items()
+        if (stub := _stub(trace, flow, names))
+    }
     return stubs if len(stubs) == len(parts) else None
 
 
@@ -170,21 +241,37 @@ def _stub(trace: LayerTrace, flow: "Flow", names: list[str]) -> Stub | None:
     for name in names:
         ((arguments, answer),) = trace.calls[name]
         used = {node.output or 0 for node in flow.nodes[name]}
-        value = next((n for n, given in arguments.items() if isinstance(given, Tensor)), None)
+        value = next(
+            (n for n, given in arguments.items() if isinstance(given, Tensor)), None
+        )
         if value is None or "." in name:
             return None
         elements = _elements(answer, arguments, used)
         added = answer if isinstance(answer, Tensor) else answer[min(used)]
         width = added.shape[-1] if name == names[-1] else None
-        forms.append((name, Form(parameter_names(child(trace.layer, name)), value, elements, width)))
+        forms.append(
+            (
+                name,
+                Form(parameter_names(child(trace.layer, name)), value, elements, width),
+            )
+        )
     return Stub(tuple(forms))
 
 
-def _elements(answer: Any, arguments: Arguments, used: set[int]) -> tuple[bool | str | None, ...] | None:
+def _elements(
+    answer: Any, arguments: Arguments, used: set[int]
+) -> tuple[bool | str | None, ...] | None:
     if not isinstance(answer, tuple):
         return None
-    named = {id(value): name for name, value in arguments.items() if isinstance(value, Tensor)}
-    return tuple(True if place in used else named.get(id(element)) for place, element in enumerate(answer))
+    named = {
+        id(value): name
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    return tuple(
+        True if place in used else named.get(id(element))
+        for place, element in enumerate(answer)
+    )
 
 
 class Flow:
@@ -220,7 +307,9 @@ class Flow:
         return found
 
     def end(self, start: str, mixer: str, through: bool = False) -> str | None:
-        """The last module from `start` to where it is added to its stream, if any; `through`: past where ways meet."""
+        """The last module from `start` to where it is added to its stream, if any;
+        `through`: past where ways meet.
+        """
         above, last = self.above(start), start
         here: Key = start
         while len(following := self.readers[here]) == 1:
@@ -234,12 +323,16 @@ class Flow:
         return None
 
     def _carries(self, key: Key, above: set[Key], mixer: str) -> bool:
-        """Whether `key` is the stream that is added to, scaled or not, or comes from a mixer beside it."""
+        """Whether `key` is the stream that is added to, scaled or not, or comes from a
+        mixer beside it.
+        """
         if key in above or key == mixer:
             return True
         if mixer not in above and mixer in self.above(key):
             return True
-        return not isinstance(key, str) and any(self._carries(given, above, mixer) for given in self.reads[key])
+        return not isinstance(key, str) and any(
+            self._carries(given, above, mixer) for given in self.reads[key]
+        )
 
 
 def _key(node: Node) -> Key:

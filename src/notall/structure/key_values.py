@@ -1,7 +1,9 @@
-"""What of an attention makes keys and values: found by gradients, and run without the rest of it.
+"""What of an attention makes keys and values: found by gradients, and run without the
+rest of it.
 
-A cache that stands in for the model's own catches what an attention writes and ends its call there, ahead of scores
-and output projection. A second one hands what was caught to the real cache, ahead of what follows, in one write.
+A cache that stands in for the model's own catches what an attention writes and ends its
+call there, ahead of scores and output projection. A second one hands what was caught to
+the real cache, ahead of what follows, in one write.
 """
 
 import inspect
@@ -19,7 +21,12 @@ from ..errors import UnsupportedModel
 from .observation import Arguments, Branch, LayerCall, child
 from .slicing import LAYER_INDICES, shallow_clone
 
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # of a layer's argument
+CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+)  # of a layer's argument
 Written = tuple[Tensor, Tensor]  # keys and values, (batch, heads, tokens, width) each
 
 
@@ -46,19 +53,27 @@ class Catching(_StandIn):
     found: Written
     how: tuple[tuple[Any, ...], dict[str, Any]]  # what `update` was called with besides
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> NoReturn:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> NoReturn:
         self.found, self.how = (keys, values), (args, kwargs)
         raise _Caught
 
 
 class Joining(_StandIn):
-    """Writes what was caught and what follows it to `held` at once, so that it sees one write of all tokens."""
+    """Writes what was caught and what follows it to `held` at once, so that it sees one
+    write of all tokens.
+    """
 
-    def __init__(self, held: Cache | None, early: Written, positions: Tensor | None) -> None:
+    def __init__(
+        self, held: Cache | None, early: Written, positions: Tensor | None
+    ) -> None:
         super().__init__(held)
         self.early, self.positions = early, positions
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Written:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Written:
         written = [torch.cat(pair, dim=-2) for pair in zip(self.early, (keys, values))]
         if self.held is None:
             return written[0], written[1]
@@ -67,15 +82,23 @@ class Joining(_StandIn):
         return self.held.update(*written, layer_idx, *args, **kwargs)
 
     def _of_all(self, given: Any) -> Any:
-        """The places of all tokens, where transformers 4 tells a static cache those of a call."""
-        if self.positions is None or not isinstance(given, Mapping) or "cache_position" not in given:
+        """The places of all tokens, where transformers 4 tells a static cache those of
+        a call.
+        """
+        if (
+            self.positions is None
+            or not isinstance(given, Mapping)
+            or "cache_position" not in given
+        ):
             return given
         return {**given, "cache_position": self.positions}
 
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """Where a layer's call has its cache: the argument's name, and the cache of its own keys and values, or None."""
+    """Where a layer's call has its cache: the argument's name, and the cache of its own
+    keys and values, or None.
+    """
 
     name: str
     held: Cache | None
@@ -85,36 +108,56 @@ class CacheSlot:
         """Raises `UnsupportedModel` where a layer takes none."""
         name = next((name for name in CACHE_NAMES if name in arguments), None)
         if name is None:
-            raise UnsupportedModel("a layer takes no cache, so that its keys and values cannot be written alone")
+            raise UnsupportedModel(
+                "a layer takes no cache, so that its keys and values cannot be written"
+                " alone"
+            )
         held = arguments[name]
         return cls(name, getattr(held, "self_attention_cache", held))
 
     def keys(self, tokens: int, attention: nn.Module) -> int:
-        """How many keys `attention` will see once so many tokens more are written; a static cache has free places."""
+        """How many keys `attention` will see once so many tokens more are written; a
+        static cache has free places.
+        """
         if self.held is None:
             return tokens
-        by_position = "cache_position" in inspect.signature(self.held.get_mask_sizes).parameters  # transformers 4
+        by_position = (
+            "cache_position" in inspect.signature(self.held.get_mask_sizes).parameters
+        )  # transformers 4
         query = torch.arange(tokens) if by_position else tokens
         return int(self.held.get_mask_sizes(query, index_of(attention))[0])
 
 
-def caught(branch: Branch, holder: nn.Module, hidden: Tensor, call: LayerCall) -> Catching:
-    """What the attention of `branch` writes of `hidden`, (batch, tokens, hidden), to a cache that keeps the real one.
+def caught(
+    branch: Branch, holder: nn.Module, hidden: Tensor, call: LayerCall
+) -> Catching:
+    """What the attention of `branch` writes of `hidden`, (batch, tokens, hidden), to a
+    cache that keeps the real one.
 
     Raises `UnsupportedModel` where it writes nothing.
     """
     slot = CacheSlot.of(call.arguments)
     catching = Catching(slot.held)
     try:
-        branch.run(holder, hidden, LayerCall(call.arguments | {slot.name: catching}, call.extras))
+        branch.run(
+            holder,
+            hidden,
+            LayerCall(call.arguments | {slot.name: catching}, call.extras),
+        )
     except _Caught:
         return catching
-    raise UnsupportedModel("an attention writes no keys and values, so that they cannot be written alone")
+    raise UnsupportedModel(
+        "an attention writes no keys and values, so that they cannot be written alone"
+    )
 
 
 def index_of(attention: nn.Module) -> int:
     """Its place in the cache."""
-    return next(index for name in LAYER_INDICES if (index := vars(attention).get(name)) is not None)
+    return next(
+        index
+        for name in LAYER_INDICES
+        if (index := vars(attention).get(name)) is not None
+    )
 
 
 def attention_of(branch: Branch) -> str:
@@ -122,30 +165,45 @@ def attention_of(branch: Branch) -> str:
     return next(op.module for op in branch.ops if op.is_attention)
 
 
-def key_value_rows(branch: Branch, holder: nn.Module, hidden: Tensor, call: LayerCall) -> dict[str, Tensor]:
-    """For each projection below the attention of `branch`, by its path below the layer, which of its outputs keys and
-    values depend on: (outputs,) of bool. They are the gradients that are not 0, on `hidden`, (batch, tokens, hidden).
+def key_value_rows(
+    branch: Branch, holder: nn.Module, hidden: Tensor, call: LayerCall
+) -> dict[str, Tensor]:
+    """For each projection below the attention of `branch`, by its path below the layer,
+    which of its outputs keys and values depend on: (outputs,) of bool. They are the
+    gradients that are not 0, on `hidden`, (batch, tokens, hidden).
     """
     path = attention_of(branch)
     outputs: dict[str, Tensor] = {}
 
     def noting(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def note(
+            module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor | None:
             if not torch.allclose(output, module_linear(module, args[0])):
                 return None  # adapted, or quantised
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            outputs[name] = (
+                output if output.requires_grad else output.detach().requires_grad_()
+            )
             return outputs[name]
 
         return note
 
-    projections = {f"{path}.{name}": one for name, one in child(holder, path).named_modules() if is_projection(one)}
-    hooks = [one.register_forward_hook(noting(name)) for name, one in projections.items()]
+    projections = {
+        f"{path}.{name}": one
+        for name, one in child(holder, path).named_modules()
+        if is_projection(one)
+    }
+    hooks = [
+        one.register_forward_hook(noting(name)) for name, one in projections.items()
+    ]
     try:
         with torch.inference_mode(False), torch.enable_grad():
             written = caught(branch, holder, hidden.detach().clone(), call).found
             some = torch.stack([(each * _uneven(each)).sum() for each in written]).sum()
             made = list(outputs.values())
-            found: Sequence[Tensor | None] = torch.autograd.grad(some, made, allow_unused=True) if made else ()
+            found: Sequence[Tensor | None] = (
+                torch.autograd.grad(some, made, allow_unused=True) if made else ()
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -159,8 +217,14 @@ def key_value_rows(branch: Branch, holder: nn.Module, hidden: Tensor, call: Laye
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether it holds a matrix, (outputs, inputs), or as GPT-2 does (inputs, outputs), of which each row is plain."""
-    return isinstance(module, nn.Linear | Conv1D) and module.weight.dim() == 2 and module.weight.is_floating_point()
+    """Whether it holds a matrix, (outputs, inputs), or as GPT-2 does (inputs, outputs),
+    of which each row is plain.
+    """
+    return (
+        isinstance(module, nn.Linear | Conv1D)
+        and module.weight.dim() == 2
+        and module.weight.is_floating_point()
+    )
 
 
 def module_linear(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -206,12 +270,17 @@ class SomeOutputs(nn.Module):
 
 
 def writer_of(
-    holder: nn.Module, branch: Branch, rows: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    holder: nn.Module,
+    branch: Branch,
+    rows: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
 ) -> nn.Module:
-    """Like `holder`, with an attention that computes of its projections what keys and values need alone.
+    """Like `holder`, with an attention that computes of its projections what keys and
+    values need alone.
 
-    `rows` are those of `key_value_rows`. `weights` are a repair's own, by their paths below the layer, of these rows
-    alone: NAME.weight (rows, inputs), and NAME.bias (rows,), also where the original has none.
+    `rows` are those of `key_value_rows`. `weights` are a repair's own, by their paths
+    below the layer, of these rows alone: NAME.weight (rows, inputs), and NAME.bias
+    (rows,), also where the original has none.
     """
     path = attention_of(branch)
     made: dict[str, nn.Module] = {}
@@ -220,7 +289,10 @@ def writer_of(
         own = matrix_of(source)
         if own.device.type == "meta":  # offloaded: it is read while it runs
             continue
-        matrix, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias", bias_of(source))
+        matrix, bias = (
+            weights.get(f"{name}.weight"),
+            weights.get(f"{name}.bias", bias_of(source)),
+        )
         if matrix is None:
             matrix = own if needed.all() else own[needed]
         if bias is not None and f"{name}.bias" not in weights:
@@ -234,11 +306,17 @@ def writer_of(
 
 
 def _replaced(module: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
-    """A clone of `module` with other modules at the paths of `new`, all above them cloned."""
+    """A clone of `module` with other modules at the paths of `new`, all above them
+    cloned.
+    """
     if "" in new:
         return new[""]
     children = dict(module.named_children())
     for name in {path.partition(".")[0] for path in new}:
-        below = {path.partition(".")[2]: one for path, one in new.items() if path.partition(".")[0] == name}
+        below = {
+            path.partition(".")[2]: one
+            for path, one in new.items()
+            if path.partition(".")[0] == name
+        }
         children[name] = _replaced(children[name], below)
     return shallow_clone(module, children, type(module))

@@ -1,6 +1,8 @@
-"""Where a model's sublayers are: found by watching one forward pass, proved by recomposing another.
+"""Where a model's sublayers are: found by watching one forward pass, proved by
+recomposing another.
 
-There is no table of architectures: what `observation` reads each layer as is run again from its parts (`proving`).
+There is no table of architectures: what `observation` reads each layer as is run again
+from its parts (`proving`).
 """
 
 from collections.abc import Callable, Iterable
@@ -18,33 +20,68 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from ..errors import UnsupportedModel, UsageError, expect
 from ..plan import Kind
 from .in_place import DummyLayer, Stubs, halves, whole
-from .model_structure import Block, ModelStructure, Sublayer, base_model, fingerprint, name_of, text_config
-from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerTrace, Place, Watch, child, first, lines_of, watching
+from .model_structure import (
+    Block,
+    ModelStructure,
+    Sublayer,
+    base_model,
+    fingerprint,
+    name_of,
+    text_config,
+)
+from .observation import (
+    PROBE_BATCH,
+    PROBE_TOKENS,
+    Branch,
+    LayerTrace,
+    Place,
+    Watch,
+    child,
+    first,
+    lines_of,
+    watching,
+)
 from .proving import Alone, prove, prove_apart, prove_causal, run_probe
 from .slicing import LAYER_INDICES
 from .undoing import Undo
 from .weights import is_weightless, running_weightless, weights_of
 
-Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
-LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()  # of these layers
+Probe = Callable[
+    ..., None
+]  # runs the model on a few tokens, with a cache if one is given
+LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = (
+    WeakKeyDictionary()
+)  # of these layers
 
 
 def locate(model: PreTrainedModel) -> ModelStructure:
     """Find and prove the sublayers of a causal language model, once per model.
 
-    Takes about three forward passes of 8 tokens, or six where layers depend on each other. On the meta device only the
-    structure is read.
-    Raises `UnsupportedModel`, naming the layer, what was expected and what to do, when the model is not an embedding,
-    a residual stream of attentions and MLPs, and a head, or when a layer differs from its recomposition.
+    Takes about three forward passes of 8 tokens, or six where layers depend on each
+    other. On the meta device only the structure is read. Raises `UnsupportedModel`,
+    naming the layer, what was expected and what to do, when the model is not an
+    embedding, a residual stream of attentions and MLPs, and a head, or when a layer
+    differs from its recomposition.
     """
     expect(model, nn.Module, "a model, as notall.load returns it")
     model = base_model(model)
     if not hasattr(model, "config"):
-        raise UsageError(f"{type(model).__name__} has no config: give a causal language model of transformers")
+        raise UsageError(
+            f"{type(model).__name__} has no config: give a causal language model of"
+            " transformers"
+        )
     path, layers = decoder_layers(model)
-    if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
-        held = f"which transformers {transformers.__version__} holds in a cache of the model's own"
-        raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, {held}; install transformers 5")
+    if getattr(model, "_is_stateful", False) and not hasattr(
+        DynamicCache, "update_conv_state"
+    ):
+        held = (
+            f"which transformers {transformers.__version__} holds in a cache of the"
+            " model's own"
+        )
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps a recurrent state, {held}; install"
+            " transformers 5"
+        )
     known = LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
@@ -54,166 +91,330 @@ def locate(model: PreTrainedModel) -> ModelStructure:
                 if module.training:
                     undo.put(module.__dict__, "training", False)
             weightless = is_weightless(model)
-            with running_weightless(model) if weightless else nullcontext(model) as call:
-                structure, watch = _found(model, path, layers, partial(run_probe, model, call))
+            with (
+                running_weightless(model) if weightless else nullcontext(model)
+            ) as call:
+                structure, watch = _found(
+                    model, path, layers, partial(run_probe, model, call)
+                )
             if not weightless:
-                alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
+                alone = [
+                    Alone(text_config(model), trace, watch.sharing, structure.in_place)
+                    for trace in watch.traces
+                ]
                 for one, block in zip(alone, structure.blocks):
                     prove(one, block)
-                prove_causal(next((one for one in alone if one.trace.cache_writes), alone[0]))
+                prove_causal(
+                    next((one for one in alone if one.trace.cache_writes), alone[0])
+                )
     except (torch.OutOfMemoryError, UnsupportedModel):
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        told = f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason})"
+        told = (
+            f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed"
+            f" ({reason})"
+        )
         fix = "choose another model, or describe this one in an issue"
-        raise UnsupportedModel(f"{type(model).__name__} cannot be watched: {told}; {fix}") from error
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be watched: {told}; {fix}"
+        ) from error
     LOCATED[model] = layers, structure
     return structure
 
 
 def has_missing(model: nn.Module) -> bool:
-    """Whether sublayers of `model` are known to be missing, so that only `skip` counts its layers right."""
+    """Whether sublayers of `model` are known to be missing, so that only `skip` counts
+    its layers right.
+    """
     known = LOCATED.get(base_model(model))
     return bool(known and known[1].missing)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the decoder layers. Raises `UnsupportedModel` where there is none."""
+    """The path and the list of the decoder layers. Raises `UnsupportedModel` where
+    there is none.
+    """
     config, kind = text_config(model), text_config(model).model_type
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{kind} is an encoder-decoder; notall skips sublayers of decoder-only models")
+        raise UnsupportedModel(
+            f"{kind} is an encoder-decoder; notall skips sublayers of decoder-only"
+            " models"
+        )
     if (shared := getattr(config, "num_kv_shared_layers", 0)) and DummyLayer is None:
-        told = f"{kind} shares keys and values between layers (num_kv_shared_layers={shared})"
-        raise UnsupportedModel(f"{told}: an attention cannot be left out without those that read from it")
-    for within in (model.get_decoder() or model, model):  # ModernBERT's answers with its output projection
+        told = (
+            f"{kind} shares keys and values between layers"
+            f" (num_kv_shared_layers={shared})"
+        )
+        raise UnsupportedModel(
+            f"{told}: an attention cannot be left out without those that read from it"
+        )
+    for within in (
+        model.get_decoder() or model,
+        model,
+    ):  # ModernBERT's answers with its output projection
         for name, module in model.named_modules():
-            layers = isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+            layers = (
+                isinstance(module, nn.ModuleList)
+                and len(module) == config.num_hidden_layers
+            )
             if layers and any(inner is module for inner in within.modules()):
                 return name, module
-    told = f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}"
-    raise UnsupportedModel(f"{told}; notall needs a model whose layers are in one ModuleList")
+    told = (
+        f"no list of {config.num_hidden_layers} decoder layers in"
+        f" {type(model).__name__}"
+    )
+    raise UnsupportedModel(
+        f"{told}; notall needs a model whose layers are in one ModuleList"
+    )
 
 
-def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe) -> tuple[ModelStructure, Watch]:
-    """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
+def _found(
+    model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe
+) -> tuple[ModelStructure, Watch]:
+    """Lines of a residual stream where layers can be read as such; else layers in
+    place, or as wholes.
+    """
     config, in_place, apart = text_config(model), False, True
     cache = DynamicCache(config=config)
     with watching(layers, cache) as watch:
         probe(cache)
     if [trace.index for trace in watch.traces] != list(range(len(layers))):
-        told = f"the layers of {type(model).__name__} do not run one after the other, each once"
+        told = (
+            f"the layers of {type(model).__name__} do not run one after the other, each"
+            " once"
+        )
         raise UnsupportedModel(f"{told}; notall needs a plain stack of decoder layers")
     handed = False  # more than the stream
     for before, after in pairwise(watch.traces):
         if not _is_handed_on(first(before.answer), after.kept[0]):
-            told = f"the model changes its hidden states between layers {before.index} and {after.index}"
+            told = (
+                f"the model changes its hidden states between layers {before.index} and"
+                f" {after.index}"
+            )
             expected = "expected each layer's output to be the next one's input"
-            raise UnsupportedModel(f"{told}; {expected}. notall leaves this model alone")
+            raise UnsupportedModel(
+                f"{told}; {expected}. notall leaves this model alone"
+            )
         beside = before.answer[1:] if isinstance(before.answer, tuple) else ()
         made = [value for value in beside if isinstance(value, Tensor)]
-        taken = [value for value in after.arguments.values() if isinstance(value, Tensor)]
-        handed = handed or any(_is_handed_on(value, given) for value in made for given in taken)
-    indices = (trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES)
-    depend = bool(watch.sharing.pairs) or any(isinstance(index, int) for index in indices)  # told by the model
+        taken = [
+            value for value in after.arguments.values() if isinstance(value, Tensor)
+        ]
+        handed = handed or any(
+            _is_handed_on(value, given) for value in made for given in taken
+        )
+    indices = (
+        trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES
+    )
+    depend = bool(watch.sharing.pairs) or any(
+        isinstance(index, int) for index in indices
+    )  # told by the model
     try:
         if depend or handed:
-            raise UnsupportedModel(f"layers of {config.model_type} depend on each other by more than a residual stream")
+            raise UnsupportedModel(
+                f"layers of {config.model_type} depend on each other by more than a"
+                " residual stream"
+            )
         blocks = tuple(_read(config, trace) for trace in watch.traces)
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
         blocks, in_place = _in_place(model, watch, probe, depend)
-        apart = not in_place and watch.traces[0].hidden.shape == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size)
-    return ModelStructure(config.model_type, path, blocks, str(fingerprint(config)), in_place, apart), watch
+        apart = not in_place and watch.traces[0].hidden.shape == (
+            PROBE_BATCH,
+            PROBE_TOKENS,
+            config.hidden_size,
+        )
+    return (
+        ModelStructure(
+            config.model_type, path, blocks, str(fingerprint(config)), in_place, apart
+        ),
+        watch,
+    )
 
 
-def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe, depend: bool) -> tuple[tuple[Block, ...], bool]:
-    """The blocks, and whether their layers must stay where they are, as those that depend on others do."""
-    if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
-        raise UnsupportedModel("sublayers were removed from this model for good; start from the original model")
+def _in_place(
+    model: PreTrainedModel, watch: Watch, probe: Probe, depend: bool
+) -> tuple[tuple[Block, ...], bool]:
+    """The blocks, and whether their layers must stay where they are, as those that
+    depend on others do.
+    """
+    if any(
+        getattr(module, "is_cut", False)
+        for trace in watch.traces
+        for module in trace.layer.modules()
+    ):
+        raise UnsupportedModel(
+            "sublayers were removed from this model for good; start from the original"
+            " model"
+        )
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
-    writing = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
-    mixers = frozenset(type(child(layer, module)) for layer, module in writing if module)
+    writing = [
+        (trace.layer, write.module)
+        for trace in watch.traces
+        for write in trace.cache_writes
+    ]
+    mixers = frozenset(
+        type(child(layer, module)) for layer, module in writing if module
+    )
     wholes = [whole(trace) for trace in watch.traces]
-    by_halves = [halves(trace, mixers) or parts for trace, parts in zip(watch.traces, wholes)]
+    by_halves = [
+        halves(trace, mixers) or parts for trace, parts in zip(watch.traces, wholes)
+    ]
     for stubs in (by_halves, wholes):
-        in_place = depend or not all(stub.is_layer for parts in stubs for stub in parts.values())
+        in_place = depend or not all(
+            stub.is_layer for parts in stubs for stub in parts.values()
+        )
         try:
-            prove_apart(text_config(model), watch, probe, freed=writers[:-1] if in_place else [])
+            prove_apart(
+                text_config(model), watch, probe, freed=writers[:-1] if in_place else []
+            )
         except UnsupportedModel:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             continue
-        return tuple(_block_in_place(text_config(model), trace, stubs, watch) for trace in watch.traces), in_place
-    told = f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them"
-    raise UnsupportedModel(f"{told} ({reason}). notall leaves this model alone: choose another one")
+        return (
+            tuple(
+                _block_in_place(text_config(model), trace, stubs, watch)
+                for trace in watch.traces
+            ),
+            in_place,
+        )
+    told = (
+        f"the layers of {type(model).__name__} depend on each other, and its cache"
+        " needs a place for each of them"
+    )
+    raise UnsupportedModel(
+        f"{told} ({reason}). notall leaves this model alone: choose another one"
+    )
 
 
-def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch) -> Block:
+def _block_in_place(
+    config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch
+) -> Block:
     def at(place: Place) -> str:
         """The sublayer at `place`, or its layer, where no sublayer of it is there."""
         index, module = place
-        found = (name_of(kind, index) for kind, one in stubs[index].items() if one.is_layer or module in one.modules)
+        found = (
+            name_of(kind, index)
+            for kind, one in stubs[index].items()
+            if one.is_layer or module in one.modules
+        )
         return next(found, f"layer.{index}")
 
-    parts, pairs = [], [(at(source), at(reader)) for source, reader in watch.sharing.pairs]
+    parts, pairs = (
+        [],
+        [(at(source), at(reader)) for source, reader in watch.sharing.pairs],
+    )
     for kind, stub in stubs[trace.index].items():
-        read_by = {reader for source, reader in pairs if source == name_of(kind, trace.index)}
-        mixer = None if kind == "mlp" else "layer" if stub.is_layer else _mixer(config, trace)
+        read_by = {
+            reader for source, reader in pairs if source == name_of(kind, trace.index)
+        }
+        mixer = (
+            None
+            if kind == "mlp"
+            else "layer"
+            if stub.is_layer
+            else _mixer(config, trace)
+        )
         part = _sublayer(trace, kind, mixer, stub.modules)
         parts.append(replace(part, stub=stub, read_by=tuple(sorted(read_by))))
     modules = [module for part in parts for module in part.modules]
-    own = all(name.startswith(tuple(f"{module}." for module in modules)) for name, _ in trace.layer.named_parameters())
+    own = all(
+        name.startswith(tuple(f"{module}." for module in modules))
+        for name, _ in trace.layer.named_parameters()
+    )
     bare = own and "" not in modules and not any(part.read_by for part in parts)
     return _block(trace, parts, parallel=False, bare=bare)
 
 
 def _is_handed_on(answer: object, given: Tensor) -> bool:
-    """Whether the next layer was given `answer` itself, all of it, or, on another device, a copy of it."""
+    """Whether the next layer was given `answer` itself, all of it, or, on another
+    device, a copy of it.
+    """
     if given is answer or not isinstance(answer, Tensor):
         return given is answer
     if given.untyped_storage()._cdata == answer.untyped_storage()._cdata:
-        views = [(one.shape, one.stride(), one.storage_offset()) for one in (given, answer)]
+        views = [
+            (one.shape, one.stride(), one.storage_offset()) for one in (given, answer)
+        ]
         return views[0] == views[1]
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
 
 
 def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
-    """The block of a layer: a mixer and an MLP, in either order or side by side, or one of the two alone."""
+    """The block of a layer: a mixer and an MLP, in either order or side by side, or one
+    of the two alone.
+    """
     lines = lines_of(trace)
     mixing = [line for line in lines if any(branch.is_attention for branch in line)]
     others = [line for line in lines if any(not branch.is_attention for branch in line)]
     mixers = tuple(branch for line in mixing for branch in line if branch.is_attention)
-    mlps = tuple(branch for line in others for branch in line if not branch.is_attention)
+    mlps = tuple(
+        branch for line in others for branch in line if not branch.is_attention
+    )
     names = {name for branch in mixers for name in branch.modules}
     elsewhere = [write for write in trace.cache_writes if write.module not in names]
     if len(mixing) > 1 or elsewhere:
-        writers = ", ".join(dict.fromkeys(write.module or "the layer itself" for write in trace.cache_writes))
-        told = f"expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} ({writers})"
-        raise UnsupportedModel(f"{trace}: {told}. It cannot be skipped by halves; choose another model")
+        writers = ", ".join(
+            dict.fromkeys(
+                write.module or "the layer itself" for write in trace.cache_writes
+            )
+        )
+        told = (
+            "expected one sublayer that writes to the cache, found"
+            f" {len(mixing) + len(elsewhere)} ({writers})"
+        )
+        raise UnsupportedModel(
+            f"{trace}: {told}. It cannot be skipped by halves; choose another model"
+        )
     if len(others) > 1:
-        told = f"expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}"
-        fix = "if sublayers were removed from this model for good, start from the original model"
-        raise UnsupportedModel(f"{trace}: {told}. It cannot be skipped by halves; {fix}")
-    parts = [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)] if mixing else []
+        told = (
+            "expected a mixer that writes to the cache and one MLP, found"
+            f" {len(mixing)} and {len(others)}"
+        )
+        fix = (
+            "if sublayers were removed from this model for good, start from the"
+            " original model"
+        )
+        raise UnsupportedModel(
+            f"{trace}: {told}. It cannot be skipped by halves; {fix}"
+        )
+    parts = (
+        [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)]
+        if mixing
+        else []
+    )
     if mlps:  # a norm that both have weighs with the mixer
         own = {name for branch in mlps for name in branch.modules} - names
-        parts.insert(0 if mixing != lines[:1] else 1, _sublayer(trace, "mlp", None, own, mlps))
+        parts.insert(
+            0 if mixing != lines[:1] else 1, _sublayer(trace, "mlp", None, own, mlps)
+        )
     return _block(trace, parts, parallel=len(lines) < len(parts))
 
 
-def _block(trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True) -> Block:
+def _block(
+    trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True
+) -> Block:
     scaled_by = trace.unscaled(trace.result)[1] if trace.result else None
     number = getattr(trace.layer, scaled_by) if scaled_by else None
     scale = 1.0 if number is None or number.is_meta else float(number)
     answer = None
     if isinstance(trace.answer, tuple):
-        given = trace.attention_answer if isinstance(trace.attention_answer, tuple) else ()
-        places = [[at for at, one in enumerate(given) if one is value] for value in trace.answer[1:]]
+        given = (
+            trace.attention_answer if isinstance(trace.attention_answer, tuple) else ()
+        )
+        places = [
+            [at for at, one in enumerate(given) if one is value]
+            for value in trace.answer[1:]
+        ]
         # at the same place if it is there too
-        answer = tuple(at if at in found else next(iter(found), None) for at, found in enumerate(places, start=1))
+        answer = tuple(
+            at if at in found else next(iter(found), None)
+            for at, found in enumerate(places, start=1)
+        )
     return Block(trace.index, tuple(parts), parallel, answer, scaled_by, scale, bare)
 
 
@@ -222,22 +423,36 @@ def _mixer(config: PretrainedConfig, trace: LayerTrace) -> str:
     kinds = getattr(config, "layer_types", None)
     if kinds and len(kinds) > trace.index:
         return str(kinds[trace.index])
-    return "full_attention" if any(write.bytes_per_token for write in trace.cache_writes) else "linear_attention"
+    return (
+        "full_attention"
+        if any(write.bytes_per_token for write in trace.cache_writes)
+        else "linear_attention"
+    )
 
 
 def _sublayer(
-    trace: LayerTrace, kind: Kind, mixer: str | None, names: Iterable[str], branches: tuple[Branch, ...] = ()
+    trace: LayerTrace,
+    kind: Kind,
+    mixer: str | None,
+    names: Iterable[str],
+    branches: tuple[Branch, ...] = (),
 ) -> Sublayer:
-    """Of the branches of a layer, or of none; it weighs what its modules of these `names` do."""
+    """Of the branches of a layer, or of none; it weighs what its modules of these
+    `names` do.
+    """
     modules = (child(trace.layer, name) for name in names)
-    weights = {key: one for module in modules for key, one in weights_of(module).items()}.values()
+    weights = {
+        key: one for module in modules for key, one in weights_of(module).items()
+    }.values()
     return Sublayer(
         kind,
         trace.index,
         branches,
         parameters=sum(weight.elements for weight in weights),
         weight_bytes=sum(weight.bytes for weight in weights),
-        kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
+        kv_bytes_per_token=(
+            sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0
+        ),
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,
     )

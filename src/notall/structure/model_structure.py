@@ -1,4 +1,6 @@
-"""What a model is made of: blocks, and the sublayers that add to its residual stream."""
+"""What a model is made of: blocks, and the sublayers that add to its residual
+stream.
+"""
 
 import inspect
 import math
@@ -20,17 +22,20 @@ from .observation import Branch
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A mixer, which looks at other tokens, or an MLP, which doesn't, with the norms and multipliers of its own.
+    """A mixer, which looks at other tokens, or an MLP, which doesn't, with the norms
+    and multipliers of its own.
 
-    A mixer is called attention, whatever it is: `mixer` tells, as transformers names it (full_attention,
-    linear_attention, conv), or `layer` where a layer is one sublayer as a whole; it is None for an MLP. `parameters`
-    counts elements, `weight_bytes` bytes as loaded, `kv_bytes_per_token` what one token leaves in the cache,
-    `state_bytes` what it keeps there of fixed size for one sequence. A norm that both sublayers of a parallel block
-    share is counted with the attention.
+    A mixer is called attention, whatever it is: `mixer` tells, as transformers names it
+    (full_attention, linear_attention, conv), or `layer` where a layer is one sublayer
+    as a whole; it is None for an MLP. `parameters` counts elements, `weight_bytes`
+    bytes as loaded, `kv_bytes_per_token` what one token leaves in the cache,
+    `state_bytes` what it keeps there of fixed size for one sequence. A norm that both
+    sublayers of a parallel block share is counted with the attention.
 
-    In a layer that stays in place a sublayer has a `stub` instead of branches. `read_by` names the sublayers that read
-    the keys and values, or whatever else, that it makes: while one of these runs, it runs as well, and when it is
-    skipped it adds nothing. `branches` are the pieces of the layer that it is run by.
+    In a layer that stays in place a sublayer has a `stub` instead of branches.
+    `read_by` names the sublayers that read the keys and values, or whatever else, that
+    it makes: while one of these runs, it runs as well, and when it is skipped it adds
+    nothing. `branches` are the pieces of the layer that it is run by.
     """
 
     kind: Kind
@@ -54,7 +59,9 @@ class Sublayer:
         """The paths of its modules, below the layer; "" is the layer itself."""
         if self.stub:
             return self.stub.modules
-        return tuple(dict.fromkeys(name for branch in self.branches for name in branch.modules))
+        return tuple(
+            dict.fromkeys(name for branch in self.branches for name in branch.modules)
+        )
 
 
 def name_of(kind: Kind, layer: int) -> str:
@@ -63,12 +70,15 @@ def name_of(kind: Kind, layer: int) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: its sublayers, one or two, in the order they run; both read the same input when `parallel`.
+    """One decoder layer: its sublayers, one or two, in the order they run; both read
+    the same input when `parallel`.
 
-    In the end it multiplies its stream by `scale`, the value of its tensor `scaled_by`, as Gemma 4 does: that stays
-    where a sublayer is left out. It is `bare` if it has no other modules, and no other layer reads from it. `answer` is
-    None where its module returns a tensor; else it returns (hidden, ...), and `answer` says for each further element
-    which one of the attention's answer it is, None where it is not the attention's.
+    In the end it multiplies its stream by `scale`, the value of its tensor `scaled_by`,
+    as Gemma 4 does: that stays where a sublayer is left out. It is `bare` if it has no
+    other modules, and no other layer reads from it. `answer` is None where its module
+    returns a tensor; else it returns (hidden, ...), and `answer` says for each further
+    element which one of the attention's answer it is, None where it is not the
+    attention's.
     """
 
     index: int
@@ -87,7 +97,9 @@ class Block:
     @property
     def attention(self) -> Sublayer:
         """Its mixer. Raises `StopIteration` where it has none."""
-        return next(sublayer for sublayer in self.sublayers if sublayer.kind == "attention")
+        return next(
+            sublayer for sublayer in self.sublayers if sublayer.kind == "attention"
+        )
 
     @property
     def mlp(self) -> Sublayer:
@@ -97,11 +109,13 @@ class Block:
 
 @dataclass(frozen=True, repr=False)
 class ModelStructure:
-    """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`.
+    """Where the sublayers of one model are. `layers` is the path of its decoder layers,
+    such as `model.layers`.
 
-    `in_place`: layers stay where they are, and stubs stand in for what is skipped (see `structure/in_place.py`).
-    `apart`: they can be run one at a time, each on the hidden states of the one before it, (batch, tokens, hidden).
-    `missing` are sublayers that layers have room for and the checkpoint has none of.
+    `in_place`: layers stay where they are, and stubs stand in for what is skipped (see
+    `structure/in_place.py`). `apart`: they can be run one at a time, each on the hidden
+    states of the one before it, (batch, tokens, hidden). `missing` are sublayers that
+    layers have room for and the checkpoint has none of.
     """
 
     model_type: str
@@ -113,18 +127,28 @@ class ModelStructure:
     missing: Plan = field(default_factory=Plan)
 
     def __repr__(self) -> str:
-        """Some lines for people: layers of one form together, however many there are."""
+        """Some lines for people: layers of one form together, however many there
+        are.
+        """
         forms: dict[tuple[object, ...], list[Block]] = {}
         for block in self.blocks:
-            form = block.parallel, *(part.mixer or part.kind for part in block.sublayers)
+            form = (
+                block.parallel,
+                *(part.mixer or part.kind for part in block.sublayers),
+            )
             forms.setdefault(form, []).append(block)
         lines = [
-            f"{self.fingerprint}: {several(len(self.blocks), 'layer')} in {self.layers}, "
-            f"{several(len(self.sublayers), 'sublayer')}"
+            f"{self.fingerprint}: {several(len(self.blocks), 'layer')} in"
+            f" {self.layers}, {several(len(self.sublayers), 'sublayer')}"
         ]
         for blocks in forms.values():
-            where = f"layers {in_ranges(block.index for block in blocks)}" + ", in parallel" * blocks[0].parallel
-            lines += textwrap.wrap(where, 78, initial_indent="  ", subsequent_indent="    ")
+            where = (
+                f"layers {in_ranges(block.index for block in blocks)}"
+                + ", in parallel" * blocks[0].parallel
+            )
+            lines += textwrap.wrap(
+                where, 78, initial_indent="  ", subsequent_indent="    "
+            )
             lines += map(_sizes, zip(*(block.sublayers for block in blocks)))
         return "\n".join(lines)
 
@@ -139,7 +163,9 @@ class ModelStructure:
         return tuple(block.kinds for block in self.blocks)
 
     def scale(self, start: int, end: int) -> float:
-        """The factor by which layers multiply the stream, from block `start` to before block `end`."""
+        """The factor by which layers multiply the stream, from block `start` to before
+        block `end`.
+        """
         return math.prod(block.scale for block in self.blocks[start:end])
 
     @property
@@ -153,8 +179,12 @@ class ModelStructure:
         return not self.in_place or all(block.bare for block in self.blocks)
 
     def running(self, plan: Plan) -> frozenset[str]:
-        """The names of what runs under `plan`: what it keeps, and what it skips and others that run read."""
-        running = {p.name for p in self.sublayers if p.index not in getattr(plan, p.kind)}
+        """The names of what runs under `plan`: what it keeps, and what it skips and
+        others that run read.
+        """
+        running = {
+            p.name for p in self.sublayers if p.index not in getattr(plan, p.kind)
+        }
         layers = {f"layer.{block.index}" for block in self.blocks}
         for part in reversed(self.sublayers):  # those that read it are in later layers
             if (running | layers).intersection(part.read_by):
@@ -162,23 +192,34 @@ class ModelStructure:
         return frozenset(running)
 
     def is_unread(self, plan: Plan) -> bool:
-        """Whether nothing reads what `plan` leaves out of the prompt alone: its answers are then exact.
+        """Whether nothing reads what `plan` leaves out of the prompt alone: its answers
+        are then exact.
 
-        That is so behind the last mixer that it keeps: of what follows, only the last token's output goes on.
+        That is so behind the last mixer that it keeps: of what follows, only the last
+        token's output goes on.
         """
-        kept = (p.index for p in self.sublayers if p.kind == "attention" and p.index not in plan.attention)
+        kept = (
+            p.index
+            for p in self.sublayers
+            if p.kind == "attention" and p.index not in plan.attention
+        )
         skipped = (*plan.prefill.attention, *plan.prefill.mlp)
         return bool(skipped) and min(skipped) >= max(kept)
 
     @property
     def stubbed(self) -> bool:
-        """Whether there are sublayers that run only inside of their layers, or are whole ones."""
+        """Whether there are sublayers that run only inside of their layers, or are
+        whole ones.
+        """
         return any(part.stub for part in self.sublayers)
 
     def refuse_stubs(self, what: str) -> None:
         """Raise `UsageError` where there are such: `what` looks inside of layers."""
         if self.stubbed:
-            told = f"{what} runs sublayers one at a time; {self.model_type}'s run only in layers"
+            told = (
+                f"{what} runs sublayers one at a time; {self.model_type}'s run only in"
+                " layers"
+            )
             raise UsageError(f"{told}: use the plan as it is")
 
     @property
@@ -192,33 +233,57 @@ class ModelStructure:
 
     @cached_property
     def period(self) -> int:
-        """The period of the pattern of mixers, in layers: 4 in Qwen3-Next; 0 where there is none."""
+        """The period of the pattern of mixers, in layers: 4 in Qwen3-Next; 0 where
+        there is none.
+        """
         kinds = self._mixers_by_layer
-        return next((length for length in range(1, len(kinds) // 2 + 1) if kinds[length:] == kinds[:-length]), 0)
+        return next(
+            (
+                length
+                for length in range(1, len(kinds) // 2 + 1)
+                if kinds[length:] == kinds[:-length]
+            ),
+            0,
+        )
 
     def keeps_period(self, layers: Sequence[int]) -> bool:
-        """Whether `layers` alone have mixers of the kinds that as many layers have in the original's beginning."""
+        """Whether `layers` alone have mixers of the kinds that as many layers have in
+        the original's beginning.
+        """
         kinds = self._mixers_by_layer
         return [kinds[index] for index in layers] == kinds[: len(layers)]
 
     @property
     def by_halves(self) -> bool:
-        """Whether some layer has two sublayers. If not, plans skip only whole layers."""
+        """Whether some layer has two sublayers. If not, plans skip only whole
+        layers.
+        """
         return any(len(block.sublayers) == 2 for block in self.blocks)
 
     @cached_property
     def counting(self) -> frozenset[int]:
-        """The layers of which one must keep its mixer: those with keys and values, which count tokens; else all."""
+        """The layers of which one must keep its mixer: those with keys and values,
+        which count tokens; else all.
+        """
         mixers = [part for part in self.sublayers if part.kind == "attention"]
-        return frozenset(part.index for part in mixers if part.kv_bytes_per_token) or frozenset(m.index for m in mixers)
+        return frozenset(
+            part.index for part in mixers if part.kv_bytes_per_token
+        ) or frozenset(m.index for m in mixers)
 
 
 def _sizes(parts: Sequence[Sublayer]) -> str:
     """What sublayers of one form weigh, each."""
     units = ("parameters", "bytes of KV a token", "bytes of state")
-    counts = zip(*((part.parameters, part.kv_bytes_per_token, part.state_bytes) for part in parts))
+    counts = zip(
+        *(
+            (part.parameters, part.kv_bytes_per_token, part.state_bytes)
+            for part in parts
+        )
+    )
     told = [
-        f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}" for unit, c in zip(units, counts) if any(c)
+        f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}"
+        for unit, c in zip(units, counts)
+        if any(c)
     ]
     mixer = f" ({parts[0].mixer})" if parts[0].mixer else ""
     return f"    {parts[0].kind}{mixer}: {', '.join(told)}"
@@ -231,29 +296,57 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The config of the text decoder: the model's own, or the text part of a vision-language model's."""
+    """The config of the text decoder: the model's own, or the text part of a
+    vision-language model's.
+    """
     return model.config.get_text_config(decoder=True)
 
 
 def inputs_device(model: PreTrainedModel) -> torch.device:
-    """Where inputs go: from the CPU accelerate takes them to where it keeps an offloaded embedding."""
+    """Where inputs go: from the CPU accelerate takes them to where it keeps an
+    offloaded embedding.
+    """
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def positions_of(model: PreTrainedModel) -> float:
-    """How many tokens the model reads at once; infinite where its config sets no limit."""
+    """How many tokens the model reads at once; infinite where its config sets no
+    limit.
+    """
     return getattr(text_config(model), "max_position_embeddings", None) or math.inf
 
 
 def fingerprint(config: PretrainedConfig) -> Fingerprint:
     """The shape of the model that a config describes."""
     facts = config.to_dict()
-    names = ("vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    shape = [config.model_type, config.num_hidden_layers, config.hidden_size, *(facts.get(name) for name in names)]
-    return Fingerprint(config.model_type, config.num_hidden_layers, config.hidden_size, digest_of_json(shape)[:8])
+    names = (
+        "vocab_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    shape = [
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        *(facts.get(name) for name in names),
+    ]
+    return Fingerprint(
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        digest_of_json(shape)[:8],
+    )
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name of the cache among the arguments of the model's forward: transformers renamed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    """The name of the cache among the arguments of the model's forward: transformers
+    renamed it in 5.24.
+    """
+    return (
+        "cache"
+        if "cache" in inspect.signature(type(model).forward).parameters
+        else "past_key_values"
+    )

@@ -1,8 +1,10 @@
-"""Watch one forward pass and write down what each decoder layer does with its hidden states.
+"""Watch one forward pass and write down what each decoder layer does with its hidden
+states.
 
-A layer's child modules are taken as wholes; between them, every torch function that touches a hidden state is noted.
-`lines_of` reads each layer as lines h = h + ops(h), or h = h + ops(h) + ... in a parallel block; in the end it may
-multiply h by one number of its own (`LayerTrace.unscaled`).
+A layer's child modules are taken as wholes; between them, every torch function that
+touches a hidden state is noted. `lines_of` reads each layer as lines h = h + ops(h), or
+h = h + ops(h) + ... in a parallel block; in the end it may multiply h by one number of
+its own (`LayerTrace.unscaled`).
 """
 
 import copy
@@ -24,8 +26,13 @@ from ..errors import UnsupportedModel
 from .undoing import Undo
 
 Arguments = dict[str, Any]  # of a call, by their names
-Place = tuple[int, str | None]  # a layer, and its child module, or None: the layer itself
-PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
+Place = tuple[
+    int, str | None
+]  # a layer, and its child module, or None: the layer itself
+PROBE_BATCH, PROBE_TOKENS = (
+    2,
+    4,
+)  # 8 tokens, one of them padding, so that masks are real tensors
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 # Same numbers in another shape: what a layer's children compute does not depend on it.
@@ -57,7 +64,9 @@ Slot = object  # a Stream, an Argument, or else a constant
 
 @dataclass
 class LayerCall:
-    """What a layer was called with, by name, while its branches run; `attention` keeps the attention's whole answer."""
+    """What a layer was called with, by name, while its branches run; `attention` keeps
+    the attention's whole answer.
+    """
 
     arguments: Arguments
     extras: Arguments = field(default_factory=dict)
@@ -67,17 +76,24 @@ class LayerCall:
 def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
     if isinstance(slot, Argument):
         return call.arguments.get(slot.name, slot.default)
-    return value if slot is Stream.VALUE else residual if slot is Stream.RESIDUAL else slot
+    return (
+        value if slot is Stream.VALUE else residual if slot is Stream.RESIDUAL else slot
+    )
 
 
 @dataclass(frozen=True)
 class Op:
-    """A call of a child module, by its path, or of a torch function, with arguments traced to where they come from."""
+    """A call of a child module, by its path, or of a torch function, with arguments
+    traced to where they come from.
+    """
 
     made_by: str | Callable[..., Tensor]
     positional: tuple[Slot, ...]
     keywords: tuple[tuple[str, Slot], ...]
-    output: int | None = None  # which element of a module's answer goes on; None when the answer is a tensor
+    output: int | None = (
+        # which element of a module's answer goes on; None when the answer is a tensor
+        None
+    )
     is_attention: bool = False
     takes_extras: bool = False
 
@@ -91,11 +107,17 @@ class Op:
         """Of the function; empty for a module."""
         return getattr(self.made_by, "__name__", "")
 
-    def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
+    def run(
+        self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall
+    ) -> Tensor:
         positional = [_fill(slot, value, residual, call) for slot in self.positional]
-        keywords = {name: _fill(slot, value, residual, call) for name, slot in self.keywords}
+        keywords = {
+            name: _fill(slot, value, residual, call) for name, slot in self.keywords
+        }
         if not isinstance(self.made_by, str):
-            if self.name == "dropout":  # seen in eval mode, wanted as the layer's mode has it
+            if (
+                self.name == "dropout"
+            ):  # seen in eval mode, wanted as the layer's mode has it
                 keywords["training"] = holder.training
             return self.made_by(*positional, **keywords)
         if self.takes_extras:
@@ -111,7 +133,8 @@ class Branch:
     """Operations from the residual stream to what is added to it."""
 
     ops: tuple[Op, ...]
-    adds_itself: bool = False  # the last module is given the residual, and answers the new stream (BLOOM, MPT)
+    # the last module is given the residual, and answers the new stream (BLOOM, MPT)
+    adds_itself: bool = False
 
     @property
     def is_attention(self) -> bool:
@@ -128,8 +151,12 @@ class Branch:
         return value
 
 
-def run_branches(branches: tuple[Branch, ...], holder: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    """One line of the residual stream: `hidden` plus what each branch makes of it. (batch, tokens, hidden)."""
+def run_branches(
+    branches: tuple[Branch, ...], holder: nn.Module, hidden: Tensor, call: LayerCall
+) -> Tensor:
+    """One line of the residual stream: `hidden` plus what each branch makes of it.
+    (batch, tokens, hidden).
+    """
     total = hidden
     for branch in branches:
         value = branch.run(holder, hidden, call)
@@ -145,7 +172,9 @@ def scaled(hidden: Tensor, scale: float) -> Tensor:
 
 
 def child(holder: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted `path` below `holder`; the short way, as it runs for every call of every layer."""
+    """The module at a dotted `path` below `holder`; the short way, as it runs for every
+    call of every layer.
+    """
     if "." in path or not path:
         return holder.get_submodule(path)
     return holder._modules[path]  # type: ignore[return-value]
@@ -155,7 +184,9 @@ def child(holder: nn.Module, path: str) -> nn.Module:
 class Node:
     """A hidden state at one point of a layer, and what made it."""
 
-    made_by: str | Callable[..., Tensor] | None = None  # a child's path, a torch function, or None: the layer's input
+    made_by: str | Callable[..., Tensor] | None = (
+        None  # a child's path, a torch function, or None: the layer's input
+    )
     positional: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     output: int | None = None
@@ -175,7 +206,9 @@ class Node:
         return self.name in ADDITIONS and len(self.inputs) == 2
 
     def __str__(self) -> str:
-        return self.made_by if isinstance(self.made_by, str) else self.name or "its input"
+        return (
+            self.made_by if isinstance(self.made_by, str) else self.name or "its input"
+        )
 
 
 @dataclass
@@ -193,27 +226,43 @@ class LayerTrace:
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
     cache_writes: "list[CacheWrite]" = field(default_factory=list)
-    calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)  # of its children, as they ended
+    calls: dict[str, list[tuple[Arguments, Any]]] = field(
+        default_factory=dict
+    )  # of its children, as they ended
     state_bytes: int = 0  # of its states of fixed size, one sequence
     attention_answer: object = None
 
     def __str__(self) -> str:
         return f"layer {self.index} ({type(self.layer).__name__})"
 
-    def traced(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[Any, ...], Arguments]:
-        """The arguments of a call, with nodes in place of the hidden states among them."""
-        named = {name: self.nodes.get(id(value), value) for name, value in kwargs.items()}
+    def traced(
+        self, args: tuple[Any, ...], kwargs: Arguments
+    ) -> tuple[tuple[Any, ...], Arguments]:
+        """The arguments of a call, with nodes in place of the hidden states among
+        them.
+        """
+        named = {
+            name: self.nodes.get(id(value), value) for name, value in kwargs.items()
+        }
         return tuple(self.nodes.get(id(value), value) for value in args), named
 
     def note(self, tensor: Tensor, node: Node, inputs: Iterable[object] = ()) -> Tensor:
-        """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
-        tensor = tensor.view(tensor.shape) if any(tensor is value for value in inputs) else tensor
+        """A new view where an operation hands its input back (dropout in eval mode), so
+        that ids tell values apart.
+        """
+        tensor = (
+            tensor.view(tensor.shape)
+            if any(tensor is value for value in inputs)
+            else tensor
+        )
         self.nodes[id(tensor)] = node
         self.kept.append(tensor)
         return tensor
 
     def unscaled(self, node: Node) -> tuple[Node, str | None]:
-        """What it in the end multiplies by a number of its own, and the name of that, or None: `node` itself."""
+        """What it in the end multiplies by a number of its own, and the name of that,
+        or None: `node` itself.
+        """
         if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
             for given in (*node.positional, *node.keywords.values()):
                 if id(given) in self.numbers:
@@ -223,7 +272,9 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """A write to the cache by a child of the layer, or by itself (None): 0 bytes a token for a state of fixed size."""
+    """A write to the cache by a child of the layer, or by itself (None): 0 bytes a
+    token for a state of fixed size.
+    """
 
     module: str | None
     layer_idx: int
@@ -231,7 +282,9 @@ class CacheWrite:
 
 
 class Sharing:
-    """Who hands what layers make beside their hidden states to a torch function: `pairs` of a source and a reader."""
+    """Who hands what layers make beside their hidden states to a torch function:
+    `pairs` of a source and a reader.
+    """
 
     def __init__(self) -> None:
         self.pairs: set[tuple[Place, Place]] = set()
@@ -239,14 +292,18 @@ class Sharing:
         self._alive: list[Tensor] = []  # so that no id is used twice
 
     def note(self, made: object, place: Place | None) -> None:
-        """What is new in `made` comes from `place`, or from outside of the layers: None."""
+        """What is new in `made` comes from `place`, or from outside of the layers:
+        None.
+        """
         for tensor in tensors_in(made):
             if id(tensor) not in self._makers:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)
 
     def hand_on(self, tensor: Tensor, copy: Tensor) -> None:
-        """`copy` is `tensor` on another device or in another dtype: it comes from where that does."""
+        """`copy` is `tensor` on another device or in another dtype: it comes from where
+        that does.
+        """
         if source := self.source_of(tensor):
             self.note(copy, source)
 
@@ -270,12 +327,18 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.traces: list[LayerTrace] = []
         self.now: LayerTrace | None = None
-        self.inside: list[str] = []  # the children of the layer that are running, outermost first
+        self.inside: list[
+            str
+        ] = []  # the children of the layer that are running, outermost first
         self.sharing = Sharing()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "to":  # as accelerate's hooks do: who reads it comes after
+        if (
+            getattr(func, "__name__", "") == "to"
+        ):  # as accelerate's hooks do: who reads it comes after
             result = self._noted(func, args, kwargs)
             self.sharing.hand_on(args[0], result)
             return result
@@ -287,43 +350,82 @@ class Watch(TorchFunctionMode):
         return self._noted(func, args, kwargs)
 
     def _noted(self, func: Any, args: Any, kwargs: Arguments) -> Any:
-        """What `func` answers; noted where the layer itself makes it from its hidden states."""
+        """What `func` answers; noted where the layer itself makes it from its hidden
+        states.
+        """
         if self.now is None or self.inside:
             return func(*args, **kwargs)
         positional, keywords = self.now.traced(args, kwargs)
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or not any(isinstance(v, Node) for v in (*positional, *keywords.values())):
+        if not isinstance(result, Tensor) or not any(
+            isinstance(v, Node) for v in (*positional, *keywords.values())
+        ):
             return result
         name = getattr(func, "__name__", "")
         if name in RESHAPES:
             return self.now.note(result, positional[0])
         # in place: whoever holds this tensor holds the new value
-        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-        return self.now.note(result, Node(func, positional, keywords), () if in_place else args)
+        in_place = name.startswith("__i") or (
+            name.endswith("_") and not name.endswith("__")
+        )
+        return self.now.note(
+            result, Node(func, positional, keywords), () if in_place else args
+        )
 
-    def run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         arguments, hidden = called_with(layer, args, kwargs)
         self.sharing.note((hidden, arguments), None)
-        own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+        own = (
+            *layer.named_parameters(recurse=False),
+            *layer.named_buffers(recurse=False),
+        )
         numbers = {id(tensor): name for name, tensor in own if tensor.numel() == 1}
-        trace = self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), numbers)
+        trace = self.now = LayerTrace(
+            index, layer, arguments, as_given(arguments), hidden.clone(), numbers
+        )
         trace.note(hidden, Node())
         self.traces.append(trace)
         trace.answer = answer = forward(*args, **kwargs)
         for made in answer[1:] if isinstance(answer, tuple) else ():
             maker = trace.nodes.get(id(made))
-            self.sharing.note(made, (index, maker.made_by if maker and isinstance(maker.made_by, str) else None))
+            self.sharing.note(
+                made,
+                (
+                    index,
+                    maker.made_by if maker and isinstance(maker.made_by, str) else None,
+                ),
+            )
         trace.result = trace.nodes.get(id(first(answer)))
         self.now = None
         return answer
 
-    def leave_child(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, answer: Any) -> Any:
+    def leave_child(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Arguments,
+        answer: Any,
+    ) -> Any:
         self.inside.pop()
         if self.now is None or self.inside:
             return answer
-        mappings = [value for value in self.now.arguments.values() if isinstance(value, MutableMapping)]
+        mappings = [
+            value
+            for value in self.now.arguments.values()
+            if isinstance(value, MutableMapping)
+        ]
         self.sharing.note(mappings, (self.now.index, name))
-        self.now.calls.setdefault(name, []).append((by_name(module, args, kwargs), answer))
+        self.now.calls.setdefault(name, []).append(
+            (by_name(module, args, kwargs), answer)
+        )
         given = self.now.traced(args, kwargs)
         if any(write.module == name for write in self.now.cache_writes):
             self.now.attention_answer = answer
@@ -334,25 +436,46 @@ class Watch(TorchFunctionMode):
                 self.now.note(value, Node(name, *given, output=position))
         return answer
 
-    def write_cache(self, write: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+    def write_cache(
+        self,
+        write: Callable[..., Any],
+        signature: inspect.Signature,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if self.now:
             given = signature.bind(*args, **kwargs).arguments
             tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
             grows = not write.__name__.endswith("_state")
-            size = sum(value.nbytes for value in given.values() if isinstance(value, Tensor)) if grows else 0
+            size = (
+                sum(
+                    value.nbytes
+                    for value in given.values()
+                    if isinstance(value, Tensor)
+                )
+                if grows
+                else 0
+            )
             module = self.inside[0] if self.inside else None
-            self.now.cache_writes.append(CacheWrite(module, given["layer_idx"], size // tokens))
+            self.now.cache_writes.append(
+                CacheWrite(module, given["layer_idx"], size // tokens)
+            )
         return write(*args, **kwargs)
 
 
 def as_given(arguments: Mapping[str, object]) -> Arguments:
     """`arguments` with copies of the mappings among them, which layers write to."""
-    return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
+    return {
+        name: copy.copy(value) if isinstance(value, MutableMapping) else value
+        for name, value in arguments.items()
+    }
 
 
 @functools.cache
 def _signature(forward: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(forward).parameters  # which takes long enough to do it once
+    return inspect.signature(
+        forward
+    ).parameters  # which takes long enough to do it once
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -361,12 +484,18 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
-    """The arguments of a call of `module`, by the names that its own `forward` has for them."""
+    """The arguments of a call of `module`, by the names that its own `forward` has for
+    them.
+    """
     return dict(zip(parameter_names(module), args)) | kwargs
 
 
-def called_with(layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Arguments, Tensor]:
-    """The arguments of a call of a layer by their names, and apart from them its hidden states, which come first."""
+def called_with(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments
+) -> tuple[Arguments, Tensor]:
+    """The arguments of a call of a layer by their names, and apart from them its hidden
+    states, which come first.
+    """
     arguments = by_name(layer, args, kwargs)
     return arguments, arguments.pop(parameter_names(layer)[0])
 
@@ -380,7 +509,9 @@ def callable_children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layer's children that are called as wholes: containers are looked into."""
     for name, module in layer.named_children():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            yield from ((f"{name}.{path}", inner) for path, inner in callable_children(module))
+            yield from (
+                (f"{name}.{path}", inner) for path, inner in callable_children(module)
+            )
         else:
             yield name, module
 
@@ -392,33 +523,74 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
     with Undo() as undo, undo:
         for index, layer in enumerate(layers):
             fields, forward = forward_of(layer)
-            undo.put(fields, forward, partial(watch.run_layer, index, layer, getattr(layer, forward)))
+            undo.put(
+                fields,
+                forward,
+                partial(watch.run_layer, index, layer, getattr(layer, forward)),
+            )
             for name, module in callable_children(layer):
-                for hooks in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"):
+                for hooks in (
+                    "_forward_pre_hooks",
+                    "_forward_hooks",
+                    "_forward_hooks_with_kwargs",
+                ):
                     undo.put(module.__dict__, hooks, copy.copy(getattr(module, hooks)))
-                module.register_forward_pre_hook(lambda *_, name=name: watch.inside.append(name))
-                module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True)
-        for name in dir(type(cache)):  # by which a layer writes keys and values, and states of fixed size
+                module.register_forward_pre_hook(
+                    lambda *_, name=name: watch.inside.append(name)
+                )
+                module.register_forward_hook(
+                    partial(watch.leave_child, name), with_kwargs=True
+                )
+        for name in dir(
+            type(cache)
+        ):  # by which a layer writes keys and values, and states of fixed size
             write = getattr(cache, name) if name.startswith("update") else None
-            if write and "layer_idx" in (signature := inspect.signature(write)).parameters:
-                undo.put(cache.__dict__, name, partial(watch.write_cache, write, signature))
+            if (
+                write
+                and "layer_idx" in (signature := inspect.signature(write)).parameters
+            ):
+                undo.put(
+                    cache.__dict__, name, partial(watch.write_cache, write, signature)
+                )
         with watch:
             yield watch
     for trace in watch.traces:
-        written = [vars(cache.layers[index]) for index in {write.layer_idx for write in trace.cache_writes}]
-        states = tree_leaves([value for held in written for name, value in held.items() if name.endswith("_states")])
-        trace.state_bytes = sum(state[0].nbytes for state in states if isinstance(state, Tensor))
+        written = [
+            vars(cache.layers[index])
+            for index in {write.layer_idx for write in trace.cache_writes}
+        ]
+        states = tree_leaves(
+            [
+                value
+                for held in written
+                for name, value in held.items()
+                if name.endswith("_states")
+            ]
+        )
+        trace.state_bytes = sum(
+            state[0].nbytes for state in states if isinstance(state, Tensor)
+        )
 
 
 def forward_of(module: nn.Module) -> tuple[dict[str, Any], str]:
-    """Where a module's forward is held, below an accelerate hook: another put there runs in its place."""
-    return module.__dict__, "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+    """Where a module's forward is held, below an accelerate hook: another put there
+    runs in its place.
+    """
+    return module.__dict__, (
+        "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+    )
 
 
 def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
-    """The lines of the residual stream that a layer is, in order. Raises `UnsupportedModel` where it is none."""
+    """The lines of the residual stream that a layer is, in order. Raises
+    `UnsupportedModel` where it is none.
+    """
     if trace.result is None:
-        raise _unsupported(trace, "its answer does not come from its hidden states", "a stream of hidden states")
+        raise _unsupported(
+            trace,
+            "its answer does not come from its hidden states",
+            "a stream of hidden states",
+        )
     return _stream(trace, trace.unscaled(trace.result)[0])
 
 
@@ -427,22 +599,42 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         return []
     if node.is_sum:
         leaves = list(_leaves(node))  # of parallel branches added one after the other
-        for base, terms in [*((one, node.inputs) for one in node.inputs), *((one, leaves) for one in leaves)]:
+        for base, terms in [
+            *((one, node.inputs) for one in node.inputs),
+            *((one, leaves) for one in leaves),
+        ]:
             stream = base
-            while stream.name in CASTS and len(stream.inputs) == 1:  # some layers cast the stream before they add to it
+            while (
+                stream.name in CASTS and len(stream.inputs) == 1
+            ):  # some layers cast the stream before they add to it
                 stream = stream.inputs[0]
-            groups = [_branches(trace, term, stream) for term in terms if term is not base]
+            groups = [
+                _branches(trace, term, stream) for term in terms if term is not base
+            ]
             if all(groups):
-                return [*_stream(trace, stream), tuple(branch for group in groups for branch in group)]
-        raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
+                return [
+                    *_stream(trace, stream),
+                    tuple(branch for group in groups for branch in group),
+                ]
+        raise _unsupported(
+            trace,
+            "it adds what does not come from its residual stream",
+            "h + sublayer(h)",
+        )
     if len(node.inputs) != 2 or not isinstance(node.made_by, str):
         found = f"it applies {node} after its last residual addition (post-norm)"
         raise _unsupported(trace, found, "h + sublayer(h) as its last step")
-    for residual, value in (node.inputs, node.inputs[::-1]):  # a module that adds itself
+    for residual, value in (
+        node.inputs,
+        node.inputs[::-1],
+    ):  # a module that adds itself
         ops, source = _chain(trace, value, residual)
         if source is residual and ops:
             last = _op(trace, node, value, residual)
-            return [*_stream(trace, residual), (Branch((*ops, last), adds_itself=True),)]
+            return [
+                *_stream(trace, residual),
+                (Branch((*ops, last), adds_itself=True),),
+            ]
     raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
 
 
@@ -455,7 +647,9 @@ def _leaves(node: Node) -> Iterator[Node]:
 
 
 def _branches(trace: LayerTrace, term: Node, base: Node) -> list[Branch]:
-    """The branches from `base` whose sum is `term`; empty when `term` is not such a sum."""
+    """The branches from `base` whose sum is `term`; empty when `term` is not such a
+    sum.
+    """
     if term is base:
         return []
     ops, source = _chain(trace, term, base)
@@ -469,7 +663,9 @@ def _branches(trace: LayerTrace, term: Node, base: Node) -> list[Branch]:
 
 
 def _chain(trace: LayerTrace, node: Node, base: Node) -> tuple[tuple[Op, ...], Node]:
-    """The operations that lead to `node`, back to the first sum, two-input module or the layer's input."""
+    """The operations that lead to `node`, back to the first sum, two-input module or
+    the layer's input.
+    """
     ops: list[Op] = []
     while node is not base and node.made_by is not None and len(node.inputs) == 1:
         source = node.inputs[0]
@@ -486,9 +682,14 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
         if given is value:
             return Stream.VALUE
         is_residual = given is residual and given is not None
-        return Stream.RESIDUAL if is_residual else _from_outside(trace, node, name, given)
+        return (
+            Stream.RESIDUAL if is_residual else _from_outside(trace, node, name, given)
+        )
 
-    positional = tuple(slot(names[i] if i < len(names) else "", v) for i, v in enumerate(node.positional))
+    positional = tuple(
+        slot(names[i] if i < len(names) else "", v)
+        for i, v in enumerate(node.positional)
+    )
     keywords = tuple((name, slot(name, v)) for name, v in node.keywords.items())
     assert node.made_by is not None
     if module is None:
@@ -496,7 +697,8 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     is_attention = any(write.module == node.made_by for write in trace.cache_writes)
     forwards = type(module).forward, type(trace.layer).forward
     extras = is_attention and all(
-        any(one.kind is one.VAR_KEYWORD for one in _signature(forward).values()) for forward in forwards
+        any(one.kind is one.VAR_KEYWORD for one in _signature(forward).values())
+        for forward in forwards
     )
     return Op(node.made_by, positional, keywords, node.output, is_attention, extras)
 
@@ -504,9 +706,17 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
 def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Slot:
     """Where an argument `name` of a child's call comes from that is no hidden state."""
     declared = _signature(type(trace.layer).forward).items()
-    defaults = {name: None if one.default is one.empty else one.default for name, one in declared}
+    defaults = {
+        name: None if one.default is one.empty else one.default
+        for name, one in declared
+    }
     held = defaults | trace.arguments
-    same = isinstance(given, CONSTANTS) and name in held and type(given) is type(held[name]) and given == held[name]
+    same = (
+        isinstance(given, CONSTANTS)
+        and name in held
+        and type(given) is type(held[name])
+        and given == held[name]
+    )
     if same or (name in held and given is held[name]):
         return Argument(name, defaults.get(name))
     if isinstance(given, CONSTANTS):
@@ -520,4 +730,6 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Sl
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:
     fix = "choose another model, or describe the layer in an issue"
-    return UnsupportedModel(f"{trace}: {found}; expected {expected}. notall leaves this model alone: {fix}.")
+    return UnsupportedModel(
+        f"{trace}: {found}; expected {expected}. notall leaves this model alone: {fix}."
+    )

@@ -1,4 +1,6 @@
-"""A model cut to some of its layers, for a while or for good: its config, their numbers, and clones of modules."""
+"""A model cut to some of its layers, for a while or for good: its config, their
+numbers, and clones of modules.
+"""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,38 +17,67 @@ Cloned = TypeVar("Cloned", bound=nn.Module)
 # What modules call the index of their layer, by which they address the cache.
 LAYER_INDICES = ("layer_idx", "layer_id")
 
-# Per-layer lists that a config holds and that caches, masks or layers read while the model runs.
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
+# Per-layer lists that a config holds and that caches, masks or layers read while the
+# model runs.
+PER_LAYER_LISTS = (
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "no_rope_layers",
+    "layers_block_type",
+)
 
 
 def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
-    """Make `config` that of a model of only `layers`, past its setters, which check one field against another."""
+    """Make `config` that of a model of only `layers`, past its setters, which check one
+    field against another.
+    """
     depth = config.num_hidden_layers
     cut: dict[str, list[object] | tuple[object, ...]] = {}
-    for name in PER_LAYER_LISTS:  # that it holds, or derives from a period; not another one's other name
-        held = name in config.__dict__ or isinstance(getattr(type(config), name, None), property)
+    for name in (
+        PER_LAYER_LISTS
+    ):  # that it holds, or derives from a period; not another one's other name
+        held = name in config.__dict__ or isinstance(
+            getattr(type(config), name, None), property
+        )
         values = getattr(config, name) if held else None
         if isinstance(values, list | tuple) and len(values) == depth:
             cut[name] = type(values)(values[index] for index in layers)
-    config.__dict__.update((name, values) for name, values in cut.items() if name in config.__dict__)
-    if listed := config.__dict__.get("attn_layer_indices"):  # from which other lists are derived
-        config.__dict__["attn_layer_indices"] = [number for number, index in enumerate(layers) if index in listed]
-    config.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    underived = {name: values for name, values in cut.items() if getattr(config, name) != values}
+    config.__dict__.update(
+        (name, values) for name, values in cut.items() if name in config.__dict__
+    )
+    if listed := config.__dict__.get(
+        "attn_layer_indices"
+    ):  # from which other lists are derived
+        config.__dict__["attn_layer_indices"] = [
+            number for number, index in enumerate(layers) if index in listed
+        ]
+    config.__dict__[
+        config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    ] = len(layers)
+    underived = {
+        name: values for name, values in cut.items() if getattr(config, name) != values
+    }
     if underived:
         config.__class__ = _told(type(config), underived)
 
 
 def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
-    """Have caches made from `config` hold nothing for `layers`, as for those that read others' keys and values."""
-    modes = list(getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers)
+    """Have caches made from `config` hold nothing for `layers`, as for those that read
+    others' keys and values.
+    """
+    modes = list(
+        getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers
+    )
     for index in layers:
         modes[index] = "reuse"
     config.__class__ = _told(type(config), {"kv_sharing_modes": modes})
 
 
 def _told(config_class: type, lists: Mapping[str, object]) -> type:
-    """A subclass of a config that derives lists from a period: it is told them, as no period gives those of a cut."""
+    """A subclass of a config that derives lists from a period: it is told them, as no
+    period gives those of a cut.
+    """
     fields = {"__module__": config_class.__module__, "told": True, **lists}
     return type(config_class)(config_class.__name__, (config_class,), fields)
 
@@ -59,11 +90,21 @@ def renumber(module: nn.Module, index: int, undo: Undo) -> None:
                 undo.put(inner.__dict__, name, index)
 
 
-def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module | None], layer_class: type[Cloned]) -> Cloned:
-    """Like `source`, sharing its attributes, parameters and hooks, but of `layer_class` and with `children`."""
+def shallow_clone(
+    source: nn.Module,
+    children: Mapping[str, nn.Module | None],
+    layer_class: type[Cloned],
+) -> Cloned:
+    """Like `source`, sharing its attributes, parameters and hooks, but of `layer_class`
+    and with `children`.
+    """
     clone = object.__new__(layer_class)
     clone.__dict__.update(source.__dict__)
-    for bound_to_source in ("forward", "_old_forward", "_hf_hook"):  # left by output capturing or by accelerate
+    for bound_to_source in (
+        "forward",
+        "_old_forward",
+        "_hf_hook",
+    ):  # left by output capturing or by accelerate
         clone.__dict__.pop(bound_to_source, None)
     clone.__dict__["_modules"] = {}
     for name, module in children.items():
@@ -73,7 +114,9 @@ def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module | None], l
 
 
 def move_inputs_like(source: nn.Module, clone: nn.Module) -> None:
-    """Give `clone` the accelerate hook of `source`, if it has one, which moves what comes in to its device."""
+    """Give `clone` the accelerate hook of `source`, if it has one, which moves what
+    comes in to its device.
+    """
     if "_hf_hook" not in source.__dict__:
         return
     from accelerate.hooks import add_hook_to_module
@@ -92,7 +135,9 @@ def runs_on(module: nn.Module) -> torch.device | None:
 
 
 def set_child(holder: nn.Module, path: str, module: nn.Module | None) -> None:
-    """Hang `module` at a dotted `path` below `holder`, with plain modules for what lies between."""
+    """Hang `module` at a dotted `path` below `holder`, with plain modules for what lies
+    between.
+    """
     *between, name = path.split(".")
     for step in between:
         if step not in holder._modules:

@@ -1,4 +1,6 @@
-"""Changes that last as long as a `with`: whatever interrupts it, and wherever, all that was there is put back."""
+"""Changes that last as long as a `with`: whatever interrupts it, and wherever, all that
+was there is put back.
+"""
 
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
@@ -8,10 +10,12 @@ ABSENT: Any = object()
 
 
 class Undo(AbstractContextManager["Undo"]):
-    """What places held ahead of each change: entries of mappings, such as a module's `__dict__`, else attributes.
+    """What places held ahead of each change: entries of mappings, such as a module's
+    `__dict__`, else attributes.
 
-    Used as `with Undo() as undo, undo:`, and so left twice: an exception may come ahead of the first line of leaving.
-    What was can be put back as often as it takes: leaving goes on where an exception interrupts it, and then raises it.
+    Used as `with Undo() as undo, undo:`, and so left twice: an exception may come ahead
+    of the first line of leaving. What was can be put back as often as it takes: leaving
+    goes on where an exception interrupts it, and then raises it.
     """
 
     def __init__(self) -> None:
@@ -27,8 +31,14 @@ class Undo(AbstractContextManager["Undo"]):
                 Undo.__exit__(self)
 
     def put(self, place: Any, name: Any, value: object) -> "Undo":
-        """Have `place` hold `value` as `name`, or nothing, which is `ABSENT`: `with Undo() as undo, undo.put(...):`."""
-        held = place.get(name, ABSENT) if isinstance(place, MutableMapping) else getattr(place, name)
+        """Have `place` hold `value` as `name`, or nothing, which is `ABSENT`: `with
+        Undo() as undo, undo.put(...):`.
+        """
+        held = (
+            place.get(name, ABSENT)
+            if isinstance(place, MutableMapping)
+            else getattr(place, name)
+        )
         self.entries.append((place, name, held))
         _hold(place, name, value)
         return self

@@ -1,4 +1,6 @@
-"""Without a text: by place alone, for which a config is enough (the paper skips the deepest), or by the weights."""
+"""Without a text: by place alone, for which a config is enough (the paper skips the
+deepest), or by the weights.
+"""
 
 import random
 from collections.abc import Sequence
@@ -30,49 +32,76 @@ def deepest(
     phase: Phase = "all",
     last_tokens: int = 1,
 ) -> Plan:
-    """The paper's rule: skip the last k = round(fraction x layers) of them; with `keep_last`, the k before the last.
+    """The paper's rule: skip the last k = round(fraction x layers) of them; with
+    `keep_last`, the k before the last.
 
-    With the `phase` prefill they are skipped for a prompt's tokens alone, but for its `last_tokens`; of blocks the
-    last one is then exact, as nothing reads it. Give `fraction`, or k itself as `count`. Where layers lack one of the
-    two, as in hybrids, k is that part of those that have what is skipped. Source: arXiv 2407.15516, sections 2 and 3.
-    Raises `UsageError` for an unknown kind or phase, a fraction outside 0..1, a count of more than there are, and where
-    no attention would be left.
+    With the `phase` prefill they are skipped for a prompt's tokens alone, but for its
+    `last_tokens`; of blocks the last one is then exact, as nothing reads it. Give
+    `fraction`, or k itself as `count`. Where layers lack one of the two, as in hybrids,
+    k is that part of those that have what is skipped. Source: arXiv 2407.15516,
+    sections 2 and 3. Raises `UsageError` for an unknown kind or phase, a fraction
+    outside 0..1, a count of more than there are, and where no attention would be left.
     """
     expect(structure, ModelStructure, "the structure of a model: notall.locate(model)")
     if skip not in SKIPPABLE:
         raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
     if phase not in PHASES:
         raise UsageError(f"phase is {phase!r}: give one of {', '.join(PHASES)}")
-    layers = [block for block in structure.blocks if skip == "block" or skip in block.kinds]
+    layers = [
+        block for block in structure.blocks if skip == "block" or skip in block.kinds
+    ]
     last = len(layers) - keep_last
     if count is None:
         expect(fraction, Real, "the fraction to skip, a number from 0 to 1")
         if not 0 <= (share := fraction or 0.0) <= 1:
-            raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
+            raise UsageError(
+                f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers"
+            )
         count = min(round(share * len(layers)), last)
     elif fraction is not None or not 0 <= count <= last:
         had = several_of(skip, last)
-        raise UsageError(f"cannot skip {count} of {had}: give a fraction, or a count from 0 to {last}")
+        raise UsageError(
+            f"cannot skip {count} of {had}: give a fraction, or a count from 0 to"
+            f" {last}"
+        )
     chosen = layers[last - count : last]
     skipped: Settings = {
-        "attention": [block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
-        "mlp": [block.index for block in chosen if skip != "attention" and "mlp" in block.kinds],
+        "attention": [
+            block.index
+            for block in chosen
+            if skip != "mlp" and "attention" in block.kinds
+        ],
+        "mlp": [
+            block.index
+            for block in chosen
+            if skip != "attention" and "mlp" in block.kinds
+        ],
     }
     if phase == "prefill":
         skipped = {"prefill": skipped | {"last_tokens": last_tokens}}
-    in_words = ", last kept" * keep_last + ", in the prompt alone" * (phase == "prefill")
+    in_words = ", last kept" * keep_last + ", in the prompt alone" * (
+        phase == "prefill"
+    )
     note = f"deepest {count} of {several_of(skip, len(layers))}{in_words}"
     plan = Plan(**skipped, fingerprint=structure.fingerprint, note=note)
     plan.check(structure)
     return plan
 
 
-def paper_grid(structure: ModelStructure, fractions: Sequence[float] = FRACTIONS) -> list[Configured]:
-    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
+def paper_grid(
+    structure: ModelStructure, fractions: Sequence[float] = FRACTIONS
+) -> list[Configured]:
+    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source:
+    arXiv 2407.15516, section 3.
+    """
     rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
     for variant, fraction, keep_last in product(SKIPPABLE, fractions, (False, True)):
         plan = deepest(structure, variant, fraction, keep_last=keep_last)
-        rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
+        rows.append(
+            Configured(
+                variant=variant, fraction=fraction, keep_last=keep_last, plan=plan
+            )
+        )
     return rows
 
 
@@ -93,15 +122,30 @@ def score_random(setting: Setting) -> UnitScores:
 
 
 def score_gate_norm(setting: Setting) -> UnitScores:
-    """|W_Q W_K^T|, the Frobenius norm, without a text; a group of heads shares keys (Gate-Norm 2512.20636)."""
-    layers = list(base_model(setting.model).get_submodule(setting.space.structure.layers).children())
-    return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in setting.space.names}
+    """|W_Q W_K^T|, the Frobenius norm, without a text; a group of heads shares keys
+    (Gate-Norm 2512.20636).
+    """
+    layers = list(
+        base_model(setting.model)
+        .get_submodule(setting.space.structure.layers)
+        .children()
+    )
+    return {
+        (name,): _coupling(layers[int(name.partition(".")[2])])
+        for name in setting.space.names
+    }
 
 
 def _linear(layer: nn.Module) -> dict[str, nn.Linear]:
-    """A layer's projections, each by the last name of its path; the first where several have one name."""
+    """A layer's projections, each by the last name of its path; the first where several
+    have one name.
+    """
     modules = reversed(list(layer.named_modules()))
-    return {path.rpartition(".")[2]: module for path, module in modules if isinstance(module, nn.Linear)}
+    return {
+        path.rpartition(".")[2]: module
+        for path, module in modules
+        if isinstance(module, nn.Linear)
+    }
 
 
 def has_projections(layer: nn.Module) -> bool:
@@ -113,10 +157,23 @@ def _coupling(layer: nn.Module) -> float:
     found = _linear(layer)
     if lacking := [name for name in ("q_proj", "k_proj") if name not in found]:
         named = f"{type(layer).__name__} has no {lacking[0]}"
-        raise UsageError(f"Gate-Norm needs separate query and key projections, and {named}; take another criterion")
-    queries, keys = (found[name].weight.detach().float() for name in ("q_proj", "k_proj"))  # (heads * width, hidden)
+        raise UsageError(
+            f"Gate-Norm needs separate query and key projections, and {named}; take"
+            " another criterion"
+        )
+    queries, keys = (
+        found[name].weight.detach().float() for name in ("q_proj", "k_proj")
+    )  # (heads * width, hidden)
     heads = len(queries) // len(keys)
     if heads > 1:
-        width: int = next(m.head_dim for m in layer.modules() if isinstance(getattr(m, "head_dim", None), int))  # type: ignore[assignment]
-        keys = keys.view(-1, width, keys.shape[-1]).repeat_interleave(heads, dim=0).flatten(0, 1)
+        width: int = next(
+            m.head_dim
+            for m in layer.modules()
+            if isinstance(getattr(m, "head_dim", None), int)
+        )  # type: ignore[assignment]
+        keys = (
+            keys.view(-1, width, keys.shape[-1])
+            .repeat_interleave(heads, dim=0)
+            .flatten(0, 1)
+        )
     return float((queries.T @ keys).norm())  # (hidden, hidden)

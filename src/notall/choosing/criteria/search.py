@@ -1,10 +1,12 @@
 """The search: greedy, but lazy, and then refined by swaps.
 
-What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: it is
-evaluated again only at the top of the queue. Neighbours of what was skipped are guessed anew, on a part of the text.
-Importances do not add up: swaps that lower the objective follow, tried on a part of the text. Whole blocks undo each
-other best in a row (2403.17887), which single swaps do not come to: the best run is a second place to start from.
-What a prompt alone skips is seen by what is skipped behind it least of all: so is the run up to the last unit.
+What a candidate cost when it was last evaluated is a good guess, since costs mostly
+grow as more is skipped: it is evaluated again only at the top of the queue. Neighbours
+of what was skipped are guessed anew, on a part of the text. Importances do not add up:
+swaps that lower the objective follow, tried on a part of the text. Whole blocks undo
+each other best in a row (2403.17887), which single swaps do not come to: the best run
+is a second place to start from. What a prompt alone skips is seen by what is skipped
+behind it least of all: so is the run up to the last unit.
 """
 
 import functools
@@ -25,18 +27,27 @@ LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all 
 Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
-def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None = None) -> Choice:
-    """Lazy greedy, refined by swaps: the set that raises the objective least, as far as this search sees.
+def search(
+    setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None = None
+) -> Choice:
+    """Lazy greedy, refined by swaps: the set that raises the objective least, as far as
+    this search sees.
 
-    `cheap` scores, else the cosine's, order the first round; the refinement ends after swaps worth `setting.patience`
-    evaluations of the text that don't lower the objective. When it gets late, the set is completed by the guesses there
-    are, so that what comes back meets the budget.
+    `cheap` scores, else the cosine's, order the first round; the refinement ends after
+    swaps worth `setting.patience` evaluations of the text that don't lower the
+    objective. When it gets late, the set is completed by the guesses there are, so that
+    what comes back meets the budget.
     """
     cheap = score_cosine(setting) if cheap is None else cheap
-    space = setting.space  # whole blocks are portable sets, which a search among single pairs does not always find
+    # whole blocks are portable sets, which a search among single pairs does not always
+    # find
+    space = setting.space
     spaces = [space, replace(space, kind="block")] if space.by_pairs else [space]
     searches = [_Search(replace(setting, space=one), budget, cheap) for one in spaces]
-    stages = Stages(setting.progress, sum(one.total for one in searches) + (1 + setting.patience) * space.by_pairs)
+    stages = Stages(
+        setting.progress,
+        sum(one.total for one in searches) + (1 + setting.patience) * space.by_pairs,
+    )
     for one in searches:
         one.progress = stages.stage(one.total)
         one.guess(one.moves(frozenset()))
@@ -47,7 +58,10 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None 
             one.start_from(one.deepest()[::-1])
         if setting.late:
             break
-    looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
+    looking, best = (
+        searches[0],
+        max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost)),
+    )
     if best is not looking:
         looking.go_on_from(best, stages.stage(1 + setting.patience))
         looking.settle()
@@ -70,19 +84,37 @@ class _Search:
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
         self.dense = self.cost = self.evaluator.cost(self.skipped)
-        self.rises: dict[Unit, float] = {}  # what the objective rose by, as last evaluated
-        self.falls: dict[Unit, float] = {}  # and by how much it falls without a unit less, on a part of the text
+        self.rises: dict[
+            Unit, float
+        ] = {}  # what the objective rose by, as last evaluated
+        self.falls: dict[
+            Unit, float
+        ] = {}  # and by how much it falls without a unit less, on a part of the text
         self.moves = functools.cache(self.space.moves)
         units = len(self.space.units)
-        share = self.budget.target / self.budget.saved(self.space.names)  # of the units, about, that are skipped
-        steps = units / (1 + self.space.by_pairs) * (1 / 3 if share == math.inf else min(share, 1))
-        guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
-        more = 2.5 if isinstance(self.evaluator, AfterRepair) else 1  # rechecks and swaps that gain, as measured
-        growing = steps * (more * steps / 3 * self.setting.grown_on + SCREENED)  # evaluations of the text, about
+        share = self.budget.target / self.budget.saved(
+            self.space.names
+        )  # of the units, about, that are skipped
+        steps = (
+            units
+            / (1 + self.space.by_pairs)
+            * (1 / 3 if share == math.inf else min(share, 1))
+        )
+        guesses = (
+            units * SCREENED * (2 if self.space.kind == "block" else 1)
+        )  # of each, and of the runs from there on
+        more = (
+            2.5 if isinstance(self.evaluator, AfterRepair) else 1
+        )  # rechecks and swaps that gain, as measured
+        growing = steps * (
+            more * steps / 3 * self.setting.grown_on + SCREENED
+        )  # evaluations of the text, about
         self.done, self.total = 0.0, guesses + growing + more * self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
-        """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
+        """What each of these would cost beside what is skipped now, on a part of the
+        text, what is cheap first.
+        """
         self.evaluator.set_prefix(self.skipped)
         for unit in sorted(units, key=self._cheap):
             if self.setting.late:
@@ -93,19 +125,31 @@ class _Search:
         """Grow and refine, in turn, until one of them changes nothing."""
         self.grow()
         while self.refine() and self.grow():
-            pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
+            # what swaps gained may leave room for more, where the budget is a limit on
+            # the objective
+            pass
 
     def start_from_a_run(self) -> None:
-        """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
+        """Refine the best run of units that follow each other, where it costs less than
+        what is skipped now.
+        """
         self.evaluator.set_prefix(frozenset())
-        asked = contiguous_runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
-        guesses = {run: self._more(names_in(run)) for run in asked if not self.setting.late}
+        asked = (
+            contiguous_runs(self.space, self.budget).values()
+            if self.budget.target < math.inf
+            else ()
+        )
+        guesses = {
+            run: self._more(names_in(run)) for run in asked if not self.setting.late
+        }
         if not guesses or self.setting.late:
             return
         self.start_from(min(guesses, key=guesses.__getitem__))
 
     def start_from(self, run: tuple[Unit, ...]) -> None:
-        """Refine these units, where they save as much as is asked for and cost less than what is skipped now."""
+        """Refine these units, where they save as much as is asked for and cost less
+        than what is skipped now.
+        """
         skipped = names_in(run)
         if not run or self.setting.late or skipped == self.skipped:
             return
@@ -117,7 +161,9 @@ class _Search:
             self.settle()
 
     def deepest(self) -> tuple[Unit, ...]:
-        """The run up to the last unit that meets the budget; of a limit alone the longest that costs no more."""
+        """The run up to the last unit that meets the budget; of a limit alone the
+        longest that costs no more.
+        """
         self.evaluator.set_prefix(frozenset())
         if self.budget.target < math.inf:
             return deepest_run(self.space, self.budget)
@@ -125,20 +171,34 @@ class _Search:
         while least < most and not self.setting.late:
             middle = (least + most + 1) // 2
             tail = names_in(units[-middle:])
-            costs = self._evaluate(tail) - self.dense if self.space.allows(tail) else math.inf
-            least, most = (middle, most) if costs <= self.budget.limit else (least, middle - 1)
+            costs = (
+                self._evaluate(tail) - self.dense
+                if self.space.allows(tail)
+                else math.inf
+            )
+            least, most = (
+                (middle, most) if costs <= self.budget.limit else (least, middle - 1)
+            )
         return units[len(units) - least :]
 
     def go_on_from(self, other: "_Search", progress: Progress) -> None:
         self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
-        self.progress, self.done, self.total = progress, 0.0, 1.0 + self.setting.patience
+        self.progress, self.done, self.total = (
+            progress,
+            0.0,
+            1.0 + self.setting.patience,
+        )
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
         before = self.skipped
         while not self.budget.met(self.skipped):
             unit = self._next()
-            if unit is None or self.cost + self.rises.get(unit, 0.0) - self.dense > self.budget.limit:
+            if (
+                unit is None
+                or self.cost + self.rises.get(unit, 0.0) - self.dense
+                > self.budget.limit
+            ):
                 break
             self.cost += self.rises.get(unit, 0.0)
             self.skipped = self.skipped.union(unit)
@@ -148,8 +208,12 @@ class _Search:
         return self.skipped != before
 
     def refine(self) -> bool:
-        """Swap until `patience` evaluations brought nothing, tried on a part of the text first; say whether any did."""
-        self.cost = before = self._evaluate(self.skipped)  # which grew on a share of the text, maybe
+        """Swap until `patience` evaluations brought nothing, tried on a part of the
+        text first; say whether any did.
+        """
+        self.cost = before = self._evaluate(
+            self.skipped
+        )  # which grew on a share of the text, maybe
         spent, tried, self.falls = 0.0, {self.skipped}, {}
         guesses: dict[Swap, float] = {}
         self.evaluator.set_prefix(self.skipped)
@@ -162,11 +226,23 @@ class _Search:
             back, unit = min(guesses, key=guesses.__getitem__)
             if guesses.pop((back, unit)) > 0 and self.setting.grown_on < 1.0:
                 continue
-            spent, cost = spent + 1, self._evaluate(self.skipped.difference(back).union(unit))
+            spent, cost = (
+                spent + 1,
+                self._evaluate(self.skipped.difference(back).union(unit)),
+            )
             if cost < self.cost:
-                self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
-                self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
-                kept = (tuple(name for name in one if name not in back) for one in self.order)
+                self.rises[back], self.falls[unit] = (
+                    self.falls.pop(back),
+                    self.rises[unit],
+                )
+                self.skipped, self.cost = (
+                    self.skipped.difference(back).union(unit),
+                    cost,
+                )
+                kept = (
+                    tuple(name for name in one if name not in back)
+                    for one in self.order
+                )
                 self.order = [*filter(None, kept), unit]
                 self.evaluator.set_prefix(self.skipped)
                 guesses, spent = {}, 0.0
@@ -187,7 +263,9 @@ class _Search:
                 return
 
     def _next(self) -> Unit | None:
-        """The unit that is worth most, known on top of what is skipped now; a guess when it is late."""
+        """The unit that is worth most, known on top of what is skipped now; a guess
+        when it is late.
+        """
         self.evaluator.set_prefix(self.skipped)
         moves, fresh = self.moves(self.skipped), set()
         while moves:
@@ -196,18 +274,24 @@ class _Search:
                 return best
             if self.setting.late:
                 return best if self.budget.limit == math.inf else None
-            self.rises[best] = self._more(self.skipped.union(best), self.setting.grown_on)
+            self.rises[best] = self._more(
+                self.skipped.union(best), self.setting.grown_on
+            )
             fresh.add(best)
         return None
 
     def _rate(self, unit: Unit) -> tuple[float, float]:
-        """What the queue is ordered by; what was never evaluated comes first, or last when it is late."""
+        """What the queue is ordered by; what was never evaluated comes first, or last
+        when it is late.
+        """
         if unit not in self.rises:
             return (math.inf if self.setting.late else -math.inf), self._cheap(unit)
         return self.budget.rate(unit, self.rises[unit], self.skipped), self._cheap(unit)
 
     def _best_swap(self, tried: set[Skipped]) -> Swap | None:
-        """What to give back and what to skip for it, of what was not tried, by the guesses there are."""
+        """What to give back and what to skip for it, of what was not tried, by the
+        guesses there are.
+        """
         best, best_gain = None, -math.inf
         enough = self.budget.counted(self.skipped)
         for back in self.space.returns(self.skipped):
@@ -217,7 +301,11 @@ class _Search:
             for unit in self.moves(less):
                 gain = self.falls[back] - self.rises.get(unit, math.inf)
                 swapped = less.union(unit)
-                if gain > best_gain and swapped not in tried and self.budget.saved(swapped) >= enough:
+                if (
+                    gain > best_gain
+                    and swapped not in tried
+                    and self.budget.saved(swapped) >= enough
+                ):
                     best, best_gain = (back, unit), gain
         return best
 
@@ -229,18 +317,36 @@ class _Search:
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
         self.done += share
-        most = 0.8 * self.total  # from there on ever slower: how many swaps gain is not known
+        most = (
+            0.8 * self.total
+        )  # from there on ever slower: how many swaps gain is not known
         beyond = max(self.done - most, 0.0) / (self.total - most)
-        self.progress(min(self.done, most) - (self.total - most) * math.expm1(-beyond), self.total, self._so_far)
+        self.progress(
+            min(self.done, most) - (self.total - most) * math.expm1(-beyond),
+            self.total,
+            self._so_far,
+        )
         return cost
 
     @property
     def _so_far(self) -> str:
-        """What is skipped; before anything is, what costs least alone, of what was tried."""
+        """What is skipped; before anything is, what costs least alone, of what was
+        tried.
+        """
         if self.skipped or not self.rises:
-            return f"{len(self.skipped)} skipped, objective {round(self.cost, 4) + 0.0:.4f}"  # none is -0.0000
+            return (  # none is -0.0000
+                f"{len(self.skipped)} skipped, objective"
+                f" {round(self.cost, 4) + 0.0:.4f}"
+            )
         best = min(self.rises, key=self.rises.__getitem__)
-        return f"0 skipped, best of {len(self.rises)} tried alone: {' '.join(best)}, {self.rises[best]:+.4f}"
+        return (
+            f"0 skipped, best of {len(self.rises)} tried alone: {' '.join(best)},"
+            f" {self.rises[best]:+.4f}"
+        )
 
     def _cheap(self, unit: Unit) -> float:
-        return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
+        return (
+            self.cheap[unit]
+            if unit in self.cheap
+            else sum(self.cheap.get((name,), 0.0) for name in unit)
+        )

@@ -1,4 +1,6 @@
-"""Published repairs to measure ours against: each closes the gaps of a plan, which are runs of lines that it skips."""
+"""Published repairs to measure ours against: each closes the gaps of a plan, which are
+runs of lines that it skips.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +28,9 @@ Batches = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Gap:
-    """Lines that are skipped: from `start` to before `end`; `name` is the first skipped sublayer's."""
+    """Lines that are skipped: from `start` to before `end`; `name` is the first skipped
+    sublayer's.
+    """
 
     name: str
     start: int
@@ -34,85 +38,135 @@ class Gap:
 
 
 def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> list[Gap]:
-    """The runs of lines that `plan` skips, by block if asked. Raises for one of a parallel block's two alone."""
+    """The runs of lines that `plan` skips, by block if asked. Raises for one of a
+    parallel block's two alone.
+    """
     lines = lines_of(structure)
     skipped = []
     for line in lines:
         left_out = [name in plan.names for name in line.names]
         if any(left_out) != all(left_out):
-            told = f"block {line.block.index} runs its attention and its MLP side by side"
+            told = (
+                f"block {line.block.index} runs its attention and its MLP side by side"
+            )
             fix = "this repair makes up for whole blocks there: choose another"
             raise UsageError(f"{told}, and the plan skips one of them; {fix}")
         skipped.append(all(left_out))
-    runs = groupby(range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index))
+    runs = groupby(
+        range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index)
+    )
     gaps = [list(run) for (out, _), run in runs if out]
-    return [Gap(lines[places[0]].names[0], places[0], places[-1] + 1) for places in gaps]
+    return [
+        Gap(lines[places[0]].names[0], places[0], places[-1] + 1) for places in gaps
+    ]
 
 
 def _stream(model: PreTrainedModel, plan: Plan, batches: Batches) -> DenseStream:
-    """The original model on the calibration text. Raises `UsageError` for a plan, text or model that does not fit."""
+    """The original model on the calibration text. Raises `UsageError` for a plan, text
+    or model that does not fit.
+    """
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
     structure.refuse_stubs("a repair")
     if structure.scaled:
-        raise UsageError(f"layers of {structure.model_type} multiply their stream; only notall.repair knows that")
+        raise UsageError(
+            f"layers of {structure.model_type} multiply their stream; only"
+            " notall.repair knows that"
+        )
     return DenseStream(inner, all_checked(batches, inner))
 
 
-def _least_squares(inputs: Batches, outputs: Batches, *, ridge: float = 0.0, biased: bool = False) -> Tensor:
-    """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs), with a last column for a bias."""
-    moments = Moments.none(inputs[0].shape[-1], outputs[0].shape[-1], biased, inputs[0].new_empty(0).double())
+def _least_squares(
+    inputs: Batches, outputs: Batches, *, ridge: float = 0.0, biased: bool = False
+) -> Tensor:
+    """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs),
+    with a last column for a bias.
+    """
+    moments = Moments.none(
+        inputs[0].shape[-1],
+        outputs[0].shape[-1],
+        biased,
+        inputs[0].new_empty(0).double(),
+    )
     for given, wanted in zip(inputs, outputs):
         given, wanted = given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
         moments.add(given, wanted, given.new_ones(len(given)))
     found = moments.solve(ridge, alike=True)
     if found is None:
-        raise UsageError(f"the text is too short for a matrix of {inputs[0].shape[-1]} channels; give more --sequences")
+        raise UsageError(
+            f"the text is too short for a matrix of {inputs[0].shape[-1]} channels;"
+            " give more --sequences"
+        )
     return found
 
 
-def _over(stream: DenseStream, gap: Gap, *, ridge: float = 0.0, biased: bool = False) -> Tensor:
+def _over(
+    stream: DenseStream, gap: Gap, *, ridge: float = 0.0, biased: bool = False
+) -> Tensor:
     """The linear map from the dense stream before a gap to what the gap adds to it."""
     before, behind = stream.before(gap.start, gap.end)
     added = [to.double() - at for at, to in zip(before, behind)]
-    return _least_squares(before, added, ridge=ridge, biased=biased).to(stream.model.dtype)
+    return _least_squares(before, added, ridge=ridge, biased=biased).to(
+        stream.model.dtype
+    )
 
 
 @torch.no_grad()
-def nbl(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
-    """Neural Block Linearization, arXiv 2505.21077: W = C_yx C_xx^-1, b = E[y] - W E[x], of the original model.
+def nbl(
+    model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent
+) -> RepairedPlan:
+    """Neural Block Linearization, arXiv 2505.21077: W = C_yx C_xx^-1, b = E[y] - W
+    E[x], of the original model.
 
-    x is the stream before an attention and y what it adds, as its repository's layers run: no norm stands before W.
-    A skipped MLP gets a map as well, and a block that is skipped whole one for both, as in the paper's Block NBL.
-    A least-squares fit with a bias is the same estimator.
+    x is the stream before an attention and y what it adds, as its repository's layers
+    run: no norm stands before W. A skipped MLP gets a map as well, and a block that is
+    skipped whole one for both, as in the paper's Block NBL. A least-squares fit with a
+    bias is the same estimator.
     """
     stream, maps = _stream(model, plan, batches), {}
-    for gap in tracked(gaps_of(stream.structure, plan, by_block=True), "fitting maps to what is skipped", progress):
+    for gap in tracked(
+        gaps_of(stream.structure, plan, by_block=True),
+        "fitting maps to what is skipped",
+        progress,
+    ):
         found = _over(stream, gap, biased=True)
-        maps[gap.name] = LinearMap(found[:, :-1].contiguous(), found[:, -1].contiguous())
+        maps[gap.name] = LinearMap(
+            found[:, :-1].contiguous(), found[:, -1].contiguous()
+        )
     return RepairedPlan.of(plan, maps=maps)
 
 
 @torch.no_grad()
-def ghosted(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
-    """Ghosted Layers, arXiv 2605.15491: x becomes x (I + X^+ D), where D is what a gap adds to the dense stream X.
+def ghosted(
+    model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent
+) -> RepairedPlan:
+    """Ghosted Layers, arXiv 2605.15491: x becomes x (I + X^+ D), where D is what a gap
+    adds to the dense stream X.
 
-    X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its `recovery.py`; one matrix a gap, and no bias.
+    X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its `recovery.py`; one matrix a gap,
+    and no bias.
     """
     stream, maps = _stream(model, plan, batches), {}
-    for gap in tracked(gaps_of(stream.structure, plan), "fitting maps over the gaps", progress):
+    for gap in tracked(
+        gaps_of(stream.structure, plan), "fitting maps over the gaps", progress
+    ):
         maps[gap.name] = LinearMap(_over(stream, gap, ridge=RIDGE))
     return RepairedPlan.of(plan, maps=maps)
 
 
 @torch.no_grad()
-def replaceme(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
-    """ReplaceMe, arXiv 2505.02819: what a gap did, as a linear map, folded into the output projection before it.
+def replaceme(
+    model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent
+) -> RepairedPlan:
+    """ReplaceMe, arXiv 2505.02819: what a gap did, as a linear map, folded into the
+    output projection before it.
 
-    Its `lstsq` with an `alpha` of 0: T = (M'M)^-1 M'(h_n + M - h_i), and T'W in place of W, all of the original. M
-    is what the projection W, of whatever is kept before the gap, adds to the stream, h_i the stream behind it, h_n that
-    behind the gap. A gap stays that has nothing before it, or a sublayer that a norm or no single matrix ends.
+    Its `lstsq` with an `alpha` of 0: T = (M'M)^-1 M'(h_n + M - h_i), and T'W in place
+    of W, all of the original. M is what the projection W, of whatever is kept before
+    the gap, adds to the stream, h_i the stream behind it, h_n that behind the gap. A
+    gap stays that has nothing before it, or a sublayer that a norm or no single matrix
+    ends.
     """
     stream = _stream(model, plan, batches)
     steps = [step for step in steps_of(stream.structure, plan) if step.gap]
@@ -124,8 +178,13 @@ def replaceme(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Pr
 
 def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     layer = stream.layers[step.block.index]
-    before, wanted = (stream.at_layer(step, states) for states in stream.before(step.line, step.behind))
-    part = max(step.parts, key=lambda part: part.kind == "mlp")  # of a parallel block the MLP, as in its Falcon
+    before, wanted = (
+        stream.at_layer(step, states)
+        for states in stream.before(step.line, step.behind)
+    )
+    part = max(
+        step.parts, key=lambda part: part.kind == "mlp"
+    )  # of a parallel block the MLP, as in its Falcon
     projection = stream.projections.of(part)
     if projection is None or projection.norm:
         return {}
@@ -135,20 +194,32 @@ def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     added = [inner.double() @ matrix.double().T for inner in features()]
     if bias is not None:
         added = [m + projection.scale * bias.double() for m in added]
-    target = [to.flatten(0, 1).double() + m - at.flatten(0, 1) for to, m, at in zip(wanted, added, behind)]
+    target = [
+        to.flatten(0, 1).double() + m - at.flatten(0, 1)
+        for to, m, at in zip(wanted, added, behind)
+    ]
     through = _least_squares(added, target)
     new_bias = None if bias is None else (through @ bias.double()).to(bias.dtype)
-    return stream.placed(step, projection.parameters(layer, (through @ matrix.double()).to(matrix.dtype), new_bias))
+    return stream.placed(
+        step,
+        projection.parameters(
+            layer, (through @ matrix.double()).to(matrix.dtype), new_bias
+        ),
+    )
 
 
 @torch.no_grad()
-def prune_and_comp(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
-    """Prune&Comp, arXiv 2507.18212: the stream's magnitude behind a gap is made what it was, by weights.
+def prune_and_comp(
+    model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent
+) -> RepairedPlan:
+    """Prune&Comp, arXiv 2507.18212: the stream's magnitude behind a gap is made what it
+    was, by weights.
 
-    The stream before each gap is multiplied by a = mean over windows and channels of E|x_after| / E|x_before|, gap by
-    gap, as in its `magcomp.py`, which multiplies the embedding and every projection before the gap by a. Here every
-    output projection *behind* it is divided by a: norms read the stream, so its whole scale tells nothing, and an
-    embedding that is the head too can stay.
+    The stream before each gap is multiplied by a = mean over windows and channels of
+    E|x_after| / E|x_before|, gap by gap, as in its `magcomp.py`, which multiplies the
+    embedding and every projection before the gap by a. Here every output projection
+    *behind* it is divided by a: norms read the stream, so its whole scale tells
+    nothing, and an embedding that is the head too can stay.
     """
 
     def size(states: Tensor) -> Tensor:
@@ -159,11 +230,21 @@ def prune_and_comp(model: PreTrainedModel, plan: Plan, batches: Batches, progres
     (states,), here, scale = stream.before(0), 0, 1.0
     weights: dict[str, Tensor] = {}
     gaps = gaps_of(stream.structure, plan)
-    for number, gap in enumerate(tracked(gaps, "measuring magnitudes over the gaps", progress)):
+    for number, gap in enumerate(
+        tracked(gaps, "measuring magnitudes over the gaps", progress)
+    ):
         states = stream.run(stream.lines[here : gap.start], states)
         behind = stream.run(stream.lines[gap.start : gap.end], states)
-        ratio = float(torch.cat([size(to) / size(at).clamp_min(TINY) for at, to in zip(states, behind)]).mean())
-        states, here, scale = [ratio * state for state in states], gap.end, scale * ratio
+        ratio = float(
+            torch.cat(
+                [size(to) / size(at).clamp_min(TINY) for at, to in zip(states, behind)]
+            ).mean()
+        )
+        states, here, scale = (
+            [ratio * state for state in states],
+            gap.end,
+            scale * ratio,
+        )
         until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
         for line in stream.lines[here:until]:
             for part in line.parts:
@@ -171,11 +252,21 @@ def prune_and_comp(model: PreTrainedModel, plan: Plan, batches: Batches, progres
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
+def _divided(
+    stream: DenseStream, line: Line, part: Sublayer, scale: float
+) -> dict[str, Tensor]:
     layer, projection = stream.layers[part.index], stream.projections.of(part)
     if projection is None or projection.norm:
-        told = f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix"
-        raise UsageError(f"{told}, so that no weights rescale it; choose another repair than prune-and-comp")
+        told = (
+            f"what {part.name} adds to the stream goes through a norm or comes from"
+            " more than one matrix"
+        )
+        raise UsageError(
+            f"{told}, so that no weights rescale it; choose another repair than"
+            " prune-and-comp"
+        )
     bias = projection.bias(layer)
-    new = projection.parameters(layer, projection.matrix(layer) / scale, None if bias is None else bias / scale)
+    new = projection.parameters(
+        layer, projection.matrix(layer) / scale, None if bias is None else bias / scale
+    )
     return stream.placed(line, new)
