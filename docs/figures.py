@@ -59,7 +59,8 @@ TABLE = re.compile(r"<!--table (?P<name>[\w-]+)-->\n.*?<!--/table-->", re.S)
 IN_CELL = re.compile(r"\{([^{}]*)\}")
 PAGES = [
     ROOT / "README.md",
-    ROOT / "benchmarks/README.md",
+    ROOT / "benchmarks/LOG.md",
+    *sorted((ROOT / "benchmarks").rglob("README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 SIDES = {"left": "---", "right": "---:", "center": ":-:"}
@@ -210,11 +211,13 @@ def specs(path: Path) -> dict[str, Any]:
 
 
 def tables_of(page: Path) -> Path:
-    """Where the tables of a page are described; `benchmarks/README.md` has a page of
-    its own.
+    """Where the tables of a page are described: `benchmarks-serving.yaml` has those of
+    `benchmarks/serving/README.md`.
     """
-    of_folder = page.name == "README.md" and page.parent != ROOT
-    name = page.parent.name if of_folder else page.stem.lower()
+    folders = page.parent.relative_to(ROOT).parts
+    name = page.stem.lower()
+    if page.name == "README.md" and folders:
+        name = "-".join(folders)
     return ROOT / f"docs/tables/{name}.yaml"
 
 

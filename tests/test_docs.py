@@ -322,7 +322,8 @@ def test_the_faq_quotes_messages_that_notall_prints():
 
 @pytest.mark.any_transformers
 def test_links_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
+    logs = sorted((ROOT / "benchmarks").rglob("*.md"))
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *logs]:
         for link, anchor in re.findall(
             r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page.read_text(encoding="utf-8")
         ):

@@ -7,7 +7,7 @@ one resumable command.
 
 DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`,
 `wikitext2/wiki.test.raw` and `make_tasks.py`, which writes the task that two rows go
-by; see benchmarks/README.md. Results, table and front land in --out.
+by; see benchmarks/comparison/README.md. Results, table and front land in --out.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ MOST_TOKENS = 1 << 31  # of a prompt
 MOST_BYTES = 1 << 20  # of a plan file
 PUBLISHED = (
     Path(__file__).parent / "published"
-)  # the plans of docs/results.md, taken by `published:NAME`
+)  # the plans of the documents, taken by `published:NAME`
 PUBLISHED_AS = "published:"
 
 
