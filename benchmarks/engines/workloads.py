@@ -6,7 +6,8 @@ sequence and several at once.
 
 The original, and what is left without a quarter of its attentions, of its MLPs, and of
 its blocks: the deepest but the last (which ones they are makes no difference to a
-time). Beside them quantised ones: `--also dense:Q8_0`. Each runs in a process of its
+time). `--skipped prompt` is a quarter of the blocks out of the prompt alone. Quantised
+ones are added by `--also dense:Q8_0`. Each runs in a process of its
 own; in every round all are asked in turn, forwards and then backwards. `first` is the
 time until all sequences have their first token, `step` that of a token of all of them.
 Speedups are over the original by round: median [quartiles]. A cell that is in DIR is
@@ -38,6 +39,7 @@ from notall.results.terminal import print_table
 
 Name = tuple[str, str]  # of a plan, and how the weights are represented
 DENSE, AS_IT_IS = "dense", "as it is"
+LAST_TOKENS = 64  # of a prompt that run whole
 
 
 class Row(Fact):
@@ -71,12 +73,16 @@ COLUMNS: tuple[Column[Row], ...] = (
 
 
 def plans(depth: int) -> dict[str, notall.Plan]:
+    """By name; `prompt` skips the deepest quarter of the blocks in the prompt alone."""
     quarter = range(depth - 1 - round(depth / 4), depth - 1)
+    deepest = range(depth - round(depth / 4), depth)
+    in_prompt = {"attention": deepest, "mlp": deepest, "last_tokens": LAST_TOKENS}
     return {
         DENSE: notall.Plan(),
         "attention": notall.Plan(attention=quarter),
         "mlp": notall.Plan(mlp=quarter),
         "block": notall.Plan(attention=quarter, mlp=quarter),
+        "prompt": notall.Plan(prefill=in_prompt),
     }
 
 
