@@ -59,7 +59,7 @@ MODULES = {
     "loading": "models.loading",
     "texts_mix": "models.mix",
     "texts": "models.texts",
-    "plugins": "plugins",
+    "entry_points": "entry_points",
     "healing": "repairing.healing",
     "in_prompts": "choosing.in_prompts",
     "methods": "repairing.methods",
@@ -176,6 +176,7 @@ NAMES = {
         "repetition",
         "run_diagnostics",
     ],
+    "evaluation.checks": ["made"],
     "evaluation.harness": ["Answers", "run_tasks"],
     "evaluation.ray_workers": ["Workers", "split_branches"],
     "evaluation.scoring": [
@@ -424,7 +425,7 @@ NAMES = {
     "repairing.refitting": [
         "Kept",
         "RIDGES as refitting_RIDGES",
-        "Repair",
+        "Refitting as Repair",
     ],
     "repairing.solving": ["DEAD", "Fit", "Moments", "Rows", "sums_for"],
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import dtype_name
 from ..plan import Plan
-from ..repairing.refitting import Repair
+from ..repairing.refitting import Refitting
 from ..repairing.streams import DenseStream
 from ..results.facts import SearchCost
 from ..results.ledger import Ledger
@@ -289,7 +289,7 @@ class AfterRepair(Evaluator):
         )
         self.judged_by = "kl after a repair"
         self._base: Skipped = frozenset()
-        self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
+        self._repairs: dict[frozenset[int], dict[Skipped, Refitting]] = {}
         self._texts: dict[frozenset[int], tuple[DenseStream, dict[int, Dense]]] = {}
 
     def set_prefix(self, base: Skipped) -> None:
@@ -325,9 +325,11 @@ class AfterRepair(Evaluator):
 
     def _repair(
         self, text: DenseStream, skipped: Skipped, numbers: frozenset[int]
-    ) -> Repair:
+    ) -> Refitting:
         others = self._repairs.setdefault(numbers, {})
-        repair = Repair(text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True)
+        repair = Refitting(
+            text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True
+        )
         repair.run(others=[*others.values()])
         others[skipped] = repair
         each = len(repair.steps) * sum(hidden.nbytes for hidden in repair.states)

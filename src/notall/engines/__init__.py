@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 
 import psutil
 
+from ..entry_points import class_named
 from ..errors import UsageError, nearest
 from ..files import contents, read_json
-from ..plugins import class_named
 
 ENGINES = {
     "llama.cpp": "notall.engines.llamacpp:LlamaCpp",

@@ -19,7 +19,8 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task, TaskConfig
 
 from ..digests import digest_of
-from ..errors import UsageError, nearest, need, shortened
+from ..entry_points import installed_names, named
+from ..errors import UsageError, expect, nearest, need, shortened
 from ..files import read_json
 from ..models.prompts import prompts
 from ..models.retrieval import CONTEXTS, UNSEEN, Episode, Form, episode
@@ -50,10 +51,14 @@ Doc = dict[str, Any]  # of the harness: `prompt` and `answer`, and what a verifi
 
 
 class MadeTask(Task):
-    """Documents that were made here. `kind` is a request of `PlansLM`, and `judge`
-    makes metrics of what it answers.
+    """A task of documents that are at hand; plug-ins know it as `notall.plugins.Task`.
 
-    `metrics` says of each whether higher is better.
+    A document has a `prompt` and an `answer`, and what `judge` needs. `kind` is how the
+    model is asked: "loglikelihood" of the answer, (nats, whether it is the greedy one);
+    "generate_until" with up to `tokens` new ones (a key of the document), the text; or
+    "chat", the same in chat form, the pair of texts of the plan and of the original.
+    `judge` makes the metrics of a document and that result; `metrics` has for each
+    whether higher is better.
     """
 
     VERSION = 3
@@ -281,16 +286,28 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+PLUGINS = "notall.tasks"  # the group of entry points of tasks
+
+
+def check_names() -> list[str]:
+    """notall's own checks, and those of installed packages."""
+    return [*MAKERS, *installed_names(PLUGINS)]
+
+
 def is_check(name: str) -> bool:
-    return name in MAKERS or name.startswith((GYM, *ASKING))
+    """Whether a name is of a check: notall's own or a plug-in's, and no harness task's."""
+    return name.startswith((GYM, *ASKING)) or name in check_names()
 
 
 def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
     """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator
-    of it, or prompts of a file.
+    of it, or prompts of a file, and where a plug-in makes something else.
     """
     if not name.startswith(GYM):
-        return MAKERS[name.partition(":")[0]](name, items, seed)
+        maker = named(name.partition(":")[0], MAKERS, PLUGINS, "task")
+        task = maker(name, items, seed)
+        expect(task, MadeTask, f"back a notall.plugins.Task for {shortened(name)}")
+        return task
     generator = name.removeprefix(GYM)
     if generator not in generators():
         told = (

@@ -35,8 +35,8 @@ from .checks import (
     GROUPS,
     GYM,
     ITEMS,
-    MAKERS,
     SEED,
+    check_names,
     generators,
     is_check,
     made,
@@ -239,7 +239,7 @@ class TaskShelf:
         for name in [
             name for name in found if name not in known and not is_check(name)
         ]:
-            names = dict.fromkeys([*groups, *MAKERS, *self.manager.all_tasks])
+            names = dict.fromkeys([*groups, *check_names(), *self.manager.all_tasks])
             near = difflib.get_close_matches(name, names, 3)
             hint = (
                 f"did you mean {', '.join(near)}?"
@@ -263,7 +263,7 @@ class TaskShelf:
             for name in self.manager.all_tasks
         }
         gym = generators() if installed("reasoning_gym") else []
-        own = [*MAKERS, *(f"{GYM}{generator}" for generator in gym)]
+        own = [*check_names(), *(f"{GYM}{generator}" for generator in gym)]
         kinds = (
             dict.fromkeys(("openllm", *GROUPS), "group")
             | dict.fromkeys(own, "check")

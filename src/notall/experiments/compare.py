@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ..digests import digest_of
+from ..entry_points import source_of
 from ..errors import FIGURES, UsageError, installed, need, shortened
 from ..files import Settings, write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import SET_NAMES, Plan, refuse_prefill, several, several_of
-from ..plugins import source_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import (
     DECODE_MS,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ..entry_points import class_named
 from ..errors import UsageError, shortened
 from ..files import FULL, Settings, beside, writing
 from ..plan import Plan, refuse_prefill
-from ..plugins import class_named
 from ..progress import Progress, silent
 from ..results.lines import refuse_unwritable
 from ..results.table import in_bytes

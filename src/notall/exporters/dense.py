@@ -28,6 +28,7 @@ from ..files import (
     contents,
     named_weights,
     own_file,
+    read_json,
     refuse_adapter,
     saving,
 )
@@ -146,6 +147,13 @@ class DenseModel:
             stored.get(f"{prefix}0.{name}") == own.shape
             for name, own in self.layer(0).named_parameters()
         )
+
+    def read(self, name: str) -> Settings:
+        """A JSON file next to the weights, such as generation_config.json; empty where
+        there is none.
+        """
+        file = own_file(self.folder, name)
+        return dict(read_json(contents(file))) if file else {}
 
     def layer(self, index: int) -> nn.Module:
         """On the meta device."""

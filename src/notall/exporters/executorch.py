@@ -17,16 +17,22 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from ..files import Settings, contents, own_file, read_json
-from ..models.load_errors import quiet
-from ..plan import Plan
-from ..progress import Progress
-from ..running.regrouping import layers_of, sparse_layers
-from ..structure.proving import relative_error
-from .dense import CheckpointExport, DenseModel
-from .manifest import Verdict, Verified
-from .tensors import FLOATS, Weight, Weights
+from notall import Plan, UsageError
+from notall.plugins import (
+    FLOATS,
+    CheckpointExport,
+    DenseModel,
+    Progress,
+    Settings,
+    Verdict,
+    Verified,
+    Weight,
+    Weights,
+    layers_of,
+    quiet,
+    relative_error,
+    sparse_layers,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BY_LENGTH = ("dynamic", "longrope")  # RoPEs whose angles go by how long a text is
@@ -343,13 +349,14 @@ def _stops(dense: DenseModel) -> Settings:
     """The tokens that a text begins and ends with, as ExecuTorch's runners ask for
     them.
     """
-    file = own_file(dense.folder, "generation_config.json")
-    told = {**dense.settings, **(read_json(contents(file)) if file else {})}
-    first, last = told.get("bos_token_id"), told.get("eos_token_id")
-    ends = last if isinstance(last, list) else [last]
-    return ({} if first is None else {"get_bos_id": first}) | (
-        {} if last is None else {"get_eos_ids": ends}
-    )
+    settings = dense.settings | dense.read("generation_config.json")
+    first, last = settings.get("bos_token_id"), settings.get("eos_token_id")
+    stops: Settings = {}
+    if first is not None:
+        stops["get_bos_id"] = first
+    if last is not None:
+        stops["get_eos_ids"] = last if isinstance(last, list) else [last]
+    return stops
 
 
 def _program(model: nn.Module, args: Settings, stops: Settings) -> Any:

@@ -18,21 +18,27 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
-from ..errors import UsageError
-from ..files import Settings
-from ..models.own_exports import MULTIPLE
-from ..plan import Plan
-from ..progress import Progress
-from ..running.regrouping import layers_of, sparse_layers
-from ..structure.proving import relative_error
-from .dense import CheckpointExport, DenseModel
-from .layout import rope_names
-from .manifest import NotVerified, Verdict, Verified
-from .tensors import Weight, check_copies
+from notall import Plan, UsageError
+from notall.plugins import (
+    CheckpointExport,
+    DenseModel,
+    NotVerified,
+    Progress,
+    Settings,
+    Verdict,
+    Verified,
+    Weight,
+    check_copies,
+    layers_of,
+    relative_error,
+    rope_names,
+    sparse_layers,
+)
 
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2")
+MULTIPLE = 256  # engines round an MLP's width up to one of these
 KEPT = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id",

@@ -96,9 +96,9 @@ def repair(
                     progress
                 )
             else:
-                refit = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(
-                    progress
-                )
+                refit = Refitting(
+                    text, plan, ridges=ridges, ahead=ahead, kept=kept
+                ).run(progress)
             found = refit.knowing(inner)
     if (told := quantisation_of(inner.config)) and all(
         refit.why for refit in found.refits
@@ -151,7 +151,7 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
 
 
 @dataclass(eq=False)
-class Repair:
+class Refitting:
     """One plan's repair: two streams on their way through the model. `states` end as
     what the last layer answers.
     """
@@ -202,7 +202,7 @@ class Repair:
         self.ran = 0  # sublayers of the skipped model run so far
 
     def run(
-        self, progress: Progress = silent, *, others: "Sequence[Repair]" = ()
+        self, progress: Progress = silent, *, others: "Sequence[Refitting]" = ()
     ) -> RepairedPlan:
         """The repaired plan; it goes on from that of the `others` that it shares most
         with.
@@ -244,7 +244,7 @@ class Repair:
         }
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
-    def shared_with(self, other: "Repair") -> int:
+    def shared_with(self, other: "Refitting") -> int:
         """How many of the first steps another repair went past in the same way."""
         both = list(zip(self.hangs_on, other.hangs_on[: len(other.passed)]))
         return next(

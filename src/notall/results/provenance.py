@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from ..entry_points import functions_in
 from ..errors import shortened
 from ..files import Settings
 from ..plan import several
-from ..plugins import functions_in
 
 # What is told, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")

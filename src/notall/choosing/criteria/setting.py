@@ -11,8 +11,8 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...entry_points import explained, first_line
 from ...errors import UsageError, expect, shortened
-from ...plugins import explained, first_line
 from ...progress import Progress, silent
 from ...results.facts import SearchCost
 from ...structure.locating import locate

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...digests import digest_of
+from ...entry_points import explained, first_line, named, source_of, takes
 from ...errors import UsageError, expect, shortened
 from ...models.loading import dtype_name
 from ...models.texts import checked
 from ...plan import Plan, refuse_prefill
-from ...plugins import explained, first_line, named, source_of, takes
 from ...progress import Progress, silent
 from ...results.ledger import Ledger, read, working_in
 from ...results.provenance import Provenance
@@ -32,9 +32,10 @@ from ..refitting import about_weights, repair
 from .published import Batches, ghosted, nbl, prune_and_comp, replaceme
 
 
-class Repairing(Protocol):
-    """A function that answers a plan with weights, or with matrices that stay, from
-    calibration text.
+class RepairFunction(Protocol):
+    """A function that makes a `RepairedPlan` of a plan and calibration text.
+
+    It returns new weights of what the plan keeps, or matrices that stay at run time.
 
     `batches` are token ids, (batch, tokens) each, on the device where the model takes
     its inputs.
@@ -50,14 +51,16 @@ class Repairing(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to make up for what a plan skips; `adds` says what it adds at run time, for
-    people.
-    """
+class Repair:
+    """A repair by name. `adds` describes what it adds at run time, in a table."""
 
-    repair: Repairing
+    repair: RepairFunction
     description: str
     adds: str = "nothing"
+
+
+# The names of these two before `notall.plugins` had them.
+Method, Repairing = Repair, RepairFunction
 
 
 def refit(
@@ -75,28 +78,28 @@ def refit(
 
 
 METHODS = {
-    "none": Method(
+    "none": Repair(
         lambda model, plan, batches, progress=silent: RepairedPlan.of(plan),
         "the plan as it is",
     ),
-    "refit": Method(
+    "refit": Repair(
         refit,
         "notall's own: kept output projections refit to the dense stream, one gap"
         " ahead",
     ),
-    "replaceme": Method(
+    "replaceme": Repair(
         replaceme,
         "a linear map over each gap, folded into the projection before it; 2505.02819",
     ),
-    "prune-and-comp": Method(
+    "prune-and-comp": Repair(
         prune_and_comp, "the stream's magnitude restored behind each gap; 2507.18212"
     ),
-    "nbl": Method(
+    "nbl": Repair(
         nbl,
         "a linear map in place of what is skipped; 2505.21077",
         "a matrix and a bias each",
     ),
-    "ghosted": Method(ghosted, "a linear map at each gap; 2605.15491", "a matrix each"),
+    "ghosted": Repair(ghosted, "a linear map at each gap; 2605.15491", "a matrix each"),
 }
 GROUP = "notall.repair_methods"  # of entry points
 # the folder, in that of a recovery, of the repair that the training begins with
@@ -109,7 +112,7 @@ WEIGHT, PROMPT, MATRIX, BIAS = (
 )  # tensors in a file of a repair
 
 
-def method(way: str | Method | Repairing) -> Method:
+def method(way: str | Repair | RepairFunction) -> Repair:
     """The method of a name: none, refit, replaceme, prune-and-comp, nbl, ghosted, or
     `module:function`.
 
@@ -123,7 +126,7 @@ def method(way: str | Method | Repairing) -> Method:
         name, found = way, named(way, METHODS, GROUP, "repair")
     else:
         name, found = getattr(way, "__name__", "method"), way
-    if isinstance(found, Method):
+    if isinstance(found, Repair):
         return (
             found
             if found in METHODS.values()
@@ -132,12 +135,12 @@ def method(way: str | Method | Repairing) -> Method:
     if not inspect.isfunction(found):
         raise UsageError(
             f"{shortened(name)} is no repair: give a function of a model, a plan and"
-            " batches, or a Method"
+            " batches, or a Repair"
         )
-    return Method(_guarded(name, found), first_line(found))
+    return Repair(_guarded(name, found), first_line(found))
 
 
-def _guarded(name: str, function: Repairing) -> Repairing:
+def _guarded(name: str, function: RepairFunction) -> RepairFunction:
     """A repair of others, whose faults are one line. Raises `UsageError` for one that
     takes other arguments.
     """

@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import UsageError
-from ...models.texts import all_checked
-from ...plan import Plan
-from ...progress import Progress, silent, tracked
-from ...running.repaired import LinearMap, RepairedPlan
-from ...structure.locating import locate
-from ...structure.model_structure import ModelStructure, Sublayer, base_model
-from ..projections import features_of
-from ..solving import Moments
-from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
+from notall import ModelStructure, Plan, RepairedPlan, Sublayer, UsageError, locate
+from notall.plugins import (
+    DenseStream,
+    Line,
+    LinearMap,
+    LiveStep,
+    Moments,
+    Progress,
+    all_checked,
+    base_model,
+    features_of,
+    lines_of,
+    silent,
+    steps_of,
+    tracked,
+)
 
 RIDGE = 1e-6  # what the repository of Ghosted Layers adds to X'X
 TINY = torch.finfo(torch.float32).tiny
