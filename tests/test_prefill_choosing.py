@@ -19,7 +19,6 @@ from api import (
     by_footprint,
     by_limit,
     by_speedup,
-    choice,
     choose_as_fast,
     evaluate,
     in_prompts,
@@ -27,6 +26,7 @@ from api import (
     latency,
     measure_times,
     nll,
+    outcomes,
     read,
     running_last,
     searching,
@@ -321,7 +321,7 @@ def test_the_cheapest_of_all_sets_that_are_as_fast_is_found(
     model, clock, monkeypatch, seed
 ):
     monkeypatch.setattr(
-        choice,
+        outcomes,
         "choose",
         lambda _, setting, budget: searching.search(setting, budget, {}),
     )
@@ -355,7 +355,7 @@ def test_sets_of_a_prompt_that_save_otherwise_are_timed_each(model, monkeypatch)
             measured_speedup=measured,
         )
 
-    monkeypatch.setattr(choice, "check_times", check_times)
+    monkeypatch.setattr(outcomes, "check_times", check_times)
     among = space(model, "sublayer")
     budget = by_speedup(
         among,

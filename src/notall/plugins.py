@@ -33,15 +33,13 @@ if TYPE_CHECKING:
         resident_bytes as resident_bytes,
     )
     from .exporters import Export as Export, Source as Source
-    from .exporters.dense import (
-        CheckpointExport as CheckpointExport,
-        DenseModel as DenseModel,
-    )
-    from .exporters.layout import (
+    from .exporters.checkpoint import CheckpointExport as CheckpointExport
+    from .exporters.config_cuts import (
         cut_settings as cut_settings,
-        moved_tensors as moved_tensors,
         rope_names as rope_names,
     )
+    from .exporters.dense import DenseModel as DenseModel
+    from .exporters.layout import moved_tensors as moved_tensors
     from .exporters.manifest import (
         NotVerified as NotVerified,
         Origin as Origin,
@@ -91,8 +89,10 @@ _HOMES = {
     "Engine Timing Tokens medians resident_bytes": "engines",
     "Task": "evaluation.checks",
     "Export Source": "exporters",
-    "CheckpointExport DenseModel": "exporters.dense",
-    "cut_settings moved_tensors rope_names": "exporters.layout",
+    "CheckpointExport": "exporters.checkpoint",
+    "DenseModel": "exporters.dense",
+    "cut_settings rope_names": "exporters.config_cuts",
+    "moved_tensors": "exporters.layout",
     "NotVerified Origin Verdict Verified": "exporters.manifest",
     "FLOATS Weight Weights check_copies": "exporters.tensors",
     "Settings": "files",

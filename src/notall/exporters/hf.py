@@ -21,8 +21,10 @@ from ..running.regrouping import layers_of
 from ..running.skipping import skip
 from ..structure.model_structure import cache_argument, positions_of
 from ..structure.proving import relative_error, tolerance
-from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
-from .layout import build_of, check_built, cut_settings, moved_modules, moved_tensors
+from .checkpoint import CheckpointExport, probe_tokens
+from .config_cuts import cut_settings
+from .dense import DenseModel, load_whole
+from .layout import build_of, check_built, moved_modules, moved_tensors
 from .manifest import NotVerified, Verdict, Verified
 from .prompt_code import CAUSAL, PromptCode, check_form
 from .quantisation import cut_quantisation, renamed_notes

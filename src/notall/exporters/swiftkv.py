@@ -30,8 +30,9 @@ from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, base_model
 from ..structure.proving import relative_error, tolerance
 from ..structure.undoing import Undo
-from .dense import CheckpointExport, DenseModel, probe_tokens
-from .layout import rope_names
+from .checkpoint import CheckpointExport, probe_tokens
+from .config_cuts import rope_names
+from .dense import DenseModel
 from .manifest import NotAsSkipped, NotVerified, Verdict
 from .prompt_code import PROJECTIONS, own_weights
 from .tensors import Weight, Weights, check_copies, read_tensors
