@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 import psutil
 
 from ..errors import UsageError, nearest
-from ..files import contents, read_json
+from ..files import contents
 from ..plugins import class_named
+from ..strict_json import read_json
 
 ENGINES = {
     "llama.cpp": "notall.engines.llamacpp:LlamaCpp",

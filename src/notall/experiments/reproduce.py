@@ -15,7 +15,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from ..errors import UsageError, printable, shortened
+from ..encodings import printable
+from ..errors import UsageError, shortened
 from ..options import Asked
 from ..plan import several
 from ..plugins import PERMITTED, Permitted

@@ -21,32 +21,21 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
+from ..checkpoint_files import ADAPTER, named_weights, refuse_adapter
 from ..errors import UsageError
-from ..files import (
-    ADAPTER,
-    Settings,
-    contents,
-    named_weights,
-    own_file,
-    refuse_adapter,
-    saving,
-)
+from ..files import contents, own_file, saving
+from ..models.configs import load_config, model_source, reader_of, refuse_export
+from ..models.devices import named_dtype
+from ..models.identity import identify
 from ..models.load_errors import explained, quiet
-from ..models.loading import (
-    build_empty,
-    identify,
-    load_config,
-    model_source,
-    named_dtype,
-    reader_of,
-    refuse_export,
-)
 from ..models.names import named_gguf
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
+from ..models.weightless import build_empty
 from ..plan import Plan, several
 from ..progress import Progress
 from ..running.repaired import RepairedPlan
 from ..running.skipping import refuse_skipping, skip
+from ..strict_json import Settings
 from ..structure.locating import locate
 from ..structure.model_structure import (
     ModelStructure,

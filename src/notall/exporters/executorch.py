@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..files import Settings, contents, own_file, read_json
+from ..files import contents, own_file
 from ..models.load_errors import quiet
 from ..plan import Plan
 from ..progress import Progress
 from ..running.regrouping import layers_of, sparse_layers
+from ..strict_json import Settings, read_json
 from ..structure.proving import relative_error
 from .dense import CheckpointExport, DenseModel
 from .manifest import Verdict, Verified

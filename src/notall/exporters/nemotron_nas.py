@@ -19,11 +19,11 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from ..errors import UsageError
-from ..files import Settings
 from ..models.own_exports import MULTIPLE
 from ..plan import Plan
 from ..progress import Progress
 from ..running.regrouping import layers_of, sparse_layers
+from ..strict_json import Settings
 from ..structure.proving import relative_error
 from .dense import CheckpointExport, DenseModel
 from .layout import rope_names

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ..errors import shortened
-from ..files import Settings
 from ..plan import several
 from ..plugins import functions_in
+from ..strict_json import Settings
 
 # What is told, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")
