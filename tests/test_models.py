@@ -555,7 +555,7 @@ def test_those_who_want_a_copy_at_once_share_it(gguf, monkeypatch):
 
 def test_a_copy_that_was_killed_is_made_again(gguf):
     folder = gguf_copies.converted_folder(gguf)
-    with files.beside(folder) as partial, subprocess.Popen(["true"]) as ended:
+    with files.temporary(folder) as partial, subprocess.Popen(["true"]) as ended:
         ended.wait()
     partial = partial.with_name(
         partial.name.replace(f".{os.getpid()}.", f".{ended.pid}.")
@@ -658,7 +658,7 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
     program = (
-        "from api import loading; print(loading.identify('org/tiny'),"
+        "from api import identity, loading; print(identity.identify('org/tiny'),"
         " loading.load('org/tiny')[0].num_parameters())"
     )
     environment = os.environ | {

@@ -53,7 +53,7 @@ class Fault:
         return f"{self.file}: {self.seen_by}"
 
 
-REPLAY, SKIPPING = "running/replay.py", "running/skipping.py"
+REPLAY, RECORDING = "running/replay.py", "running/recording.py"
 MLP_AHEAD = "in self.before:\n            hidden = holder(scaled(hidden), call){}"
 FAULTS = [
     Fault(
@@ -68,10 +68,10 @@ FAULTS = [
         "hidden",
         "llama-two-evaluate",
     ),
-    Fault(REPLAY, "value.to(inputs_device(inner))", "value", "llama-one-score"),
+    Fault(RECORDING, "value.to(inputs_device(inner))", "value", "llama-one-score"),
     Fault(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
     Fault(
-        "measuring/token_scores.py",
+        "measuring/heads.py",
         "expected.to(found.device)",
         "expected",
         "two-evaluate",
@@ -89,9 +89,17 @@ FAULTS = [
         "two-locate",
     ),
     Fault(
-        SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"
+        "running/regrouped.py",
+        MLP_AHEAD.format(".to(here)"),
+        MLP_AHEAD.format(""),
+        "llama-two-skip",
     ),
-    Fault(SKIPPING, " and runs_on(one) == runs_on(other)", "", "llama-two-remove"),
+    Fault(
+        "running/cutting.py",
+        " and runs_on(one) == runs_on(other)",
+        "",
+        "llama-two-remove",
+    ),
     Fault("running/generating.py", "inputs_device(model)", "model.device", "embedding"),
     Fault(
         "running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"

@@ -20,7 +20,8 @@ from notall.progress import Progress, silent, tracked
 from notall.repairing.methods.published import gaps_of
 from notall.repairing.refitting import Repair
 from notall.repairing.streams import DenseStream
-from notall.running.repaired import LinearMap, with_weights
+from notall.running.repaired import LinearMap
+from notall.running.weight_swaps import with_weights
 from notall.structure.model_structure import base_model
 
 Batches = Sequence[Tensor]

@@ -37,13 +37,9 @@ from notall.experiments.paper import (
     time_grid,
 )
 from notall.measuring.speed import Timing, compare, machine
-from notall.models.loading import (
-    build_empty,
-    build_random,
-    load_config,
-    resolve_device,
-    resolve_dtype,
-)
+from notall.models.configs import load_config
+from notall.models.devices import resolve_device, resolve_dtype
+from notall.models.weightless import build_empty, build_random
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .digests import digest_of, digest_of_file
 from .errors import UsageError, shortened
-from .files import Settings, contents, own_file, read_json, write_whole
+from .files import contents, own_file, write_whole
+from .strict_json import Settings, read_json
 
 MANIFEST = "notall.json"  # of a checkpoint
 REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"

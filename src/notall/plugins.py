@@ -52,7 +52,6 @@ if TYPE_CHECKING:
         Weights as Weights,
         check_copies as check_copies,
     )
-    from .files import Settings as Settings
     from .measuring.quality import Passage as Passage, walk as walk
     from .models.load_errors import quiet as quiet
     from .models.texts import all_checked as all_checked
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
         sparse_layers as sparse_layers,
     )
     from .running.repaired import LinearMap as LinearMap
+    from .strict_json import Settings as Settings
     from .structure.model_structure import base_model as base_model
     from .structure.proving import relative_error as relative_error
 
@@ -95,7 +95,7 @@ _HOMES = {
     "moved_tensors": "exporters.layout",
     "NotVerified Origin Verdict Verified": "exporters.manifest",
     "FLOATS Weight Weights check_copies": "exporters.tensors",
-    "Settings": "files",
+    "Settings": "strict_json",
     "Passage walk": "measuring.quality",
     "quiet": "models.load_errors",
     "all_checked": "models.texts",

@@ -23,7 +23,9 @@ from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.record import Key, is_number
 from ..results.repairs import EvaluationRecord
-from ..running.replay import PrefixCache, Recording, Replay, record
+from ..running.recording import Recording, record
+from ..running.replay import Replay
+from ..running.steps import PrefixCache
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .objective import Objective, kl

@@ -16,7 +16,8 @@ import psutil
 
 from ..entry_points import class_named
 from ..errors import UsageError, nearest
-from ..files import contents, read_json
+from ..files import contents
+from ..strict_json import read_json
 
 ENGINES = {
     "llama.cpp": "notall.engines.llamacpp:LlamaCpp",

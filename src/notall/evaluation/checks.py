@@ -20,11 +20,12 @@ from lm_eval.api.task import Task, TaskConfig
 
 from ..digests import digest_of
 from ..entry_points import installed_names, named
-from ..errors import UsageError, expect, nearest, need, shortened
-from ..files import read_json
+from ..errors import UsageError, expect, nearest, shortened
+from ..extras import need
 from ..models.prompts import prompts
 from ..models.retrieval import CONTEXTS, UNSEEN, Episode, Form, episode
 from ..models.texts import ANSWERS_TO, read_prompts
+from ..strict_json import read_json
 from .scoring import common
 
 # of a check, unless a limit says otherwise: 73 are the fewest that 0.95 can be seen to

@@ -26,7 +26,8 @@ from ..plan import Plan, several
 from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
-from ..running.replay import Replay, record
+from ..running.recording import record
+from ..running.replay import Replay
 from ..running.skipping import skip
 from .scoring import Request, Scorer, common
 

@@ -7,41 +7,25 @@ tokens. Needs the extra `eval`.
 """
 
 import copy
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..digests import digest_of_json
-from ..errors import UsageError, raised_by, shortened
-from ..files import Settings
-from ..measuring.statistics import (
-    JACKKNIFED,
-    are_right_or_wrong,
-    jackknife_error,
-    mean_and_error,
-    recovery_interval,
-    sign_flip_p_value,
-    student_p_value,
-    too_few,
-)
+from ..errors import UsageError, raised_by
 from ..models.load_errors import quiet
 from ..models.mix import origin
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
-from ..results.facts import Recovery, TaskScore
-from ..results.ledger import Ledger, working_in
-from ..results.repairs import AnswersRecord, Said
+from ..results.ledger import working_in
 from ..running.generating import as_asked, greedily, greedy_each, reporting
 from ..running.skipping import skip
 from ..structure.model_structure import inputs_device
@@ -50,7 +34,6 @@ from .scoring import BatchSize, Request, Scorer, unless_out_of_memory
 
 try:
     from lm_eval.api.instance import Instance
-    from lm_eval.api.metrics import mean
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -63,52 +46,13 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from .ray_workers import Workers
+from .answers import Answers
+from .task_scores import TaskResult, scores_of
 
-A = TypeVar("A")
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
 OWN = 32  # prompts that the original model answers at once
 CHATS = ("chat", "first_choices")  # our own kinds of requests
-# What a document calls the text that others ask about, too: questions on one passage
-# are no independent items.
-PASSAGES = (
-    "passage",
-    "flores_passage",
-    "paragraph",
-    "article",
-    "context",
-    "story",
-    "source_id",
-)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one plan made of one document: its value of the metric, and the answers to
-    its requests.
-    """
-
-    task: str
-    doc_id: int
-    value: Any
-    answers: tuple[
-        Any, ...
-        # (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a
-        # text
-    ]
-    source: str = ""  # the passage that it is about, or all of it
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One plan on one task by one metric, beside the original model on the same
-    documents.
-    """
-
-    number: int  # of the plan, in the order given
-    plan: Plan
-    score: TaskScore
-    samples: tuple[Sample, ...]  # one a document
 
 
 def run_tasks(
@@ -170,85 +114,8 @@ def evaluate_job(lm: "PlansLM", job: Job) -> list[TaskResult]:
         TaskResult(number, lm.plans[number + 1], score, samples)
         for row in job.reported().items()
         for number, outcome in enumerate(others)
-        for score, samples in _scores(job, *row, outcome, dense)
+        for score, samples in scores_of(job, *row, outcome, dense)
     ]
-
-
-class Answers:
-    """Answers of `plans`, by number, to requests, by key; a file of them may hold other
-    origins' and plans' too.
-    """
-
-    def __init__(self, folder: Path | None, origin: str, plans: Sequence[Plan]) -> None:
-        self.origin = origin
-        self.names = [digest_of_json(plan.identity)[:24] for plan in plans]
-        self.distinct = [
-            number
-            for number, name in enumerate(self.names)
-            if name not in self.names[:number]
-        ]
-        self._known: dict[tuple[str, str], Said] = {}  # by request and plan
-        # absolute, since tasks of the harness run in another working folder
-        self._ledger = Ledger(folder.absolute(), AnswersRecord) if folder else None
-        for record in self._ledger or ():
-            self._note(record.plans, record.answers)
-
-    def key(self, *request: object) -> str:
-        return digest_of_json([self.origin, *request])[:24]
-
-    def get(self, key: str, number: int, form: type[A]) -> A:
-        """Raises `UsageError` where the file has something of another form."""
-        answer = self._known[key, self.names[number]]
-        if not isinstance(answer, form):
-            where = (
-                self._ledger.path if self._ledger is not None else "what was answered"
-            )
-            told = f"{where} has {shortened(repr(answer))} where an answer should be"
-            raise UsageError(f"{told}; delete the file, and ask again")
-        return answer
-
-    def place(self, number: int) -> int:
-        """Of a plan among those that differ, from 1; of equal ones that of the
-        first.
-        """
-        return 1 + self.distinct.index(self.names.index(self.names[number]))
-
-    def has(self, key: str, number: int) -> bool:
-        return (key, self.names[number]) in self._known
-
-    def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
-        """The distinct keys whose answers are not all there, by the plans that lack
-        them: of equal ones, the first.
-        """
-        found: dict[tuple[int, ...], list[str]] = {}
-        for key in dict.fromkeys(keys):
-            if numbers := tuple(
-                number for number in self.distinct if not self.has(key, number)
-            ):
-                found.setdefault(numbers, []).append(key)
-        return found
-
-    def add(
-        self, numbers: Sequence[int], answers: Mapping[str, Sequence[Said]]
-    ) -> None:
-        """Keep, by key, the answers of the plans `numbers`; they are in the file when
-        this returns.
-        """
-        names = tuple(self.names[number] for number in numbers)
-        if self._ledger is not None:
-            self._ledger.add(
-                AnswersRecord(
-                    plans=names,
-                    answers={key: tuple(said) for key, said in answers.items()},
-                )
-            )
-        self._note(names, answers)
-
-    def _note(
-        self, names: Sequence[str], answers: Mapping[str, Sequence[Said]]
-    ) -> None:
-        for key, values in answers.items():
-            self._known |= {(key, name): said for name, said in zip(names, values)}
 
 
 class PlansLM(HFLM):
@@ -551,143 +418,3 @@ class PlansLM(HFLM):
 
     def _report(self, done: int, total: int) -> None:
         self.progress(done, total, f"{self.task}: answering")
-
-
-def _scores(
-    job: Job, row: str, leaves: list[str], outcome: Settings, dense: Settings
-) -> Iterator[tuple[TaskScore, tuple[Sample, ...]]]:
-    """A score for each metric to report of a row, which is a task or a group of tasks,
-    and what it is made of.
-    """
-    figures = outcome["results"][row]
-    for metric, value in figures.items():
-        name, _, kind = metric.partition(",")
-        if not kind or name.endswith("_stderr") or job.metric not in (None, metric):
-            continue
-        samples, base = (
-            _samples(outcome, leaves, metric),
-            _samples(dense, leaves, metric),
-        )
-        delta = float(value - dense["results"][row][metric])
-        value_se = figures.get(f"{name}_stderr,{kind}")
-        better = outcome["higher_is_better"].get(row, {}).get(name)
-        score = TaskScore(
-            task=row,
-            metric=metric,
-            num_fewshot=outcome["n-shot"][
-                leaves[0]
-            ],  # a group of groups has none of its own
-            documents=len(samples),
-            value=float(value),
-            value_se=float(value_se) if isinstance(value_se, int | float) else math.nan,
-            delta=delta,
-            higher_is_better=better,
-            **_beside(job, samples, base, name, delta, better),
-        )
-        yield score, samples
-
-
-def _beside(
-    job: Job,
-    samples: Sequence[Sample],
-    base: Sequence[Sample],
-    name: str,
-    delta: float,
-    better: bool | None,
-) -> Settings:
-    """What a score says next to the original model's: paired by item, items of one
-    passage together.
-    """
-    sources = _sources(samples)
-    passages = len(set(sources)) if sources else len(samples)
-    found: Settings = {"sources": sources, "too_few": too_few(passages, len(samples))}
-    values, theirs = ([sample.value for sample in some] for some in (samples, base))
-    are_numbers = all(isinstance(value, int | float) for value in (*values, *theirs))
-    differences = (
-        [ours - other for ours, other in zip(values, theirs)] if are_numbers else []
-    )
-    mean_of_them, error = (
-        mean_and_error(differences, sources) if are_numbers else (math.nan, math.nan)
-    )
-    if math.isclose(mean_of_them, delta, abs_tol=1e-9):
-        found |= {"delta_se": error, "p_value": sign_flip_p_value(differences, sources)}
-        if are_right_or_wrong(values, theirs):  # what is wrong already gets no worse
-            right = {
-                source
-                for source, value in zip(sources or range(len(theirs)), theirs)
-                if value
-            }
-            found["too_few"] = too_few(len(right), len(samples))
-    else:
-        error, parts = _error_without(job, samples, base, name)
-        found |= {
-            "delta_se": error,
-            "p_value": student_p_value(delta, error, parts - 1),
-        }
-    if are_numbers:
-        found["values"] = tuple(map(float, values))
-        kept = recovery_interval(values, theirs, sources) if better else None
-        found["recovery"] = kept and Recovery.of(kept, len(samples))
-    return found
-
-
-def _sources(samples: Sequence[Sample]) -> tuple[int, ...] | None:
-    """Of each sample the number of its passage, in the order of the first; None where
-    each has its own.
-    """
-    keys = [(sample.task, sample.source) for sample in samples]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return tuple(map(numbers.__getitem__, keys)) if len(numbers) < len(keys) else None
-
-
-def _samples(outcome: Settings, leaves: list[str], metric: str) -> tuple[Sample, ...]:
-    name, _, kind = metric.partition(",")
-    return tuple(
-        Sample(
-            leaf,
-            sample["doc_id"],
-            sample[name],
-            tuple(answer for answer, *_ in sample["resps"]),
-            _source_of(sample["doc"]),
-        )
-        for leaf in leaves
-        for sample in outcome["samples"][leaf]
-        if sample["filter"] == kind and name in sample
-    )
-
-
-def _source_of(document: object) -> str:
-    """What two items must share to be of one passage: its text, or where there is none
-    the whole document.
-    """
-    fields = document if isinstance(document, dict) else {}
-    return next(
-        (str(fields[name]) for name in PASSAGES if fields.get(name)), repr(document)
-    )
-
-
-def _error_without(
-    job: Job, samples: Sequence[Sample], base: Sequence[Sample], name: str
-) -> tuple[float, int]:
-    """The standard error of a difference that is no mean of its items', and of how many
-    parts it is.
-
-    By leaving out passages; of a group it is that of the plain mean over its tasks.
-    """
-    errors, parts = [], 0
-    for task in dict.fromkeys(sample.task for sample in samples):
-        by_source: dict[str, list[tuple[Any, Any]]] = {}
-        for ours, theirs in zip(samples, base):
-            if ours.task == task:
-                by_source.setdefault(ours.source, []).append((ours.value, theirs.value))
-        aggregate = job.tasks[task].aggregation().get(name, mean)
-
-        def difference(
-            passages: Sequence[list[tuple[Any, Any]]], aggregate: Any = aggregate
-        ) -> float:
-            ours, theirs = zip(*chain.from_iterable(passages))
-            return aggregate(list(ours)) - aggregate(list(theirs))
-
-        errors.append(jackknife_error(difference, [*by_source.values()]))
-        parts += min(JACKKNIFED, len(by_source))
-    return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors), parts

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
-from ..running.replay import Replay, record
+from ..running.recording import record
+from ..running.replay import Replay
 from ..structure.model_structure import (
     base_model,
     inputs_device,

@@ -25,7 +25,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from ..errors import UsageError, installed, nearest, shortened
+from ..errors import UsageError, nearest, shortened
+from ..extras import installed
 from ..files import refuse_endless
 from ..models.load_errors import quiet
 from ..progress import reading, writing

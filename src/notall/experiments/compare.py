@@ -19,8 +19,9 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..entry_points import source_of
-from ..errors import FIGURES, UsageError, installed, need, shortened
-from ..files import Settings, write_whole
+from ..errors import UsageError, shortened
+from ..extras import FIGURES, installed, need
+from ..files import write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import SET_NAMES, Plan, refuse_prefill, several, several_of
@@ -64,6 +65,7 @@ from ..results.table import (
     within,
     words,
 )
+from ..strict_json import Settings
 from .driver import (
     UNREPAIRED,
     HeldScores,

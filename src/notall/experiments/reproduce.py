@@ -15,8 +15,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from ..encodings import printable
 from ..entry_points import PERMITTED, Permitted
-from ..errors import UsageError, printable, shortened
+from ..errors import UsageError, shortened
 from ..options import Asked
 from ..plan import several
 from ..results.facts import SPEEDUPS

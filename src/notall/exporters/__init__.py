@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..entry_points import class_named
 from ..errors import UsageError, shortened
-from ..files import FULL, Settings, beside, writing
+from ..files import FULL, temporary, writing
 from ..plan import Plan, refuse_prefill
 from ..progress import Progress, silent
 from ..results.lines import refuse_unwritable
 from ..results.table import in_bytes
+from ..strict_json import Settings
 from .manifest import TURNED_OFF, Origin, Verdict, describe, manifest_of
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def appearing(out: Path) -> Iterator[Path]:
     `UsageError` where it cannot.
     """
     check_absent(out)
-    with beside(out) as scratch:
+    with temporary(out) as scratch:
         with writing(f"to {out.parent}", "choose another folder"):
             scratch.mkdir(parents=True)
         try:

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from ..files import Settings, own_file
-from ..models.loading import named_dtype
+from ..files import own_file
+from ..models.devices import named_dtype
 from ..models.names import named_gguf
 from ..plan import Plan
 from ..progress import Progress
 from ..running.repaired import RepairedPlan
 from ..running.skipping import skip
+from ..strict_json import Settings
 from ..structure.model_structure import text_config
 from . import UNPACKED, Export, Source
 from .dense import DenseModel, opened

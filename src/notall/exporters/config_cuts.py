@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ..files import Settings
 from ..running.regrouping import Layer
+from ..strict_json import Settings
 from ..structure.slicing import PER_LAYER_LISTS
 from .dense import DenseModel
 

@@ -15,30 +15,18 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..checkpoint_files import ADAPTER, named_weights, refuse_adapter
 from ..errors import UsageError
-from ..files import (
-    ADAPTER,
-    Settings,
-    contents,
-    named_weights,
-    own_file,
-    read_json,
-    refuse_adapter,
-    saving,
-)
+from ..files import contents, own_file, saving
+from ..models.configs import load_config, model_source, reader_of, refuse_export
+from ..models.identity import identify
 from ..models.load_errors import explained, quiet
-from ..models.loading import (
-    build_empty,
-    identify,
-    load_config,
-    model_source,
-    reader_of,
-    refuse_export,
-)
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
+from ..models.weightless import build_empty
 from ..plan import several
 from ..running.repaired import RepairedPlan
 from ..running.skipping import refuse_skipping
+from ..strict_json import Settings, read_json
 from ..structure.locating import locate
 from ..structure.model_structure import (
     ModelStructure,

@@ -19,7 +19,7 @@ import numpy as np
 from ..digests import digest_of_file
 from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
-from ..files import beside
+from ..files import temporary
 from ..models.gguf_file import ARCHITECTURE, EMBEDDING, Field, read_gguf, write_gguf
 from ..plan import Fingerprint, Plan
 from ..progress import Progress
@@ -198,7 +198,7 @@ class GGUFExport(Export):
             return ""
         from ..models.gguf_copies import read_model
 
-        with beside(folder.parent / self.dense.name) as file:
+        with temporary(folder.parent / self.dense.name) as file:
             write_gguf(file, self.source, whole.fields, whole.tensors)
             try:
                 read = dict(read_model(file).named_parameters())

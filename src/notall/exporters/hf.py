@@ -13,12 +13,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..engines.vllm import NATIVE
 from ..errors import UsageError
-from ..files import Settings
+from ..models.configs import reader_of
 from ..models.load_errors import explained, quiet
-from ..models.loading import reader_of
 from ..plan import Plan
 from ..running.regrouping import layers_of
 from ..running.skipping import skip
+from ..strict_json import Settings
 from ..structure.model_structure import cache_argument, positions_of
 from ..structure.proving import relative_error, tolerance
 from .checkpoint import CheckpointExport, probe_tokens

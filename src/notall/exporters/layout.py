@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import UsageError
-from ..files import Settings
-from ..models.loading import build_empty
+from ..models.weightless import build_empty
 from ..running.regrouping import Layer
+from ..strict_json import Settings
+from ..structure.calls import child
 from ..structure.model_structure import ModelStructure, Sublayer
-from ..structure.observation import child
 from ..structure.slicing import LAYER_INDICES
 from .dense import DenseModel
 from .layer_scales import folded_scales

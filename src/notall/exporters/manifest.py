@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
-from ..errors import UsageError, printable, shortened
-from ..files import Settings, expanded
+from ..encodings import printable
+from ..errors import UsageError, shortened
+from ..files import expanded
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan, several
 from ..results.repairs import LITTLE
+from ..strict_json import Settings
+from ..version import __version__
 
 if TYPE_CHECKING:
     from . import Export

@@ -9,10 +9,10 @@ from importlib.resources import files
 from string import Template
 
 from ..errors import UsageError
-from ..files import Settings
 from ..models.own_exports import PROMPT_SKIPS
 from ..plan import Plan
 from ..running.repaired import RepairedPlan
+from ..strict_json import Settings
 from .dense import DenseModel
 from .remote_code import FAMILIES
 from .tensors import Weight, Weights

@@ -15,8 +15,8 @@ from itertools import accumulate
 from typing import Any
 
 from ..errors import UsageError, shortened
-from ..files import Settings
 from ..models.quantisation import quantisation_name
+from ..strict_json import Settings
 
 Moved = dict[
     str, str | None

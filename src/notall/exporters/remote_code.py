@@ -18,10 +18,12 @@ from types import ModuleType
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .. import __version__
+from ..cache import cache_folder, write_cached
 from ..errors import UsageError
-from ..files import cache_folder, contents, keep, read_json
+from ..files import contents
 from ..models.own_exports import REGROUPED
+from ..strict_json import read_json
+from ..version import __version__
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _folder_with(base: str) -> Path:
     """
     source, folder = source_of(base).encode(), cache_folder("modeling", __version__)
     path = folder / modeling_file(base)
-    keep(path, source)
+    write_cached(path, source)
     with suppress(OSError, UsageError):
         if contents(path) == source:
             return folder

@@ -22,10 +22,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..files import Settings
 from ..models.own_exports import SWIFTKV
 from ..plan import Plan, several
 from ..running.repaired import RepairedPlan
+from ..strict_json import Settings
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, base_model
 from ..structure.proving import relative_error, tolerance

@@ -24,12 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint_files import INDEX
 from ..errors import UsageError, shortened
-from ..files import INDEX, expanded, read_json, saving
+from ..files import expanded, saving
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import hub_id
 from ..models.own_exports import first_file, shard_index, weight_files
 from ..progress import Progress, silent
+from ..strict_json import read_json
 
 FLOATS = {
     "F64": torch.float64,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..files import Settings
+from ..strict_json import Settings
 from ..structure.undoing import Undo
 
 OWN = "prompt_kv_proj"  # the module that makes keys and values of tokens that skip

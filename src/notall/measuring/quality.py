@@ -20,18 +20,13 @@ from ..errors import UsageError, expect
 from ..models.texts import IDS, checked
 from ..plan import Plan
 from ..results.facts import Quality, Scores, Similarity
-from ..running.replay import Enough, Replay, answering, record, standing_in
+from ..running.recording import Enough, answering, record, standing_in
+from ..running.replay import Replay
+from ..structure.branches import run_branches, scaled
+from ..structure.calls import Arguments, LayerCall, called_with, first
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import Block, base_model
-from ..structure.observation import (
-    Arguments,
-    LayerCall,
-    called_with,
-    first,
-    run_branches,
-    scaled,
-)
 from .statistics import mean_and_error
 from .token_scores import TokenScorer
 

@@ -19,9 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..errors import UsageError
-from ..files import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -29,7 +27,9 @@ from ..results.facts import Times
 from ..results.record import Quartiles
 from ..running.prefill import prompt as declared_prompt
 from ..running.skipping import skip
+from ..strict_json import Settings
 from ..structure.model_structure import inputs_device
+from ..version import __version__
 from .quality import check_prompt
 
 Sample = TypeVar("Sample")

@@ -13,8 +13,8 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UnknownArchitecture, UsageError, shortened
-from ..files import read_json
 from ..plan import Plan
+from ..strict_json import read_json
 from .gguf_file import open_gguf
 from .names import named_gguf, near_model
 

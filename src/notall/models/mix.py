@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import cache_folder, write_cached
 from ..digests import digest_of
-from ..files import cache_folder, contents, keep
+from ..files import contents
 from ..integrity import sealed, unsealed
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
@@ -228,7 +229,9 @@ class _Author:
                 .replace("\r", "\n")
             )
             known[number] = content.encode(errors="replace").decode()
-            keep(paths[number], sealed(json.dumps({"text": known[number]}).encode()))
+            write_cached(
+                paths[number], sealed(json.dumps({"text": known[number]}).encode())
+            )
         return [known[number] for number in range(len(some))]
 
 

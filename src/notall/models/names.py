@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UsageError, nearest, shortened
-from ..files import Settings, expanded
+from ..files import expanded
+from ..strict_json import Settings
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation

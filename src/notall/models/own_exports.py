@@ -13,8 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ..checkpoint_files import INDEX, SINGLE
 from ..errors import UsageError, shortened
-from ..files import INDEX, SINGLE, Settings, contents, own_file, read_json
+from ..files import contents, own_file
+from ..strict_json import Settings, read_json
 from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
 

@@ -9,7 +9,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UsageError, shortened
-from ..files import Settings
+from ..strict_json import Settings
 from .load_errors import quiet
 
 # What transformers runs each kind with: a package of its name, or others.

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
-from ..files import contents, expanded, read_json
+from ..files import contents, expanded
+from ..strict_json import read_json
 from ..structure.model_structure import inputs_device
 from .names import DEFAULT_TEXT, USE
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, shortened
-from ..files import beside, is_partial, remove
-from ..running.repaired import is_tensors
+from ..files import is_partial, remove, temporary
+from ..tensor_files import is_tensors
 
 LAST, BEST, TRAINED = "last.safetensors", "best.safetensors", "trained.safetensors"
 OURS = (LAST, BEST, TRAINED)
@@ -73,7 +73,7 @@ class Checkpoints:
         killed runs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with beside(self.folder / RAY) as scratch:
+        with temporary(self.folder / RAY) as scratch:
             yield scratch
 
 

@@ -20,10 +20,12 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import tensor_files
 from ..digests import digest_of, digest_of_json
 from ..errors import UnsupportedModel, UsageError, expect
+from ..measuring.heads import Head
 from ..measuring.quality import check_prompt, evaluate
-from ..measuring.token_scores import Dense, Head, TokenScorer
+from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import load as load_model
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
@@ -34,7 +36,7 @@ from ..results.facts import State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
-from ..running import repaired
+from ..running import repair_folder
 from ..running.generating import seeded
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
@@ -109,7 +111,7 @@ def heal(
         folder = Path(out or scratch)
         ledger, is_finished = (
             Ledger(folder, HealRecord, about),
-            repaired.refuse_other_work(folder, HealRecord, plan),
+            repair_folder.refuse_other_work(folder, HealRecord, plan),
         )
         checkpoints = Checkpoints.of(folder)
         if not is_finished:
@@ -125,12 +127,12 @@ def heal(
             trained = workers.train(training, folder, about, progress)
         else:
             trained = training.run(inner, folder, ledger, progress)
-        history = (*earlier.history, repaired.step_of("heal", about))
+        history = (*earlier.history, repair_folder.step_of("heal", about))
         kind = "prompt_weights" if plan.prefill else "weights"
         brought = {kind: {**getattr(earlier, kind), **trained}}
         healed = RepairedPlan.of(plan, **brought, history=history).knowing(inner)
         if out and is_first:
-            repaired.keep_whole(folder, healed, repaired.HEALED)
+            repair_folder.keep_whole(folder, healed, repair_folder.HEALED)
             checkpoints.remove()
         processes.wait_for_everyone()
     return healed
@@ -148,7 +150,7 @@ def _settings(training: "Training", history: Sequence[RepairStep]) -> dict[str, 
         "repair": plan.digest if isinstance(plan, RepairedPlan) else "none",
         "training": digest_of(training.batches)[:16],
         "stops_by": digest_of(training.held_out)[:16],
-        repaired.BEFORE: [step.model_dump(mode="json") for step in history],
+        repair_folder.BEFORE: [step.model_dump(mode="json") for step in history],
     }
 
 
@@ -412,9 +414,9 @@ class _Loop:
                 stacklevel=2,
             )
         self.accelerator.wait_for_everyone()
-        for path, weight in repaired.read_tensors(self.checkpoints.best, of=self.of)[
-            0
-        ].items():
+        for path, weight in tensor_files.read_tensors(
+            self.checkpoints.best, of=self.of
+        )[0].items():
             self.student.trained[path].data.copy_(weight)
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
@@ -544,8 +546,8 @@ class _Loop:
     def _save(self, is_best: bool) -> None:
         trained, moments = self.student.trained, self.optimizer.state
         if is_best:
-            repaired.write_tensors(
-                self.checkpoints.best, trained, {repaired.OF: self.of}
+            tensor_files.write_tensors(
+                self.checkpoints.best, trained, {tensor_files.OF: self.of}
             )
         if self.state.step:
             held = {
@@ -554,9 +556,9 @@ class _Loop:
                 for kind, one in moments.get(p, {}).items()
             }
             held |= {f"weight {path}": one for path, one in trained.items()}
-            notes = {"state": json.dumps(asdict(self.state)), repaired.OF: self.of}
+            notes = {"state": json.dumps(asdict(self.state)), tensor_files.OF: self.of}
             notes["scaler"] = json.dumps(self.scaler.state_dict())
-            repaired.write_tensors(self.checkpoints.last, held, notes)
+            tensor_files.write_tensors(self.checkpoints.last, held, notes)
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint, and say whether there is one whose
@@ -564,7 +566,7 @@ class _Loop:
         """
         if not self.checkpoints.last.is_file() or not self.ledger:
             return False
-        held, notes = repaired.read_tensors(self.checkpoints.last, of=self.of)
+        held, notes = tensor_files.read_tensors(self.checkpoints.last, of=self.of)
         self.state = _State(**json.loads(notes["state"]))
         if scaler := json.loads(notes.get("scaler", "{}")):
             self.scaler.load_state_dict(scaler)
@@ -642,7 +644,7 @@ class Spread:
             with Checkpoints.of(folder).for_ray() as scratch:
                 cluster.train(_work, given, scratch, count=count, on_gpus=on_gpus)
             progress(1, 1, f"healed on {several(count, 'worker')}")
-        return repaired.read_tensors(Checkpoints.of(folder).trained)[0]
+        return tensor_files.read_tensors(Checkpoints.of(folder).trained)[0]
 
 
 def _work(
@@ -660,4 +662,4 @@ def _work(
         base_model(model), folder, Ledger(folder, HealRecord, about), silent
     )
     if is_first:
-        repaired.write_tensors(Checkpoints.of(folder).trained, trained)
+        tensor_files.write_tensors(Checkpoints.of(folder).trained, trained)

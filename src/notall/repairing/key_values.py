@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.repairs import RefitRecord
-from ..running.prefill import checked_rows
+from ..running.prefill_check import checked_rows
 from ..running.repaired import RepairedPlan
+from ..structure.branches import Branch
+from ..structure.calls import LayerCall, child
 from ..structure.key_values import bias_of, caught, matrix_of
 from ..structure.model_structure import Sublayer
-from ..structure.observation import Branch, LayerCall, child
 from .kept import Kept
 from .solving import Moments
 from .streams import DenseStream, Line

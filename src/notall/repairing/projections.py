@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..measuring.token_scores import Head
-from ..running.replay import record
+from ..measuring.heads import Head
+from ..running.recording import record
+from ..structure.calls import LayerCall, child, forward_of
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, inputs_device, text_config
-from ..structure.observation import LayerCall, child, forward_of
 from ..structure.undoing import Undo
 
 PROBED = 16  # tokens to find a projection with

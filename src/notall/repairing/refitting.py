@@ -27,8 +27,9 @@ from ..progress import Progress, silent
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running import repaired
-from ..running.repaired import RepairedPlan, file_of
+from ..running import repair_folder, weight_swaps
+from ..running.repair_folder import refit_file
+from ..running.repaired import RepairedPlan
 from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
@@ -109,7 +110,9 @@ def repair(
             " the export"
         )
         raise UsageError(f"{why}, and a refit weight is none of its numbers: {fix}")
-    return found.model_copy(update={"history": (repaired.step_of("repair", about),)})
+    return found.model_copy(
+        update={"history": (repair_folder.step_of("repair", about),)}
+    )
 
 
 def about_weights(
@@ -278,10 +281,10 @@ class Refitting:
             if (
                 refit.ridge is not None
             ):  # from the file, so that those of all steps are never in memory together
-                weights = repaired.read_weights(
-                    self.kept.folder, file_of(refit), refit.sha256
+                weights = repair_folder.read_weights(
+                    self.kept.folder, refit_file(refit), refit.sha256
                 ).weights
-        with repaired.with_weights(self.text.model, weights):
+        with weight_swaps.with_weights(self.text.model, weights):
             return self._run(step)
 
     def _solve(

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from ..errors import shortened
 from ..files import writing
 from ..plan import Plan
-from ..running.replay import Recording, live_steps, record
+from ..running.recording import Recording, record
+from ..running.steps import live_steps
+from ..structure.branches import run_branches, scaled
+from ..structure.calls import LayerCall
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer
-from ..structure.observation import LayerCall, run_branches, scaled
 from .projections import Projections
 
 HELD = 8  # one sequence in so many chooses the ridge

@@ -20,13 +20,15 @@ from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
 from ..running.generating import seeded
 from ..running.prefill import prompt
-from ..running.repaired import RepairedPlan, placed_at
-from ..running.replay import Recording, live_steps, states_before_output
+from ..running.recording import Recording, states_before_output
+from ..running.repaired import RepairedPlan
 from ..running.skipping import remove, skip
+from ..running.steps import live_steps
+from ..running.weight_swaps import placed_at
+from ..structure.calls import first
 from ..structure.key_values import SomeOutputs
 from ..structure.locating import decoder_layers, locate
 from ..structure.model_structure import ModelStructure
-from ..structure.observation import first
 from .projections import Projections, is_matrix, is_norm, reading_gains
 from .streams import DenseStream, steps_of
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError
-from ..files import Settings
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
 from ..models.names import USE
@@ -26,9 +25,10 @@ from ..results.ledger import Ledger
 from ..results.provenance import Provenance, behind
 from ..results.repairs import MeasuredRecord, State
 from ..running.generating import sample
-from ..running.repaired import Kept, kept_tensors
+from ..strict_json import Settings
 from ..structure.locating import locate
 from ..structure.model_structure import positions_of
+from ..tensor_files import TensorsAndNotes, cached_tensors
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
@@ -196,7 +196,7 @@ def sampled(
     windows = torch.cat(list(batches))
     given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]
 
-    def write() -> Kept:
+    def write() -> TensorsAndNotes:
         prompts = tracked(
             windows[:, :given].split(AT_ONCE), "sampling text to train on", progress
         )
@@ -206,7 +206,7 @@ def sampled(
         ]
         return {"ids": torch.cat(parts)}, {}
 
-    kept, _ = kept_tensors(
+    kept, _ = cached_tensors(
         folder, "sampled", [settings.what, digest_of(batches)[:16], seed], write
     )
     return list(kept["ids"].to(windows.device).split([len(batch) for batch in batches]))

@@ -17,8 +17,9 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError, shortened
-from ..files import Settings, read_json, refuse_endless, writing
+from ..files import refuse_endless, writing
 from ..integrity import sealed, unsealed
+from ..strict_json import Settings, read_json
 
 MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field
 
 from ..entry_points import functions_in
 from ..errors import shortened
-from ..files import Settings
 from ..plan import several
+from ..strict_json import Settings
 
 # What is told, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")

@@ -16,8 +16,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..files import Settings
 from ..plan import Plan
+from ..strict_json import Settings
 from .lines import finite
 from .provenance import Provenance
 

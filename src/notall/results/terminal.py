@@ -18,7 +18,8 @@ from rich.console import Console, ConsoleDimensions
 from rich.table import Column as RichColumn, Table as RichTable
 from rich.text import Text
 
-from ..errors import printable, shortened
+from ..encodings import printable
+from ..errors import shortened
 from ..progress import CLOCK, Progress
 from .table import Cell, Column, Table
 

@@ -17,8 +17,9 @@ from transformers import Cache
 
 from ..errors import UsageError
 from ..plan import Kind
-from .observation import Arguments, LayerTrace, Node, child, parameter_names
+from .calls import Arguments, child, parameter_names
 from .slicing import shallow_clone
+from .traces import LayerTrace, Node
 
 try:  # places of a cache that hold nothing
     from transformers.cache_utils import DummyLayer

@@ -18,7 +18,8 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel
-from .observation import Arguments, Branch, LayerCall, child
+from .branches import Branch
+from .calls import Arguments, LayerCall, child
 from .slicing import LAYER_INDICES, shallow_clone
 
 CACHE_NAMES = (

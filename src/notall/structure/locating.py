@@ -19,7 +19,10 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, expect
 from ..plan import Kind
+from .branches import Branch
+from .calls import child, first
 from .in_place import DummyLayer, Stubs, halves, whole
+from .lines import lines_of
 from .model_structure import (
     Block,
     ModelStructure,
@@ -29,20 +32,10 @@ from .model_structure import (
     name_of,
     text_config,
 )
-from .observation import (
-    PROBE_BATCH,
-    PROBE_TOKENS,
-    Branch,
-    LayerTrace,
-    Place,
-    Watch,
-    child,
-    first,
-    lines_of,
-    watching,
-)
+from .observation import PROBE_BATCH, PROBE_TOKENS, Watch, watching
 from .proving import Alone, prove, prove_apart, prove_causal, run_probe
 from .slicing import LAYER_INDICES
+from .traces import LayerTrace, Place
 from .undoing import Undo
 from .weights import is_weightless, running_weightless, weights_of
 

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..digests import digest_of_json
 from ..errors import UsageError
 from ..plan import Fingerprint, Kind, Plan, in_ranges, several
+from .branches import Branch
 from .in_place import Stub
-from .observation import Branch
 
 
 @dataclass(frozen=True)

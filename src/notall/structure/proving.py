@@ -14,21 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
-from . import observation
+from . import calls, observation, traces
+from .branches import Branch, run_branches, scaled as scaled_by
+from .calls import Arguments, LayerCall, as_given, called_with, first
 from .in_place import stubbed_layer
 from .model_structure import Block, cache_argument, inputs_device, text_config
-from .observation import (
-    Arguments,
-    Branch,
-    LayerCall,
-    LayerTrace,
-    Watch,
-    as_given,
-    called_with,
-    first,
-    run_branches,
-)
+from .observation import Watch
 from .slicing import free_cache_slots, renumber, slice_config
+from .traces import LayerTrace
 from .undoing import Undo
 
 BATCH, TOKENS = observation.PROBE_BATCH, observation.PROBE_TOKENS
@@ -68,7 +61,7 @@ class Alone:
 
     config: PretrainedConfig
     trace: LayerTrace
-    sharing: observation.Sharing
+    sharing: traces.Sharing
     in_place: bool
 
     def numbered(self, undo: Undo) -> Undo:
@@ -196,9 +189,7 @@ def _prove_lines(alone: Alone, block: Block) -> None:
         " at most {most:.0e}); {what}"
     )
     why = "it may count on its index or on what other layers leave behind"
-    alone.expect(
-        observation.scaled(hidden, block.scale), first(alone.trace.answer), said, why
-    )
+    alone.expect(scaled_by(hidden, block.scale), first(alone.trace.answer), said, why)
     for branch, stream in local:
         names = ", ".join(branch.modules)
         said = (
@@ -320,15 +311,15 @@ def prove_apart(
         undo.put_fields(config)
         free_cache_slots(config, freed)
         for trace in watch.traces:
-            undo.put(*observation.forward_of(trace.layer), partial(idle, trace))
+            undo.put(*calls.forward_of(trace.layer), partial(idle, trace))
         probe()
     for trace, other in zip(watch.traces, given):
         made = [
             held
-            for held in observation.tensors_in(trace.given)
+            for held in calls.tensors_in(trace.given)
             if not watch.sharing.source_of(held)
         ]
-        left = list(observation.tensors_in(other))
+        left = list(calls.tensors_in(other))
         shapes = [[one.shape for one in some] for some in (made, left)]
         if shapes[0] != shapes[1] or not all(
             isinstance(one, FakeTensor) or torch.equal(one, same)

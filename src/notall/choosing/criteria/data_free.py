@@ -11,9 +11,9 @@ from typing import get_args
 from torch import nn
 
 from ...errors import UsageError, expect
-from ...files import Settings
 from ...plan import Phase, Plan, Skippable, several_of
 from ...results.facts import Configured
+from ...strict_json import Settings
 from ...structure.model_structure import ModelStructure, base_model
 from .setting import Setting, UnitScores
 

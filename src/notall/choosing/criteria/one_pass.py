@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from ...errors import UsageError
 from ...measuring.quality import Look, Passage, walk
-from ...running.replay import answering, standing_in
+from ...running.recording import answering, standing_in
+from ...structure.branches import run_branches, scaled
+from ...structure.calls import Arguments, LayerCall
 from ...structure.in_place import Scale, stubbed_layer
 from ...structure.model_structure import Block, ModelStructure, base_model
-from ...structure.observation import Arguments, LayerCall, run_branches, scaled
 from ..budget import Budget, contiguous_runs
 from ..space import Choice, Unit, names_in
 from .setting import Setting, UnitScores

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UsageError, need
+from ...errors import UsageError
+from ...extras import need
 from ..budget import Budget
 from ..space import Choice, Unit, names_in
 from .search import SCREENED

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ... import tensor_files
 from ...digests import digest_of
 from ...entry_points import explained, first_line, named, source_of, takes
 from ...errors import UsageError, expect, shortened
@@ -22,7 +23,7 @@ from ...progress import Progress, silent
 from ...results.ledger import Ledger, read, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
-from ...running import repaired
+from ...running import repair_folder, repaired
 from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
@@ -185,7 +186,7 @@ def kept_repair(
     `folder`, which is one model's.
     """
 
-    def make() -> repaired.Kept:
+    def make() -> tensor_files.TensorsAndNotes:
         start = time.process_time()
         found = method(name).repair(model, plan, batches, progress)
         tensors = {WEIGHT + path: weight for path, weight in found.weights.items()}
@@ -209,7 +210,7 @@ def kept_repair(
             " another --out"
         )
     key = [plan.indices, dtype_name(base_model(model)), digest_of(batches)[:16]]
-    tensors, notes = repaired.kept_tensors(folder, stem, key, make)
+    tensors, notes = tensor_files.cached_tensors(folder, stem, key, make)
 
     def named(kind: str) -> dict[str, Tensor]:
         return {
@@ -258,14 +259,14 @@ def repair_into(
     about = about_weights(settings, base_model(model), plan, **how, **source_of(name))
     with working_in(folder, "repair"):
         ledger = Ledger(folder, RefitRecord, about)
-        if not repaired.refuse_other_work(folder, RefitRecord, plan):
+        if not repair_folder.refuse_other_work(folder, RefitRecord, plan):
             found = way.repair(model, plan, batches, progress)
             repaired.refuse_maps(found)
             found.check(structure)
             found.placed(model)  # refuses weights of another model
             ledger.add()  # its first line alone: where the weights come from
-            repaired.keep_whole(
-                folder, found.knowing(base_model(model)), repaired.WHOLE
+            repair_folder.keep_whole(
+                folder, found.knowing(base_model(model)), repair_folder.WHOLE
             )
         kept = RepairedPlan.load(folder)
         kept.check_replaced(base_model(model))
