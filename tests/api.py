@@ -75,7 +75,7 @@ MODULES = {
     "refitting": "repairing.refitting",
     "streams": "repairing.streams",
     "repair_texts": "repairing.texts",
-    "training": "repairing.healing",
+    "training": "repairing.training_loop",
     "results": "results",
     "records_lines": "results.lines",
     "progress_bars": "results.terminal",

@@ -551,7 +551,7 @@ def test_small_gradients_count_in_half_precision_too(monkeypatch):
         {},
     )  # so that the step counts as a gain
     monkeypatch.setattr(
-        training._Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
+        training.Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
     )
     for dtype in (torch.float32, torch.float16):
         model = llama().half().to(dtype)
@@ -616,7 +616,7 @@ def test_where_nothing_gets_better_it_keeps_what_it_began_with_and_says_so(recwa
 def test_a_loss_of_nothing_is_the_best_there_is(monkeypatch):
     told = iter([[2.0, 1.0, 1.0, 1.0], *([[0.0, 1.0, 1.0, 1.0]] * 8)])
     monkeypatch.setattr(
-        training._Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
+        training.Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
     )
     model = llama()
     healed = run_heal(model=model, patience=1)

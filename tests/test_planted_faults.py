@@ -117,7 +117,7 @@ FAULTS = [
 
 STREAMS, SOLVING = "repairing/streams.py", "repairing/solving.py"
 PROJECTIONS, PUBLISHED = "repairing/projections.py", "repairing/methods/published.py"
-HEALING = "repairing/healing.py"
+LOOP, TRAINING = "repairing/training_loop.py", "repairing/training.py"
 BEFORE = "stream.before(step.line, step.behind)"
 AT_LAYER = f"(stream.at_layer(step, states) for states in {BEFORE})"
 ON_DEVICE, LIKE_FEATURES = (
@@ -175,19 +175,19 @@ FAULTS += [
             "one-repair",
         ),
         (
-            HEALING,
-            "torch.ones_like(same)]).to(student.device)",
-            "torch.ones_like(same)])",
+            LOOP,
+            "torch.stack(sums).to(student.device)",
+            "torch.stack(sums)",
             "llama-two-heal",
         ),
         (
-            HEALING,
+            LOOP,
             "seeded(self.config.seed)",
             "torch.random.fork_rng([self.teacher.device])",
             "random_numbers",
         ),
         (
-            HEALING,
+            TRAINING,
             "any(one.is_meta for one in model.parameters())",
             "False",
             "offloaded",
