@@ -43,6 +43,7 @@ from api import (
     gguf_copies,
     healing,
     methods,
+    methods_folders,
     read_gguf,
     read_plan,
     records_lines,
@@ -307,7 +308,7 @@ def test_a_repair_with_minutes_refuses_others_checkpoints_before_it_repairs(
     working, monkeypatch
 ):
     monkeypatch.setattr(
-        methods, "repair_into", lambda *_: pytest.fail("it was repaired")
+        methods_folders, "repair_into", lambda *_: pytest.fail("it was repaired")
     )
     Path("out/checkpoints").mkdir(parents=True)
     Path("out/checkpoints/step-100.pt").write_text("of the user")

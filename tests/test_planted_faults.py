@@ -169,7 +169,7 @@ FAULTS += [
         ),
         (PUBLISHED, AT_LAYER, BEFORE, "llama-two-by"),
         (
-            "repairing/methods/__init__.py",
+            "repairing/methods/registry.py",
             "[*checked(batches, model)]",
             "[*batches]",
             "one-repair",
