@@ -118,8 +118,7 @@ FAULTS = [
 STREAMS, SOLVING = "repairing/streams.py", "repairing/solving.py"
 PROJECTIONS, PUBLISHED = "repairing/projections.py", "repairing/methods/published.py"
 LOOP, TRAINING = "repairing/training_loop.py", "repairing/training.py"
-BEFORE = "stream.before(step.line, step.behind)"
-AT_LAYER = f"(stream.at_layer(step, states) for states in {BEFORE})"
+AT_LAYER = "(stream.at_layer(step, states) for states in both)"
 ON_DEVICE, LIKE_FEATURES = (
     "torch.empty(0, dtype=self.exact, device=self.device)",
     "self.features[0].new_empty(0)",
@@ -167,7 +166,7 @@ FAULTS += [
             "device=next(layers[0].parameters()).device",
             "no_layer",
         ),
-        (PUBLISHED, AT_LAYER, BEFORE, "llama-two-by"),
+        (PUBLISHED, AT_LAYER, "both", "llama-two-by"),
         (
             "repairing/methods/registry.py",
             "[*checked(batches, model)]",

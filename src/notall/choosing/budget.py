@@ -199,8 +199,8 @@ def _possible(space: Space, budget: Budget) -> Budget:
             budget.saved(set(space.names).difference(unit)) for unit in stay
         )  # one attention stays
     if not 0 <= budget.target <= most * (1 + 1e-9):
-        told = f"a budget of {budget.description} is out of reach"
+        problem = f"a budget of {budget.description} is out of reach"
         raise UsageError(
-            f"{told}: ask for at most {most:,.0f}, all that may be skipped"
+            f"{problem}: ask for at most {most:,.0f}, all that may be skipped"
         )
     return budget

@@ -165,9 +165,11 @@ def _refuse_far(
     )
     most = took["dense"][0] / took["emptiest"][0]
     if faster > FAR * most:
-        told = f"without all that may be skipped the model is {most:.1f} times as fast"
+        problem = (
+            f"without all that may be skipped the model is {most:.1f} times as fast"
+        )
         raise UsageError(
-            f"a speedup of {faster:g} is far out of reach: {told}; ask for less"
+            f"a speedup of {faster:g} is far out of reach: {problem}; ask for less"
         )
 
 

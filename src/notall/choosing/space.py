@@ -82,12 +82,12 @@ class Space:
                 " sublayers or blocks"
             )
         if self.portable and self.structure.in_place:
-            told = (
+            problem = (
                 f"layers of {self.structure.model_type} depend on each other, and keep"
                 " their places"
             )
             raise UsageError(
-                f"no set is portable: {told}; choose among attention, mlp or block"
+                f"no set is portable: {problem}; choose among attention, mlp or block"
             )
         if self.phase == "prefill":
             self._check_prefill()
@@ -98,8 +98,10 @@ class Space:
 
     def _check_prefill(self) -> None:
         if self.portable or self.kind == "period":
-            told = f"a prompt that skips leaves the checkpoint whole, {self} or not"
-            raise UsageError(f"{told}: choose among attention, mlp, block or sublayer")
+            problem = f"a prompt that skips leaves the checkpoint whole, {self} or not"
+            raise UsageError(
+                f"{problem}: choose among attention, mlp, block or sublayer"
+            )
         bound = [
             why
             for part in self.structure.sublayers

@@ -137,15 +137,17 @@ class LlamaCpp(Engine):
             "ignore_eos": True,
         }
 
-        def said(tokens: Tokens, **how: object) -> Any:
+        def answer_to(tokens: Tokens, **how: object) -> Any:
             return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][
                 0
             ]["logprobs"]["content"][0]
 
         bias = [
-            [said(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]
+            [answer_to(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]
         ]  # half a character has no log-probabilities
-        found = [said(tokens, logit_bias=bias)["top_logprobs"] for tokens in prompts]
+        found = [
+            answer_to(tokens, logit_bias=bias)["top_logprobs"] for tokens in prompts
+        ]
         return [
             [(entry["id"], entry["logprob"]) for entry in entries] for entries in found
         ]

@@ -104,11 +104,11 @@ class VLLM(Engine):
         import vllm  # noqa: F401  that it is absent is said first
 
         if prompt_base(checkpoint):
-            told = (
+            problem = (
                 f"{checkpoint.name} skips sublayers in the prompt alone, and vLLM runs"
                 " whole what it scores"
             )
-            raise UsageError(f"{told}; score the plan with notall eval")
+            raise UsageError(f"{problem}; score the plan with notall eval")
         llm = self._load(checkpoint, max(map(len, windows)) + 1)
         found: list[list[float | None]] = []
         for tokens in windows:

@@ -210,8 +210,8 @@ def check_room(folder: Path, size: int) -> None:
     )
     free = shutil.disk_usage(existing).free
     if size > free:
-        told = (
+        problem = (
             f"the export takes {in_bytes(size)}, and {shortened(existing)} has"
             f" {in_bytes(free)} left"
         )
-        raise UsageError(f"{told}; free some, or choose another disk")
+        raise UsageError(f"{problem}; free some, or choose another disk")

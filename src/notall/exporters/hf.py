@@ -215,29 +215,29 @@ class HFExport(CheckpointExport):
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
     base, blocks = dense.config.model_type, dense.structure.blocks
     if blocks[0].parallel:
-        told = f"in {base} the attention and the MLP of a block run side by side"
+        problem = f"in {base} the attention and the MLP of a block run side by side"
         raise UsageError(
-            f"{told}, so that a checkpoint can lack whole blocks only; skip blocks"
+            f"{problem}, so that a checkpoint can lack whole blocks only; skip blocks"
         )
     fix = "skip whole blocks, or choose a portable plan"
     if base not in FAMILIES:
-        told = (
+        problem = (
             "this plan keeps sublayers that do not alternate, attention, MLP,"
             " attention, MLP"
         )
-        lacks = (
+        reason = (
             f"notall has no form for that in {base} (it has for {', '.join(FAMILIES)})"
         )
-        raise UsageError(f"{told}, and {lacks}; {fix}")
+        raise UsageError(f"{problem}, and {reason}; {fix}")
     kinds = {
         repr(build_of(dense.layer(block.index), block.mlp))
         for block in blocks
         if block.index not in plan.mlp
     }
     if len(kinds) > 1:
-        told = f"this {base} has MLPs of {len(kinds)} kinds"
+        problem = f"this {base} has MLPs of {len(kinds)} kinds"
         raise UsageError(
-            f"{told}, and an MLP without its attention would be built as the wrong one;"
+            f"{problem}, and an MLP without its attention would be built as the wrong one;"
             f" {fix}"
         )
 

@@ -79,9 +79,9 @@ class Verified:
                 f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was"
                 " expected), so nothing was written"
             )
-            told = f"{self.by} answers differently from the skipped model, {off}"
+            problem = f"{self.by} answers differently from the skipped model, {off}"
             raise NotAsSkipped(
-                f"{told}; please report model and plan, or export without this"
+                f"{problem}; please report model and plan, or export without this"
                 " comparison (--no-verify)"
             )
         return self
@@ -173,8 +173,8 @@ def plan_of(folder: Path) -> Plan:
         ) from None
     if is_repaired:
         which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
-        told = f"{shortened(folder)} was exported from a repaired plan"
-        raise UsageError(f"{told}: give the folder of the repair itself{which}")
+        problem = f"{shortened(folder)} was exported from a repaired plan"
+        raise UsageError(f"{problem}: give the folder of the repair itself{which}")
     shape = Fingerprint.parse(
         fingerprint
     )  # that of a GGUF file has no digest, and is equal to no model's
@@ -218,9 +218,9 @@ def check_verified(spec: str | Path) -> None:
     ):
         return
     if isinstance(verdict := verdict_of(manifest), NotVerified):
-        told = f"{shortened(path.name)} is an export that was {verdict}"
+        problem = f"{shortened(path.name)} is an export that was {verdict}"
         raise UsageError(
-            f"{told}: export it again with that comparison, and measure what passes it"
+            f"{problem}: export it again with that comparison, and measure what passes it"
         )
 
 
@@ -241,13 +241,13 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
         (name, ", ".join(map(str, named[name.lower()])) or "none")
         for name in ("attention", "MLP")
     ]
-    title, told, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
+    title, note, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
     model, revision = literal(dense["model"]), literal(dense["revision"])
     sections = [
         f"# {model} {title}",
         (
             f"Written by notall {manifest['notall']} from {model} ({revision}), which"
-            f" has {several(dense['layers'], 'layer')}. {told}"
+            f" has {several(dense['layers'], 'layer')}. {note}"
         ),
         _table(("sublayer", head), skipped),
         *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),

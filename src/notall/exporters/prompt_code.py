@@ -107,21 +107,21 @@ def check_form(dense: DenseModel, plan: Plan) -> None:
             f"{both}, and notall has no checkpoint of both; export a plan of one part"
         )
     if base not in BASES:
-        lacks = (
+        problem = (
             f"notall has no checkpoint that skips in the prompt alone for {base} (it"
             f" has for {', '.join(BASES)})"
         )
         raise UsageError(
-            f"{lacks}; run the plan with notall.skip, or give one that skips for every"
+            f"{problem}; run the plan with notall.skip, or give one that skips for every"
             " token"
         )
     if dense.quantisation is not None:
-        told = (
+        problem = (
             "its weights are quantised, and notall has no such checkpoint that skips in"
             " the prompt alone"
         )
         raise UsageError(
-            f"{told}; run the plan with notall.skip, or export the original model in"
+            f"{problem}; run the plan with notall.skip, or export the original model in"
             " plain numbers"
         )
 
@@ -158,11 +158,11 @@ def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weigh
             )
             path = f"{dense.prefix}{index}.{above}.prompt_{projection}.{kind}"
             if values is not None and tuple(values.shape) != shape:
-                told = (
+                problem = (
                     f"the prompt's {module}.{kind} is {tuple(values.shape)}, and the"
                     f" model's {shape}"
                 )
-                raise UsageError(f"{told}; repair this model")
+                raise UsageError(f"{problem}; repair this model")
             if values is not None:
                 like = stored or matrix.changed(lambda whole: whole[:, 0], shape)
                 yield f"{index}.{projection}.{kind}", path, like.holding(values)

@@ -128,8 +128,8 @@ def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
                 ),
             )
         if any(
-            isinstance(told, str) and numbered.search(told)
-            for told in (*path[-1:], value)
+            isinstance(word, str) and numbered.search(word)
+            for word in (*path[-1:], value)
         ):
             where = (
                 f"tell layers apart in {'.'.join(path)}, which notall cannot cut, so"
@@ -204,11 +204,11 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
     """The patterns that mean, of what is kept, what `pattern` meant in the original
     model; none where that is gone.
     """
-    told = (
+    problem = (
         f"the quantisation settings of this model name modules by {shortened(pattern)},"
         " which notall cannot renumber"
     )
-    unknown = UsageError(f"{told}, so this plan runs in memory only")
+    unknown = UsageError(f"{problem}, so this plan runs in memory only")
     meant = {new for name, new in moved.items() if words.means(pattern, name)}
     wanted = {new for new in meant if new is not None}
     if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):

@@ -94,7 +94,7 @@ def check_code(folder: Path) -> None:
     that notall did not write.
     """
     settings = read_json(contents(folder / "config.json"))
-    base, said = (
+    base, stored = (
         settings["model_type"].removeprefix(REGROUPED),
         settings.get("auto_map"),
     )
@@ -105,7 +105,7 @@ def check_code(folder: Path) -> None:
     if (
         found != {modeling_file(base): source_of(base).encode()}
         or named != {"config.json"}
-        or said != auto_map(base)
+        or stored != auto_map(base)
     ):
         raise UsageError(
             f"{folder} holds code that this notall did not write: delete the folder,"

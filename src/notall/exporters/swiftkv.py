@@ -129,21 +129,23 @@ def tail_of(structure: ModelStructure, plan: Plan) -> range:
     tail, or others are skipped too.
     """
     if plan.attention or plan.mlp or not plan.prefill:
-        told = "swiftkv skips in the prompt alone, and this plan skips for every token"
-        raise UsageError(f"{told}; choose one with --phase prefill, or export to hf")
+        problem = (
+            "swiftkv skips in the prompt alone, and this plan skips for every token"
+        )
+        raise UsageError(f"{problem}; choose one with --phase prefill, or export to hf")
     depth, skips = len(structure.blocks), plan.prefill
     tail = range(depth - len(skips.attention), depth)
     if not set(tail) == set(skips.attention) == set(skips.mlp):
-        told = "swiftkv skips the last blocks of a model whole, and nothing else"
+        problem = "swiftkv skips the last blocks of a model whole, and nothing else"
         raise UsageError(
-            f"{told}; plan them with --skip block:N --phase prefill, or export to hf"
+            f"{problem}; plan them with --skip block:N --phase prefill, or export to hf"
         )
     if skips.last_tokens != 1:
-        told = (
+        problem = (
             "swiftkv runs one last token of a prompt whole, and this plan"
             f" {skips.last_tokens}"
         )
-        raise UsageError(f"{told}; plan with --last-tokens 1, or export to hf")
+        raise UsageError(f"{problem}; plan with --last-tokens 1, or export to hf")
     return tail
 
 

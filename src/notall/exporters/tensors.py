@@ -88,9 +88,9 @@ def read_header(path: Path) -> Weights:
         ):  # which has checked all sizes and ranges
             header = read_json(file.read(int.from_bytes(file.read(8), "little")))
     except (SafetensorError, OSError, ValueError) as error:
-        said = shortened(str(error).rpartition("header: ")[2], 120)
+        reason = shortened(str(error).rpartition("header: ")[2], 120)
         raise UsageError(
-            f"{path.name} is no whole safetensors file ({said}); download the file"
+            f"{path.name} is no whole safetensors file ({reason}); download the file"
             " again"
         ) from None
     header.pop("__metadata__", None)
@@ -208,11 +208,11 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
         RuntimeError,
         ValueError,
     ) as error:  # where tensors that it would fuse are not all there, or not alike
-        told = (
+        problem = (
             f"the tensors of {name} are not those of {config.model_type}"
             f" ({shortened(error)})"
         )
-        raise UsageError(f"{told}: fetch it again") from None
+        raise UsageError(f"{problem}: fetch it again") from None
     if is_quantised:
         modules = {
             key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)

@@ -102,12 +102,12 @@ def _refusing(base: str) -> type:
 
     class Refused(stock):
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            told = (
+            problem = (
                 "this checkpoint skips sublayers in the prompt alone, which notall"
                 f" does not run in vLLM for {base}"
             )
             raise UsageError(
-                f"{told}; serve the original model, or load this one with transformers"
+                f"{problem}; serve the original model, or load this one with transformers"
             )
 
     Refused.__name__ = Refused.__qualname__ = PromptCode(base).classes[CAUSAL]

@@ -101,10 +101,10 @@ def repair(
                     text, plan, ridges=ridges, ahead=ahead, kept=kept
                 ).run(progress)
             found = refit.knowing(inner)
-    if (told := quantisation_of(inner.config)) and all(
+    if (quantisation := quantisation_of(inner.config)) and all(
         refit.why for refit in found.refits
     ):
-        why = f"what this plan keeps is quantised ({quantisation_name(told)})"
+        why = f"what this plan keeps is quantised ({quantisation_name(quantisation)})"
         fix = (
             "repair the plan on the model that was quantised, export that, and quantise"
             " the export"
@@ -121,27 +121,27 @@ def about_weights(
     plan: Plan,
     **how: object,
 ) -> Provenance:
-    told = {
+    facts = {
         "plan": plan.indices,
         "fingerprint": locate(model).fingerprint,
         "dtype": dtype_name(model),
     }
-    return Provenance.of(settings, **told, **how)
+    return Provenance.of(settings, **facts, **how)
 
 
 def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     if sequences < 2:
-        told = "a repair takes sequences to fit and others to choose the ridge by"
-        raise UsageError(f"{told}; {sequences} is too few: give 2 or more")
+        problem = "a repair takes sequences to fit and others to choose the ridge by"
+        raise UsageError(f"{problem}; {sequences} is too few: give 2 or more")
     structure = locate(model)
     plan.check(structure)
     if plan.prefill and len(plan):
-        told = (
+        problem = (
             "a repair is of what is skipped for every token, or in the prompt alone,"
             " and this plan does both"
         )
-        raise UsageError(f"{told}: repair a plan of each part")
+        raise UsageError(f"{problem}: repair a plan of each part")
     structure.refuse_stubs("a repair")
     refuse_skipping(model, "repairing a plan")
     if not plan:

@@ -359,11 +359,11 @@ def _adapted(
             warnings.simplefilter("ignore")  # it sets by itself what it warns of
             inject_adapter_in_model(config, layers, ADAPTER)
     except ValueError as error:
-        said = (
+        problem = (
             f"peft refuses this model ({shortened(error)}); train something else than"
             " lora"
         )
-        raise UnsupportedModel(said) from None
+        raise UnsupportedModel(problem) from None
     return {path: layers.get_submodule(name) for path, name in below.items()}
 
 

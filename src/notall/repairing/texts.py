@@ -103,7 +103,7 @@ class RepairTexts:
             each = _left_by(judging, fitted)
             fitted = [window(text, sequences=each) for text in own]
         other, stops = judging(fitted)
-        told = [{"text": text.name, "text_sha256": text.sha256} for text in own]
+        sources = [{"text": text.name, "text_sha256": text.sha256} for text in own]
         return cls(
             [one.on(model) for one in fitted],
             {
@@ -113,7 +113,7 @@ class RepairTexts:
                 for text, one in zip(judged.values(), other)
             },
             {
-                "texts": told,
+                "texts": sources,
                 "sequences": each * len(texts),
                 "length": length,
                 "seed": seed,
@@ -269,9 +269,9 @@ def measure(
 def about_measured(
     model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]
 ) -> Provenance:
-    told = {
+    facts = {
         "plan": plan.indices,
         "fingerprint": locate(model).fingerprint,
         "weights": plan.digest,
     }
-    return Provenance.of(settings, **told, windows=digest_of(batches)[:16])
+    return Provenance.of(settings, **facts, windows=digest_of(batches)[:16])

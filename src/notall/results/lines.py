@@ -91,8 +91,8 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        told = f"cannot read {shortened(path, 200)}: {error.strerror}"
-        raise UsageError(f"{told}; give another file or folder") from None
+        problem = f"cannot read {shortened(path, 200)}: {error.strerror}"
+        raise UsageError(f"{problem}; give another file or folder") from None
 
 
 def parsed(path: Path, number: int, text: bytes) -> Settings:

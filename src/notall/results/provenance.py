@@ -125,9 +125,9 @@ def place_of(machine: Any, *, versions: bool = True) -> str:
             f"{machine['device_name']}, {several(machine['cores'], 'core')}, threads:"
             f" {machine['threads']}"
         )
-        told = ", ".join(
+        listed = ", ".join(
             f"{name} {number}" for name, number in machine["versions"].items()
         )
-        return f"{place}; {told}" if versions else place
+        return f"{place}; {listed}" if versions else place
     except (TypeError, ValueError, KeyError, AttributeError):
         return "a machine that is not told"

@@ -226,8 +226,8 @@ class Record(Fact):
 
     @field_validator("record")
     @classmethod
-    def _own_kind(cls, said: str) -> str:
-        if said not in ("", cls.kind_name):
+    def _own_kind(cls, kind: str) -> str:
+        if kind not in ("", cls.kind_name):
             raise ValueError(f"should be {cls.kind_name}")
         return cls.kind_name
 

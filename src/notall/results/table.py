@@ -38,10 +38,10 @@ class Cell:
 
     value: float | str | None
     text: str = NOTHING
-    beside: str = ""
+    error: str = ""
 
     def __str__(self) -> str:
-        return f"{self.text} {self.beside}".rstrip()
+        return f"{self.text} {self.error}".rstrip()
 
 
 EMPTY = Cell(None)
@@ -73,14 +73,14 @@ def _column(
     get: Callable[[F], G | None],
     cell: Callable[[G], Cell],
     right: bool = True,
-    **said: str,
+    **texts: str,
 ) -> Column[F]:
     """Of what `get` finds in a row; None is nothing."""
     return Column(
         heading,
         lambda row: EMPTY if (found := get(row)) is None else cell(found),
         right,
-        **said,
+        **texts,
     )
 
 
@@ -168,18 +168,22 @@ def _between(value: float, low: float, high: float, form: str) -> Cell:
 def with_delta(
     heading: str, get: Callable[[F], tuple[float, float, float] | None]
 ) -> Column[F]:
-    """A figure with its difference to the original model and its error; nothing beside
+    """A figure with its difference to the original model and its error; nothing for
     the original model itself.
     """
 
     def cell(found: tuple[float, float, float]) -> Cell:
         value, delta, error = found
-        beside = (
+        difference = (
             f"({written(delta, '+.3f')} ± {written(error, '.3f')})"
             if is_number(delta)
             else ""
         )
-        return Cell(value, written(value, ".3f"), beside) if is_number(value) else EMPTY
+        return (
+            Cell(value, written(value, ".3f"), difference)
+            if is_number(value)
+            else EMPTY
+        )
 
     return _column(
         heading,

@@ -154,7 +154,7 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
     """The columns as the terminal's encoding can write them."""
 
     def pieces(cell: Cell, right: bool) -> Pieces:
-        value, beside = printable(cell.text, encoding), printable(cell.beside, encoding)
+        value, beside = printable(cell.text, encoding), printable(cell.error, encoding)
         return (
             *([value] if right else value.split(" ")),
             *([beside] if beside else []),

@@ -156,9 +156,9 @@ class Criterion:
                 " setting.space.names"
             )
         if not setting.space.allows(frozenset(found.skipped)):
-            told = ", ".join(setting.space.sorted(found.skipped))
+            names = ", ".join(setting.space.sorted(found.skipped))
             raise UsageError(
-                f"{named} skips {shortened(told)}, which {setting.space} does not"
+                f"{named} skips {shortened(names)}, which {setting.space} does not"
                 " allow: ask space.moves"
             )
         if (
