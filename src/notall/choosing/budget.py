@@ -33,6 +33,7 @@ class Budget:
     read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def saved(self, skipped: Iterable[str]) -> float:
+        """How much is saved without these sublayers, in the unit of the budget."""
         gone = frozenset(skipped)
         return math.fsum(
             self.saves[name] for name in gone if self._is_freed(name, gone)
@@ -48,6 +49,7 @@ class Budget:
         return min(self.saved(skipped), self.target * (1 - 1e-9))
 
     def met(self, skipped: Skipped) -> bool:
+        """Whether these sublayers save the target, up to rounding."""
         return self.saved(skipped) >= self.target * (1 - 1e-9)
 
     def rate(self, unit: Unit, rise: float, skipped: Skipped) -> float:

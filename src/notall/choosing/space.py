@@ -233,6 +233,7 @@ class Space:
         return not self.portable or is_portable(self.structure, self.plan(skipped))
 
     def sorted(self, names: Iterable[str]) -> list[str]:
+        """Names of sublayers in the model's order."""
         return sorted(names, key=self.order.__getitem__)
 
     def plan(self, skipped: Iterable[str], note: str | None = None) -> Plan:
@@ -245,6 +246,7 @@ class Space:
 
     @property
     def prefill_in_words(self) -> str:
+        """The sets of a prompt alone, for messages."""
         return f"sets that the prompt alone skips, but for its last {self.last_tokens}"
 
     def refuse_prefill(self, why: str) -> None:
@@ -269,6 +271,7 @@ class Choice:
 
 
 def names_in(units: Iterable[Unit]) -> Skipped:
+    """The names of the sublayers of some units."""
     return frozenset(name for unit in units for name in unit)
 
 

@@ -75,6 +75,7 @@ class Engine(ABC):
 
     @property
     def plain(self) -> str:
+        """The type of unquantised weights."""
         return self.types[0]
 
     def check(self, spec: str | Path) -> None:
@@ -140,6 +141,7 @@ class Engine(ABC):
         )
 
     def is_installed(self) -> bool:
+        """Whether its package can be imported; nothing is."""
         return find_spec(self.package) is not None
 
 
@@ -204,4 +206,5 @@ def allocated_bytes() -> int:
 
 
 def resident_bytes() -> int:
+    """The memory of this process."""
     return psutil.Process().memory_info().rss

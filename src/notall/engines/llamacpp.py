@@ -69,9 +69,11 @@ class LlamaCpp(Engine):
 
     @property
     def types(self) -> tuple[str, ...]:
+        """The types of llama.cpp that are measured, plain ones first."""
         return tuple(FILE_TYPES)
 
     def check(self, spec: str | Path) -> None:
+        """Refuses a file that is quantised already, too."""
         super().check(spec)
         source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
@@ -89,11 +91,13 @@ class LlamaCpp(Engine):
         return plain
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        """By llama.cpp's own mixture of types."""
         write_in_type(plain, kind, out)
 
     def score(
         self, checkpoint: Path, windows: Sequence[Tokens]
     ) -> list[list[float | None]]:
+        """Several windows at once, each in a slot of the server."""
         together = min(AT_ONCE, len(windows))
         server = self._server(checkpoint, max(map(len, windows)), together)
 
@@ -108,6 +112,7 @@ class LlamaCpp(Engine):
         ]
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        """By the server's own times."""
         before = resident_bytes()
         server = self._server(checkpoint, len(prompt) + new + 1, 1)
         request = {
@@ -154,6 +159,7 @@ class LlamaCpp(Engine):
 
     @staticmethod
     def reason(stderr: str) -> str:
+        """The cause of a file that llama.cpp could not load, in its words."""
         return next(
             (
                 shortened(line.partition(LOADING)[2], 160)

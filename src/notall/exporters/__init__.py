@@ -87,6 +87,7 @@ class Export(ABC):
 
     @property
     def manifest(self) -> Settings:
+        """What `notall.json` has of the export before it is written."""
         return manifest_of(self.origin, self.plan, self.form)
 
 

@@ -203,6 +203,7 @@ def dense_of(folder: Path) -> str:
 
 
 def verdict_of(manifest: Settings) -> Verdict:
+    """The verdict that a manifest holds."""
     found = manifest["verified"]
     return NotVerified(**found) if "not_run" in found else Verified(**found)
 

@@ -86,6 +86,7 @@ class NemotronExport(CheckpointExport):
         )
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        """Warn, too, where vLLM cannot run what is written."""
         super().write(folder, shard_bytes, progress)
         if WITHOUT_FIRST_ATTENTION in self.use:
             logger.warning(WITHOUT_FIRST_ATTENTION)

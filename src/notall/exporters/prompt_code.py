@@ -36,10 +36,12 @@ class PromptCode:
 
     @property
     def model_type(self) -> str:
+        """That of config.json."""
         return f"{PROMPT_SKIPS}{self.base}"
 
     @property
     def file(self) -> str:
+        """The name of the modeling file."""
         return f"modeling_{self.model_type}.py"
 
     @property
@@ -52,6 +54,7 @@ class PromptCode:
 
     @cached_property
     def source(self) -> str:
+        """The text of the modeling file."""
         names = {
             "base": self.base,
             "name": FAMILIES[self.base].name,

@@ -62,10 +62,12 @@ FAMILIES = {
 
 
 def model_type_of(base: str) -> str:
+    """The model type of regrouped checkpoints of a family."""
     return f"{REGROUPED}{base}"
 
 
 def modeling_file(base: str) -> str:
+    """The name of the modeling file of a family."""
     return f"modeling_{model_type_of(base)}.py"
 
 

@@ -53,6 +53,7 @@ class Weight:
     read: Callable[[], Tensor]
 
     def read_bytes(self) -> Tensor:
+        """The values as they lie in a file: bytes, (size,)."""
         return self.read().contiguous().flatten().view(torch.uint8)
 
     def changed(

@@ -212,6 +212,7 @@ class Passed(nn.Module):
     """Stands for the norm before an MLP that was left out."""
 
     def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are."""
         return hidden, residual
 
 
@@ -227,6 +228,7 @@ class MLP(nn.Module):
             setattr(self, name, getattr(layer, name))
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream behind it, as vLLM splits it in two."""
         norm, *rest = (getattr(self, name) for name in self.names)
         if residual is None:  # ahead of the first attention
             hidden, residual = norm(hidden), hidden

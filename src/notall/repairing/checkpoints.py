@@ -29,14 +29,17 @@ class Checkpoints:
 
     @property
     def last(self) -> Path:
+        """The file that a next run goes on from."""
         return self.folder / LAST
 
     @property
     def best(self) -> Path:
+        """The file of the weights of least KL."""
         return self.folder / BEST
 
     @property
     def trained(self) -> Path:
+        """The file in which workers leave the result."""
         return self.folder / TRAINED
 
     def refuse_others(self) -> None:

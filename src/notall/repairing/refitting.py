@@ -121,6 +121,7 @@ def about_weights(
     plan: Plan,
     **how: object,
 ) -> Provenance:
+    """The settings of a run, with the plan, the model and `how` its weights are made."""
     facts = {
         "plan": plan.indices,
         "fingerprint": locate(model).fingerprint,

@@ -57,6 +57,7 @@ class Line:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of its sublayers."""
         return tuple(part.name for part in self.parts)
 
     def run(self, layers: nn.Module, hidden: Tensor, recording: Recording) -> Tensor:
@@ -78,6 +79,7 @@ class Line:
 
 
 def lines_of(structure: ModelStructure) -> list[Line]:
+    """All lines of a model, in the order in which they run."""
     return [
         Line(block, parts, block.scale if parts[-1] is block.sublayers[-1] else 1.0)
         for block, parts in live_steps(structure, Plan())
@@ -97,6 +99,7 @@ class LiveStep(Line):
 
 
 def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
+    """What a plan keeps of the lines of a model, in order."""
     lines, live = lines_of(structure), list(live_steps(structure, plan))
     places = {
         part.name: place for place, line in enumerate(lines) for part in line.parts
@@ -149,6 +152,7 @@ class DenseStream:
 
     @cached_property
     def projections(self) -> Projections:
+        """The output projections of its sublayers."""
         return Projections(self.model, self.tokens)
 
     def before(self, *lines: int) -> list[list[Tensor]]:

@@ -269,6 +269,7 @@ def measure(
 def about_measured(
     model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]
 ) -> Provenance:
+    """The settings of a run, with the plan, the model and the windows of a measurement."""
     facts = {
         "plan": plan.indices,
         "fingerprint": locate(model).fingerprint,

@@ -112,6 +112,7 @@ def behind(prompt_tokens: int | None) -> str:
 
 
 def windows_in_words(described: Settings) -> str:
+    """Such as `16 windows of 128 tokens of wikitext2`."""
     return (
         f"{several(described['sequences'], 'window')} of {described['length']} tokens"
         f" of {shortened(described['text'])}"

@@ -244,6 +244,7 @@ class Record(Fact):
         return self.provenance.what if self.provenance else {}
 
     def line(self) -> Settings:
+        """The record as JSON: its kind and the fields that were set."""
         return {
             "record": self.kind_name,
             **self.model_dump(mode="json", exclude_unset=True),
@@ -276,4 +277,5 @@ class Skips(Fact):
 
     @property
     def name(self) -> str:
+        """The plan in words."""
         return self.plan.in_words()

@@ -60,6 +60,7 @@ class Column(Generic[F]):
     note: str = ""
 
     def text(self, row: F) -> str:
+        """The cell of a row as text."""
         return str(self.cell(row))
 
     @property
@@ -115,6 +116,7 @@ def number(
 
 
 def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
+    """A number of bytes, in a unit of its magnitude."""
     return number(heading, get, in_bytes)
 
 
@@ -252,6 +254,7 @@ class Table:
 
     @property
     def headings(self) -> tuple[str, ...]:
+        """Of the columns, without units."""
         return tuple(column.heading for column in self.columns)
 
     @property
@@ -261,6 +264,7 @@ class Table:
         return f"{'; '.join(notes)}." if notes else ""
 
     def markdown(self) -> str:
+        """As a table of GitHub's Markdown."""
         rules = ["---:" if column.right else "---" for column in self.columns]
         cells = ([str(cell).replace("|", r"\|") for cell in row] for row in self.rows)
         return "".join(

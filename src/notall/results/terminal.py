@@ -68,6 +68,7 @@ def say(line: str) -> None:
 
 
 def next_report(folder: Path) -> str:
+    """The command that makes a page of a folder, as the next one to type."""
     return f"Next: notall report {folder} -o {folder / 'report.html'}"
 
 

@@ -48,6 +48,7 @@ class Setting:
 
     @property
     def late(self) -> bool:
+        """Whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
     def until(self, share: float) -> "Setting":

@@ -35,7 +35,8 @@ class RepairFunction(Protocol):
         plan: Plan,
         batches: Sequence[Tensor],
         progress: Progress = silent,
-    ) -> RepairedPlan: ...
+    ) -> RepairedPlan:
+        """Raises `UsageError` for a plan or a model that it cannot repair."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Configured(Skips):
 
     @property
     def configuration(self) -> tuple[str, float, bool]:
+        """(variant, fraction, keep_last), which no other row of the grid has."""
         return self.variant, self.fraction, self.keep_last
 
     def describes(self, other: "Configured") -> bool:
