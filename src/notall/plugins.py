@@ -60,9 +60,9 @@ if TYPE_CHECKING:
         silent as silent,
         tracked as tracked,
     )
+    from .repairing.least_squares import Moments as Moments
     from .repairing.methods import Repair as Repair, RepairFunction as RepairFunction
     from .repairing.projections import features_of as features_of
-    from .repairing.solving import Moments as Moments
     from .repairing.streams import (
         DenseStream as DenseStream,
         Line as Line,
@@ -102,7 +102,7 @@ _HOMES = {
     "Progress silent tracked": "progress",
     "Repair RepairFunction": "repairing.methods",
     "features_of": "repairing.projections",
-    "Moments": "repairing.solving",
+    "Moments": "repairing.least_squares",
     "DenseStream Line LiveStep lines_of steps_of": "repairing.streams",
     "Layer layers_of sparse_layers": "running.regrouping",
     "LinearMap": "running.repaired",

@@ -131,10 +131,8 @@ def export(
         from ..running.repaired import refuse_maps
 
         refuse_maps(plan)
-    kind, source = (
-        _target_for(target, plan),
-        Source(model, tokenizer, revision, trust_remote_code, dtype),
-    )
+    kind = _target_for(target, plan)
+    source = Source(model, tokenizer, revision, trust_remote_code, dtype)
     out = Path(out)
     with appearing(out) as folder, kind.prepared(source, plan) as prepared:
         check_room(folder, prepared.written_bytes)

@@ -128,10 +128,8 @@ def _warn_of_wider(source: GGUF, tensors: Mapping[str, GGUFTensor]) -> None:
         kind.name for name, kind in before.items() if kind != tensors[name].quantization
     }
     if widened:
-        named, fix = (
-            ", ".join(sorted(widened)),
-            "repair and export an F16 file, and quantise that",
-        )
+        named = ", ".join(sorted(widened))
+        fix = "repair and export an F16 file, and quantise that"
         logger.warning(
             "repaired weights that were %s are written in 8 bits, in which they lose"
             " less; to have that type, %s",

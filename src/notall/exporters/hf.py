@@ -155,11 +155,9 @@ class HFExport(CheckpointExport):
         """By its bytes, and by logits, one model at a time, unless it is quantised and
         not to be run here.
         """
-        dense, base, logits_of = (
-            self.dense,
-            self.dense.config.model_type,
-            self._logits_of,
-        )
+        dense = self.dense
+        base = self.dense.config.model_type
+        logits_of = self._logits_of
         check_copies(folder, self.tensors, self.texts)
         try:
             model = dense.load()

@@ -163,10 +163,8 @@ def plan_of(folder: Path) -> Plan:
             "mlp": plan["mlp"],
             "prefill": plan.get("prefill", {}),
         }
-        is_repaired, found = (
-            "repair" in manifest,
-            Plan(**skipped, note=plan.get("note")),
-        )
+        is_repaired = "repair" in manifest
+        found = Plan(**skipped, note=plan.get("note"))
     except (KeyError, TypeError, AttributeError, UsageError):
         raise UsageError(
             f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}"

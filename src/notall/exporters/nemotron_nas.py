@@ -75,15 +75,9 @@ class NemotronExport(CheckpointExport):
         layers = list(sparse_layers(layers_of(dense.structure, plan)))
         use = USE if layers[0][0] is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
         files = {"configuration_decilm.py": CONFIGURATION}
-        return cls(
-            dense,
-            plan,
-            _settings(dense, layers),
-            dict(_named(dense, layers)),
-            use,
-            files,
-            {},
-        )
+        settings = _settings(dense, layers)
+        tensors = dict(_named(dense, layers))
+        return cls(dense, plan, settings, tensors, use, files, notes={})
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
         """Warn, too, where vLLM cannot run what is written."""
@@ -99,9 +93,8 @@ class NemotronExport(CheckpointExport):
         if find_spec("mlx_lm") is None:
             return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
         tokens, expected = self.skipped_logits()
-        most = (
-            1e-3 if expected.dtype == torch.float32 else 5e-2
-        )  # its kernels are its own
+        # its kernels are its own
+        most = 1e-3 if expected.dtype == torch.float32 else 5e-2
         error = relative_error(logits_in_mlx(folder, tokens), expected)
         return Verified(
             f"MLX-LM {version('mlx-lm')}", error, most, "of the largest logit"
@@ -120,12 +113,10 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def _check(dense: DenseModel) -> None:
-    config, problem = dense.config, dense.unlike_llama(FAMILIES)
-    head = getattr(config, "head_dim", None)
-    if not problem and head not in (
-        None,
-        config.hidden_size // config.num_attention_heads,
-    ):
+    config = dense.config
+    problem = dense.unlike_llama(FAMILIES)
+    size = config.hidden_size // config.num_attention_heads
+    if not problem and getattr(config, "head_dim", None) not in (None, size):
         problem = "its heads are not the hidden size divided by their number"
     if problem:
         raise UsageError(

@@ -155,10 +155,8 @@ def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weigh
         matrix = dense.tensors[f"{dense.prefix}{module}.weight"]
         plan.check_replaced({f"{layers}{module}.weight": matrix.read()})
         for kind, shape in (("weight", matrix.shape), ("bias", matrix.shape[:1])):
-            stored, values = (
-                dense.tensors.get(f"{dense.prefix}{module}.{kind}"),
-                given.get(f"{module}.{kind}"),
-            )
+            stored = dense.tensors.get(f"{dense.prefix}{module}.{kind}")
+            values = given.get(f"{module}.{kind}")
             path = f"{dense.prefix}{index}.{above}.prompt_{projection}.{kind}"
             if values is not None and tuple(values.shape) != shape:
                 problem = (

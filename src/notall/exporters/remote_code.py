@@ -96,10 +96,8 @@ def check_code(folder: Path) -> None:
     that notall did not write.
     """
     settings = read_json(contents(folder / "config.json"))
-    base, stored = (
-        settings["model_type"].removeprefix(REGROUPED),
-        settings.get("auto_map"),
-    )
+    base = settings["model_type"].removeprefix(REGROUPED)
+    stored = settings.get("auto_map")
     found = {file.name: contents(file) for file in folder.glob("**/*.py")}
     named = {
         file.name for file in folder.glob("*.json") if b'"auto_map"' in contents(file)

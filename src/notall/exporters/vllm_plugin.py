@@ -124,10 +124,8 @@ def _regrouping(base: str, vllm_config: Any, undo: Undo) -> Undo:
     """Have vLLM build the layers of `base` as the config of the checkpoint says, until
     `undo` is left.
     """
-    module, names = (
-        _vllm_module(LAYERS_IN.get(base, base)),
-        MLP_IN.get(base, FAMILIES[base].mlp),
-    )
+    module = _vllm_module(LAYERS_IN.get(base, base))
+    names = MLP_IN.get(base, FAMILIES[base].mlp)
     make_layers = module.make_layers
 
     def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
@@ -147,10 +145,8 @@ def _regrouped_layer(
     that it has or lacks.
     """
     layers, _, place = prefix.rpartition(".")
-    parts, known = (
-        vllm_config.model_config.hf_config.sublayers[int(place)],
-        vllm_config.compilation_config,
-    )
+    parts = vllm_config.model_config.hf_config.sublayers[int(place)]
+    known = vllm_config.compilation_config
 
     def forget(path: str) -> None:
         """What vLLM would hold a cache for, or wait for as experts to run."""

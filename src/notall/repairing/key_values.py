@@ -29,7 +29,7 @@ from ..structure.calls import LayerCall, child
 from ..structure.key_values import bias_of, caught, matrix_of
 from ..structure.model_structure import Sublayer
 from .kept import Kept
-from .solving import Moments
+from .least_squares import Moments
 from .streams import DenseStream, Line
 
 TINY = 1e-30

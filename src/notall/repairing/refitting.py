@@ -292,11 +292,9 @@ class Refitting:
         self, step: LiveStep, target: list[Tensor]
     ) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
-        start, layer, keep = (
-            time.process_time(),
-            self.text.layers[step.block.index],
-            self.text.keep,
-        )
+        start = time.process_time()
+        layer = self.text.layers[step.block.index]
+        keep = self.text.keep
         found = [self.text.projections.of(part, own=True) for part in step.parts]
         projections = tuple(
             replace(one, scale=one.scale * step.scale)

@@ -64,14 +64,10 @@ class Line:
         """The stream behind it, (batch, tokens, hidden), given the one before it: on
         the device where that is.
         """
-        index, branches = (
-            self.block.index,
-            tuple(branch for part in self.parts for branch in part.branches),
-        )
-        layer, call = (
-            layers.get_submodule(str(index)),
-            LayerCall(recording.arguments[index]),
-        )
+        index = self.block.index
+        branches = tuple(branch for part in self.parts for branch in part.branches)
+        layer = layers.get_submodule(str(index))
+        call = LayerCall(recording.arguments[index])
         behind = run_branches(
             branches, layer, hidden.to(recording.devices[index]), call
         )
@@ -137,11 +133,9 @@ class DenseStream:
     ) -> None:
         self.model, self.structure, self.keep_all = model, locate(model), keep_all
         self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
-        self.keep, self.tokens, self.held = (
-            partial(offloaded, folder=offload),
-            batches[0],
-            held_out(batches, one_in),
-        )
+        self.keep = partial(offloaded, folder=offload)
+        self.tokens = batches[0]
+        self.held = held_out(batches, one_in)
         recordings = (record(model, input_ids=batch) for batch in batches)
         self.recordings = [
             replace(one, embedded=self.keep(one.embedded.to(one.device)))

@@ -136,10 +136,8 @@ def lock(folder: Path) -> Iterator[None]:
             f"{shortened(place)} is there, and notall did not write it: choose another"
             " folder"
         )
-    held, made = (
-        FileLock(place, timeout=0),
-        [*takewhile(_is_absent, (folder, *folder.parents))],
-    )
+    held = FileLock(place, timeout=0)
+    made = [*takewhile(_is_absent, (folder, *folder.parents))]
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)

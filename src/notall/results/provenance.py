@@ -76,10 +76,8 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
     @property
     def in_words(self) -> str:
         """The model in its dtype, and where it ran: what a table says above itself."""
-        model, dtype = (
-            self.what.get("model", "the model"),
-            self.what.get("dtype", "a dtype that is not told"),
-        )
+        model = self.what.get("model", "the model")
+        dtype = self.what.get("dtype", "a dtype that is not told")
         return (
             f"{model}, {dtype}, on"
             f" {place_of(self.where.get('machine'), versions=False)}"

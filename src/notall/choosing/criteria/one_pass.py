@@ -74,10 +74,8 @@ def choose_angular(setting: Setting, budget: Budget) -> Choice:
 
     def angle(first: int) -> float:
         start = first + space.keep_first
-        before, behind = (
-            torch.cat(states[start]),
-            torch.cat(states[start + len(found[first])]),
-        )
+        before = torch.cat(states[start])
+        behind = torch.cat(states[start + len(found[first])])
         return float(
             (
                 cosine_similarity(before, behind, dim=-1).clamp(-1, 1).arccos()

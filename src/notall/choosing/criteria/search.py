@@ -58,10 +58,8 @@ def search(
             one.start_from(one.deepest()[::-1])
         if setting.late:
             break
-    looking, best = (
-        searches[0],
-        max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost)),
-    )
+    looking = searches[0]
+    best = max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
     if best is not looking:
         looking.go_on_from(best, stages.stage(1 + setting.patience))
         looking.settle()
@@ -183,11 +181,9 @@ class _Search:
 
     def go_on_from(self, other: "_Search", progress: Progress) -> None:
         self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
-        self.progress, self.done, self.total = (
-            progress,
-            0.0,
-            1.0 + self.setting.patience,
-        )
+        self.progress = progress
+        self.done = 0.0
+        self.total = 1.0 + self.setting.patience
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
@@ -226,19 +222,13 @@ class _Search:
             back, unit = min(guesses, key=guesses.__getitem__)
             if guesses.pop((back, unit)) > 0 and self.setting.grown_on < 1.0:
                 continue
-            spent, cost = (
-                spent + 1,
-                self._evaluate(self.skipped.difference(back).union(unit)),
-            )
+            spent = spent + 1
+            cost = self._evaluate(self.skipped.difference(back).union(unit))
             if cost < self.cost:
-                self.rises[back], self.falls[unit] = (
-                    self.falls.pop(back),
-                    self.rises[unit],
-                )
-                self.skipped, self.cost = (
-                    self.skipped.difference(back).union(unit),
-                    cost,
-                )
+                self.rises[back] = self.falls.pop(back)
+                self.falls[unit] = self.rises[unit]
+                self.skipped = self.skipped.difference(back).union(unit)
+                self.cost = cost
                 kept = (
                     tuple(name for name in one if name not in back)
                     for one in self.order
