@@ -197,9 +197,8 @@ def _possible(space: Space, budget: Budget) -> Budget:
     counting = {f"attn.{index}" for index in space.structure.counting}
     if counting.issubset(space.names):
         stay = [unit for unit in space.units if counting.intersection(unit)]
-        most = max(
-            budget.saved(set(space.names).difference(unit)) for unit in stay
-        )  # one attention stays
+        # one attention stays
+        most = max(budget.saved(set(space.names).difference(unit)) for unit in stay)
     if not 0 <= budget.target <= most * (1 + 1e-9):
         problem = f"a budget of {budget.description} is out of reach"
         raise UsageError(

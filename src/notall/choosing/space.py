@@ -169,7 +169,7 @@ class Space:
         return (len(self.units) + self.length - 1) // self.length
 
     def moves(self, skipped: Skipped) -> list[Unit]:
-        """What may be skipped next, beside `skipped`."""
+        """What may be skipped next, on top of `skipped`."""
         if self.by_pairs:
             live = [name for name in self.order if name not in skipped]
             free: Iterable[Unit] = (
@@ -214,12 +214,10 @@ class Space:
         """Whether `skipped` leaves an attention and, where that is asked for, an
         ordinary model or whole periods.
         """
-        if (
-            self.phase == "prefill"
-        ):  # whose keys and values are written, so that all are counted
-            return not skipped.issuperset(
-                name for name in self.order if name.startswith("attn.")
-            )
+        if self.phase == "prefill":
+            # keys and values of skipped attentions are written: all count
+            attentions = {name for name in self.order if name.startswith("attn.")}
+            return not skipped.issuperset(attentions)
         if skipped.issuperset(f"attn.{index}" for index in self.structure.counting):
             return False
         if self.kind == "period":

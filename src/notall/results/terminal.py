@@ -76,35 +76,31 @@ def print_table(table: Table) -> None:
         console.size = ConsoleDimensions(
             sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1
         )
-    laid_out = _laid_out(strips, console.width)
-    parts = (
-        ([laid_out] if laid_out else None)
-        if screen
-        else _in_parts(strips, console.width)
-    )
-    console.print(
-        Text(printable(table.title, console.encoding), style="bold"),
-        soft_wrap=not screen,
-    )
-    if parts is None:  # each heading with what stands below it, row after row
-        named = [
-            [(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]]
-            for cells, _ in strips
-        ]
-        console.print(
-            Text("\n\n".join("\n".join(map(" ".join, row)) for row in zip(*named))),
-            soft_wrap=True,
-        )
+    if screen:
+        laid_out = _laid_out(strips, console.width)
+        parts = [laid_out] if laid_out else None
+    else:
+        parts = _in_parts(strips, console.width)
+    title = Text(printable(table.title, console.encoding), style="bold")
+    console.print(title, soft_wrap=not screen)
+    if parts is None:
+        console.print(_as_list(strips), soft_wrap=True)
         return
     for part in parts:
         console.print(_drawn(part))
-    if screen and len(table.rows) > TURNED and len(parts[0]) < len(strips):
-        left_out = [" ".join(strip.cells[0]) for strip in strips[len(parts[0]) :]]
-        console.print(
-            Text(
-                f"also measured: {', '.join(left_out)}; see --json or a wider terminal"
-            )
-        )
+    shown = len(parts[0])
+    if screen and len(table.rows) > TURNED and shown < len(strips):
+        rest = ", ".join(" ".join(strip.cells[0]) for strip in strips[shown:])
+        console.print(Text(f"also measured: {rest}; see --json or a wider terminal"))
+
+
+def _as_list(strips: Sequence["Strip"]) -> Text:
+    """Row after row, each cell on a line behind its heading."""
+    columns = []
+    for cells, _ in strips:
+        heading = (*cells[0][:-1], f"{cells[0][-1]}:")
+        columns.append([" ".join((*heading, *cell)) for cell in cells[1:]])
+    return Text("\n\n".join("\n".join(row) for row in zip(*columns)))
 
 
 def _drawn(laid_out: Sequence["Strip"]) -> RichTable:
@@ -200,23 +196,25 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     """
     turns = _is_short(strips)
     fewest = len(strips) if turns else _naming(strips)
+    rows = len(strips[0].cells)
     for count in range(len(strips), fewest - 1, -1):
-        for start in (
-            0,
-            1,
-            len(strips[0].cells),
-        ):  # the first cell that stands in one line
-            cells = [
-                (*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:]))
-                for one in strips[:count]
-            ]
-            if fitting := _fitted(
-                [Strip(some, one.right) for some, one in zip(cells, strips)], width
-            ):
+        for first in (0, 1, rows):  # the first row whose cells stand in one line
+            shown = [_in_lines_until(first, one) for one in strips[:count]]
+            if fitting := _fitted(shown, width):
                 return fitting
-    rows = zip(*(strip.cells for strip in strips))  # each a column
-    turned = [Strip(cells, place > 0) for place, cells in enumerate(rows)]
-    return _fitted(turned, width, by_words=True) if turns else None
+    if not turns:
+        return None
+    columns = zip(*(strip.cells for strip in strips))  # one for each row
+    turned = [Strip(cells, place > 0) for place, cells in enumerate(columns)]
+    return _fitted(turned, width, by_words=True)
+
+
+def _in_lines_until(first: int, strip: Strip) -> Strip:
+    """The pieces of the cells before `first` may have lines of their own, and those of
+    all others stand in one.
+    """
+    whole = [(" ".join(cell),) for cell in strip.cells[first:]]
+    return Strip((*strip.cells[:first], *whole), strip.right)
 
 
 def _fitted(
@@ -225,23 +223,21 @@ def _fitted(
     """The strips in `width` cells, the widest narrowed first; None where they don't
     fit.
 
-    Columns of numbers have two widths, with errors beside and below; `by_words` they
-    hold text, too.
+    Columns of numbers have two widths, with errors in the line and below it; `by_words`
+    they hold text, too.
     """
-    least, widths = [strip.least for strip in strips], [strip.most for strip in strips]
+    least = [strip.least for strip in strips]
+    widths = [strip.most for strip in strips]
     room = width - FRAME * len(strips) - 1
     if sum(least) > room:
         return None
     while sum(widths) > room:
-        widest = max(
-            (place for place in range(len(strips)) if widths[place] > least[place]),
-            key=widths.__getitem__,
-        )
-        widths[widest] = (
-            least[widest]
-            if strips[widest].right and not by_words
-            else widths[widest] - 1
-        )
+        wide = [place for place in range(len(strips)) if widths[place] > least[place]]
+        widest = max(wide, key=widths.__getitem__)
+        if strips[widest].right and not by_words:
+            widths[widest] = least[widest]
+        else:
+            widths[widest] -= 1
     return [
         Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right)
         for one, wide in zip(strips, widths)
