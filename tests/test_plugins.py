@@ -88,7 +88,7 @@ def test_importing_it_imports_no_library():
 STRANGER = '''
 from notall import Plan, UsageError
 from notall.plugins import (
-    CheckpointExport, DenseModel, NotVerified, Setting, Task, UnitScores, Verdict,
+    CheckpointExport, DenseModel, NotVerified, Setting, Task, UnitScores, Verification,
     check_copies, cut_settings, layers_of, moved_tensors,
 )
 
@@ -115,7 +115,7 @@ class Bodies(CheckpointExport):
         settings = cut_settings(dense, layers) | {"model_type": "bodies"}
         return cls(dense, plan, settings, tensors, use="Bodies run it.", files={}, notes={})
 
-    def verify(self, folder) -> Verdict:
+    def verify(self, folder) -> Verification:
         check_copies(folder, self.tensors, self.texts)
         return NotVerified("no body is here")
 '''

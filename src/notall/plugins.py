@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .exporters.manifest import (
         NotVerified as NotVerified,
         Origin as Origin,
-        Verdict as Verdict,
+        Verification as Verification,
         Verified as Verified,
     )
     from .exporters.tensors import (
@@ -93,7 +93,7 @@ _HOMES = {
     "DenseModel": "exporters.dense",
     "cut_settings rope_names": "exporters.config_cuts",
     "moved_tensors": "exporters.layout",
-    "NotVerified Origin Verdict Verified": "exporters.manifest",
+    "NotVerified Origin Verification Verified": "exporters.manifest",
     "FLOATS Weight Weights check_copies": "exporters.tensors",
     "Settings": "strict_json",
     "Passage walk": "measuring.quality",

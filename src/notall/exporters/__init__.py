@@ -18,7 +18,7 @@ from ..progress import Progress, silent
 from ..results.lines import refuse_unwritable
 from ..results.table import in_bytes
 from ..strict_json import Settings
-from .manifest import TURNED_OFF, Origin, Verdict, describe, manifest_of
+from .manifest import TURNED_OFF, Origin, Verification, describe, manifest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ class Export(ABC):
         """Write the files into an empty folder, of several about `shard_bytes` each."""
 
     @abstractmethod
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """Run what was written; raise `UsageError` where it answers differently from
         the skipped model.
         """

@@ -24,7 +24,7 @@ from notall.plugins import (
     DenseModel,
     Progress,
     Settings,
-    Verdict,
+    Verification,
     Verified,
     Weight,
     Weights,
@@ -162,7 +162,7 @@ class ExecuTorchExport(CheckpointExport):
             tokens,
         )
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens
         one by one.
         """
@@ -213,7 +213,7 @@ class Export8da4w(ExecuTorchExport):
         quantize_(model, config, fits)
         return model
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By the error of the logits over that of torchao's own rounding: no program
         has that to the last bit.
         """

@@ -27,7 +27,7 @@ from . import Export, Source
 from .gguf_cut import cut
 from .gguf_prompts import in_places, weights_in
 from .gguf_weights import with_weights
-from .manifest import NotVerified, Origin, Verdict, Verified
+from .manifest import NotVerified, Origin, Verification, Verified
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ PROMPT_USE = (
 )
 # llama.cpp rounds what it multiplies with quantised matrices, in the dense file too.
 # Differences up to these pass.
-TIMES_DENSE, NATS = 3, 0.05
+TIMES_DENSE, MOST_NATS = 3, 0.05
 PROMPTS, LENGTH = 8, 12  # prompts that are compared, and the tokens of each
 MOST_OFF = 2**-7  # of the largest number of a weight, by which 8 bits may round another
 
@@ -102,7 +102,7 @@ class GGUFExport(Export):
         """Write one file, whatever `shard_bytes`."""
         write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By llama.cpp's likeliest tokens: the mean difference of log-probabilities,
         compared with the original file's.
 
@@ -128,7 +128,7 @@ class GGUFExport(Export):
         except UnknownArchitecture as reason:
             return NotVerified(str(reason))
         unit = f"nats on average, where the original file is off by {dense:.2g}"
-        most = max(TIMES_DENSE * dense, NATS)
+        most = max(TIMES_DENSE * dense, MOST_NATS)
         by = f"llama.cpp (xllamacpp {llama.version})"
         return Verified(by, off, most, unit).checked()
 

@@ -25,7 +25,7 @@ from .checkpoint import CheckpointExport, probe_tokens
 from .config_cuts import cut_settings
 from .dense import DenseModel, load_whole
 from .layout import build_of, check_built, moved_modules, moved_tensors
-from .manifest import NotVerified, Verdict, Verified
+from .manifest import NotVerified, Verification, Verified
 from .prompt_code import CAUSAL, PromptCode, check_form
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import (
@@ -151,7 +151,7 @@ class HFExport(CheckpointExport):
             notes,
         )
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By its bytes, and by logits, one model at a time, unless it is quantised and
         not to be run here.
         """

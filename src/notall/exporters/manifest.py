@@ -97,12 +97,15 @@ class NotVerified:
         return f"not compared with the skipped model: {self.not_run}"
 
 
-Verdict = Verified | NotVerified
+Verification = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
 def describe(
-    folder: Path, export: "Export", verdict: Verdict, measured: Settings | None = None
+    folder: Path,
+    export: "Export",
+    verdict: Verification,
+    measured: Settings | None = None,
 ) -> None:
     """Write the manifest, with what is known now that the weights are written, and the
     card.
@@ -200,7 +203,7 @@ def dense_of(folder: Path) -> str:
         return "the hub id or folder that it was made of"
 
 
-def verdict_of(manifest: Settings) -> Verdict:
+def verdict_of(manifest: Settings) -> Verification:
     """The verdict that a manifest holds."""
     found = manifest["verified"]
     return NotVerified(**found) if "not_run" in found else Verified(**found)
@@ -223,7 +226,7 @@ def check_verified(spec: str | Path) -> None:
         )
 
 
-def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
+def _card(export: "Export", verdict: Verification, measured: Settings | None) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the
     original model's licence.
     """

@@ -25,7 +25,7 @@ from notall.plugins import (
     NotVerified,
     Progress,
     Settings,
-    Verdict,
+    Verification,
     Verified,
     Weight,
     check_copies,
@@ -85,7 +85,7 @@ class NemotronExport(CheckpointExport):
         if WITHOUT_FIRST_ATTENTION in self.use:
             logger.warning(WITHOUT_FIRST_ATTENTION)
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By its bytes, and in MLX-LM, on a batch without padding; says so where MLX-LM
         is not installed.
         """

@@ -33,7 +33,7 @@ from ..structure.undoing import Undo
 from .checkpoint import CheckpointExport, probe_tokens
 from .config_cuts import rope_names
 from .dense import DenseModel
-from .manifest import NotAsSkipped, NotVerified, Verdict
+from .manifest import NotAsSkipped, NotVerified, Verification
 from .prompt_code import PROJECTIONS, own_weights
 from .tensors import Weight, Weights, check_copies, read_tensors
 
@@ -96,7 +96,7 @@ class SwiftKVExport(CheckpointExport):
         tensors = dict(_named(dense, tail, own, is_biased))
         return cls(dense, plan, _settings(dense, tail, is_biased), tensors, use, {}, {})
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By its bytes, and what its maps make in transformers; no GPU is taken for
         granted.
         """

@@ -22,7 +22,7 @@ from .lines import finite
 from .provenance import Provenance
 
 # more than any model has; a damaged index does not become a page of gigabytes
-MOST_LAYERS = 10_000
+MOST_SHOWN_LAYERS = 10_000
 
 Key = tuple[Any, ...]
 Command = Literal[
@@ -74,7 +74,7 @@ SublayerName = Annotated[str, Field(pattern=r"^(attn|mlp)\.\d{1,4}$")]
 SublayerNames = Annotated[
     str, Field(pattern=r"^(((prompt:)?(attn|mlp)\.\d{1,4}|last:\d{1,10})( |$))*$")
 ]
-LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+LayerIndex = Annotated[int, Field(ge=0, lt=MOST_SHOWN_LAYERS)]
 
 
 def _plausible(value: object) -> Plan:
@@ -87,8 +87,8 @@ def _plausible(value: object) -> Plan:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
     plan = Plan(**indices)
     named = (*plan.attention, *plan.mlp, *plan.prefill.attention, *plan.prefill.mlp)
-    if max(named, default=0) >= MOST_LAYERS:
-        raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
+    if max(named, default=0) >= MOST_SHOWN_LAYERS:
+        raise ValueError(f"layers are whole numbers from 0 to {MOST_SHOWN_LAYERS - 1}")
     return plan
 
 

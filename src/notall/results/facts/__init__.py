@@ -56,7 +56,7 @@ from .quality import (
     COSINE as COSINE,
     DELTA_NLL as DELTA_NLL,
     KL as KL,
-    NATS as NATS,
+    NATS_PER_TOKEN as NATS_PER_TOKEN,
     NLL as NLL,
     PERPLEXITY as PERPLEXITY,
     QUALITY as QUALITY,

@@ -61,16 +61,18 @@ class Scores(Added):
         return self
 
 
-NATS = "nats per token"
+NATS_PER_TOKEN = "nats per token"
 DELTA_NLL: Column[Quality] = with_error(
-    "NLL added", lambda q: (q.delta_nll, q.delta_nll_se), unit=NATS
+    "NLL added", lambda q: (q.delta_nll, q.delta_nll_se), unit=NATS_PER_TOKEN
 )
-KL: Column[Quality] = with_error("KL", lambda q: (q.kl, q.kl_se), unit=NATS)
+KL: Column[Quality] = with_error("KL", lambda q: (q.kl, q.kl_se), unit=NATS_PER_TOKEN)
 TOP1: Column[Quality] = with_error(
     "top-1 agreement", lambda q: (q.top1_agreement, q.top1_agreement_se)
 )
 PERPLEXITY: Column[Quality] = number("perplexity", lambda q: q.perplexity, in_magnitude)
-NLL: Column[Quality] = with_error("NLL", lambda q: (q.nll, q.nll_se), unit=NATS)
+NLL: Column[Quality] = with_error(
+    "NLL", lambda q: (q.nll, q.nll_se), unit=NATS_PER_TOKEN
+)
 QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, NLL)
 
 
