@@ -31,7 +31,7 @@ from notall.measuring.quality import measure_similarity, score
 from notall.models.texts import Text, read_text
 from notall.models.windows import token_batches
 from notall.progress import silent
-from notall.repairing.refitting import Repair
+from notall.repairing.refitting import Refitting
 from notall.repairing.streams import DenseStream
 from notall.results import lines
 from notall.results.facts import Scores
@@ -262,7 +262,7 @@ class Bench:
         gaps alone.
         """
         return (
-            Repair(self._to_repair, plan, ridges=RIDGES, near=True)
+            Refitting(self._to_repair, plan, ridges=RIDGES, near=True)
             .run(silent)
             .knowing(self.model)
         )

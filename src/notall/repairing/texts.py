@@ -91,10 +91,9 @@ class RepairTexts:
         }
         own = [read[source] for source in texts]
         judged = {read[source].sha256: read[source] for source in held_out or texts}
-        shared = {
-            text.sha256: text for text in own if text.sha256 in judged
-        }  # a held-out file may be a copy of one
-        judged |= shared
+        for text in own:
+            if text.sha256 in judged:  # a held-out file may be a copy of one
+                judged[text.sha256] = text
         window = partial(draw, tokenizer, length=length, seed=seed)
         judging = partial(_judging, window, [*judged.values()], training, used)
         each = -(-(sequences or most or SEQUENCES) // len(texts))
@@ -103,31 +102,26 @@ class RepairTexts:
             each = _left_by(judging, fitted)
             fitted = [window(text, sequences=each) for text in own]
         other, stops = judging(fitted)
-        sources = [{"text": text.name, "text_sha256": text.sha256} for text in own]
-        return cls(
-            [one.on(model) for one in fitted],
-            {
-                f"{text.name}, other windows" if text in own else text.name: (
-                    one.on(model).batches(2 - (text in own))
-                )
-                for text, one in zip(judged.values(), other)
-            },
-            {
-                "texts": sources,
-                "sequences": each * len(texts),
-                "length": length,
-                "seed": seed,
-            },
-            [one.on(model).rows for one in stops],
-        )
+        held: dict[str, list[Tensor]] = {}
+        for text, one in zip(judged.values(), other):
+            is_own = text in own
+            name = f"{text.name}, other windows" if is_own else text.name
+            held[name] = one.on(model).batches(1 if is_own else 2)
+        settings = {
+            "texts": [{"text": text.name, "text_sha256": text.sha256} for text in own],
+            "sequences": each * len(texts),
+            "length": length,
+            "seed": seed,
+        }
+        fitted = [one.on(model) for one in fitted]
+        return cls(fitted, held, settings, [one.on(model).rows for one in stops])
 
     def together(self, size: int, most: int | None = None) -> list[Tensor]:
         """Up to `most` windows of all texts in turn, `size` at a time: each part of
         them holds some of each text.
         """
-        in_turn = torch.stack([one.rows for one in self.fitted], dim=1).flatten(
-            0, 1
-        )  # (windows of all, tokens)
+        rows = torch.stack([one.rows for one in self.fitted], dim=1)
+        in_turn = rows.flatten(0, 1)  # (windows of all, tokens)
         return list(in_turn[:most].split(size))
 
     def stop(self, size: int) -> list[Tensor]:
