@@ -103,29 +103,21 @@ def check_form(dense: DenseModel, plan: Plan) -> None:
     """
     base = dense.config.model_type
     if plan.attention or plan.mlp:
-        both = (
-            "this plan skips sublayers for every token and others in the prompt alone"
-        )
         raise UsageError(
-            f"{both}, and notall has no checkpoint of both; export a plan of one part"
+            "this plan skips sublayers for every token and others in the prompt alone,"
+            " and notall has no checkpoint of both; export a plan of one part"
         )
     if base not in BASES:
-        problem = (
-            f"notall has no checkpoint that skips in the prompt alone for {base} (it"
-            f" has for {', '.join(BASES)})"
-        )
         raise UsageError(
-            f"{problem}; run the plan with notall.skip, or give one that skips for every"
-            " token"
+            f"notall has no checkpoint that skips in the prompt alone for {base} (it"
+            f" has for {', '.join(BASES)}); run the plan with notall.skip, or give one"
+            " that skips for every token"
         )
     if dense.quantisation is not None:
-        problem = (
-            "its weights are quantised, and notall has no such checkpoint that skips in"
-            " the prompt alone"
-        )
         raise UsageError(
-            f"{problem}; run the plan with notall.skip, or export the original model in"
-            " plain numbers"
+            "its weights are quantised, and notall has no such checkpoint that skips in"
+            " the prompt alone; run the plan with notall.skip, or export the original"
+            " model in plain numbers"
         )
 
 
