@@ -207,8 +207,9 @@ class Export8da4w(ExecuTorchExport):
         )
 
         def fits(module: nn.Module, name: str) -> bool:
-            is_linear = isinstance(module, nn.Linear)
-            return is_linear and module.in_features % self.group == 0
+            if not isinstance(module, nn.Linear):
+                return False
+            return module.in_features % self.group == 0
 
         quantize_(model, config, fits)
         return model

@@ -75,14 +75,11 @@ class Verified:
     def checked(self) -> "Verified":
         """Raises `NotAsSkipped` where it answered differently."""
         if not self.difference <= self.most:
-            off = (
-                f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was"
-                " expected), so nothing was written"
-            )
-            problem = f"{self.by} answers differently from the skipped model, {off}"
             raise NotAsSkipped(
-                f"{problem}; please report model and plan, or export without this"
-                " comparison (--no-verify)"
+                f"{self.by} answers differently from the skipped model, by"
+                f" {self.difference:.3g} {self.unit} (at most {self.most:.3g} was"
+                " expected), so nothing was written; please report model and plan, or"
+                " export without this comparison (--no-verify)"
             )
         return self
 
@@ -111,47 +108,45 @@ def describe(
     card.
     """
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
-    write_manifest(
-        folder,
-        {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)},
-    )
-    (folder / "README.md").write_text(
-        _card(export, verdict, measured), encoding="utf-8"
-    )
+    known = {"weight_bytes": weights, "verified": asdict(verdict)}
+    write_manifest(folder, {**export.manifest, **known})
+    card = _card(export, verdict, measured)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
     """The plan, twice: ours, and as transformers' `per_layer_config` has it. `form` is
     the model type written.
     """
-    kinds = {
-        i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)]
-        for i in range(origin.layers)
-    }
-    repair: Settings = {}
-    if hasattr(plan, "history"):  # of a repaired plan, whose class would import torch
-        steps = [
-            {**step.model_dump(mode="json"), "told": str(step)} for step in plan.history
-        ]
-        refits = [
-            refit.model_dump(mode="json", exclude={"record", "provenance"})
-            for refit in plan.refits  # type: ignore[attr-defined]
-        ]
-        repair = {
-            "repair": {"weights": plan.digest, "history": steps, "refits": refits}
-        }
+    dense = asdict(origin)
+    del dense["card"]
+    per_layer: Settings = {}
+    for index in range(origin.layers):
+        kinds = [kind for kind in ("attention", "mlp") if index in getattr(plan, kind)]
+        if kinds:
+            per_layer[str(index)] = {"skip": kinds}
     return {
         "notall": __version__,
         "model_type": form,
-        "dense": {
-            name: value for name, value in asdict(origin).items() if name != "card"
-        },
+        "dense": dense,
         "plan": {**plan.indices, "note": plan.note},
-        **repair,
-        "per_layer_config": {
-            str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped
-        },
+        **_repair_of(plan),
+        "per_layer_config": per_layer,
     }
+
+
+def _repair_of(plan: Plan) -> Settings:
+    """What made the weights of a repaired plan; empty for any other."""
+    if not hasattr(plan, "history"):  # its class would import torch
+        return {}
+    steps = [
+        {**step.model_dump(mode="json"), "told": str(step)} for step in plan.history
+    ]
+    refits = [
+        refit.model_dump(mode="json", exclude={"record", "provenance"})
+        for refit in plan.refits  # type: ignore[attr-defined]
+    ]
+    return {"repair": {"weights": plan.digest, "history": steps, "refits": refits}}
 
 
 def plan_of(folder: Path) -> Plan:
@@ -173,21 +168,21 @@ def plan_of(folder: Path) -> Plan:
             f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}"
         ) from None
     if is_repaired:
-        which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
-        problem = f"{shortened(folder)} was exported from a repaired plan"
-        raise UsageError(f"{problem}: give the folder of the repair itself{which}")
-    shape = Fingerprint.parse(
-        fingerprint
-    )  # that of a GGUF file has no digest, and is equal to no model's
-    return (
-        found.model_copy(update={"fingerprint": str(fingerprint)})
-        if shape and shape.digest
-        else found
-    )
+        repairs = weights_beside(folder)
+        which = f", {shortened(repairs)}" if repairs else ""
+        raise UsageError(
+            f"{shortened(folder)} was exported from a repaired plan: give the folder of"
+            f" the repair itself{which}"
+        )
+    # that of a GGUF file has no digest, and is equal to no model's
+    shape = Fingerprint.parse(fingerprint)
+    if shape and shape.digest:
+        return found.model_copy(update={"fingerprint": str(fingerprint)})
+    return found
 
 
 def weights_beside(folder: Path) -> Path | None:
-    """The folder of the repair that an export was made of, where it lies beside it."""
+    """The folder of the repair that an export was made of, where it is next to it."""
     repairs = folder.with_name(f"{folder.name}.repaired")
     return repairs if repairs.is_dir() else None
 
@@ -238,9 +233,9 @@ def _card(export: "Export", verdict: Verification, measured: Settings | None) ->
     base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
     data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
     in_prompt = plan.get("prefill")
-    named = in_prompt or plan
-    skipped = [
-        (name, ", ".join(map(str, named[name.lower()])) or "none")
+    skips = in_prompt or plan
+    rows = [
+        (name, ", ".join(map(str, skips[name.lower()])) or "none")
         for name in ("attention", "MLP")
     ]
     title, note, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
@@ -251,24 +246,19 @@ def _card(export: "Export", verdict: Verification, measured: Settings | None) ->
             f"Written by notall {manifest['notall']} from {model} ({revision}), which"
             f" has {several(dense['layers'], 'layer')}. {note}"
         ),
-        _table(("sublayer", head), skipped),
-        *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),
-        *(
-            _on_repair(manifest["repair"], export.own_keys if in_prompt else None)
-            if "repair" in manifest
-            else []
-        ),
-        export.use,
-        f"Check: {verdict}.",
+        _table(("sublayer", head), rows),
     ]
+    if plan["note"]:
+        sections.append(f"Plan: {literal(plan['note'])}.")
+    if "repair" in manifest:
+        own_keys = export.own_keys if in_prompt else None
+        sections += _on_repair(manifest["repair"], own_keys)
+    sections += [export.use, f"Check: {verdict}."]
     if measured:
-        rows = [
-            (
-                literal(name),
-                literal(f"{value:.4g}" if isinstance(value, float) else value),
-            )
-            for name, value in measured.items()
-        ]
+        rows = []
+        for name, value in measured.items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            rows.append((literal(name), literal(shown)))
         sections += ["## Measured", _table(("what", "value"), rows)]
     card = f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
     return "\n".join(map(printable, card.split("\n")))  # notes are anyone's

@@ -149,8 +149,8 @@ def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
 def _each(value: Any, renumbered: Callable[[str], list[str]]) -> Any:
     """The entries of a list, or the keys of a table, renumbered, each once."""
     if isinstance(value, list):
-        new = [one for pattern in value for one in renumbered(str(pattern))]
-        return list(dict.fromkeys(new))
+        patterns = [new for pattern in value for new in renumbered(str(pattern))]
+        return list(dict.fromkeys(patterns))
     if not isinstance(value, Mapping):
         return value
     cut: Settings = {}
