@@ -421,7 +421,7 @@ NAMES = {
     "measuring.token_scores": ["TokenScorer"],
     "models.configs": ["load_config"],
     "models.gguf_file": ["Field", "GGUF", "GGUFTensor", "read_gguf", "write_gguf"],
-    "models.load_errors": ["check_weights"],
+    "models.load_errors": ["check_weights", "quiet"],
     "models.loading": ["dtype_name"],
     "models.mix": ["text_of"],
     "models.prompts": ["prompts"],

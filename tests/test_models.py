@@ -33,6 +33,7 @@ from api import (
     gguf_copies,
     loading as models,
     paper_grid,
+    quiet,
     read_text,
     score,
     summarize,
@@ -130,6 +131,20 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(folder, gguf, capfd):
         logging.root.manager.disable,
         transformers_logging.is_progress_bar_enabled(),
     ) == before
+
+
+def test_what_is_quiet_are_the_loggers_of_transformers_alone(caplog, monkeypatch):
+    theirs, other = map(logging.getLogger, ("transformers.models", "somebody"))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
+    with quiet():
+        theirs.warning("unheard")
+        theirs.error("a failure")
+        other.warning("heard")
+    theirs.warning("heard again")
+    messages = [*dict.fromkeys(caplog.messages)]  # one may be seen by two handlers
+    assert messages == ["a failure", "heard", "heard again"]
+    assert logging.getLogger("transformers").level == logging.WARNING
 
 
 def test_a_pickle_is_never_opened(folder, tmp_path):

@@ -78,5 +78,8 @@ def write_cached(path: Path, content: str | bytes) -> None:
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:
-    told = f"cannot write the cache folder {shortened(folder, 200)} ({error.strerror})"
-    return UsageError(f"{told}: set NOTALL_CACHE to another")
+    """A refusal that names the cache's folder and what the system says."""
+    problem = (
+        f"cannot write the cache folder {shortened(folder, 200)} ({error.strerror})"
+    )
+    return UsageError(f"{problem}: set NOTALL_CACHE to another")

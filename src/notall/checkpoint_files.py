@@ -18,13 +18,13 @@ def named_weights(spec: str | Path, config: object) -> str | None:
         return None
     is_plain = isinstance(name, str) and Path(name).name == name
     if not is_plain or not name.endswith((".safetensors", ".safetensors.index.json")):
-        told = (
+        problem = (
             f"the config of {shortened(str(spec))} names {shortened(str(name))} for the"
             " weights"
         )
         fix = "take transformers_weights out of config.json"
         raise UsageError(
-            f"{told}: only safetensors files in its own folder are read; {fix}"
+            f"{problem}: only safetensors files in its own folder are read; {fix}"
         )
     return name
 

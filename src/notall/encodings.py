@@ -13,8 +13,12 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     spelt out, such as `\\x1b`.
     """
     spelt = "".join(
-        sign if sign.isprintable() else " " if sign.isspace() else ascii(sign)[1:-1]
-        for sign in text
+        character
+        if character.isprintable()
+        else " "
+        if character.isspace()
+        else ascii(character)[1:-1]
+        for character in text
     )
     return spelt.encode(encoding, IN_WORDS).decode(encoding)
 
@@ -37,8 +41,8 @@ def _in_words(error: UnicodeError) -> tuple[str, int]:
         raise error
     return (
         "".join(
-            ASCII.get(sign) or ascii(sign)[1:-1]
-            for sign in error.object[error.start : error.end]
+            ASCII.get(character) or ascii(character)[1:-1]
+            for character in error.object[error.start : error.end]
         ),
         error.end,
     )

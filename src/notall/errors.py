@@ -54,8 +54,8 @@ def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
             isinstance(error, RuntimeError) and not too_large
         ):
             raise
-        said = shortened(f"{type(error).__name__}: {error}", 160)
-        raise UsageError(f"{what}: {said}; {fix}") from error
+        message = shortened(f"{type(error).__name__}: {error}", 160)
+        raise UsageError(f"{what}: {message}; {fix}") from error
 
 
 def expect(given: object, kind: type | tuple[type, ...], give: str) -> None:

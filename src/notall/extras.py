@@ -11,6 +11,7 @@ EXTRAS |= {"lm_eval": "eval", "scipy": "solver", "reasoning_gym": "reasoning"}
 
 
 def installed(*modules: str) -> bool:
+    """Whether all of these modules can be imported; none of them is."""
     return all(find_spec(module) for module in modules)
 
 

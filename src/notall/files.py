@@ -80,8 +80,8 @@ def own_file(folder: Path, name: str) -> Path | None:
         if not (folder / name).is_file():
             return None
     except OSError as error:  # a name that is too long
-        told = f"{shortened(folder.name)} names {shortened(name)}"
-        raise UsageError(f"{told}: {error.strerror}; download it again") from None
+        problem = f"{shortened(folder.name)} names {shortened(name)}"
+        raise UsageError(f"{problem}: {error.strerror}; download it again") from None
     place, home = (folder / name).resolve(), folder.resolve()
     cached = (
         home.parent.name == "snapshots" and "--" in home.parent.parent.name
@@ -214,8 +214,8 @@ def refuse_others(path: Path, is_ours: Callable[[Path], object], what: str) -> N
         if path.is_symlink() or not path.exists():
             return
     except OSError as error:  # a name that is too long
-        told = f"cannot write {shortened(path)}: {error.strerror}"
-        raise UsageError(f"{told}; choose another -o") from None
+        problem = f"cannot write {shortened(path)}: {error.strerror}"
+        raise UsageError(f"{problem}; choose another -o") from None
     with contextlib.suppress(UsageError):  # what readers of ours say of others' files
         if path.is_file() and (not path.stat().st_size or is_ours(path)):
             return

@@ -33,6 +33,7 @@ class Answers:
             self._note(record.plans, record.answers)
 
     def key(self, *request: object) -> str:
+        """The key of a request: of what it asks, and of whom."""
         return digest_of_json([self.origin, *request])[:24]
 
     def get(self, key: str, number: int, form: type[A]) -> A:
@@ -42,8 +43,8 @@ class Answers:
             where = (
                 self._ledger.path if self._ledger is not None else "what was answered"
             )
-            told = f"{where} has {shortened(repr(answer))} where an answer should be"
-            raise UsageError(f"{told}; delete the file, and ask again")
+            problem = f"{where} has {shortened(repr(answer))} where an answer should be"
+            raise UsageError(f"{problem}; delete the file, and ask again")
         return answer
 
     def place(self, number: int) -> int:
@@ -53,6 +54,7 @@ class Answers:
         return 1 + self.distinct.index(self.names.index(self.names[number]))
 
     def has(self, key: str, number: int) -> bool:
+        """Whether the plan `number` has answered the request of `key`."""
         return (key, self.names[number]) in self._known
 
     def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
@@ -78,7 +80,7 @@ class Answers:
             self._ledger.add(
                 AnswersRecord(
                     plans=names,
-                    answers={key: tuple(said) for key, said in answers.items()},
+                    answers={key: tuple(given) for key, given in answers.items()},
                 )
             )
         self._note(names, answers)
@@ -87,4 +89,4 @@ class Answers:
         self, names: Sequence[str], answers: Mapping[str, Sequence[Said]]
     ) -> None:
         for key, values in answers.items():
-            self._known |= {(key, name): said for name, said in zip(names, values)}
+            self._known |= {(key, name): given for name, given in zip(names, values)}

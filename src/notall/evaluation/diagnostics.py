@@ -236,10 +236,10 @@ def check_passkey(
     return found
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, told: Episode) -> Request:
+def _asked(tokenizer: PreTrainedTokenizerBase, asked: Episode) -> Request:
     before, both = (
         list(tokenizer(text)["input_ids"])
-        for text in (told.text, told.text + told.answer)
+        for text in (asked.text, asked.text + asked.answer)
     )
     return Request(tuple(both[:-1]), tuple(both[len(before) :]))
 
@@ -290,6 +290,7 @@ def check_writing(
 
 
 def repetition(text: Sequence[int]) -> float:
+    """The share of runs of NGRAM tokens that came before in a text, 0 to 1."""
     grams = [
         tuple(text[start : start + NGRAM]) for start in range(len(text) - NGRAM + 1)
     ]

@@ -38,7 +38,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    from .tasks import Job, in_empty_folder, no_bars
+    from .tasks import HARNESS, Job, in_empty_folder, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(
         f"benchmarks need {error.name}; pip install 'notall[eval]'"
@@ -88,10 +88,10 @@ def run_tasks(
             lm.check(job)
         steps = [job.steps(len(lm.answers.distinct)) for job in jobs]
         stages = Stages(progress, sum(steps))
-        told = [*map(stages.stage, steps)]
+        reports = [stages.stage(share) for share in steps]
         return [
             result
-            for job, lm.progress in zip(jobs, told)
+            for job, lm.progress in zip(jobs, reports)
             for result in evaluate_job(lm, job)
         ]
 
@@ -103,7 +103,7 @@ def evaluate_job(lm: "PlansLM", job: Job) -> list[TaskResult]:
     outcomes = []
     place = in_empty_folder() if job.is_stock else nullcontext()
     named = raised_by("lm_eval", f"cannot score {job.name}", "check its data")
-    with quiet(), no_bars(), place, named:
+    with quiet(*HARNESS), no_bars(), place, named:
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
             outcomes.append(
@@ -135,7 +135,7 @@ class PlansLM(HFLM):
         progress: Progress = silent,
         workers: "Workers | None" = None,
     ) -> None:
-        with quiet():  # batches are cut here, not in HFLM
+        with quiet(*HARNESS):  # batches are cut here, not in HFLM
             super().__init__(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK
             )
@@ -229,10 +229,10 @@ class PlansLM(HFLM):
                 stages.stage(len(chunk)), f"{self.task}: answering", new
             )
             with skip(self.model, Plan()):
-                said = greedy_each(self.model, prompts, new, **telling)
+                written = greedy_each(self.model, prompts, new, **telling)
             answers = [
                 Request((*prompt, *answer[:-1]), tuple(answer))
-                for prompt, answer in zip(prompts, said)
+                for prompt, answer in zip(prompts, written)
             ]
             for scores in self.score(
                 [self.plans[number] for number in self.running], answers
@@ -251,6 +251,7 @@ class PlansLM(HFLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation in nats, and whether it is the greedy one."""
         keys = [
             self.answers.key("loglikelihood", *request.args) for request in requests
         ]
@@ -261,6 +262,7 @@ class PlansLM(HFLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
+        """The log-likelihood of each whole text, in nats."""
         keys = [
             self.answers.key("loglikelihood_rolling", *request.args)
             for request in requests
@@ -276,6 +278,7 @@ class PlansLM(HFLM):
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[str]:
+        """What the plan writes behind each prompt, by the task's own settings."""
         return self._written("generate_until", requests)
 
     def _written(self, kind: str, requests: list[Instance]) -> list[str]:
@@ -360,9 +363,11 @@ class PlansLM(HFLM):
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
         """What the model reads, cut on the left as HFLM cuts it."""
         if not 0 < len(continuation) <= self.max_length:
-            told = f"an answer of {self.task} has {several(len(continuation), 'token')}"
+            problem = (
+                f"an answer of {self.task} has {several(len(continuation), 'token')}"
+            )
             raise UsageError(
-                f"{told}, and the model takes 1 to {self.max_length}; leave the task"
+                f"{problem}, and the model takes 1 to {self.max_length}; leave the task"
                 " out, or mend it"
             )
         return Request(
@@ -396,11 +401,11 @@ class PlansLM(HFLM):
             prompt, options = request.args
             new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             if new >= self.max_length:
-                told = (
+                problem = (
                     f"{self.task} generates {new} tokens, but the model's context is"
                     f" {self.max_length}"
                 )
-                raise UsageError(f"{told}; leave it out")
+                raise UsageError(f"{problem}; leave it out")
             widths.append(len(self.tok_encode(prompt)) + new)
         self._check_fit(widths, self.max_length)
         return min(max(widths), self.max_length)
@@ -409,12 +414,12 @@ class PlansLM(HFLM):
         too_long = sum(length > most for length in lengths)
         if too_long and not self.truncate:
             requests = several(too_long, "request")
-            told = (
+            problem = (
                 f"the model's context of {self.max_length} tokens is too short for"
                 f" {requests} of {self.task}"
             )
             fix = "show fewer examples, or have them cut on the left with truncate"
-            raise UsageError(f"{told} (up to {max(lengths)}); {fix}")
+            raise UsageError(f"{problem} (up to {max(lengths)}); {fix}")
 
     def _report(self, done: int, total: int) -> None:
         self.progress(done, total, f"{self.task}: answering")

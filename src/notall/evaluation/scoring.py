@@ -177,12 +177,12 @@ class Scorer:
         """
         clear_device_cache(garbage_collection=True)
         if rows == 1:
-            told = (
+            problem = (
                 f"one sequence of {width} tokens takes more memory than"
                 f" {self.device} has"
             )
             raise UsageError(
-                f"{told}; give a smaller dtype, fewer examples, or a device_map"
+                f"{problem}; give a smaller dtype, fewer examples, or a device_map"
             )
         if self.most_tokens < math.inf:
             half = rows * width // 2

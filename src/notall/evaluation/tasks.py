@@ -44,6 +44,7 @@ from .checks import (
 )
 
 LETTERS = 4  # of a token, about
+HARNESS = ("lm_eval", "lm-eval", "datasets")  # the names of its loggers
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Job:
 
     @property
     def tasks(self) -> dict[str, Task]:
+        """The tasks of the harness, by name: one, or those of a group."""
         return self.loaded["tasks"]
 
     def steps(self, plans: int) -> float:
@@ -209,7 +211,7 @@ class TaskShelf:
         """The harness's index of tasks, read where it is needed: that takes ten seconds
         of CPU time.
         """
-        with quiet():
+        with quiet(*HARNESS):
             return TaskManager(include_path=str(self.folder) if self.folder else None)
 
     def _index(self, names: Sequence[str]) -> Mapping[str, Any]:
@@ -314,7 +316,11 @@ class TaskShelf:
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
         is_stock = not is_check(name) and self._is_stock(name)
-        with quiet(), no_bars(), in_empty_folder() if is_stock else nullcontext():
+        with (
+            quiet(*HARNESS),
+            no_bars(),
+            in_empty_folder() if is_stock else nullcontext(),
+        ):
             try:
                 seed = CHOOSING if choosing else SEED
                 if is_check(name):
@@ -397,10 +403,10 @@ def no_bars() -> Iterator[None]:
 
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
-    said = str(cause).strip() or type(cause).__name__
+    reason = str(cause).strip() or type(cause).__name__
     if re.search(
         "Couldn't reach|OfflineMode|Connection ?Error|Max retries|offline mode",
-        said,
+        reason,
         re.I,
     ):
         fix = (
@@ -411,5 +417,5 @@ def _complaint(name: str, error: Exception) -> str:
             f"cannot read the data of {name}: the hub is out of reach. Give --task-path"
             f" DIR, {fix}"
         )
-    told = f"cannot build the requests of {name}: {shortened(said, 160)}"
-    return f"{told}; check its data (a network, or its files), examples and limit"
+    problem = f"cannot build the requests of {name}: {shortened(reason, 160)}"
+    return f"{problem}; check its data (a network, or its files), examples and limit"

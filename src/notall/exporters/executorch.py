@@ -106,7 +106,7 @@ class ExecuTorchExport(CheckpointExport):
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
         """Build the program, and write it in one file, whatever `shard_bytes`."""
         progress(0, 1, "building a program")
-        with quiet(), warnings.catch_warnings(), torch.no_grad():
+        with quiet("torch", "executorch"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = _program(
                 self._transformer(), self.settings["args"], _stops(self.dense)

@@ -46,13 +46,13 @@ def write_texts(
     ids up to an end, (tokens,).
     """
     if decoding == "greedy":
-        said = greedy(model, prompts, new_tokens)
+        rows = greedy(model, prompts, new_tokens)
     else:
         drawn = sample(model, prompts, new_tokens, seed=seed)[
             :, prompts.shape[1] :
         ].tolist()
-        said = [up_to_end(model, row) for row in drawn]
-    return [torch.tensor(row, device=prompts.device) for row in said]
+        rows = [up_to_end(model, row) for row in drawn]
+    return [torch.tensor(row, device=prompts.device) for row in rows]
 
 
 def judge(

@@ -85,11 +85,11 @@ class Head:
         expected = self._behind(hidden).flatten(0, 1)
         rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
         if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
-            told = (
+            problem = (
                 f"the head of {type(self.model).__name__} makes a token's logits from"
                 " more than its own hidden state"
             )
-            raise UnsupportedModel(f"{told}: choose another model")
+            raise UnsupportedModel(f"{problem}: choose another model")
         output = self.output
         # quantised or adapted, or offloaded
         if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {

@@ -312,6 +312,7 @@ def of_ranks(correlation: float, count: int) -> Estimate:
 
 
 def are_right_or_wrong(*columns: Sequence[float]) -> bool:
+    """Whether all values are 1 or 0."""
     return all(value in (0, 1) for values in columns for value in values)
 
 

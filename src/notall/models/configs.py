@@ -59,6 +59,7 @@ def load_config(
 
 
 def refuse_no_model(folder: Path) -> None:
+    """Raise `UsageError` for a folder without a config."""
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"{shortened(folder)} has no config.json: give the folder of a model, or"
@@ -70,15 +71,15 @@ def own_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype that a checkpoint's config names; float32 where it names none of
     ours.
     """
-    told = next(
+    problem = next(
         (
-            told
+            problem
             for one in (config, config.get_text_config())
-            if (told := getattr(one, "dtype", None))
+            if (problem := getattr(one, "dtype", None))
         ),
         None,
     )
-    return DTYPES.get(str(told).removeprefix("torch."), torch.float32)
+    return DTYPES.get(str(problem).removeprefix("torch."), torch.float32)
 
 
 def reader_of(config: PretrainedConfig) -> Any:
@@ -102,9 +103,9 @@ def refuse_export(folder: Path) -> None:
     original model's files.
     """
     if settings_of_export(folder, None):
-        told = f"{shortened(folder.name)} is an export already"
+        problem = f"{shortened(folder.name)} is an export already"
         raise UsageError(
-            f"{told}: give the original model, and a plan that skips what both skip"
+            f"{problem}: give the original model, and a plan that skips what both skip"
         )
 
 
@@ -125,8 +126,8 @@ def settings_of_export(spec: str | Path, revision: str | None) -> Settings | Non
         except (
             DoubledKey
         ) as error:  # of which transformers takes the last, and people the first
-            told = f"config.json of {shortened(path)} has {shortened(error)} twice"
-            raise UsageError(f"{told}: take one away") from None
+            problem = f"config.json of {shortened(path)} has {shortened(error)} twice"
+            raise UsageError(f"{problem}: take one away") from None
         except (ValueError, OSError):  # for transformers to complain of
             return None
     else:
@@ -174,6 +175,7 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
 def options_of(
     source: Path | str, revision: str | None, trust_remote_code: bool
 ) -> Options:
+    """Options of `from_pretrained` that all parts of one model share."""
     return {
         "local_files_only": isinstance(source, Path),
         "trust_remote_code": trust_remote_code,

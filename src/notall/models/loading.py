@@ -111,25 +111,29 @@ def load_tokenizer(
     with explained(spec), quiet():
         settings, source = settings_of_export(spec, None), model_source(spec, None)
         own = own_export(spec, settings).config if settings else None
-        told = quantisation_of(
+        quantised = quantisation_of(
             config := own or load_config(spec, trust_remote_code=trust_remote_code)
         )
         tokenizer = AutoTokenizer.from_pretrained(
             source, config=config, **options_of(source, None, trust_remote_code)
         )
-        return tokenizer, quantisation_name(told) if told else None
+        return tokenizer, quantisation_name(quantised) if quantised else None
 
 
 def dtype_name(model: PreTrainedModel) -> str:
     """Such as `bfloat16`, or `gptq 4-bit, bfloat16`: what quantised weights are stored
     as, and computed with.
     """
-    told = quantisation_of(model.config)
-    stored = quantisation_name(told) if told else getattr(model, UNPACKED_FROM, None)
+    quantised = quantisation_of(model.config)
+    stored = (
+        quantisation_name(quantised)
+        if quantised
+        else getattr(model, UNPACKED_FROM, None)
+    )
     computed = str(model.dtype).removeprefix("torch.")
     if stored is None:
         return computed
-    return f"{stored}, {computed}" if told else f"{stored}, unpacked to {computed}"
+    return f"{stored}, {computed}" if quantised else f"{stored}, unpacked to {computed}"
 
 
 def _load_plain(
@@ -142,8 +146,8 @@ def _load_plain(
     with quiet():
         config = AutoConfig.from_pretrained(source, **options)
     _refuse_pickles(source, named_weights(spec, config), revision)
-    told = quantisation_of(config)
-    if told is not None and (reason := why_not_here(told)):
+    quantised = quantisation_of(config)
+    if quantised is not None and (reason := why_not_here(quantised)):
         raise UsageError(
             f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and"
             " export do without"
@@ -157,9 +161,9 @@ def _load_plain(
         model, report = reader_of(config).from_pretrained(
             source, use_safetensors=True, **how, **options
         )
-    if told and (missing := sorted(map(str, report["missing_keys"]))):
+    if quantised and (missing := sorted(map(str, report["missing_keys"]))):
         of = (
-            f"the {quantisation_name(told)} weights of {shortened(str(spec))} as they"
+            f"the {quantisation_name(quantised)} weights of {shortened(str(spec))} as they"
             " are stored"
         )
         lacks = f"{len(missing)} are missing, first {shortened(missing[0])}"
@@ -169,8 +173,8 @@ def _load_plain(
             f" {fix}"
         )
     check_weights(spec, report)
-    if told and not quantisation_of(model.config):
-        setattr(model, UNPACKED_FROM, quantisation_name(told))
+    if quantised and not quantisation_of(model.config):
+        setattr(model, UNPACKED_FROM, quantisation_name(quantised))
     return model.eval(), tokenizer
 
 

@@ -155,7 +155,7 @@ class _Author:
                 for prompt in some
             ]
             with skip(self.model, Plan()):
-                said = greedy_each(
+                answers = greedy_each(
                     self.model,
                     rows,
                     new,
@@ -163,7 +163,7 @@ class _Author:
                 )
             return "\n".join(
                 prompt + str(self.tokenizer.decode(answer))
-                for prompt, answer in zip(some, said)
+                for prompt, answer in zip(some, answers)
             )
 
         return "\n".join(self._written("answers", asked, new, write))

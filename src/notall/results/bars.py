@@ -83,9 +83,9 @@ def _log(console: Console, doing: str) -> Iterator[Progress]:
 
     def speak() -> None:
         if (
-            doing != "starting" and time.monotonic() - CLOCK.told >= SILENT
+            doing != "starting" and time.monotonic() - CLOCK.reported >= SILENT
         ):  # what is begun says so itself
-            CLOCK.told = time.monotonic()
+            CLOCK.reported = time.monotonic()
             part = f", {share:.0%} of this part" if share else ""
             console.print(
                 f"{CLOCK}: {printable(doing, console.encoding)}{part}", markup=False

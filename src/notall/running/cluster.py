@@ -85,8 +85,10 @@ def _last_line(error: BaseException) -> str:
     """What an error says in one line; of a traceback, which Ray hands on as a message,
     the reason that it ends with.
     """
-    said = str(error).strip()
-    return " ".join((said.splitlines()[-1] if "Traceback" in said else said).split())
+    message = str(error).strip()
+    return " ".join(
+        (message.splitlines()[-1] if "Traceback" in message else message).split()
+    )
 
 
 class Pool:
@@ -107,10 +109,11 @@ class Pool:
                 [actor.ready.remote() for actor in self.actors], timeout=SECONDS
             )
         except ray.exceptions.RayError as error:
-            said = _last_line(getattr(error, "cause", None) or error)[-300:]
-            raise UsageError(f"a worker could not load the model: {said}") from None
+            message = _last_line(getattr(error, "cause", None) or error)[-300:]
+            raise UsageError(f"a worker could not load the model: {message}") from None
 
     def close(self) -> None:
+        """End all workers."""
         for actor in self.actors:
             ray.kill(actor)
 
@@ -189,9 +192,9 @@ def train(
     try:
         trainer.fit()
     except (ray.exceptions.RayError, TrainingFailedError) as error:
-        said = _last_line(error)[-300:]
+        message = _last_line(error)[-300:]
         raise UsageError(
-            f"a worker failed: {said}; the same command goes on from its last"
+            f"a worker failed: {message}; the same command goes on from its last"
             " checkpoint"
         ) from None
 

@@ -16,7 +16,6 @@ from ..plan import Plan
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import LOCATED
 from ..structure.model_structure import (
-    Block,
     ModelStructure,
     text_config,
 )
@@ -50,6 +49,7 @@ MISSING = (
 
 
 def refuse_to_save(reason: str, *args: object, **kwargs: object) -> NoReturn:
+    """Stands in for `save_pretrained`: raises `UsageError`, whatever is asked."""
     raise UsageError(reason)
 
 
@@ -66,9 +66,8 @@ def is_built_again(model: PreTrainedModel) -> bool:
     """Whether the model's config alone tells how its layers are built, as a load
     must.
     """
-    if "told" in vars(
-        type(text_config(model))
-    ):  # lists that it would not read from a file
+    # a config's own lists would not be read from a file
+    if "has_own_lists" in vars(type(text_config(model))):
         return False
     try:
         with torch.device("meta"):
@@ -78,32 +77,32 @@ def is_built_again(model: PreTrainedModel) -> bool:
 
     def is_alike(plain: nn.Module, module: nn.Module) -> bool:
         """A quantised projection is of another class, and as wide."""
-        quantised = getattr(model, "is_quantized", False) and isinstance(
-            plain, nn.Linear
-        )
-        if quantised and type(plain) is not type(module):
+        is_quantized = getattr(model, "is_quantized", False)
+        is_projection = is_quantized and isinstance(plain, nn.Linear)
+        if is_projection and type(plain) is not type(module):
+            widths = ("in_features", "out_features")
             return all(
-                getattr(plain, name) == getattr(module, name, None)
-                for name in ("in_features", "out_features")
+                getattr(plain, name) == getattr(module, name, None) for name in widths
             )
-        shapes = (
-            [weight.shape for weight in one.parameters(recurse=False)]
-            for one in (plain, module)
-        )
-        return type(plain).__name__ == type(module).__name__ and next(shapes) == next(
-            shapes
-        )
+        if type(plain).__name__ != type(module).__name__:
+            return False
+        return _own_shapes(plain) == _own_shapes(module)
 
-    pairs = zip_longest(
-        again.named_modules(), model.named_modules(), fillvalue=("", nn.Identity())
-    )
+    absent = ("", nn.Identity())
+    pairs = zip_longest(again.named_modules(), model.named_modules(), fillvalue=absent)
     return all(
         there == here and is_alike(plain, module)
         for (there, plain), (here, module) in pairs
     )
 
 
+def _own_shapes(module: nn.Module) -> list[torch.Size]:
+    """Of its parameters, and none of its children's."""
+    return [weight.shape for weight in module.parameters(recurse=False)]
+
+
 def layers_in(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
+    """The decoder layers of `model` as they are now."""
     return model.get_submodule(structure.layers)  # type: ignore[return-value]
 
 
@@ -115,20 +114,17 @@ def _place(
     """
     above, _, name = structure.layers.rpartition(".")
     parent = model.get_submodule(above)
-    configs = (
-        text_config(model),
-        getattr(parent, "config", None),
-    )  # which may be one object
-    return (
-        parent,
-        name,
-        list({id(config): config for config in configs if config is not None}.values()),
-    )
+    configs = [text_config(model)]
+    own = getattr(parent, "config", None)
+    if own is not None and own is not configs[0]:
+        configs.append(own)
+    return parent, name, configs
 
 
 def put_layers(
     model: PreTrainedModel, structure: ModelStructure, layers: nn.ModuleList, undo: Undo
 ) -> None:
+    """Have `layers` stand in the place of the model's own, until `undo` is closed."""
     parent, name, _ = _place(model, structure)
     layers.training = parent.training
     undo.put(parent._modules, name, layers)
@@ -140,27 +136,26 @@ def apply_plan(
     """Put the regrouped layers in, until `undo` is closed."""
     if not plan and not structure.missing:
         return
-    with suppress(
-        ImportError
-        # transformers 5 hooks the layers for `output_hidden_states` once, at the first
-        # use
-    ):
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-        if isinstance(parent := _place(model, structure)[0], PreTrainedModel):
-            maybe_install_capturing_hooks(parent)
-    undo.put(
-        model.__dict__, "_cache", ABSENT
-    )  # what `generate` keeps between calls counts layers
-    prompt = (
-        declaring(model, _place(model, structure)[0], plan, undo)
-        if plan.prefill
-        else None
-    )
+    decoder, _, _ = _place(model, structure)
+    _install_hooks(decoder)
+    # what `generate` keeps between calls counts layers
+    undo.put(model.__dict__, "_cache", ABSENT)
+    prompt = declaring(model, decoder, plan, undo) if plan.prefill else None
     cut_out(model, structure, plan, undo, prompt=prompt)
     if are_cut(model, structure):
         undo.put(model.__dict__, "save_pretrained", partial(refuse_to_save, SKIPPED))
     undo.put(LOCATED, model, (layers_in(model, structure), structure))
+
+
+def _install_hooks(decoder: nn.Module) -> None:
+    """Hook the layers for `output_hidden_states`, as transformers 5 does once, at the
+    first use.
+    """
+    with suppress(ImportError):
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        if isinstance(decoder, PreTrainedModel):
+            maybe_install_capturing_hooks(decoder)
 
 
 def cut_out(
@@ -178,34 +173,19 @@ def cut_out(
     What it skips in the prompt alone stays in its layers, which ask `prompt` for how
     many tokens it runs.
     """
-    dense, configs = layers_in(model, structure), _place(model, structure)[2]
+    dense = layers_in(model, structure)
+    _, _, configs = _place(model, structure)
     if isinstance(plan, RepairedPlan):
         plan.check_replaced(model)
-    for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
-        undo.put(*placed_at(model, path, weight.clone() if for_good else weight))
-    skipped = (
-        in_prompts(model, structure, plan, prompt) if prompt else {}
-    )  # of the weights that are there now
+        for path, weight in plan.weights.items():
+            undo.put(*placed_at(model, path, weight.clone() if for_good else weight))
+    # of the weights that are there now
+    in_prompt = in_prompts(model, structure, plan, prompt) if prompt else {}
     for config in configs:
         undo.put_fields(config)
     if structure.in_place:
+        layers = _stubbed_layers(dense, structure, plan)
         running = structure.running(plan)
-
-        def stubbed(layer: nn.Module, block: Block) -> nn.Module:
-            """With stubs for what is skipped, or silenced where others read it."""
-            skipped = [
-                part
-                for part in block.sublayers
-                if block.index in getattr(plan, part.kind)
-            ]
-            scales = {
-                part.stub: torch.zeros_like if part.name in running else None
-                for part in skipped
-                if part.stub
-            }
-            return stubbed_layer(layer, block.index, scales) if scales else layer
-
-        layers = nn.ModuleList(map(stubbed, dense, structure.blocks))
         freed = [index for index in plan.attention if f"attn.{index}" not in running]
         for config in configs if freed else ():
             free_cache_slots(config, freed)
@@ -214,14 +194,35 @@ def cut_out(
         groups = layers_of(
             structure, plan, lambda i, j: merges and _are_alike(dense[i], dense[j])
         )
-        layers = nn.ModuleList(
-            regrouped_layer(structure, dense, group, skipped) for group in groups
-        )
+        layers = [
+            regrouped_layer(structure, dense, group, in_prompt) for group in groups
+        ]
         for config in configs:
             slice_config(config, [group.attention for group in groups])
         for index, layer in enumerate(layers):
             renumber(layer, index, undo)
-    put_layers(model, structure, layers, undo)
+    put_layers(model, structure, nn.ModuleList(layers), undo)
+
+
+def _stubbed_layers(
+    dense: nn.ModuleList, structure: ModelStructure, plan: Plan
+) -> list[nn.Module]:
+    """The layers with stubs for what `plan` skips, or silenced where others read it;
+    a layer of which nothing is skipped is the original one.
+    """
+    running = structure.running(plan)
+    layers: list[nn.Module] = []
+    for layer, block in zip(dense, structure.blocks):
+        skipped = [
+            part for part in block.sublayers if block.index in getattr(plan, part.kind)
+        ]
+        scales = {
+            part.stub: torch.zeros_like if part.name in running else None
+            for part in skipped
+            if part.stub
+        }
+        layers.append(stubbed_layer(layer, block.index, scales) if scales else layer)
+    return layers
 
 
 def _are_alike(one: nn.Module, other: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from ..structure.model_structure import base_model, inputs_device, positions_of
 from ..structure.undoing import Undo
 from .skipping import skip
 
-# What transformers cannot do with the model's own settings is said as a `UsageError`.
+# What transformers cannot do with the model's own settings is a `UsageError`.
 _settings_explained = partial(
     raised_by,
     "transformers",
@@ -44,6 +44,7 @@ class Streamer(TextStreamer):
         self.take = take
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand `text` on."""
         self.take(text)
 
 
@@ -108,8 +109,8 @@ def continue_prompts(
     """
     encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     with skip(model, plan), _settings_explained():
-        said = greedy_each(model, encoded, new_tokens)
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+        rows = greedy_each(model, encoded, new_tokens)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
 
 def reporting(progress: Progress, doing: str, new: int) -> dict[str, Any]:
@@ -237,19 +238,21 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
 def ends_of(model: PreTrainedModel) -> list[int]:
     """The tokens that end a text, as the checkpoint's own settings say."""
     ends = model.generation_config.eos_token_id
-    return (
-        [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    )
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _generate(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """(rows, tokens and new ones), padded where rows end."""
+    """What `generate` makes of `ids`, (rows, tokens): (rows, tokens and new ones), padded
+    where rows end.
+    """
     mask = torch.ones_like(ids) if mask is None else mask
     here = inputs_device(model)
-    said: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
-    return said
+    rows: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
+    return rows
 
 
 def _generating_by(
@@ -329,8 +332,8 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         )
     # a template is a program that comes with the model, and may raise anything
     except Exception as error:
-        said = shortened(str(error) or type(error).__name__)
+        reason = shortened(str(error) or type(error).__name__)
         raise UsageError(
-            f"the model's chat template fails ({said}): leave chat out, or mend the"
+            f"the model's chat template fails ({reason}): leave chat out, or mend the"
             " template"
         ) from error

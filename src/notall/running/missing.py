@@ -81,10 +81,10 @@ def _refuse_cache(
 ) -> None:
     held = any(arguments.get(name) is not None for name in ("past_key_values", "cache"))
     if held and not is_skipping(model):
-        told = (
+        problem = (
             "transformers counts the tokens of a cache by the first layer, and this"
             " model's has no attention"
         )
         raise UsageError(
-            f"{told}: run it inside `with notall.skip(model, notall.Plan()):`"
+            f"{problem}: run it inside `with notall.skip(model, notall.Plan()):`"
         )

@@ -42,12 +42,12 @@ class Recording:
         `last_tokens`.
         """
         if self.prompt_tokens is None:
-            told = (
+            problem = (
                 "a plan skips sublayers in the prompt alone, and nothing says which"
                 " tokens are the prompt"
             )
             raise UsageError(
-                f"{told}: give prompt_tokens (--prompt-tokens), the first tokens of"
+                f"{problem}: give prompt_tokens (--prompt-tokens), the first tokens of"
                 " each window"
             )
         tokens = self.embedded.shape[1]
@@ -55,6 +55,7 @@ class Recording:
 
     @property
     def device(self) -> torch.device:
+        """Where the inputs are."""
         return next(iter(self.inputs.values())).device
 
 

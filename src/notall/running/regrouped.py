@@ -40,6 +40,7 @@ class Holder(nn.Module):
         move_inputs_like(source, self)
 
     def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        """`hidden` and what the MLP adds to it, (batch, tokens, hidden) each."""
         if self.in_prompt and self.in_prompt.splits:
             return self.in_prompt.run([self.sublayer], self, hidden, call)
         return run_branches(self.sublayer.branches, self, hidden, call)
@@ -56,6 +57,7 @@ class Scales(nn.Module):
             self.register_buffer(str(place), number, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` times all numbers, (batch, tokens, hidden), in its own dtype."""
         for number in self.buffers():  # of another device or a finer dtype, maybe
             hidden = (hidden * number.to(hidden.device)).to(hidden.dtype)
         return hidden
@@ -78,6 +80,7 @@ class RegroupedLayer(nn.Module):
     in_prompt: InPrompt | None  # what of its own block is skipped in the prompt
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """In the form of the original layer: its hidden states, alone or first of a tuple."""
         arguments, hidden = called_with(self, args, kwargs)
         declared, (block, own, whole), ways = (
             parameter_names(self),

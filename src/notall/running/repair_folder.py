@@ -45,13 +45,20 @@ class PlanWithWeights(Protocol):
     """What is written of a `RepairedPlan`; see there."""
 
     @property
-    def unrepaired(self) -> Plan: ...
+    def unrepaired(self) -> Plan:
+        """What it skips, alone."""
+
     @property
-    def weights(self) -> Mapping[str, Tensor]: ...
+    def weights(self) -> Mapping[str, Tensor]:
+        """By path in the original model."""
+
     @property
-    def prompt_weights(self) -> Mapping[str, Tensor]: ...
+    def prompt_weights(self) -> Mapping[str, Tensor]:
+        """By path, for a prompt's tokens alone."""
+
     @property
-    def replaced(self) -> Mapping[str, Tensor]: ...
+    def replaced(self) -> Mapping[str, Tensor]:
+        """Samples of the weights that are replaced, by path."""
 
 
 class Seal(BaseModel, frozen=True, extra="forbid"):

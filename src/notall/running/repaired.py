@@ -142,10 +142,12 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
 
     @property
     def state(self) -> Literal["repaired"]:
+        """Repaired, also without weights of its own."""
         return "repaired"
 
     @property
     def unrepaired(self) -> Plan:
+        """What it skips, without weights, maps and history."""
         about = {"fingerprint": self.fingerprint, "note": self.note}
         return Plan(self.attention, self.mlp, prefill=self.prefill, **about)
 

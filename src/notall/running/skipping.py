@@ -53,11 +53,11 @@ class _Skip(Undo):
     def expect_innermost(self) -> None:
         """Raise `UsageError` where it isn't, as another was left out of turn."""
         if self.active[-1:] != [self]:
-            told = (
+            problem = (
                 "a `with notall.skip(...)` was left ahead of one inside of it, and"
                 " neither counts any more"
             )
-            raise UsageError(f"{told}: leave the one that was entered last first")
+            raise UsageError(f"{problem}: leave the one that was entered last first")
 
     def __exit__(self, *_: object) -> None:
         while self in self.active:  # and any that is inside of it still

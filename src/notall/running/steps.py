@@ -88,6 +88,7 @@ class PrefixCache:
 
 
 def step_name(parts: Sequence[Sublayer]) -> str:
+    """Such as `attn.3`, or `attn.3+mlp.3` of a parallel block."""
     return "+".join(part.name for part in parts)
 
 

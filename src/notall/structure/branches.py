@@ -69,6 +69,7 @@ class Op:
     def run(
         self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall
     ) -> Tensor:
+        """What the operation makes of `value`, by the modules of `holder`."""
         positional = [_fill(slot, value, residual, call) for slot in self.positional]
         keywords = {
             name: _fill(slot, value, residual, call) for name, slot in self.keywords
@@ -97,13 +98,16 @@ class Branch:
 
     @property
     def is_attention(self) -> bool:
+        """Whether a module in it writes to the cache."""
         return any(op.is_attention for op in self.ops)
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """The paths of its modules, in the order they run."""
         return tuple(op.module for op in self.ops if op.module)
 
     def run(self, holder: nn.Module, residual: Tensor, call: LayerCall) -> Tensor:
+        """What is added to `residual`, or the new stream where it `adds_itself`."""
         value = residual
         for op in self.ops:
             value = op.run(holder, value, residual, call)

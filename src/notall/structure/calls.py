@@ -53,6 +53,7 @@ def as_given(arguments: Mapping[str, object]) -> Arguments:
 
 @functools.cache
 def parameters_of(forward: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a forward, by name; looked up once."""
     return inspect.signature(
         forward
     ).parameters  # which takes long enough to do it once

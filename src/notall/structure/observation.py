@@ -100,6 +100,7 @@ class Watch(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """Run a layer's own `forward`, and note what it is given, makes and answers."""
         arguments, hidden = called_with(layer, args, kwargs)
         self.sharing.note((hidden, arguments), None)
         own = (
@@ -134,6 +135,7 @@ class Watch(TorchFunctionMode):
         kwargs: Arguments,
         answer: Any,
     ) -> Any:
+        """Note what a child of the layer was called with and answers, as its hook."""
         self.inside.pop()
         if self.now is None or self.inside:
             return answer
@@ -163,6 +165,7 @@ class Watch(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """Note a write to the cache, and have it done."""
         if self.now:
             given = signature.bind(*args, **kwargs).arguments
             tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]

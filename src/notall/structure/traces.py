@@ -31,6 +31,7 @@ class Node:
 
     @property
     def inputs(self) -> "list[Node]":
+        """The hidden states that it was made from, each once."""
         given = (*self.positional, *self.keywords.values())
         return list(dict.fromkeys(value for value in given if isinstance(value, Node)))
 
@@ -41,6 +42,7 @@ class Node:
 
     @property
     def is_sum(self) -> bool:
+        """Whether it is two hidden states, added."""
         return self.name in ADDITIONS and len(self.inputs) == 2
 
     def __str__(self) -> str:
@@ -146,4 +148,5 @@ class Sharing:
             self.note(copy, source)
 
     def source_of(self, tensor: Tensor) -> Place | None:
+        """Where a tensor comes from; None from outside of the layers, or where unknown."""
         return self._makers.get(id(tensor))
