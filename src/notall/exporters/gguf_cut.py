@@ -70,7 +70,7 @@ WITHOUT_ROPE = {"smollm3": 4, "llama4": 4}
 OUTPUT_SCALE = "layer_output_scale.weight"
 PATTERN = "attention.sliding_window_pattern"
 # llama.cpp computes these in another way at one depth than at all others.
-TOLD_BY_DEPTH = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
+SPECIAL_DEPTHS = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
 NORMS_BEFORE_MLP = ("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")
 # A list of settings by layer is about the MLPs where its name has one of these words.
 OF_MLPS = ("feed_forward", "expert", "xielu", "swiglu")
@@ -281,10 +281,10 @@ def _check_rules_by_index(
                 " blocks, or export to hf"
             )
     depths = source.depth, len(attentions)
-    special = TOLD_BY_DEPTH.get(name)
-    if special in depths and depths[0] != depths[1]:
+    telling = SPECIAL_DEPTHS.get(name)
+    if telling in depths and depths[0] != depths[1]:
         raise UsageError(
-            f"llama.cpp computes a {name} of {special} layers in another way than any"
+            f"llama.cpp computes a {name} of {telling} layers in another way than any"
             " other, so that one cannot become the other; export to hf"
         )
 
