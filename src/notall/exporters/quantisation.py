@@ -98,7 +98,7 @@ RULES: Mapping[str, Rules] = {
 
 def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
     """Those of an export; the names of layers begin with `layers`. Raises `UsageError`
-    where not all can be told.
+    where not all of them are known.
     """
     method = quantisation_name(settings)
     rules = RULES.get(method.split()[0], {})

@@ -163,12 +163,12 @@ def _left_by(
     each = max(1, min(map(len, fitted)))
     while each > 1:
         other, stops = judging([one[:each] for one in fitted], fewer=True)
-        lacking = max(MEASURED - len(one) for one in other) + max(
+        missing = max(MEASURED - len(one) for one in other) + max(
             (STOPS - len(one) for one in stops), default=0
         )
-        if not lacking:
+        if not missing:
             break
-        each = max(1, each - lacking)
+        each = max(1, each - missing)
     return each
 
 
@@ -233,16 +233,16 @@ def measure(
                 name: about_measured(model, settings, plan, batches)
                 for name, plan in plans.items()
             }
-            lacking = {
+            missing = {
                 name: plan
                 for name, plan in plans.items()
                 if (text, name, about[name].key) not in kept
             }
             telling = stages.stage(1)
-            if lacking:
+            if missing:
                 read = tracked(batches, f"measuring on {text}", telling)
                 qualities = zip(
-                    lacking.items(), evaluate(model, [*lacking.values()], read, prompt)
+                    missing.items(), evaluate(model, [*missing.values()], read, prompt)
                 )
                 kept.add(
                     *(

@@ -17,7 +17,7 @@ from ..errors import shortened
 from ..plan import several
 from ..strict_json import Settings
 
-# What is told, and never compared.
+# What is reported, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")
 
 

@@ -190,7 +190,7 @@ HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
     "engine_times": ("engine_times.jsonl", ("pareto",)),
     "pareto": ("pareto.jsonl", ("pareto",)),
 }
-# What commands write beside their records, and over again.
+# What commands write next to their records, and over again.
 BESIDE: dict[Command, tuple[str, ...]] = {
     "sweep": ("table.*", "tradeoff.*", "similarity.*"),
     "compare": ("table.*", "front.*"),

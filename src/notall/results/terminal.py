@@ -21,7 +21,7 @@ from ..encodings import printable
 from .bars import progress_bar as progress_bar
 from .table import Cell, Column, Table
 
-FRAME = 3  # cells beside a column's text: a space on either side, and a line
+FRAME = 3  # cells around a column's text: a space on either side, and a line
 TURNED = 2  # rows: so few may become columns
 # of a heading or a cell: each stays whole, and may have a line of its own
 Pieces = tuple[str, ...]
@@ -143,10 +143,11 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
     """The columns as the terminal's encoding can write them."""
 
     def pieces(cell: Cell, right: bool) -> Pieces:
-        value, beside = printable(cell.text, encoding), printable(cell.error, encoding)
+        value = printable(cell.text, encoding)
+        error = printable(cell.error, encoding)
         return (
             *([value] if right else value.split(" ")),
-            *([beside] if beside else []),
+            *([error] if error else []),
         )
 
     def strip(place: int, column: Column[object]) -> Strip:

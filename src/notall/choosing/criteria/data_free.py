@@ -155,8 +155,8 @@ def has_projections(layer: nn.Module) -> bool:
 
 def _coupling(layer: nn.Module) -> float:
     found = _linear(layer)
-    if lacking := [name for name in ("q_proj", "k_proj") if name not in found]:
-        named = f"{type(layer).__name__} has no {lacking[0]}"
+    if missing := [name for name in ("q_proj", "k_proj") if name not in found]:
+        named = f"{type(layer).__name__} has no {missing[0]}"
         raise UsageError(
             f"Gate-Norm needs separate query and key projections, and {named}; take"
             " another criterion"

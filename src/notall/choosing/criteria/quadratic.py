@@ -130,7 +130,9 @@ class QuadraticProgram:
     """
 
     alone: Floats  # (n,)
-    together: Floats  # what two cost beside that, (n, n), symmetric; infinite: not both
+    together: (
+        Floats  # what two cost on top of that, (n, n), symmetric; infinite: not both
+    )
     limited: Floats  # (n,)
     limit: float
 

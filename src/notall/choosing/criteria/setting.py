@@ -31,7 +31,7 @@ class Setting:
     each), and what evaluates sets.
 
     `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is
-    how many evaluations may bring nothing before a search ends; `progress` is told how
+    how many evaluations may bring nothing before a search ends; `progress` reports how
     far the choice is; `grown_on` is the share of the text that a search grows its sets
     on, before it refines them on all of it.
     """

@@ -8,8 +8,8 @@ from .added import Added
 
 
 class Times(Fact):
-    """What a model takes beside the original model of the same rounds: milliseconds,
-    and ratios paired by round.
+    """What a model takes, compared with the original model in the same rounds:
+    milliseconds, and ratios paired by round.
     """
 
     prefill_ms: Quartiles = Field(
