@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         medians as medians,
         resident_bytes as resident_bytes,
     )
+    from .evaluation.checks import MadeTask as Task
     from .exporters import Export as Export, Source as Source
     from .exporters.checkpoint import CheckpointExport as CheckpointExport
     from .exporters.config_cuts import (
