@@ -143,19 +143,17 @@ class LlamaCpp(Engine):
         }
 
         def answer_to(tokens: Tokens, **how: object) -> Any:
-            return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][
-                0
-            ]["logprobs"]["content"][0]
+            request = {"prompt": list(tokens), **one, **how}
+            choice = _complete(server, request)["choices"][0]
+            return choice["logprobs"]["content"][0]
 
-        bias = [
-            [answer_to(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]
-        ]  # half a character has no log-probabilities
-        found = [
-            answer_to(tokens, logit_bias=bias)["top_logprobs"] for tokens in prompts
-        ]
-        return [
-            [(entry["id"], entry["logprob"]) for entry in entries] for entries in found
-        ]
+        # half a character has no log-probabilities
+        letters = answer_to(prompts[0], grammar="root ::= [a-z]+")["id"]
+        found = []
+        for tokens in prompts:
+            likeliest = answer_to(tokens, logit_bias=[[letters, BIAS]])["top_logprobs"]
+            found.append([(entry["id"], entry["logprob"]) for entry in likeliest])
+        return found
 
     @staticmethod
     def reason(stderr: str) -> str:
