@@ -401,7 +401,7 @@ NAMES = {
         "summarize",
         "walk",
     ],
-    "measuring.speed": ["Timing as speed_Timing", "time_plans"],
+    "measuring.speed": ["RoundTimes", "time_plans"],
     "measuring.statistics": [
         "Estimate",
         "are_right_or_wrong",

@@ -11,6 +11,7 @@ from api import (
     JudgedRecord,
     PromptRepair,
     Quartiles,
+    RoundTimes,
     Setting,
     SpeedCheck,
     SublayerTimes,
@@ -30,7 +31,6 @@ from api import (
     read,
     running_last,
     searching,
-    speed_Timing as Timing,
     with_last_tokens,
 )
 from command_line import QUICK
@@ -273,7 +273,7 @@ def clock(monkeypatch, tmp_path):
         }
         rounds = workload.rounds
         return {
-            name: Timing((100.0 - ms,) * rounds, (7.0,) * rounds, None)
+            name: RoundTimes((100.0 - ms,) * rounds, (7.0,) * rounds, None)
             for name, ms in saved.items()
         }
 

@@ -4,7 +4,9 @@ import codecs
 import io
 import sys
 
-IN_WORDS = "notall.in_words"  # what a stream does with a sign that its encoding lacks
+IN_WORDS = (
+    "notall.in_words"  # what a stream does with a character that is not in its encoding
+)
 ASCII = {"Δ": "delta ", "±": "+-", "×": "x", "–": "-", "−": "-", "…": "...", "’": "'"}
 
 
@@ -12,25 +14,28 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     """`text` in one line: what steers the terminal, or is missing from `encoding`, is
     spelt out, such as `\\x1b`.
     """
-    spelt = "".join(
-        character
-        if character.isprintable()
-        else " "
-        if character.isspace()
-        else ascii(character)[1:-1]
-        for character in text
-    )
+    spelt = "".join(map(_spelt, text))
     return spelt.encode(encoding, IN_WORDS).decode(encoding)
 
 
+def _spelt(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else _escape(character)
+
+
+def _escape(character: str) -> str:
+    """Such as `\\x1b`."""
+    return ascii(character)[1:-1]
+
+
 def print_in_any_encoding() -> None:
-    """Let stdout and stderr spell out what their encoding lacks, where Python would
+    """Let stdout and stderr spell out what is not in their encoding, where Python would
     raise.
     """
-    sys.stdout, sys.stderr = (
-        sys.stdout or io.StringIO(),
-        sys.stderr or io.StringIO(),
-    )  # they may be closed
+    # they may be closed
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=IN_WORDS)
@@ -39,13 +44,9 @@ def print_in_any_encoding() -> None:
 def _in_words(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return (
-        "".join(
-            ASCII.get(character) or ascii(character)[1:-1]
-            for character in error.object[error.start : error.end]
-        ),
-        error.end,
-    )
+    missing = error.object[error.start : error.end]
+    spelt = [ASCII.get(character) or _escape(character) for character in missing]
+    return "".join(spelt), error.end
 
 
 codecs.register_error(IN_WORDS, _in_words)

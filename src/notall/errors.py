@@ -16,9 +16,8 @@ class UsageError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            " ".join(message.splitlines())
-        )  # what it quotes of a file may hold line breaks
+        # what it quotes of a file may hold line breaks
+        super().__init__(" ".join(message.splitlines()))
 
 
 class UnsupportedModel(UsageError):
@@ -47,12 +46,11 @@ def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
         RuntimeError,
     ) as error:
         *_, frame = traceback.extract_tb(error.__traceback__)
-        too_large = "overflow" in str(
-            error
-        )  # of a number, as torch says it; what else it raises is no fault of a file
-        if package not in Path(frame.filename).parts or (
-            isinstance(error, RuntimeError) and not too_large
-        ):
+        # torch's word for a number that is too large; its other errors are no fault of
+        # a file
+        too_large = "overflow" in str(error)
+        is_torch = isinstance(error, RuntimeError) and not too_large
+        if is_torch or package not in Path(frame.filename).parts:
             raise
         message = shortened(f"{type(error).__name__}: {error}", 160)
         raise UsageError(f"{what}: {message}; {fix}") from error
@@ -61,11 +59,8 @@ def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
 def expect(given: object, kind: type | tuple[type, ...], give: str) -> None:
     """Raise `UsageError` that says what to give, where `given` is no `kind`."""
     if not isinstance(given, kind):
-        inside = (
-            "; it is in its .plan"
-            if isinstance(getattr(given, "plan", None), kind)
-            else ""
-        )
+        has_one = isinstance(getattr(given, "plan", None), kind)
+        inside = "; it is in its .plan" if has_one else ""
         raise UsageError(f"give {give}, not {type(given).__name__}{inside}")
 
 
@@ -81,9 +76,6 @@ def shortened(given: object, most: int = 80) -> str:
     """
     line = " ".join(str(given).split())
     if len(line) > most:
-        line = (
-            f"…{line[1 - most :]}"
-            if isinstance(given, PathLike)
-            else f"{line[: most - 1]}…"
-        )
+        is_path = isinstance(given, PathLike)
+        line = f"…{line[1 - most :]}" if is_path else f"{line[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "�" for letter in line)

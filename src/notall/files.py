@@ -32,7 +32,7 @@ def expanded(path: str | PathLike[str]) -> Path:
         ) from None
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what is said of a disk without room
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk without room
 MOST_BYTES = 1 << 26  # of a file of settings: a hundred times as many as any has
 
 

@@ -32,7 +32,7 @@ from ..running.skipping import skip
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
-KEYS = 8  # of passkeys, a length: six that are lost can be told from chance
+KEYS = 8  # of passkeys, a length: six that are lost are more than chance
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = (
     8,
@@ -208,7 +208,7 @@ def check_passkey(
     *,
     seed: int = 0,
 ) -> list[list[Check]]:
-    """Whether greedy decoding repeats a number told far back in texts of about so many
+    """Whether greedy decoding repeats a number that stands far back in texts of about so many
     tokens: `KEYS` a length.
     """
     found: list[list[Check]] = []

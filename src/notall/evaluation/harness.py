@@ -139,57 +139,38 @@ class PlansLM(HFLM):
             super().__init__(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK
             )
-        self._device = inputs_device(
-            self.model
-        )  # HFLM takes the first weight's, which may be elsewhere
-        self.plans = (Plan(), *plans)  # the dense one is first
+        # HFLM takes the first weight's, which may be elsewhere
+        self._device = inputs_device(self.model)
+        self.plans = (Plan(), *plans)  # the original is first
         self.scorer = Scorer(model, batch_size)
-        self.score = (
-            partial(workers.score_requests, batch_size=batch_size)
-            if workers
-            else self.scorer.score
-        )
+        self.score = self.scorer.score
+        if workers:
+            self.score = partial(workers.score_requests, batch_size=batch_size)
         self.answers = Answers(folder, origin(model, tokenizer), self.plans)
-        self.truncate, self.progress = truncate, progress
-        self.number, self.task = (
-            0,
-            "",
-        )  # the plan to answer as, and of which task, for people
-        self.running: tuple[
-            int, ...
-        ] = ()  # the plans that what is being computed is for
-        self.before = self.of = (
-            0  # requests answered before what is being computed, of how many
-        )
+        self.truncate = truncate
+        self.progress = progress
+        self.number = 0  # of the plan to answer as
+        self.task = ""  # its name, for people
+        # the plans that what is being computed is for
+        self.running: tuple[int, ...] = ()
+        # requests answered before what is being computed, of how many
+        self.before = self.of = 0
 
     def check(self, job: Job) -> None:
         """Raise `UsageError` where the model's context is too short for a request of
         `job`.
         """
         self.task = job.name
-        requests = [
-            request for task in job.tasks.values() for request in task.instances
-        ]
-        texts = [
-            "".join(request.args)
-            for request in requests
-            if request.request_type == "loglikelihood"
-        ]
-        self._check_fit(
-            [len(self.tok_encode(text)) for text in texts], self.max_length + 1
-        )  # the last is predicted
-        self._room_to_generate(
-            [
-                request
-                for request in requests
-                if request.request_type == "generate_until"
-            ]
-        )
-        self._room_to_generate(
-            self._as_chat(
-                [request for request in requests if request.request_type in CHATS]
-            )
-        )
+        by_kind: dict[str, list[Instance]] = {}
+        for task in job.tasks.values():
+            for request in task.instances:
+                by_kind.setdefault(request.request_type, []).append(request)
+        texts = ["".join(one.args) for one in by_kind.get("loglikelihood", ())]
+        lengths = [len(self.tok_encode(text)) for text in texts]
+        self._check_fit(lengths, self.max_length + 1)  # the last is predicted
+        self._room_to_generate(by_kind.get("generate_until", []))
+        chats = [one for kind in CHATS for one in by_kind.get(kind, ())]
+        self._room_to_generate(self._as_chat(chats))
 
     def _as_chat(self, requests: Iterable[Instance]) -> list[Instance]:
         """With prompts as what a user says."""
@@ -220,26 +201,22 @@ class PlansLM(HFLM):
         keys = [self.answers.key("first_choices", *request.args) for request in asked]
         for chunk in self._missing(keys, asked, OWN):
             prompts = [self.tok_encode(request.args[0]) for request in chunk]
-            stages, new = (
-                Stages(self.progress, self.of),
-                chunk[0].args[1]["max_gen_toks"],
-            )
+            stages = Stages(self.progress, self.of)
+            new = chunk[0].args[1]["max_gen_toks"]
             stages.stage(self.before)  # which is done
-            telling = reporting(
-                stages.stage(len(chunk)), f"{self.task}: answering", new
-            )
+            doing = f"{self.task}: answering"
+            reports = reporting(stages.stage(len(chunk)), doing, new)
             with skip(self.model, Plan()):
-                written = greedy_each(self.model, prompts, new, **telling)
+                written = greedy_each(self.model, prompts, new, **reports)
             answers = [
                 Request((*prompt, *answer[:-1]), tuple(answer))
                 for prompt, answer in zip(prompts, written)
             ]
-            for scores in self.score(
-                [self.plans[number] for number in self.running], answers
-            ):
-                lengths = [
-                    len(answers[number].continuation) for number in scores.requests
-                ]
+            plans = [self.plans[number] for number in self.running]
+            for scores in self.score(plans, answers):
+                asked_of = [answers[number] for number in scores.requests]
+                lengths = [len(request.continuation) for request in asked_of]
+                # of (plans, requests): a list per request
                 shares = (1 - scores.missed / Tensor(lengths)).T.tolist()
                 found = [
                     self.answers.key("first_choices", *chunk[number].args)
@@ -285,11 +262,8 @@ class PlansLM(HFLM):
         """What the plan writes, by the settings that the model has now; it is kept as
         of this kind of request.
         """
-        asked: Counter[str] = (
-            Counter()
-            # the same request asked again (a task that samples) has another key each
-            # time
-        )
+        # the same request asked again (a task that samples) has another key each time
+        asked: Counter[str] = Counter()
         keys = []
         for request in requests:
             key = self.answers.key(kind, *request.args)
@@ -300,33 +274,24 @@ class PlansLM(HFLM):
             for key, request in zip(keys, requests)
             if not self.answers.has(key, self.number)
         ]
-        width, generate = (
-            self._room_to_generate([request for _, request in waiting]),
-            super().generate_until,
-        )
+        width = self._room_to_generate([request for _, request in waiting])
+        generate = super().generate_until
         place = self.answers.place(self.number)
+        total = len(keys) * len(self.answers.distinct)
         with skip(self.model, self.plans[self.number]):
             while waiting:
-                self._report(
-                    place * len(keys) - len(waiting),
-                    len(keys) * len(self.answers.distinct),
-                )
-                chunk = waiting[
-                    : self.scorer.fitting(width, len(waiting), written=True)
-                ]
-                texts = unless_out_of_memory(
-                    partial(
-                        generate, [request for _, request in chunk], disable_tqdm=True
-                    )
-                )
+                self._report(place * len(keys) - len(waiting), total)
+                fitting = self.scorer.fitting(width, len(waiting), written=True)
+                chunk = waiting[:fitting]
+                some = [request for _, request in chunk]
+                texts = unless_out_of_memory(partial(generate, some, disable_tqdm=True))
                 if texts is None:
                     self.scorer.shrink(len(chunk), width)
                     continue
-                self.answers.add(
-                    [self.number], {key: [text] for (key, _), text in zip(chunk, texts)}
-                )
+                found = {key: [text] for (key, _), text in zip(chunk, texts)}
+                self.answers.add([self.number], found)
                 waiting = waiting[len(chunk) :]
-        self._report(place * len(keys), len(keys) * len(self.answers.distinct))
+        self._report(place * len(keys), total)
         return [self.answers.get(key, self.number, str) for key in keys]
 
     def _loglikelihood_tokens(
@@ -343,10 +308,8 @@ class PlansLM(HFLM):
         ]
         found: dict[int, tuple[Any, Any]] = {}
         for scores in self.score([self.plans[number] for number in self.running], cut):
-            values, greedy = (
-                scores.log_likelihoods.T.numpy(),
-                scores.greedy.T.numpy(),
-            )  # (requests, plans)
+            values = scores.log_likelihoods.T.numpy()  # (requests, plans)
+            greedy = scores.greedy.T.numpy()  # (requests, plans)
             found |= dict(zip(scores.requests, zip(values, greedy)))
             lines = {
                 self.answers.key("loglikelihood", *strings): list(
@@ -370,10 +333,8 @@ class PlansLM(HFLM):
                 f"{problem}, and the model takes 1 to {self.max_length}; leave the task"
                 " out, or mend it"
             )
-        return Request(
-            tuple((context + continuation)[-(self.max_length + 1) :][:-1]),
-            tuple(continuation),
-        )
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        return Request(tuple(whole[:-1]), tuple(continuation))
 
     def _missing(
         self, keys: list[str], requests: list[Instance], size: int

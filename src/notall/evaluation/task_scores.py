@@ -46,17 +46,14 @@ class Sample:
     task: str
     doc_id: int
     value: Any
-    answers: tuple[
-        Any, ...
-        # (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a
-        # text
-    ]
+    # (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a text
+    answers: tuple[Any, ...]
     source: str = ""  # the passage that it is about, or all of it
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One plan on one task by one metric, beside the original model on the same
+    """One plan on one task by one metric, with the original model's on the same
     documents.
     """
 
@@ -77,22 +74,20 @@ def scores_of(
         name, _, kind = metric.partition(",")
         if not kind or name.endswith("_stderr") or job.metric not in (None, metric):
             continue
-        samples, base = (
-            _samples(outcome, leaves, metric),
-            _samples(dense, leaves, metric),
-        )
+        samples = _samples(outcome, leaves, metric)
+        base = _samples(dense, leaves, metric)
         delta = float(value - dense["results"][row][metric])
         value_se = figures.get(f"{name}_stderr,{kind}")
+        has_error = isinstance(value_se, int | float)
         better = outcome["higher_is_better"].get(row, {}).get(name)
         score = TaskScore(
             task=row,
             metric=metric,
-            num_fewshot=outcome["n-shot"][
-                leaves[0]
-            ],  # a group of groups has none of its own
+            # a group of groups has none of its own
+            num_fewshot=outcome["n-shot"][leaves[0]],
             documents=len(samples),
             value=float(value),
-            value_se=float(value_se) if isinstance(value_se, int | float) else math.nan,
+            value_se=float(value_se) if has_error else math.nan,
             delta=delta,
             higher_is_better=better,
             **_paired(job, samples, base, name, delta, better),
@@ -114,29 +109,24 @@ def _paired(
     sources = _sources(samples)
     passages = len(set(sources)) if sources else len(samples)
     found: Settings = {"sources": sources, "too_few": too_few(passages, len(samples))}
-    values, theirs = ([sample.value for sample in some] for some in (samples, base))
+    values = [sample.value for sample in samples]
+    theirs = [sample.value for sample in base]
     are_numbers = all(isinstance(value, int | float) for value in (*values, *theirs))
-    differences = (
-        [ours - other for ours, other in zip(values, theirs)] if are_numbers else []
-    )
-    mean_of_them, error = (
-        mean_and_error(differences, sources) if are_numbers else (math.nan, math.nan)
-    )
+    differences: list[float] = []
+    mean_of_them, error = math.nan, math.nan
+    if are_numbers:
+        differences = [ours - other for ours, other in zip(values, theirs)]
+        mean_of_them, error = mean_and_error(differences, sources)
     if math.isclose(mean_of_them, delta, abs_tol=1e-9):
         found |= {"delta_se": error, "p_value": sign_flip_p_value(differences, sources)}
         if are_right_or_wrong(values, theirs):  # what is wrong already gets no worse
-            right = {
-                source
-                for source, value in zip(sources or range(len(theirs)), theirs)
-                if value
-            }
+            passage_of = sources or range(len(theirs))
+            right = {one for one, value in zip(passage_of, theirs) if value}
             found["too_few"] = too_few(len(right), len(samples))
     else:
         error, parts = _error_without(job, samples, base, name)
-        found |= {
-            "delta_se": error,
-            "p_value": student_p_value(delta, error, parts - 1),
-        }
+        p_value = student_p_value(delta, error, parts - 1)
+        found |= {"delta_se": error, "p_value": p_value}
     if are_numbers:
         found["values"] = tuple(map(float, values))
         kept = recovery_interval(values, theirs, sources) if better else None

@@ -776,22 +776,22 @@ class _Run:
 
     def _times(self, variant: Variant) -> Times:
         """Of all of its shape."""
-        from ..measuring.speed import Timing
+        from ..measuring.speed import RoundTimes
 
-        def timing(variants: Sequence[Variant]) -> Timing:
+        def timing(variants: Sequence[Variant]) -> RoundTimes:
             taken = [
                 one
                 for round_of_them in zip(*map(self._rounds, variants))
                 for one in round_of_them
             ]
-            return Timing(
+            return RoundTimes(
                 tuple(one.prefill_ms for one in taken),
                 tuple(one.decode_ms_per_token for one in taken),
                 None,
             )
 
         alike = self._alike(variant)
-        return timing(alike).beside(timing([self.dense] * len(alike)))
+        return timing(alike).compared_with(timing([self.dense] * len(alike)))
 
     def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
         keys = ((*variant.key, number) for number in range(self.workload.rounds))

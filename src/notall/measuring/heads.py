@@ -48,7 +48,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocabulary), from rows of the last layer's output, (rows, hidden)."""
-        return self._behind(hidden[:, None]).flatten(0, -2)
+        return self._behind(hidden[:, None]).flatten(0, -2)  # of (rows, 1, vocabulary)
 
     def states(self, hidden: Tensor) -> Tensor:
         """What the output projection is given, (rows, width), from rows of the last
@@ -62,9 +62,8 @@ class Head:
         """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is
         what the last layer answers.
         """
-        ids = torch.zeros(
-            hidden.shape[:2], dtype=torch.long, device=inputs_device(self.model)
-        )
+        device = inputs_device(self.model)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
         with handing(self.model, self.structure, hidden):
             return self.model(input_ids=ids, use_cache=False).logits
 

@@ -43,9 +43,13 @@ def load_config(
         gguf, path = named_gguf(spec), expanded(spec)
         if path.is_dir():
             refuse_no_model(path)
-        source: Path | str = (
-            converted_folder(gguf) if gguf else path if path.exists() else hub_id(spec)
-        )
+        source: Path | str
+        if gguf:
+            source = converted_folder(gguf)
+        elif path.exists():
+            source = path
+        else:
+            source = hub_id(spec)
         file = {}
         if gguf and not Path(source).is_dir():
             open_gguf(gguf)  # refuses what transformers would read for hours
@@ -71,31 +75,20 @@ def own_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype that a checkpoint's config names; float32 where it names none of
     ours.
     """
-    problem = next(
-        (
-            problem
-            for one in (config, config.get_text_config())
-            if (problem := getattr(one, "dtype", None))
-        ),
-        None,
-    )
-    return DTYPES.get(str(problem).removeprefix("torch."), torch.float32)
+    own = getattr(config, "dtype", None)
+    named = own or getattr(config.get_text_config(), "dtype", None)
+    return DTYPES.get(str(named).removeprefix("torch."), torch.float32)
 
 
 def reader_of(config: PretrainedConfig) -> Any:
     """The auto class that reads the model of a config: of one that sees too, its text
     part alone where there is one.
     """
-    plain, seeing = (
-        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
-        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
-    sees = type(config) in seeing and type(config) not in plain
-    return (
-        transformers.AutoModelForImageTextToText
-        if sees
-        else transformers.AutoModelForCausalLM
-    )
+    plain = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    seeing = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(config) in seeing and type(config) not in plain:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def refuse_export(folder: Path) -> None:
@@ -136,11 +129,8 @@ def settings_of_export(spec: str | Path, revision: str | None) -> Settings | Non
                 hub_id(spec), revision=revision
             )[0]
     form = str(settings.get("model_type")) if isinstance(settings, dict) else ""
-    return (
-        settings
-        if form in (NEMOTRON_NAS, SWIFTKV) or form.startswith(REGROUPED)
-        else None
-    )
+    is_ours = form in (NEMOTRON_NAS, SWIFTKV) or form.startswith(REGROUPED)
+    return settings if is_ours else None
 
 
 def model_source(spec: str | Path, revision: str | None) -> Path | str:
@@ -188,9 +178,8 @@ def _attentions_in(config: PretrainedConfig) -> Iterator[str]:
     parts.
     """
     named = getattr(config, "_attn_implementation_internal", None)
-    yield from (
-        str(name) for name in (named.values() if isinstance(named, dict) else [named])
-    )
+    names = named.values() if isinstance(named, dict) else [named]
+    yield from map(str, names)
     for part in vars(config).values():
         if isinstance(part, PretrainedConfig):
             yield from _attentions_in(part)

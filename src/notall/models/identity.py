@@ -24,11 +24,8 @@ def identify(
         if path.is_file():
             return {"model": name, "revision": f"sha256:{digest_of_file(path)}"}
         if path.is_dir():
-            files = sorted(
-                one
-                for one in (*path.glob("*.safetensors"), *path.glob("config.json"))
-                if one.is_file()
-            )
+            named = (*path.glob("*.safetensors"), *path.glob("config.json"))
+            files = sorted(one for one in named if one.is_file())
             digest = digest_of(
                 f"{file.name} {digest_of_file(file)}\n" for file in files
             )

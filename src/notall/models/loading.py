@@ -76,7 +76,7 @@ def load(
     "auto": bfloat16 where that is fast. `device` is "cpu", "cuda", "cuda:1", "mps", or
     "auto": the fastest there is. `device_map`, accelerate's, replaces `device`. Of a
     model that sees too, the text part alone is read where transformers reads that. What
-    `notall.export` wrote is opened like any other model, and none of the code beside it
+    `notall.export` wrote is opened like any other model, and none of the code with it
     is run. Raises `UsageError` for a model that is unknown, out of reach or incomplete.
     """
     expect(spec, (str, Path), "a hub id, a folder or a file")
@@ -85,8 +85,7 @@ def load(
             "device and device_map both say where the model goes: give one"
         )
     with explained(spec):
-        file = named_gguf(spec)
-        if file:
+        if file := named_gguf(spec):
             check_manifest(file.parent, strict=False)  # no other file is read
         else:
             check_manifest(expanded(spec))

@@ -236,7 +236,7 @@ class _Author:
 
 
 def episodes(hay: str) -> str:
-    """Episodes of the forms that are fitted to, of many lengths, told amid the
+    """Episodes of the forms that are fitted to, of many lengths, amid the
     sentences of a text.
     """
     draw, sentences = (

@@ -85,15 +85,11 @@ def build_random(
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 dummy = torch.ones(weight.shape, dtype=dtype, device=device)
-                for piece in (
-                    dummy.view(-1).split(noise.numel()) if dummy.dim() > 1 else ()
-                ):
-                    piece.copy_(noise[: piece.numel()])
-                setattr(
-                    module,
-                    name,
-                    nn.Parameter(dummy, requires_grad=weight.requires_grad),
-                )
+                if dummy.dim() > 1:
+                    for piece in dummy.view(-1).split(noise.numel()):
+                        piece.copy_(noise[: piece.numel()])
+                placed = nn.Parameter(dummy, requires_grad=weight.requires_grad)
+                setattr(module, name, placed)
         model.tie_weights()
         return model.to(device).eval()
 

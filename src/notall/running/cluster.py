@@ -19,7 +19,7 @@ except ModuleNotFoundError:
         "spreading over machines needs ray; pip install 'notall[ray]'"
     ) from None
 
-# Ray's server forks beside threads of its own, and at times that child dies at once
+# Ray's server forks while it has threads of its own, and at times that child dies at once
 ATTEMPTS = 3
 SECONDS = 1800  # for a worker to load its model
 
@@ -42,17 +42,15 @@ def joined(address: str) -> Iterator[None]:
     }
     if not address.startswith("ray://"):  # whose server has a folder of its own
         how["job_config"] = config = JobConfig()
-        config._py_driver_sys_path = deque(
-            maxlen=0
-        )  # else workers look for modules in the working folder first
+        # else workers look for modules in the working folder first
+        config._py_driver_sys_path = deque(maxlen=0)
     try:
         for attempt in range(ATTEMPTS):
             try:
                 ray.init(address=None if address == "any" else address, **how)
                 break
-            except (
-                ConnectionAbortedError
-            ):  # a server is there, and could not start what it starts for each client
+            # a server is there, and could not start what it starts for each client
+            except ConnectionAbortedError:
                 if attempt == ATTEMPTS - 1:
                     raise
                 ray.shutdown()
@@ -76,9 +74,9 @@ def room(gpus: int = 1) -> tuple[int, bool]:
     """
     held = ray.cluster_resources()
     has_gpus = held.get("GPU", 0) >= gpus
-    return (
-        int(held["GPU"] // gpus) if has_gpus else max(1, int(held.get("CPU", 2) // 2))
-    ), has_gpus
+    if has_gpus:
+        return int(held["GPU"] // gpus), True
+    return max(1, int(held.get("CPU", 2) // 2)), False
 
 
 def _last_line(error: BaseException) -> str:

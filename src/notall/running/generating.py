@@ -77,9 +77,8 @@ def generate_text(
         prompt = in_chat_template(tokenizer, prompt)
     ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)])
     check_positions(model, ids.shape[1], max_new_tokens)
-    skipping = (
-        skip(model, plan) if plan or has_missing(model) else nullcontext()
-    )  # without a plan any model runs
+    # without a plan any model runs
+    skipping = skip(model, plan) if plan or has_missing(model) else nullcontext()
     with skipping, _settings_explained():
         if temperature == 0:
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
@@ -91,9 +90,8 @@ def generate_text(
                 "max_new_tokens": max_new_tokens,
             }
             with seeded(seed):
-                new = _generate(model, ids, None, streamer=streamer, **how)[
-                    0, ids.shape[1] :
-                ].tolist()
+                rows = _generate(model, ids, None, streamer=streamer, **how)
+            new = rows[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
@@ -151,10 +149,9 @@ def greedy(
     such as a streamer.
     """
     with greedily(model):
-        rows = _generate(model, ids, mask, max_new_tokens=new_tokens, **options)[
-            :, ids.shape[1] :
-        ]
-    return [up_to_end(model, row) for row in rows.tolist()]
+        rows = _generate(model, ids, mask, max_new_tokens=new_tokens, **options)
+    new = rows[:, ids.shape[1] :]  # (rows, new tokens)
+    return [up_to_end(model, row) for row in new.tolist()]
 
 
 @contextmanager
@@ -188,9 +185,10 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
 def up_to_end(model: PreTrainedModel, row: list[int]) -> list[int]:
     """The tokens of a text up to the one that ends it, if one does."""
     ends = ends_of(model)
-    return row[
-        : next((place for place, token in enumerate(row, 1) if token in ends), len(row))
-    ]
+    for place, token in enumerate(row):
+        if token in ends:
+            return row[: place + 1]
+    return row
 
 
 def sample(

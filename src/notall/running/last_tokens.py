@@ -26,7 +26,8 @@ def added(
     branch: Branch, holder: nn.Module, hidden: Tensor, total: Tensor, call: LayerCall
 ) -> Tensor:
     """`total` and what `branch` makes of `hidden`, (batch, tokens, hidden) each."""
-    value = branch.run(holder, hidden, call).view(hidden.shape)
+    value = branch.run(holder, hidden, call)
+    value = value.view(hidden.shape)  # of a layer that flattens batch and tokens
     return value if branch.adds_itself else total + value
 
 
@@ -49,30 +50,21 @@ def run_last(
     early, rows = slice(0, tokens - last), slice(tokens - last, tokens)
     ending = call_for(call, rows, hidden)
     if branch.is_attention:
-        written = caught(
-            branch,
-            writer or holder,
-            hidden[:, early].contiguous(),
-            call_for(call, early, hidden),
-        )
+        ahead = hidden[:, early].contiguous()  # (batch, tokens - last, hidden)
+        written = caught(branch, writer or holder, ahead, call_for(call, early, hidden))
         slot = CacheSlot.of(call.arguments)
+        attention = child(holder, attention_of(branch))
         if not last:
-            _write(written, slot, child(holder, attention_of(branch)))
-        ending.arguments[slot.name] = Joining(
-            slot.held, written.found, _positions(call)
-        )
-        _unmask(
-            ending,
-            holder,
-            last,
-            tokens,
-            slot.keys(tokens, child(holder, attention_of(branch))),
-        )
+            _write(written, slot, attention)
+        joined = Joining(slot.held, written.found, _positions(call))
+        ending.arguments[slot.name] = joined
+        _unmask(ending, holder, last, tokens, slot.keys(tokens, attention))
     if not last:
         return total
-    ended = added(branch, holder, hidden[:, rows].contiguous(), total[:, rows], ending)
+    end = hidden[:, rows].contiguous()  # (batch, last, hidden)
+    ended = added(branch, holder, end, total[:, rows], ending)  # (batch, last, hidden)
     call.attention = ending.attention
-    return torch.cat([total[:, early], ended], dim=1)
+    return torch.cat([total[:, early], ended], dim=1)  # (batch, tokens, hidden)
 
 
 def _write(written: Catching, slot: CacheSlot, attention: nn.Module) -> None:
@@ -96,24 +88,20 @@ def _unmask(
     there are tokens.
     """
     is_sdpa = _attention_implementation(holder) == "sdpa"
-    if (
-        is_sdpa
-        and call.arguments.get("attention_mask", call) is None
-        and (last > 1 or keys > tokens)
-    ):
-        seen = torch.ones(
-            last, keys, dtype=torch.bool, device=next(holder.parameters()).device
-        )
-        call.arguments["attention_mask"] = seen.tril(tokens - last)[
-            None, None
-        ]  # (1, 1, last, keys)
+    is_unmasked = call.arguments.get("attention_mask", call) is None
+    if is_sdpa and is_unmasked and (last > 1 or keys > tokens):
+        device = next(holder.parameters()).device
+        seen = torch.ones(last, keys, dtype=torch.bool, device=device)
+        seen = seen.tril(tokens - last)
+        call.arguments["attention_mask"] = seen[None, None]  # (1, 1, last, keys)
 
 
 def _attention_implementation(holder: nn.Module) -> str | None:
-    configs = (getattr(module, "config", None) for module in holder.modules())
-    return next(
-        (config._attn_implementation for config in configs if config is not None), None
-    )
+    for module in holder.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            return config._attn_implementation
+    return None
 
 
 def call_for(call: LayerCall, rows: slice, hidden: Tensor) -> LayerCall:
@@ -131,11 +119,9 @@ def call_for(call: LayerCall, rows: slice, hidden: Tensor) -> LayerCall:
 def _rows(name: str, value: Any, rows: slice, shape: torch.Size) -> Any:
     if isinstance(value, Tensor):
         axis = _token_axis(name, value, shape)
-        return (
-            value
-            if axis is None
-            else value.narrow(axis, rows.start, rows.stop - rows.start)
-        )
+        if axis is None:
+            return value
+        return value.narrow(axis, rows.start, rows.stop - rows.start)
     if type(value) in (tuple, list):
         return type(value)(_rows(name, one, rows, shape) for one in value)
     if type(value) is dict:
@@ -148,11 +134,11 @@ def _token_axis(name: str, value: Tensor, shape: torch.Size) -> int | None:
     those that look in rows.
     """
     batch, tokens = shape
-    if "mask" in name:
+    if "mask" in name:  # (batch, heads, tokens, keys)
         axis = -2 if value.dim() > 2 else None
-    elif "position_embeddings" in name:
+    elif "position_embeddings" in name:  # (batch, tokens, width)
         axis = -2 if value.dim() > 1 else None
-    elif "position" in name:
+    elif "position" in name:  # (batch, tokens), or (tokens,)
         axis = -1
     else:
         axis = 1 if value.dim() > 1 and value.shape[0] in (1, batch) else None

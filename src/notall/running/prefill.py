@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..plan import Plan
-from ..structure.calls import Arguments, LayerCall, child, parameter_names
+from ..structure.calls import Arguments, LayerCall, by_name, child
 from ..structure.key_values import (
     CACHE_NAMES,
     writer_of,
@@ -43,12 +43,10 @@ class Prompt:
     """
 
     last_tokens: int
-    end: int | None = (
-        None  # the column behind the prompt; None outside of a declaration
-    )
-    whole: int | None = (
-        None  # how many last tokens of the forward that runs are whole; None: all
-    )
+    # the column behind the prompt; None outside of a declaration
+    end: int | None = None
+    # how many last tokens of the forward that runs are whole; None: all
+    whole: int | None = None
 
     @property
     def key(self) -> str:
@@ -65,9 +63,8 @@ class Prompt:
             self.whole = tokens - early
 
 
-PROMPTS: WeakKeyDictionary[nn.Module, Prompt] = (
-    WeakKeyDictionary()
-)  # of models inside a `skip` with a prefill part
+# Of models inside a `skip` with a prefill part.
+PROMPTS: WeakKeyDictionary[nn.Module, Prompt] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -107,12 +104,10 @@ def declaring(
             return type(model).generate(model, *args, **kwargs)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        given = dict(zip(parameter_names(module), args)) | kwargs
-        tokens = next(
-            given[name]
-            for name in ("input_ids", "inputs_embeds")
-            if given.get(name) is not None
-        )
+        given = by_name(module, args, kwargs)
+        tokens = given.get("input_ids")  # (batch, tokens)
+        if tokens is None:
+            tokens = given["inputs_embeds"]  # (batch, tokens, hidden)
         found.enter(tokens.shape[1], partial(_past, given))
 
     undo.put(PROMPTS, model, found)
@@ -126,29 +121,24 @@ def _columns(args: tuple[Any, ...], kwargs: Arguments) -> int:
     """How many tokens `generate` is given, with those that are in its cache; without
     any it begins with one.
     """
-    given = [
-        *args[:1],
-        *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")),
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = [*args[:1], *(kwargs.get(name) for name in names)]
+    counts = [
+        value.shape[1]  # (batch, tokens), or (batch, tokens, hidden)
+        for value in given
+        if isinstance(value, Tensor) and value.dim() > 1
     ]
-    return max(
-        (
-            value.shape[1]
-            for value in given
-            if isinstance(value, Tensor) and value.dim() > 1
-        ),
-        default=1,
-    )
+    return max(counts, default=1)
 
 
 def _past(arguments: Arguments) -> int:
     """How many tokens are in the cache of a forward's arguments."""
     if arguments.get("cache_position") is not None:
         return int(arguments["cache_position"][0])
-    cache = next(
-        (arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None),
-        None,
-    )
-    return 0 if cache is None else int(cache.get_seq_length())
+    for name in CACHE_NAMES:
+        if arguments.get(name) is not None:
+            return int(arguments[name].get_seq_length())
+    return 0
 
 
 @dataclass
@@ -219,13 +209,12 @@ def in_prompts(
     for index in dict.fromkeys(part.index for part in skipped):
         layer = child(layers, str(index))
         parts = [part for part in skipped if part.index == index]
-        writers = {
-            part.name: writer_of(
-                layer, branch, rows[part.name], weights.get(part.name, {})
-            )
-            for part in parts
-            for branch in part.branches
-            if branch.is_attention
-        }
+        writers: dict[str, nn.Module] = {}
+        for part in parts:
+            own = weights.get(part.name, {})
+            for branch in part.branches:
+                if branch.is_attention:
+                    writer = writer_of(layer, branch, rows[part.name], own)
+                    writers[part.name] = writer
         found[index] = InPrompt(prompt, frozenset(part.name for part in parts), writers)
     return found

@@ -29,13 +29,12 @@ class Recording:
     layer was called with besides.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]  # of the model's forward, (batch, tokens) ids and more
     embedded: Tensor  # (batch, tokens, hidden)
     arguments: tuple[Arguments, ...]  # a layer each
     devices: tuple[torch.device, ...]  # where each layer runs
-    prompt_tokens: int | None = (
-        None  # the first ones of each sequence, where these are a prompt
-    )
+    # the first ones of each sequence, where these are a prompt
+    prompt_tokens: int | None = None
 
     def whole(self, last_tokens: int) -> int:
         """How many last tokens run whole where those of the prompt do so but for

@@ -6,7 +6,7 @@ Shapes: a stream of hidden states is (batch, tokens, hidden) wherever it passes.
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -74,64 +74,59 @@ class RegroupedLayer(nn.Module):
     before: nn.ModuleList
     after: nn.ModuleList
     scales: Iterable[nn.Module]  # one for each part and one behind all, or none
-    _layout: tuple[
-        Block, Sublayer, bool
-    ]  # its own block, what it runs of it, and whether that is all of it
+    # its own block, what it runs of it, and whether that is all of it
+    _layout: tuple[Block, Sublayer, bool]
     in_prompt: InPrompt | None  # what of its own block is skipped in the prompt
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """In the form of the original layer: its hidden states, alone or first of a tuple."""
+        """In the form of the original layer: its hidden states, (batch, tokens, hidden),
+        alone or the first of a tuple.
+        """
         arguments, hidden = called_with(self, args, kwargs)
-        declared, (block, own, whole), ways = (
-            parameter_names(self),
-            self._layout,
-            iter(self.scales),
-        )
-        call = LayerCall(
-            arguments,
-            {name: value for name, value in kwargs.items() if name not in declared},
-        )
+        block, own, whole = self._layout
+        declared = parameter_names(self)
+        extras = {name: one for name, one in kwargs.items() if name not in declared}
+        call = LayerCall(arguments, extras)
+        ways = iter(self.scales)
         here = hidden.device
 
         def scaled(hidden: Tensor) -> Tensor:
             way = next(ways, None)
             return hidden if way is None else way(hidden)
 
+        # every statement maps (batch, tokens, hidden) to (batch, tokens, hidden)
         for holder in self.before:
             hidden = holder(scaled(hidden), call).to(here)
         hidden = scaled(hidden)
         splits = self.in_prompt is not None and self.in_prompt.splits
         if whole and not splits:
             answer = super().forward(hidden, **arguments)
-            hidden, rest = (
-                (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
-            )
+            is_tuple = isinstance(answer, tuple)
+            hidden, *rest = answer if is_tuple else (answer,)
+        elif splits:
+            hidden = self._run_split(hidden, call)
+            rest = self._further_answers(call)
         else:
-            run = (
-                self._run_split if splits else partial(run_branches, own.branches, self)
-            )
-            hidden = run(hidden, call)
-            given = (
-                call.attention
-                if isinstance(call.attention, tuple)
-                else (call.attention,)
-            )
-            places = (
-                block.answer or ()
-            )  # of what the dense layer answers beside, as far as the attention gave it
-            as_asked = call.arguments.get("output_attentions")
-            if call.attention is None:  # it ran for no token
-                rest = tuple(None for _ in places)
-            else:
-                rest = (
-                    given[1:]
-                    if as_asked
-                    else tuple(None if at is None else given[at] for at in places)
-                )
+            hidden = run_branches(own.branches, self, hidden, call)
+            rest = self._further_answers(call)
         for holder in self.after:
             hidden = holder(scaled(hidden), call).to(here)
         hidden = scaled(hidden)
         return hidden if block.answer is None else (hidden, *rest)
+
+    def _further_answers(self, call: LayerCall) -> list[Any]:
+        """What the original layer answers in addition to its hidden states, as far as
+        the attention gave it.
+        """
+        places = self._layout[0].answer or ()
+        given = call.attention
+        if given is None:  # it ran for no token
+            return [None for _ in places]
+        if not isinstance(given, tuple):
+            given = (given,)
+        if call.arguments.get("output_attentions"):
+            return list(given[1:])
+        return [None if at is None else given[at] for at in places]
 
     def _run_split(self, hidden: Tensor, call: LayerCall) -> Tensor:
         """What it runs of its own block on (batch, tokens, hidden), some of it for the
@@ -178,54 +173,53 @@ def regrouped_layer(
 
     `skipped` holds for dense blocks what of them is skipped in the prompt.
     """
-    source, block = dense[layer.attention], structure.blocks[layer.attention]
-    after = [*([] if layer.whole or layer.mlp is None else [layer.mlp]), *layer.after]
+    source = dense[layer.attention]
+    block = structure.blocks[layer.attention]
+    after = list(layer.after)
+    if layer.mlp is not None and not layer.whole:
+        after.insert(0, layer.mlp)
     is_split = not skipped.keys().isdisjoint([layer.attention, *after])
-    if (
-        layer.is_ordinary and after and not is_split
-    ):  # the MLP of another block, in the place of its own
+    # the MLP of another block, in the place of its own
+    if layer.is_ordinary and after and not is_split:
         swapped = {name: child(dense[after[0]], name) for name in block.mlp.modules}
-        return shallow_clone(
-            source, dict(source.named_children()) | swapped, type(source)
-        )
-    here, ways = (
-        layer.start,
-        [],
-        # the blocks that multiply the stream on its way to each part, and behind all of
-        # them
-    )
-    for index in [*layer.before, layer.attention, *after, layer.end]:
-        ways.append(
-            [
-                between
-                for between in range(here, index)
-                if structure.blocks[between].scaled_by
-            ]
-        )
-        here = index + (layer.whole and index == layer.attention)
+        children = dict(source.named_children()) | swapped
+        return shallow_clone(source, children, type(source))
+    ways = _scaling_blocks(structure, layer, after)
     if layer.whole and layer.is_ordinary and not any(ways) and not is_split:
         return source
     own = block.attention if "attention" in block.kinds else block.mlp
     parts = block.sublayers if layer.whole else (own,)
     children = {name: child(source, name) for part in parts for name in part.modules}
     made = shallow_clone(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
-    made.before, made.after = (
-        nn.ModuleList(
-            Holder(dense[index], structure.blocks[index].mlp, skipped.get(index))
-            for index in indices
-        )
-        for indices in (layer.before, after)
-    )
-    numbers = [
-        [
-            getattr(dense[index], structure.blocks[index].scaled_by or "")
-            for index in way
-        ]
-        for way in ways
-    ]
-    made.scales = nn.ModuleList(map(Scales, numbers)) if any(ways) else ()
-    for extras in (made.before, made.after):
-        extras.training = source.training
+
+    def holder_of(index: int) -> Holder:
+        return Holder(dense[index], structure.blocks[index].mlp, skipped.get(index))
+
+    def number_of(index: int) -> Tensor:
+        return getattr(dense[index], structure.blocks[index].scaled_by or "")
+
+    made.before = nn.ModuleList(map(holder_of, layer.before))
+    made.after = nn.ModuleList(map(holder_of, after))
+    for holders in (made.before, made.after):
+        holders.training = source.training
+    made.scales = ()
+    if any(ways):
+        made.scales = nn.ModuleList(Scales([*map(number_of, way)]) for way in ways)
     made._layout = block, own, layer.whole
     made.in_prompt = skipped.get(layer.attention)
     return made
+
+
+def _scaling_blocks(
+    structure: ModelStructure, layer: Layer, after: Sequence[int]
+) -> list[list[int]]:
+    """The blocks that multiply the stream on its way to each part of `layer`, and in
+    the end those behind all of them.
+    """
+    here = layer.start
+    ways: list[list[int]] = []
+    for index in [*layer.before, layer.attention, *after, layer.end]:
+        between = range(here, index)
+        ways.append([one for one in between if structure.blocks[one].scaled_by])
+        here = index + (layer.whole and index == layer.attention)
+    return ways

@@ -46,29 +46,31 @@ class Replay:
         # sublayers run so far, over all batches; one that the prompt skips counts as
         # the share of tokens it runs
         self.ran = 0.0
-        self.alone: dict[
-            Plan, list[int]
-        ] = {}  # plans that share nothing, with their numbers
+        # plans that share nothing, with their numbers
+        self.alone: dict[Plan, list[int]] = {}
         for number, plan in enumerate(plans):
             plan.check(self.structure)
             if isinstance(plan, RepairedPlan):
                 plan = plan.placed(self.model)
-            if not self.structure.apart:
-                self.executions += (
-                    0 if plan in self.alone else len(self.structure.running(plan))
-                )
-                self.alone.setdefault(plan, []).append(number)
+            if self.structure.apart:
+                self._grow(plan, number)
                 continue
-            here, step = self.first, None
-            for new in self._steps_of(plan):
-                new.scale = self.structure.scale(
-                    step.block.index if step else 0, new.block.index
-                )
-                step = here.setdefault(new.name, new)
-                here = step.after
-                self.executions += len(new.parts) if step is new else 0
-            assert step is not None, "a plan keeps at least one attention"
-            step.plans.append(number)
+            if plan not in self.alone:
+                self.executions += len(self.structure.running(plan))
+            self.alone.setdefault(plan, []).append(number)
+
+    def _grow(self, plan: Plan, number: int) -> None:
+        """Add the steps of a plan to the tree, where they are not there yet."""
+        here, step = self.first, None
+        for new in self._steps_of(plan):
+            begin = step.block.index if step else 0
+            new.scale = self.structure.scale(begin, new.block.index)
+            step = here.setdefault(new.name, new)
+            here = step.after
+            if step is new:
+                self.executions += len(new.parts)
+        assert step is not None, "a plan keeps at least one attention"
+        step.plans.append(number)
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -98,9 +100,9 @@ class Replay:
             run = partial(self.model, **recording.inputs, use_cache=False)
             with skip(self.model, plan):
                 yield numbers, states_before_output(self.model, run)
-        waiting: list[
-            tuple[Step | list[int], Tensor | None, PrefixCache | None, int]
-        ]  # with its place on the prefix
+        # steps, or the numbers of plans that end, each with the stream that goes in,
+        # (batch, tokens, hidden), and its place on the prefix
+        waiting: list[tuple[Step | list[int], Tensor | None, PrefixCache | None, int]]
         waiting = [
             (step, recording.embedded, prefix, 0)
             for step in reversed(self.first.values())
@@ -121,9 +123,8 @@ class Replay:
                     kept.states[place] = hidden
             if step.plans:
                 assert hidden is not None
-                left = self.structure.scale(
-                    step.block.index, len(self.structure.blocks)
-                )
+                end = len(self.structure.blocks)
+                left = self.structure.scale(step.block.index, end)
                 waiting.append((step.plans, scaled(hidden, left), None, 0))
             waiting.extend(
                 (child, hidden, kept, place + 1)
@@ -137,33 +138,27 @@ class Replay:
             name = step_name(parts)
             if name in maps:
                 yield Step(f"map of {name} {plan.digest}", block, (), {}, maps[name])
-            else:
-                weights = (
-                    plan.weights_of(self.structure, parts)
-                    if isinstance(plan, RepairedPlan)
-                    else {}
-                )
-                name = f"{name} {plan.digest}" if weights else name
-                step = Step(name, block, parts, weights)
-                here = split.get(block.index)
-                if here and any(part.name in here.names for part in parts):
-                    step.in_prompt, step.name = (
-                        here,
-                        f"{name} {self._prompt_name(plan, parts, here)}",
-                    )
-                yield step
+                continue
+            weights: dict[str, Tensor] = {}
+            if isinstance(plan, RepairedPlan):
+                weights = plan.weights_of(self.structure, parts)
+            name = f"{name} {plan.digest}" if weights else name
+            step = Step(name, block, parts, weights)
+            here = split.get(block.index)
+            if here and any(part.name in here.names for part in parts):
+                step.in_prompt = here
+                step.name = f"{name} {self._prompt_name(plan, parts, here)}"
+            yield step
 
     def _in_prompt(self, plan: Plan) -> dict[int, InPrompt]:
         """Of each block, by its index, what of it the prompt skips."""
         if not plan.prefill:
             return {}
         weights = plan.weights if isinstance(plan, RepairedPlan) else {}
-        with with_weights(
-            self.model, weights
-        ):  # which keys and values of the prompt are made with, too
-            return in_prompts(
-                self.model, self.structure, plan, Prompt(plan.prefill.last_tokens)
-            )
+        prompt = Prompt(plan.prefill.last_tokens)
+        # keys and values of the prompt are made with these weights, too
+        with with_weights(self.model, weights):
+            return in_prompts(self.model, self.structure, plan, prompt)
 
     def _prompt_name(
         self, plan: Plan, parts: Sequence[Sublayer], here: InPrompt
@@ -173,38 +168,31 @@ class Replay:
         """
         skipped = [part for part in parts if part.name in here.names]
         own = isinstance(plan, RepairedPlan) and any(
-            plan.prompt_weights_of(self.structure, p) for p in skipped
+            plan.prompt_weights_of(self.structure, part) for part in skipped
         )
+        last = f"last {plan.prefill.last_tokens}"
         digest = f", {plan.digest}" if own else ""
-        return (
-            f"without {step_name(skipped)} in the prompt (last"
-            f" {plan.prefill.last_tokens}{digest})"
-        )
+        return f"without {step_name(skipped)} in the prompt ({last}{digest})"
 
     def _run(self, step: Step, hidden: Tensor, recording: Recording) -> Tensor:
+        """The stream behind a step; both are (batch, tokens, hidden)."""
         hidden = scaled(hidden.to(recording.devices[step.block.index]), step.scale)
-        whole = (
-            recording.whole(step.in_prompt.prompt.last_tokens)
-            if step.in_prompt
-            else None
-        )
-        if step.in_prompt and whole is not None and whole < hidden.shape[1]:
-            return self._run_split(step, step.in_prompt, hidden, recording, whole)
+        if step.in_prompt:
+            whole = recording.whole(step.in_prompt.prompt.last_tokens)
+            if whole < hidden.shape[1]:
+                return self._run_split(step, step.in_prompt, hidden, recording, whole)
         self.ran += len(step.parts)
         if step.map:
             step.map = step.map.like(hidden)
             return step.map.run(hidden)
-        layer, arguments = (
-            self.layers[step.block.index],
-            recording.arguments[step.block.index],
-        )
+        layer = self.layers[step.block.index]
+        arguments = recording.arguments[step.block.index]
         with with_weights(layer, step.weights):
             # its own forward adds up in an order and a dtype of its own
             if step.parts == step.block.sublayers and not step.block.scaled_by:
                 return first(layer(hidden, **arguments))
-            return run_branches(
-                step.parts[0].branches, layer, hidden, LayerCall(arguments)
-            )
+            branches = step.parts[0].branches
+            return run_branches(branches, layer, hidden, LayerCall(arguments))
 
     def _run_split(
         self,

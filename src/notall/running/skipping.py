@@ -7,7 +7,7 @@ whatever counts layers, such as caches and masks, is right.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock, get_ident
@@ -22,9 +22,7 @@ from ..plan import Plan, refuse_prefill
 from ..results.facts import Footprint
 from ..structure.calls import child
 from ..structure.locating import LOCATED, locate
-from ..structure.model_structure import (
-    base_model,
-)
+from ..structure.model_structure import Sublayer, base_model
 from ..structure.undoing import ABSENT, Undo
 from ..structure.weights import weights_of
 from .cutting import (
@@ -53,11 +51,10 @@ class _Skip(Undo):
     def expect_innermost(self) -> None:
         """Raise `UsageError` where it isn't, as another was left out of turn."""
         if self.active[-1:] != [self]:
-            problem = (
+            raise UsageError(
                 "a `with notall.skip(...)` was left ahead of one inside of it, and"
-                " neither counts any more"
+                " neither counts any more: leave the one that was entered last first"
             )
-            raise UsageError(f"{problem}: leave the one that was entered last first")
 
     def __exit__(self, *_: object) -> None:
         while self in self.active:  # and any that is inside of it still
@@ -192,23 +189,21 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
-    layers, names = layers_in(inner, structure), structure.running(plan)
-    kept, gone = (
-        [part for part in structure.sublayers if (part.name in names) == live]
-        for live in (True, False)
-    )
-    live, dead = (
-        {
-            key
-            for part in parts
-            for name in part.modules
-            for key in weights_of(child(layers[part.index], name))
-        }
-        for parts in (kept, gone)
-    )
-    held = [
-        weight for key, weight in weights_of(inner).items() if key not in dead - live
-    ]
+    layers = layers_in(inner, structure)
+    running = structure.running(plan)
+    kept = [part for part in structure.sublayers if part.name in running]
+    gone = [part for part in structure.sublayers if part.name not in running]
+
+    def keys_of(parts: Sequence[Sublayer]) -> set[object]:
+        """Of their weights, as `weights_of` has them."""
+        modules = [
+            child(layers[part.index], name) for part in parts for name in part.modules
+        ]
+        return {key for module in modules for key in weights_of(module)}
+
+    freed = keys_of(gone) - keys_of(kept)
+    weights = weights_of(inner)
+    held = [weight for key, weight in weights.items() if key not in freed]
     has_states = any(part.state_bytes for part in structure.sublayers)
     return Footprint(
         params=sum(weight.elements for weight in held),

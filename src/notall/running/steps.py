@@ -25,16 +25,13 @@ class Step:
 
     name: str
     block: Block
-    parts: tuple[
-        Sublayer, ...
-    ]  # none where a `map` stands in for something skipped: no sublayer is counted
-    weights: Mapping[
-        str, Tensor
-    ]  # a repaired plan's own, by their paths below the layer, and part of the name
+    # none where a `map` stands in for something skipped: no sublayer is counted
+    parts: tuple[Sublayer, ...]
+    # a repaired plan's own, by their paths below the layer, and part of the name
+    weights: Mapping[str, Tensor]
     map: LinearMap | None = None
-    in_prompt: InPrompt | None = (
-        None  # what of its parts the prompt skips, and part of the name
-    )
+    # what of its parts the prompt skips, and part of the name
+    in_prompt: InPrompt | None = None
     # what the layers between the step before it and its own multiply the stream by
     scale: float = 1.0
     after: "dict[str, Step]" = field(default_factory=dict)
@@ -49,25 +46,18 @@ class PrefixCache:
 
     names: tuple[str, ...]  # of its steps, in order
     every: int = 1  # of so many steps one is kept
-    states: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # streams behind steps, (batch, tokens, hidden)
+    # streams behind steps, by place, (batch, tokens, hidden) each
+    states: dict[int, Tensor] = field(default_factory=dict)
 
     def moved(self, names: tuple[str, ...]) -> "PrefixCache":
         """The prefix of another plan, with the states that both share."""
-        shared = next(
-            (
-                i
-                for i, (ours, theirs) in enumerate(zip(self.names, names))
-                if ours != theirs
-            ),
-            len(names),
-        )
-        return PrefixCache(
-            names,
-            self.every,
-            {place: state for place, state in self.states.items() if place < shared},
-        )
+        shared = len(names)
+        for place, (ours, theirs) in enumerate(zip(self.names, names)):
+            if ours != theirs:
+                shared = place
+                break
+        states = {place: one for place, one in self.states.items() if place < shared}
+        return PrefixCache(names, self.every, states)
 
     def has(self, step: Step, place: int) -> bool:
         """Whether `step` is its step at `place`, where all before it are its own

@@ -33,11 +33,14 @@ Slot = object  # a Stream, an Argument, or else a constant
 
 
 def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
+    """What an operation is given in a `slot`: value and residual are (batch, tokens,
+    hidden).
+    """
     if isinstance(slot, Argument):
         return call.arguments.get(slot.name, slot.default)
-    return (
-        value if slot is Stream.VALUE else residual if slot is Stream.RESIDUAL else slot
-    )
+    if slot is Stream.VALUE:
+        return value
+    return residual if slot is Stream.RESIDUAL else slot
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,8 @@ class Op:
     made_by: str | Callable[..., Tensor]
     positional: tuple[Slot, ...]
     keywords: tuple[tuple[str, Slot], ...]
-    output: int | None = (
-        # which element of a module's answer goes on; None when the answer is a tensor
-        None
-    )
+    # which element of a module's answer goes on; None when the answer is a tensor
+    output: int | None = None
     is_attention: bool = False
     takes_extras: bool = False
 
@@ -75,9 +76,7 @@ class Op:
             name: _fill(slot, value, residual, call) for name, slot in self.keywords
         }
         if not isinstance(self.made_by, str):
-            if (
-                self.name == "dropout"
-            ):  # seen in eval mode, wanted as the layer's mode has it
+            if self.name == "dropout":  # traced in eval mode, run in the layer's mode
                 keywords["training"] = holder.training
             return self.made_by(*positional, **keywords)
         if self.takes_extras:

@@ -35,23 +35,19 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         return []
     if node.is_sum:
         leaves = list(_leaves(node))  # of parallel branches added one after the other
-        for base, terms in [
-            *((one, node.inputs) for one in node.inputs),
-            *((one, leaves) for one in leaves),
-        ]:
+        splits = [(one, node.inputs) for one in node.inputs]
+        splits += [(one, leaves) for one in leaves]
+        for base, terms in splits:
             stream = base
-            while (
-                stream.name in CASTS and len(stream.inputs) == 1
-            ):  # some layers cast the stream before they add to it
+            # some layers cast the stream before they add to it
+            while stream.name in CASTS and len(stream.inputs) == 1:
                 stream = stream.inputs[0]
             groups = [
                 _branches(trace, term, stream) for term in terms if term is not base
             ]
             if all(groups):
-                return [
-                    *_stream(trace, stream),
-                    tuple(branch for group in groups for branch in group),
-                ]
+                line = tuple(branch for group in groups for branch in group)
+                return [*_stream(trace, stream), line]
         raise _unsupported(
             trace,
             "it adds what does not come from its residual stream",
@@ -60,17 +56,13 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
     if len(node.inputs) != 2 or not isinstance(node.made_by, str):
         found = f"it applies {node} after its last residual addition (post-norm)"
         raise _unsupported(trace, found, "h + sublayer(h) as its last step")
-    for residual, value in (
-        node.inputs,
-        node.inputs[::-1],
-    ):  # a module that adds itself
+    # a module that adds itself
+    for residual, value in (node.inputs, node.inputs[::-1]):
         ops, source = _chain(trace, value, residual)
         if source is residual and ops:
             last = _op(trace, node, value, residual)
-            return [
-                *_stream(trace, residual),
-                (Branch((*ops, last), adds_itself=True),),
-            ]
+            branch = Branch((*ops, last), adds_itself=True)
+            return [*_stream(trace, residual), (branch,)]
     raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
 
 
@@ -117,10 +109,9 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     def slot(name: str, given: object) -> Slot:
         if given is value:
             return Stream.VALUE
-        is_residual = given is residual and given is not None
-        return (
-            Stream.RESIDUAL if is_residual else _from_outside(trace, node, name, given)
-        )
+        if given is residual and given is not None:
+            return Stream.RESIDUAL
+        return _from_outside(trace, node, name, given)
 
     positional = tuple(
         slot(names[i] if i < len(names) else "", v)
@@ -147,14 +138,11 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Sl
         for name, one in declared
     }
     held = defaults | trace.arguments
-    same = (
-        isinstance(given, CONSTANTS)
-        and name in held
-        and type(given) is type(held[name])
-        and given == held[name]
-    )
-    if same or (name in held and given is held[name]):
-        return Argument(name, defaults.get(name))
+    if name in held:
+        own = held[name]
+        is_equal = type(given) is type(own) and isinstance(given, CONSTANTS)
+        if given is own or (is_equal and given == own):
+            return Argument(name, defaults.get(name))
     if isinstance(given, CONSTANTS):
         return given
     for other, value in trace.arguments.items():

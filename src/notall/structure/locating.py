@@ -202,9 +202,9 @@ def _found(
     indices = (
         trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES
     )
-    depend = bool(watch.sharing.pairs) or any(
-        isinstance(index, int) for index in indices
-    )  # told by the model
+    # where the model gives layers their index
+    numbered = any(isinstance(index, int) for index in indices)
+    depend = bool(watch.sharing.pairs) or numbered
     try:
         if depend or handed:
             raise UnsupportedModel(

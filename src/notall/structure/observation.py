@@ -32,10 +32,8 @@ from .calls import (
 from .traces import CacheWrite, LayerTrace, Node, Sharing
 from .undoing import Undo
 
-PROBE_BATCH, PROBE_TOKENS = (
-    2,
-    4,
-)  # 8 tokens, one of them padding, so that masks are real tensors
+# 8 tokens, one of them padding, so that masks are real tensors.
+PROBE_BATCH, PROBE_TOKENS = 2, 4
 # Same numbers in another shape: what a layer's children compute does not depend on it.
 RESHAPES = {"view", "reshape", "contiguous", "flatten", "view_as", "clone", "detach"}
 
@@ -47,18 +45,16 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.traces: list[LayerTrace] = []
         self.now: LayerTrace | None = None
-        self.inside: list[
-            str
-        ] = []  # the children of the layer that are running, outermost first
+        # the children of the layer that are running, outermost first
+        self.inside: list[str] = []
         self.sharing = Sharing()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (
-            getattr(func, "__name__", "") == "to"
-        ):  # as accelerate's hooks do: who reads it comes after
+        # as accelerate's hooks do: who reads it comes after
+        if getattr(func, "__name__", "") == "to":
             result = self._noted(func, args, kwargs)
             self.sharing.hand_on(args[0], result)
             return result
@@ -77,20 +73,18 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         positional, keywords = self.now.traced(args, kwargs)
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or not any(
-            isinstance(v, Node) for v in (*positional, *keywords.values())
-        ):
+        given = (*positional, *keywords.values())
+        reads_hidden = any(isinstance(value, Node) for value in given)
+        if not isinstance(result, Tensor) or not reads_hidden:
             return result
         name = getattr(func, "__name__", "")
         if name in RESHAPES:
             return self.now.note(result, positional[0])
         # in place: whoever holds this tensor holds the new value
-        in_place = name.startswith("__i") or (
-            name.endswith("_") and not name.endswith("__")
-        )
-        return self.now.note(
-            result, Node(func, positional, keywords), () if in_place else args
-        )
+        has_mark = name.endswith("_") and not name.endswith("__")
+        in_place = has_mark or name.startswith("__i")
+        inputs = () if in_place else args
+        return self.now.note(result, Node(func, positional, keywords), inputs)
 
     def run_layer(
         self,
@@ -116,13 +110,9 @@ class Watch(TorchFunctionMode):
         trace.answer = answer = forward(*args, **kwargs)
         for made in answer[1:] if isinstance(answer, tuple) else ():
             maker = trace.nodes.get(id(made))
-            self.sharing.note(
-                made,
-                (
-                    index,
-                    maker.made_by if maker and isinstance(maker.made_by, str) else None,
-                ),
-            )
+            made_by = maker.made_by if maker else None
+            child = made_by if isinstance(made_by, str) else None
+            self.sharing.note(made, (index, child))
         trace.result = trace.nodes.get(id(first(answer)))
         self.now = None
         return answer
@@ -169,16 +159,10 @@ class Watch(TorchFunctionMode):
         if self.now:
             given = signature.bind(*args, **kwargs).arguments
             tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
-            grows = not write.__name__.endswith("_state")
-            size = (
-                sum(
-                    value.nbytes
-                    for value in given.values()
-                    if isinstance(value, Tensor)
-                )
-                if grows
-                else 0
-            )
+            size = 0
+            if not write.__name__.endswith("_state"):  # it grows by token
+                tensors = [one for one in given.values() if isinstance(one, Tensor)]
+                size = sum(tensor.nbytes for tensor in tensors)
             module = self.inside[0] if self.inside else None
             self.now.cache_writes.append(
                 CacheWrite(module, given["layer_idx"], size // tokens)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from .calls import Arguments, tensors_in
 
-Place = tuple[
-    int, str | None
-]  # a layer, and its child module, or None: the layer itself
+# A layer, and its child module, or None: the layer itself.
+Place = tuple[int, str | None]
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 MULTIPLICATIONS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__"}
@@ -22,9 +21,8 @@ MULTIPLICATIONS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__"}
 class Node:
     """A hidden state at one point of a layer, and what made it."""
 
-    made_by: str | Callable[..., Tensor] | None = (
-        None  # a child's path, a torch function, or None: the layer's input
-    )
+    # a child's path, a torch function, or None: the layer's input
+    made_by: str | Callable[..., Tensor] | None = None
     positional: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     output: int | None = None
@@ -66,9 +64,8 @@ class LayerTrace:
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
     cache_writes: "list[CacheWrite]" = field(default_factory=list)
-    calls: dict[str, list[tuple[Arguments, Any]]] = field(
-        default_factory=dict
-    )  # of its children, as they ended
+    # of its children, by path: arguments and answers, as the calls ended
+    calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)
     state_bytes: int = 0  # of its states of fixed size, one sequence
     attention_answer: object = None
 
@@ -81,20 +78,19 @@ class LayerTrace:
         """The arguments of a call, with nodes in place of the hidden states among
         them.
         """
-        named = {
-            name: self.nodes.get(id(value), value) for name, value in kwargs.items()
-        }
-        return tuple(self.nodes.get(id(value), value) for value in args), named
+
+        def node_of(value: Any) -> Any:
+            return self.nodes.get(id(value), value)
+
+        named = {name: node_of(value) for name, value in kwargs.items()}
+        return tuple(map(node_of, args)), named
 
     def note(self, tensor: Tensor, node: Node, inputs: Iterable[object] = ()) -> Tensor:
         """A new view where an operation hands its input back (dropout in eval mode), so
         that ids tell values apart.
         """
-        tensor = (
-            tensor.view(tensor.shape)
-            if any(tensor is value for value in inputs)
-            else tensor
-        )
+        if any(tensor is value for value in inputs):
+            tensor = tensor.view(tensor.shape)
         self.nodes[id(tensor)] = node
         self.kept.append(tensor)
         return tensor
@@ -112,7 +108,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """A write to the cache by a child of the layer, or by itself (None): 0 bytes a
+    """A write to the cache by a child of the layer, or by itself (None): 0 bytes per
     token for a state of fixed size.
     """
 

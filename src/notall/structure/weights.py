@@ -105,7 +105,7 @@ def _bytes(tensor: Tensor) -> int:
         return sum(
             _bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]
         )
-    # bitsandbytes holds scales and the table of its levels beside the numbers
+    # bitsandbytes holds scales and the table of its levels in addition to the numbers
     state = getattr(tensor, "quant_state", None)
     extra = [
         getattr(tensor, "SCB", None),
