@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from notall import Plan, load
-from notall.files import Settings
 from notall.measuring.quality import score
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error
@@ -34,6 +33,7 @@ from notall.models.texts import fields, read_file
 from notall.results.record import Amount, Count, Fact
 from notall.results.table import Column, number, table, words
 from notall.results.terminal import print_table
+from notall.strict_json import Settings
 
 TEXTS = {
     "WikiText-2 test": ("wikitext2/test_pages.jsonl", "page"),

@@ -20,12 +20,12 @@ import time
 from datetime import date
 from pathlib import Path
 
-from notall.files import Settings
 from notall.measuring.speed import machine
 from notall.results import lines
 from notall.results.record import Amount, Count, Fact
 from notall.results.table import Column, number, size, table, words
 from notall.results.terminal import print_table
+from notall.strict_json import Settings
 
 USUAL = (
     "plan smollm2 --skip attention:8 -o plan.json",

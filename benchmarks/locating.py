@@ -19,7 +19,8 @@ import torch
 
 import notall
 from notall.measuring.speed import machine
-from notall.models.loading import build_random, load_config
+from notall.models.configs import load_config
+from notall.models.weightless import build_random
 from notall.structure.locating import forget
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -31,7 +31,7 @@ import notall
 from notall import Plan, Space, TrainConfig
 from notall.choosing.budget import by_count
 from notall.measuring.speed import machine, time_plans
-from notall.models.loading import resolve_device
+from notall.models.devices import resolve_device
 from notall.options import Workload
 from notall.results.table import in_bytes
 

@@ -41,7 +41,8 @@ from notall.plan import Plan
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words
 from notall.results.terminal import print_table
-from notall.running.replay import Replay, record
+from notall.running.recording import record
+from notall.running.replay import Replay
 
 # rows of logits whose log-probabilities the slow twin makes at once: as fast as it gets
 IN_CACHE = 16

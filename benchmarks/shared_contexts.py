@@ -19,8 +19,9 @@ from typing import Any
 
 import notall
 from notall import Plan
-from notall.evaluation.harness import PlansLM, TaskResult, evaluate_job
+from notall.evaluation.harness import PlansLM, evaluate_job
 from notall.evaluation.scoring import Scorer
+from notall.evaluation.task_scores import TaskResult
 from notall.evaluation.tasks import TaskShelf
 from notall.results.table import Column, number, table, words
 from notall.results.terminal import print_table

@@ -32,7 +32,8 @@ from notall.plan import Plan
 from notall.results.record import Quartiles
 from notall.results.table import Column, number, table, with_quartiles, words
 from notall.results.terminal import print_table
-from notall.running.replay import Replay, record
+from notall.running.recording import record
+from notall.running.replay import Replay
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "shared-prefixes"
 

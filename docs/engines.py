@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from notall.exporters.gguf import HYBRIDS, ORDINARY
+from notall.exporters.gguf_cut import HYBRIDS, ORDINARY
 
 HERE = Path(__file__).parent
 HEAD = """# Engines

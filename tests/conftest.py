@@ -114,7 +114,7 @@ def short_prose(monkeypatch):
     """The beginning of the default texts: of all of it, the bytes are most of what a
     command on a tiny model takes.
     """
-    from api import objective_module, texts, texts_mix
+    from api import answered_module, texts, texts_mix
 
     whole = texts._prose
     monkeypatch.setattr(texts, "_prose", lambda: whole()[:40_000])
@@ -125,7 +125,7 @@ def short_prose(monkeypatch):
             (texts_mix, "EPISODES", 4),
             (texts_mix, "COMPLETIONS", 12),
         ),
-        *((objective_module, "EPISODES", 4), (objective_module, "EPISODE_TOKENS", 40)),
+        *((answered_module, "EPISODES", 4), (answered_module, "EPISODE_TOKENS", 40)),
     ):
         monkeypatch.setattr(module, name, fewer)
 

@@ -70,7 +70,7 @@ def test_a_cost_is_what_the_repair_and_whole_forwards_give(share, count):
 def test_what_was_evaluated_is_answered_from_the_folder(tmp_path, monkeypatch):
     model, batches = family("llama").build(), texts((4, 12))
     known = AfterRepair(model, batches, folder=tmp_path).costs(SETS)
-    monkeypatch.setattr(evaluators, "Repair", None)
+    monkeypatch.setattr(evaluators, "Refitting", None)
     assert AfterRepair(model, batches, folder=tmp_path).costs(SETS) == known
 
 

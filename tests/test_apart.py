@@ -18,6 +18,7 @@ from api import (
     diagnostics,
     healing,
     methods,
+    methods_folders,
     overlapping,
     pareto,
     quality,
@@ -56,6 +57,7 @@ def roles(monkeypatch):
         monkeypatch.setattr(holder, name, noting)
 
     watch(methods, "repair_into", FITTED, "batches", 4)
+    watch(methods_folders, "repair_into", FITTED, "batches", 4)
     watch(methods, "kept_repair", FITTED, "batches", 4)
     watch(choice, "choose_plan", CHOSEN, "batches", 4)
     watch(diagnostics, "run_diagnostics", MEASURED, "windows", 3)

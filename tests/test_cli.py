@@ -17,7 +17,7 @@ import pytest
 import typer
 
 import notall
-from api import ModelOptions, RayOptions, cli, compare_module, errors
+from api import ModelOptions, RayOptions, cli, compare_module, errors, extras
 from command_line import MLPS, QUICK, TIMED
 from notall import Plan, UsageError
 
@@ -238,7 +238,7 @@ def test_an_extra_that_lacks_is_named_before_any_work(
     assert (code, out) == (2, "")
     assert (
         err
-        == f"error: this needs {lacks}: pip install 'notall[{errors.EXTRAS[lacks]}]'\n"
+        == f"error: this needs {lacks}: pip install 'notall[{extras.EXTRAS[lacks]}]'\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import notall
-from api import CRITERIA, METHODS, TaskShelf, cli, latency, plugins, repair_texts
+from api import CRITERIA, METHODS, TaskShelf, cli, entry_points, latency, repair_texts
 from families import family
 from notall import Plan
 from programs import program
@@ -195,7 +195,8 @@ def type_page(page, workplace, monkeypatch):
         elif language == "toml":
             (value,) = re.findall('^\\w+ = "(\\w+:\\w+)"$', text, re.M)
             assert (
-                plugins.find(value, "of no package").__name__ == value.partition(":")[2]
+                entry_points.find(value, "of no package").__name__
+                == value.partition(":")[2]
             )
         elif language == "yaml":
             question = {

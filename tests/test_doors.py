@@ -35,19 +35,22 @@ from api import (
     Field,
     Provenance,
     TaskShelf,
+    cache,
     cli,
+    configs,
     exporters,
     files,
     gguf_copies,
     healing,
-    loading,
     methods,
+    methods_folders,
     read_gguf,
     read_plan,
     records_lines,
     remote_code,
     sealed,
     tasks,
+    weightless,
     write_gguf as write_fields,
     write_tensors,
 )
@@ -305,7 +308,7 @@ def test_a_repair_with_minutes_refuses_others_checkpoints_before_it_repairs(
     working, monkeypatch
 ):
     monkeypatch.setattr(
-        methods, "repair_into", lambda *_: pytest.fail("it was repaired")
+        methods_folders, "repair_into", lambda *_: pytest.fail("it was repaired")
     )
     Path("out/checkpoints").mkdir(parents=True)
     Path("out/checkpoints/step-100.pt").write_text("of the user")
@@ -355,7 +358,7 @@ def test_code_in_a_cache_is_neither_run_nor_copied(working, own_cache, monkeypat
     file.parent.mkdir(parents=True)
     file.write_text(marking(working, source))
     monkeypatch.setattr(
-        remote_code, "keep", lambda *_: None
+        remote_code, "write_cached", lambda *_: None
     )  # root may write everywhere
     module = remote_code.load_modeling(remote_code._folder_with("llama"), "llama")
     assert not ran(working)
@@ -372,19 +375,19 @@ def test_code_that_lies_beside_a_checkpoint_is_not_run(working):
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777], ids=oct)
 @pytest.mark.parametrize("part", ["", "answers"])
 def test_a_cache_that_others_can_write_is_refused(own_cache, part, mode, monkeypatch):
-    monkeypatch.setattr(files, "_is_private_group", lambda *_: False)
+    monkeypatch.setattr(cache, "_is_private_group", lambda *_: False)
     (own_cache / part).mkdir(parents=True)
     (own_cache / part).chmod(mode)
     said = r"others can write to the cache folder .*: take that right away \(chmod go-w"
     with pytest.raises(UsageError, match=said):
-        files.cache_folder("answers")
+        cache.cache_folder("answers")
 
 
 def test_a_cache_is_made_for_its_owner_alone(own_cache):
     before = os.umask(0)
     try:
-        made = files.cache_folder("modeling", "1") / "code.py"
-        files.keep(made, "")
+        made = cache.cache_folder("modeling", "1") / "code.py"
+        cache.write_cached(made, "")
     finally:
         os.umask(before)
     folders = [*made.parents][:3]
@@ -465,7 +468,7 @@ def test_a_file_that_a_manifest_does_not_list_is_refused(
     planted.write_text(PLANTED[name])
     first = re.escape(Path(name).parts[0])
     said = f"holds {first}, which notall.json does not list: move that file away"
-    for read in (notall.load, lambda folder: loading.load_empty(folder, None)):
+    for read in (notall.load, lambda folder: weightless.load_empty(folder, None)):
         with pytest.raises(UsageError, match=said):
             read(tmp_path / "export")
 
@@ -607,7 +610,7 @@ def test_a_signal_leaves_no_partial_file(working, name):
     )  # the tests themselves may run under nohup
 
     def work():
-        with cli._own_manners(), files.beside(Path("o")) as partial:
+        with cli._own_manners(), files.temporary(Path("o")) as partial:
             partial.mkdir()
             os.kill(os.getpid(), number)
             time.sleep(5)
@@ -873,8 +876,8 @@ def test_a_config_does_not_choose_attention_code_of_the_hub(theirs, key, value):
     said = r"asks for attention code of the hub \(.*\), which is not run: take attn_"
     for read in (
         notall.load,
-        lambda folder: loading.load_empty(folder, None),
-        loading.load_config,
+        lambda folder: weightless.load_empty(folder, None),
+        configs.load_config,
     ):
         with pytest.raises(UsageError, match=said):
             read(theirs)
@@ -1068,9 +1071,9 @@ def test_a_link_that_is_made_while_an_export_is_written_is_not_followed(
 def test_a_link_in_place_of_a_partial_file_is_not_written_through(working, monkeypatch):
     monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0a1b2c")
     Path("victim").write_text("of the user")
-    with files.beside(Path("plan.json")) as partial:
+    with files.temporary(Path("plan.json")) as partial:
         partial.symlink_to("victim")
-        monkeypatch.setattr(files, "beside", lambda _: nullcontext(partial))
+        monkeypatch.setattr(files, "temporary", lambda _: nullcontext(partial))
         with pytest.raises(FileExistsError):
             files.write_whole(Path("plan.json"), "{}")
     assert Path("victim").read_text() == "of the user"

@@ -170,7 +170,7 @@ def test_an_engine_of_others_is_named_in_place(tmp_path, monkeypatch):
     with pytest.raises(
         UsageError,
         match=(
-            r"my_engine:Path is no engine: give a subclass of notall\.engines\.Engine"
+            r"my_engine:Path is no engine: give a subclass of notall\.plugins\.Engine"
         ),
     ):
         engine_named("my_engine:Path")

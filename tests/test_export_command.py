@@ -19,7 +19,7 @@ from api import (
     Verified,
     cli,
     export,
-    exporters_dense,
+    exporters_checkpoint,
     hf,
     nemotron_nas,
     opened,
@@ -327,7 +327,7 @@ def test_an_export_that_is_terminated_leaves_nothing(run, monkeypatch, tmp_path)
             signal.SIGTERM, signal.SIG_IGN
         )  # without the mend this goes on, in place of ending pytest
         monkeypatch.setattr(
-            exporters_dense,
+            exporters_checkpoint,
             "write_shards",
             lambda *_: os.kill(os.getpid(), signal.SIGTERM),
         )

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from api import (
     build_empty,
     check_tensors,
-    exporters_dense,
+    exporters_checkpoint,
     hf,
     read_header,
     read_tensors,
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporters_dense.shutil, "copyfile", full)
+    monkeypatch.setattr(exporters_checkpoint.shutil, "copyfile", full)
     with pytest.raises(UsageError, match="no space left"):
         export(dense, BLOCK, "hf", tmp_path / "out")
     assert nothing_left(tmp_path)

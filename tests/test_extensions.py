@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import notall
-from api import by_count, criteria, kl, methods, plugins
+from api import by_count, criteria, entry_points, kl, methods
 from families import family
 from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
@@ -419,7 +419,7 @@ def test_an_interrupt_in_the_code_of_others_is_one(mine, found_by):
     Path("stopped.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         found_by("stopped:x")
-    with pytest.raises(KeyboardInterrupt), plugins.explained("mine"):
+    with pytest.raises(KeyboardInterrupt), entry_points.explained("mine"):
         raise KeyboardInterrupt
 
 

@@ -49,7 +49,10 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(write, tmp_path):
 @pytest.mark.parametrize("name", ["out", "out[1] é"])
 def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp_path):
     out = tmp_path / name
-    with files.beside(out) as ours, files.beside(out) as again:  # as in two threads
+    with (
+        files.temporary(out) as ours,
+        files.temporary(out) as again,
+    ):  # as in two threads
         assert ours.name != again.name
     ours = ours.name.partition(f".{os.getpid()}.")[0]
     with (
@@ -78,7 +81,7 @@ def test_what_a_killed_run_left_goes_and_what_another_is_writing_stays(name, tmp
         (tmp_path / left[0]).mkdir()
         (tmp_path / left[0] / "weights").write_text("x")
         out.unlink()
-        with files.beside(out) as scratch:
+        with files.temporary(out) as scratch:
             scratch.mkdir()
             assert not (tmp_path / left[0]).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

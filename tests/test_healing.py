@@ -22,6 +22,7 @@ from api import (
     silent,
     states_of,
     training,
+    training_loop,
 )
 from families import family, replayed_logits
 from notall import (
@@ -551,7 +552,7 @@ def test_small_gradients_count_in_half_precision_too(monkeypatch):
         {},
     )  # so that the step counts as a gain
     monkeypatch.setattr(
-        training._Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
+        training_loop.Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
     )
     for dtype in (torch.float32, torch.float16):
         model = llama().half().to(dtype)
@@ -616,7 +617,7 @@ def test_where_nothing_gets_better_it_keeps_what_it_began_with_and_says_so(recwa
 def test_a_loss_of_nothing_is_the_best_there_is(monkeypatch):
     told = iter([[2.0, 1.0, 1.0, 1.0], *([[0.0, 1.0, 1.0, 1.0]] * 8)])
     monkeypatch.setattr(
-        training._Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
+        training_loop.Loop, "_held_out_sums", lambda *_: torch.tensor(next(told))
     )
     model = llama()
     healed = run_heal(model=model, patience=1)
@@ -633,7 +634,7 @@ def test_windows_of_several_lengths_are_refused():
 
 def test_a_capped_head_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        training, "_Loop", lambda *_: pytest.fail("a training was begun")
+        training_loop, "Loop", lambda *_: pytest.fail("a training was begun")
     )
     with pytest.raises(
         UnsupportedModel, match="is no matrix, and cannot be aimed at"
@@ -706,7 +707,7 @@ def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(
 ):
     whole = run_heal(tmp_path)
     monkeypatch.setattr(
-        training, "_Loop", lambda *_: pytest.fail("it was trained again")
+        training_loop, "Loop", lambda *_: pytest.fail("it was trained again")
     )
     assert same(run_heal(tmp_path), whole)
     others = {"rate": 1e-3}, {"train": "all"}, {"warm_up": 0.5}
@@ -734,7 +735,7 @@ def test_a_plan_file_in_the_folder_is_no_finished_healing(tmp_path):
 
 
 def test_another_plan_in_the_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_Loop", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr(training_loop, "Loop", lambda *_: pytest.fail("it was trained"))
     Plan(mlp=[3]).save(tmp_path / "plan.json")
     with pytest.raises(
         UsageError, match=r"holds another plan, in plan.json: choose another folder"

@@ -13,10 +13,10 @@ from api import (
     SublayerTimes,
     by_count,
     by_limit,
-    choice,
     choose,
     choose_within,
     latency,
+    outcomes,
     within_limit,
 )
 from command_line import QUICK
@@ -101,7 +101,7 @@ def test_the_first_choice_leaves_time_for_the_second(costs, timing, monkeypatch)
         given.append(asked_of.deadline - time.monotonic())
         return choose(criterion, asked_of, budget)
 
-    monkeypatch.setattr(choice, "choose", choosing)
+    monkeypatch.setattr(outcomes, "choose", choosing)
     choose_within(
         "greedy",
         replace(costs, deadline=time.monotonic() + 100),

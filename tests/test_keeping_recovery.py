@@ -26,12 +26,12 @@ from api import (
     SearchRecord,
     TaskShelf,
     Verdict,
+    answered_module,
     checks,
-    choice,
     harness,
     kept_in_words,
-    objective_module,
     read,
+    recovering,
     retrieval,
 )
 from command_line import QUICK
@@ -165,8 +165,8 @@ def test_as_much_is_skipped_as_keeps_it(fits):
 
     space = Space(locate(tiny_llama()), "sublayer")
     order = tuple((name,) for name in space.names[:6])
-    found = choice._as_long_as(
-        choice.Recovering(kept, 1), Choice(frozenset(space.names[:6]), order), space
+    found = recovering.longest_that_keeps(
+        recovering.Recovering(kept, 1), Choice(frozenset(space.names[:6]), order), space
     )
     assert found.order == order[: max(1, fits)]
     assert found.skipped == {name for (name,) in found.order}
@@ -246,7 +246,7 @@ def test_of_sets_that_save_enough_the_one_that_keeps_most_is_chosen(
     assert len(sets) > 1
     plans = [
         Plan(mlp=[int(name.split(".")[1]) for name in skipped])
-        for _, skipped in sets[: 1 + choice.BESIDE]
+        for _, skipped in sets[: 1 + recovering.OTHERS]
     ]
     job = TaskShelf().build("answers", None, 4, choosing=True)
     shares = [
@@ -417,12 +417,12 @@ def test_retrieval_is_judged_at_what_is_asked_for(monkeypatch, positions):
         byte_tokenizer(),
         Plan(attention=[1], mlp=[2]),
     )
-    monkeypatch.setattr(objective_module, "EPISODES", 8)
+    monkeypatch.setattr(answered_module, "EPISODES", 8)
     goal = retrieval(net, tokenizer)
-    draw, losses = objective_module.random.Random("retrieval"), []
+    draw, losses = answered_module.random.Random("retrieval"), []
     for number in range(8):
-        form = objective_module.FITTED[number % 4]
-        one = objective_module.episode(form, objective_module.EPISODE_TOKENS, draw)
+        form = answered_module.FITTED[number % 4]
+        one = answered_module.episode(form, answered_module.EPISODE_TOKENS, draw)
         ids = tokenizer(one.text + one.answer)["input_ids"][-positions:]
         said = len(tokenizer(one.text + one.answer)["input_ids"]) - len(
             tokenizer(one.text)["input_ids"]

@@ -10,6 +10,7 @@ import torch
 
 from api import (
     Budget,
+    RoundTimes,
     SearchRecord,
     Space,
     SublayerTimes,
@@ -18,7 +19,6 @@ from api import (
     check_times,
     latency,
     measure_times,
-    speed_Timing as Timing,
     unsealed,
 )
 from command_line import QUICK
@@ -77,7 +77,7 @@ def clock(monkeypatch):
             drift = [1.0, 1.5, 1.1][
                 : workload.rounds
             ]  # the machine is slower in the second round
-            found[name] = Timing(
+            found[name] = RoundTimes(
                 tuple(d * prefill for d in drift),
                 tuple(d * decode for d in drift),
                 None,
@@ -127,8 +127,8 @@ def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(
         asked.append(workload.rounds)
         none = (0.0, 0.0, 0.0)
         return {
-            "dense": Timing(dense, none, None),
-            "skipped": Timing((1.0, 1.0, 1.0), none, None),
+            "dense": RoundTimes(dense, none, None),
+            "skipped": RoundTimes((1.0, 1.0, 1.0), none, None),
         }
 
     monkeypatch.setattr(latency, "compare", compare)
@@ -148,8 +148,8 @@ def test_a_check_tells_how_far_it_is(model, monkeypatch):
         progress(1, 2, "timing skipped")
         dense = (2.0, 3.0, 4.0)
         return {
-            "dense": Timing(dense, none, None),
-            "skipped": Timing((1.0, 1.0, 1.0), none, None),
+            "dense": RoundTimes(dense, none, None),
+            "skipped": RoundTimes((1.0, 1.0, 1.0), none, None),
         }
 
     monkeypatch.setattr(latency, "compare", compare)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import engines
-from api import _is_divided_by_weights, export, is_portable, logits_in_mlx
+from api import export, is_divided_by_weights, is_portable, logits_in_mlx
 from families import TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
@@ -249,7 +249,7 @@ def test_what_is_not_halved_with_its_weights_is_not_divided() -> None:
 
     with torch.device("meta"):
         tried = [nn.RMSNorm(8), nn.Linear(8, 4), Shifted(8), Mixed(8, 8), nn.Identity()]
-    assert [_is_divided_by_weights(one) for one in tried] == [
+    assert [is_divided_by_weights(one) for one in tried] == [
         True,
         True,
         False,

@@ -33,6 +33,7 @@ from api import (
     gguf_copies,
     loading as models,
     paper_grid,
+    quiet,
     read_text,
     score,
     summarize,
@@ -130,6 +131,20 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(folder, gguf, capfd):
         logging.root.manager.disable,
         transformers_logging.is_progress_bar_enabled(),
     ) == before
+
+
+def test_what_is_quiet_are_the_loggers_of_transformers_alone(caplog, monkeypatch):
+    theirs, other = map(logging.getLogger, ("transformers.models", "somebody"))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
+    with quiet():
+        theirs.warning("unheard")
+        theirs.error("a failure")
+        other.warning("heard")
+    theirs.warning("heard again")
+    messages = [*dict.fromkeys(caplog.messages)]  # one may be seen by two handlers
+    assert messages == ["a failure", "heard", "heard again"]
+    assert logging.getLogger("transformers").level == logging.WARNING
 
 
 def test_a_pickle_is_never_opened(folder, tmp_path):
@@ -555,7 +570,7 @@ def test_those_who_want_a_copy_at_once_share_it(gguf, monkeypatch):
 
 def test_a_copy_that_was_killed_is_made_again(gguf):
     folder = gguf_copies.converted_folder(gguf)
-    with files.beside(folder) as partial, subprocess.Popen(["true"]) as ended:
+    with files.temporary(folder) as partial, subprocess.Popen(["true"]) as ended:
         ended.wait()
     partial = partial.with_name(
         partial.name.replace(f".{os.getpid()}.", f".{ended.pid}.")
@@ -658,7 +673,7 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
     program = (
-        "from api import loading; print(loading.identify('org/tiny'),"
+        "from api import identity, loading; print(identity.identify('org/tiny'),"
         " loading.load('org/tiny')[0].num_parameters())"
     )
     environment = os.environ | {

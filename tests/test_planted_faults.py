@@ -53,7 +53,7 @@ class Fault:
         return f"{self.file}: {self.seen_by}"
 
 
-REPLAY, SKIPPING = "running/replay.py", "running/skipping.py"
+REPLAY, RECORDING = "running/replay.py", "running/recording.py"
 MLP_AHEAD = "in self.before:\n            hidden = holder(scaled(hidden), call){}"
 FAULTS = [
     Fault(
@@ -68,10 +68,10 @@ FAULTS = [
         "hidden",
         "llama-two-evaluate",
     ),
-    Fault(REPLAY, "value.to(inputs_device(inner))", "value", "llama-one-score"),
+    Fault(RECORDING, "value.to(inputs_device(inner))", "value", "llama-one-score"),
     Fault(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
     Fault(
-        "measuring/token_scores.py",
+        "measuring/heads.py",
         "expected.to(found.device)",
         "expected",
         "two-evaluate",
@@ -89,9 +89,17 @@ FAULTS = [
         "two-locate",
     ),
     Fault(
-        SKIPPING, MLP_AHEAD.format(".to(here)"), MLP_AHEAD.format(""), "llama-two-skip"
+        "running/regrouped.py",
+        MLP_AHEAD.format(".to(here)"),
+        MLP_AHEAD.format(""),
+        "llama-two-skip",
     ),
-    Fault(SKIPPING, " and runs_on(one) == runs_on(other)", "", "llama-two-remove"),
+    Fault(
+        "running/cutting.py",
+        " and runs_on(one) == runs_on(other)",
+        "",
+        "llama-two-remove",
+    ),
     Fault("running/generating.py", "inputs_device(model)", "model.device", "embedding"),
     Fault(
         "running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"
@@ -109,9 +117,8 @@ FAULTS = [
 
 STREAMS, SOLVING = "repairing/streams.py", "repairing/solving.py"
 PROJECTIONS, PUBLISHED = "repairing/projections.py", "repairing/methods/published.py"
-HEALING = "repairing/healing.py"
-BEFORE = "stream.before(step.line, step.behind)"
-AT_LAYER = f"(stream.at_layer(step, states) for states in {BEFORE})"
+LOOP, TRAINING = "repairing/training_loop.py", "repairing/training.py"
+AT_LAYER = "(stream.at_layer(step, states) for states in both)"
 ON_DEVICE, LIKE_FEATURES = (
     "torch.empty(0, dtype=self.exact, device=self.device)",
     "self.features[0].new_empty(0)",
@@ -159,27 +166,27 @@ FAULTS += [
             "device=next(layers[0].parameters()).device",
             "no_layer",
         ),
-        (PUBLISHED, AT_LAYER, BEFORE, "llama-two-by"),
+        (PUBLISHED, AT_LAYER, "both", "llama-two-by"),
         (
-            "repairing/methods/__init__.py",
+            "repairing/methods/registry.py",
             "[*checked(batches, model)]",
             "[*batches]",
             "one-repair",
         ),
         (
-            HEALING,
-            "torch.ones_like(same)]).to(student.device)",
-            "torch.ones_like(same)])",
+            LOOP,
+            "torch.stack(sums).to(student.device)",
+            "torch.stack(sums)",
             "llama-two-heal",
         ),
         (
-            HEALING,
+            LOOP,
             "seeded(self.config.seed)",
             "torch.random.fork_rng([self.teacher.device])",
             "random_numbers",
         ),
         (
-            HEALING,
+            TRAINING,
             "any(one.is_meta for one in model.parameters())",
             "False",
             "offloaded",

@@ -11,6 +11,7 @@ from api import (
     JudgedRecord,
     PromptRepair,
     Quartiles,
+    RoundTimes,
     Setting,
     SpeedCheck,
     SublayerTimes,
@@ -19,7 +20,6 @@ from api import (
     by_footprint,
     by_limit,
     by_speedup,
-    choice,
     choose_as_fast,
     evaluate,
     in_prompts,
@@ -27,10 +27,10 @@ from api import (
     latency,
     measure_times,
     nll,
+    outcomes,
     read,
     running_last,
     searching,
-    speed_Timing as Timing,
     with_last_tokens,
 )
 from command_line import QUICK
@@ -273,7 +273,7 @@ def clock(monkeypatch, tmp_path):
         }
         rounds = workload.rounds
         return {
-            name: Timing((100.0 - ms,) * rounds, (7.0,) * rounds, None)
+            name: RoundTimes((100.0 - ms,) * rounds, (7.0,) * rounds, None)
             for name, ms in saved.items()
         }
 
@@ -321,7 +321,7 @@ def test_the_cheapest_of_all_sets_that_are_as_fast_is_found(
     model, clock, monkeypatch, seed
 ):
     monkeypatch.setattr(
-        choice,
+        outcomes,
         "choose",
         lambda _, setting, budget: searching.search(setting, budget, {}),
     )
@@ -355,7 +355,7 @@ def test_sets_of_a_prompt_that_save_otherwise_are_timed_each(model, monkeypatch)
             measured_speedup=measured,
         )
 
-    monkeypatch.setattr(choice, "check_times", check_times)
+    monkeypatch.setattr(outcomes, "check_times", check_times)
     among = space(model, "sublayer")
     budget = by_speedup(
         among,

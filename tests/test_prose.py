@@ -4,6 +4,7 @@ CONTRIBUTING.md lists are not used.
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -151,3 +152,23 @@ def test_a_plural_is_written_by_the_number():
     ]
     assert sorted(set(found) - ALWAYS_MORE) == []
     assert BY_HAND.findall('f"on {windows} windows"') == ["{windows} windows"]
+
+
+NOT_NAMES = {"told", "said", "beside", "lacks", "lacking", "sign"}
+IN_FIELDS_WORDS = ("choosing", "repairing", "exporters", "engines", "results")
+
+
+def names_in(source: str) -> set[str]:
+    """What code calls its variables, parameters, attributes, functions and classes."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    defined = (ast.FunctionDef, ast.ClassDef)
+    return names | {node.name for node in nodes if isinstance(node, defined)}
+
+
+@pytest.mark.parametrize("package", IN_FIELDS_WORDS)
+def test_code_has_the_words_of_the_field_too(package):
+    for file in (ROOT / "src" / "notall" / package).rglob("*.py"):
+        assert not names_in(file.read_text(encoding="utf-8")) & NOT_NAMES, file

@@ -21,7 +21,7 @@ from api import (
     by_footprint,
     by_limit,
     choose,
-    errors,
+    extras,
     kl,
     nll,
     quadratic_measure as measure,
@@ -315,7 +315,7 @@ def test_nothing_to_save_is_nothing_skipped_and_too_much_is_refused(model):
 
 def test_without_its_solver_it_says_what_to_install(model, monkeypatch):
     asked = setting(model)
-    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(
         UsageError, match=r"this needs scipy: pip install 'notall\[solver\]'"
     ):

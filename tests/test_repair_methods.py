@@ -29,6 +29,7 @@ from api import (
     ghosted,
     kept_repair,
     methods,
+    methods_cached,
     nbl,
     nll,
     prune_and_comp,
@@ -445,7 +446,7 @@ def test_a_repair_is_made_once(model, tmp_path, monkeypatch):
     for name in METHODS:
         made, seconds = kept_repair(tmp_path, name, model, MIXED, BATCHES)
         assert made == METHODS[name].repair(model, MIXED, BATCHES), name
-        monkeypatch.setattr(methods, "method", lambda name: None)
+        monkeypatch.setattr(methods_cached, "method", lambda name: None)
         assert kept_repair(tmp_path, name, model, MIXED, BATCHES) == (made, seconds)
         with pytest.raises(AttributeError):
             kept_repair(tmp_path, name, model, MIXED, BATCHES[:2])
@@ -502,7 +503,7 @@ def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeyp
             2 * (32 * 32 + 32) * 8 if record.repair == "nbl" else 0
         )
     monkeypatch.setattr(quality, "score", None)
-    monkeypatch.setattr(methods, "method", lambda name: None)
+    monkeypatch.setattr(methods_cached, "method", lambda name: None)
     again = compared(model, asked, tmp_path, **repairs)
     assert again == records
     assert {

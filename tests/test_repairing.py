@@ -305,7 +305,7 @@ def test_progress_counts_a_refit_as_the_several_runs_that_it_takes():
 def test_also_where_it_fails_in_the_middle(step, monkeypatch):
     """In the middle of a step's run with new weights."""
     model = family("llama").build()
-    before, run, runs = parameters(model), refitting.Repair._run, []
+    before, run, runs = parameters(model), refitting.Refitting._run, []
 
     def fail(self, *args):
         runs.append(args)
@@ -316,7 +316,7 @@ def test_also_where_it_fails_in_the_middle(step, monkeypatch):
             raise RuntimeError("planted")
         return answer
 
-    monkeypatch.setattr(refitting.Repair, "_run", fail)
+    monkeypatch.setattr(refitting.Refitting, "_run", fail)
     with pytest.raises(RuntimeError, match="planted"):
         repair(model, PLANS["portable"], TEXTS)
     assert_untouched(model, before)

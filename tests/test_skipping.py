@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from api import LayerCall, run_branches, skipping
+from api import LayerCall, cutting, run_branches
 from families import family, silenced
 from notall import Plan, UsageError, locate, remove, skip
 
@@ -66,7 +66,7 @@ def test_a_failure_while_entering_restores_the_model_too(model, monkeypatch):
         raise RuntimeError("planted")
 
     before, dense = state(model), logits(model)
-    monkeypatch.setattr(skipping, "_are_cut", fail)  # it is asked last
+    monkeypatch.setattr(cutting, "are_cut", fail)  # it is asked last
     with pytest.raises(RuntimeError, match="planted"), skip(model, PLAN):
         pass
     assert state(model) == before

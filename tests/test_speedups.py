@@ -22,10 +22,10 @@ from api import (
     by_count,
     by_footprint,
     by_speedup,
-    choice,
     choose_as_fast,
     choose_within,
     latency,
+    outcomes,
     searching,
 )
 from command_line import QUICK
@@ -64,7 +64,7 @@ def machine(monkeypatch):
                 measured_speedup=measured,
             )
 
-        monkeypatch.setattr(choice, "check_times", check_times)
+        monkeypatch.setattr(outcomes, "check_times", check_times)
         return timed
 
     return saves
@@ -130,8 +130,8 @@ def test_a_set_for_a_speedup_grows_on_a_part_of_the_text_unless_repairs_are_fitt
         grown_on.append(setting.grown_on)
         return greedily(way, setting, budget)
 
-    greedily = choice.choose
-    monkeypatch.setattr(choice, "choose", choose)
+    greedily = outcomes.choose
+    monkeypatch.setattr(outcomes, "choose", choose)
     if after_repair:
         setting = replace(
             setting, evaluator=AfterRepair(setting.model, BATCHES), batches=BATCHES
@@ -152,7 +152,7 @@ def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):
         patience.append(setting.patience)
         return searching.search(setting, budget, {})
 
-    monkeypatch.setattr(choice, "choose", choose)
+    monkeypatch.setattr(outcomes, "choose", choose)
     found = choose_as_fast("search", setting, asked(setting, 1.3))
     assert found.met
     assert patience == [0, 0, setting.patience]
@@ -163,7 +163,7 @@ def test_growing_checks_and_swaps_are_told_as_one_count(setting, machine, monkey
     machine(0.6)
     told = []
     monkeypatch.setattr(
-        choice,
+        outcomes,
         "choose",
         lambda _, setting, budget: searching.search(setting, budget, {}),
     )
@@ -191,7 +191,7 @@ def test_swaps_move_the_count_also_behind_many_checks(setting, machine, monkeypa
         return searching.search(setting, budget, {})
 
     monkeypatch.setattr(latency.SpeedBudget, "corrected", slower)
-    monkeypatch.setattr(choice, "choose", choose)
+    monkeypatch.setattr(outcomes, "choose", choose)
     setting = replace(
         setting, progress=lambda done, total, doing: told[-1].append(done / total)
     )

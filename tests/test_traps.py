@@ -20,11 +20,12 @@ from api import (
     Argument,
     Branch,
     Op,
+    branches,
+    cutting,
     locating,
-    observation,
     proving,
+    regrouped,
     relative_error,
-    skipping,
     slicing,
 )
 from families import TRANSFORMERS_5, family, silenced, stack_of
@@ -118,7 +119,7 @@ def test_an_error_of_another_kind_is_no_catch(monkeypatch: Patch) -> None:
 
     with pytest.raises(RuntimeError, match="a mistake of the test"):
         is_caught_by_comparison(
-            "llama", before=lambda: monkeypatch.setattr(skipping, "renumber", mistaken)
+            "llama", before=lambda: monkeypatch.setattr(cutting, "renumber", mistaken)
         )
     monkeypatch.setattr(proving, "renumber", mistaken)
     with pytest.raises(UnsupportedModel, match="a mistake of the test"):
@@ -128,7 +129,7 @@ def test_an_error_of_another_kind_is_no_catch(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_neo"])
 def test_stale_layer_index(name: str, monkeypatch: Patch) -> None:
     assert is_caught_by_comparison(
-        name, before=lambda: monkeypatch.setattr(skipping, "renumber", lambda *_: [])
+        name, before=lambda: monkeypatch.setattr(cutting, "renumber", lambda *_: [])
     )
 
 
@@ -140,7 +141,7 @@ def test_stale_layer_index_in_the_proof(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma3"])
 def test_norm_left_running(name: str, monkeypatch: Patch) -> None:
     """As if the norm of what is skipped were still applied to the stream."""
-    right = skipping.Holder.forward
+    right = regrouped.Holder.forward
 
     def wrong(self: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
         norm = next(
@@ -151,7 +152,7 @@ def test_norm_left_running(name: str, monkeypatch: Patch) -> None:
         return right(self, norm(hidden), *rest)
 
     assert is_caught_by_comparison(
-        name, before=lambda: monkeypatch.setattr(skipping.Holder, "forward", wrong)
+        name, before=lambda: monkeypatch.setattr(regrouped.Holder, "forward", wrong)
     )
 
 
@@ -181,13 +182,13 @@ def test_layer_list_not_sliced(name: str, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("name", ["olmo3", "gemma3", "gpt_oss"])
 def test_layer_list_cut_from_the_front(name: str, monkeypatch: Patch) -> None:
-    right = skipping.slice_config
+    right = cutting.slice_config
 
     def wrong(config: Any, layers: Any) -> None:
         right(config, range(len(layers)))
 
     assert is_caught_by_comparison(
-        name, before=lambda: monkeypatch.setattr(skipping, "slice_config", wrong)
+        name, before=lambda: monkeypatch.setattr(cutting, "slice_config", wrong)
     )
 
 
@@ -257,14 +258,14 @@ def test_attention_scaled_by_its_layer_index(monkeypatch: Patch) -> None:
 
 def lose(monkeypatch: Patch, *arguments: str) -> Callable[[], None]:
     """Plants the loss of arguments of the layer on their way to a mixer."""
-    right = observation._fill
+    right = branches._fill
 
     def wrong(slot: Any, *rest: Any) -> Any:
         given = right(slot, *rest)
         lost = isinstance(slot, Argument) and slot.name in arguments
         return torch.zeros_like(given) if lost and isinstance(given, Tensor) else given
 
-    return lambda: monkeypatch.setattr(observation, "_fill", wrong)
+    return lambda: monkeypatch.setattr(branches, "_fill", wrong)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_learned_positions_counted_by_layer_0(name: str, monkeypatch: Patch) -> 
     assert is_caught_by_comparison(
         name,
         {"first attention": Plan([0])},
-        lambda: monkeypatch.setattr(skipping, "renumber", lambda *_: []),
+        lambda: monkeypatch.setattr(cutting, "renumber", lambda *_: []),
     )
 
 
@@ -309,14 +310,14 @@ def stack_of_live(model: nn.Module) -> nn.ModuleList:
 
 
 def test_soft_cap_lost(monkeypatch: Patch) -> None:
-    right = skipping.slice_config
+    right = cutting.slice_config
 
     def wrong(config: Any, layers: Any) -> None:
         right(config, layers)
         config.__dict__["final_logit_softcapping"] = None
 
     assert is_caught_by_comparison(
-        "gemma2", before=lambda: monkeypatch.setattr(skipping, "slice_config", wrong)
+        "gemma2", before=lambda: monkeypatch.setattr(cutting, "slice_config", wrong)
     )
 
 
@@ -374,7 +375,7 @@ def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> N
     def wrong(self: Branch, holder: nn.Module, *rest: Any) -> Tensor:
         without = (
             replace(self, ops=self.ops[1:])
-            if isinstance(holder, skipping.Holder)
+            if isinstance(holder, regrouped.Holder)
             else self
         )
         return right(without, holder, *rest)

@@ -26,17 +26,17 @@ from notall.choosing.criteria.quadratic import measure
 from notall.choosing.evaluator import RIDGES, Evaluator
 from notall.choosing.objective import kl
 from notall.choosing.space import plan_of
-from notall.files import Settings
 from notall.measuring.acceptance import write_texts
 from notall.measuring.quality import measure_similarity, score
 from notall.models.texts import Text, read_text
 from notall.models.windows import token_batches
 from notall.progress import silent
-from notall.repairing.refitting import Repair
+from notall.repairing.refitting import Refitting
 from notall.repairing.streams import DenseStream
 from notall.results import lines
 from notall.results.facts import Scores
 from notall.running.skipping import remove
+from notall.strict_json import Settings
 from notall.structure.locating import decoder_layers
 
 WAYS = ("cosine", "magnitude", "fisher", "leave-one-out", "search")
@@ -262,7 +262,7 @@ class Bench:
         gaps alone.
         """
         return (
-            Repair(self._to_repair, plan, ridges=RIDGES, near=True)
+            Refitting(self._to_repair, plan, ridges=RIDGES, near=True)
             .run(silent)
             .knowing(self.model)
         )

@@ -31,11 +31,12 @@ from pydantic import Field
 from rules import Interval, Side, Verdict, verdict
 from testing import Finding
 
-from notall.files import Settings, write_whole
+from notall.files import write_whole
 from notall.measuring.speed import machine
 from notall.results.record import Amount, Count, Fact, Number
 from notall.results.table import Column, number, table, with_interval, words
 from notall.results.terminal import print_table
+from notall.strict_json import Settings
 
 
 @dataclass(frozen=True)

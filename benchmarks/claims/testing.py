@@ -24,7 +24,7 @@ from rules import (
 
 from notall import Plan
 from notall.choosing.space import plan_of
-from notall.files import Settings
+from notall.strict_json import Settings
 
 ROOT = Path(__file__).parents[2]
 RECORDED = "smollm2"  # the model of the committed records

@@ -352,7 +352,7 @@ def show(found: dict[str, Held]) -> None:
 
 def main() -> None:
     import notall
-    from notall.models.loading import load_config
+    from notall.models.configs import load_config
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import notall
-from notall.models.loading import load_config
+from notall.models.configs import load_config
 
 WORKER = Path(__file__).with_name("worker.py")
 

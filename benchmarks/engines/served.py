@@ -33,7 +33,7 @@ from workloads import DENSE, plans
 
 import notall
 from notall.measuring.speed import interleaved, machine, speedup
-from notall.models.loading import load_config
+from notall.models.configs import load_config
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, table, with_quartiles, words
 from notall.results.terminal import print_table

@@ -31,7 +31,7 @@ from measure import Running
 import notall
 from notall.engines import Engine, engine_named
 from notall.measuring.speed import cores, interleaved, machine, speedup
-from notall.models.loading import load_config
+from notall.models.configs import load_config
 from notall.models.names import named_gguf
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, size, table, with_quartiles, words

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from notall import Plan, RepairedPlan, locate
 from notall.progress import Progress, silent, tracked
 from notall.repairing.methods.published import gaps_of
-from notall.repairing.refitting import Repair
+from notall.repairing.refitting import Refitting
 from notall.repairing.streams import DenseStream
-from notall.running.repaired import LinearMap, with_weights
+from notall.running.repaired import LinearMap
+from notall.running.weight_swaps import with_weights
 from notall.structure.model_structure import base_model
 
 Batches = Sequence[Tensor]
@@ -110,7 +111,7 @@ def turns(
             )
         )
         with with_weights(inner, weights):
-            weights |= Repair(text, last).run().weights
+            weights |= Refitting(text, last).run().weights
     parts = [part for part in text.structure.sublayers if part.name in plan.names]
     gone = tuple(
         f"{text.structure.layers}.{part.index}.{module}."

@@ -33,7 +33,6 @@ from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Request, Scorer
 from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options import ModelOptions, TextOptions
-from notall.files import Settings
 from notall.measuring.statistics import mean_and_error, sign_flip_p_value
 from notall.models.texts import fields, read_file
 from notall.plan import KIND_NAMES, Kind
@@ -53,6 +52,7 @@ from notall.results.table import (
 )
 from notall.results.terminal import print_table, progress_bar
 from notall.running.generating import as_asked, prompt_tokens
+from notall.strict_json import Settings
 
 TEXTS = {"WikiText-2": "wikitext2/wiki.test.raw", "C4": "c4/sample300.jsonl"}
 PASSKEYS, RETRIEVAL = (

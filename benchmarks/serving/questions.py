@@ -37,7 +37,6 @@ from notall import Plan, export
 from notall.engines.llamacpp import LlamaCpp, _complete
 from notall.evaluation.checks import Doc, MadeTask, made
 from notall.experiments.options import read_plan
-from notall.files import Settings
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error, recovery_interval
 from notall.models.texts import fields, read_file
@@ -47,6 +46,7 @@ from notall.results.record import Amount, Count, Fact
 from notall.results.table import Column, number, table, with_error, with_interval, words
 from notall.results.terminal import print_table
 from notall.running.generating import as_asked
+from notall.strict_json import Settings
 
 NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 GSM8K, MOST, TOGETHER = "gsm8k", 320, 16

@@ -20,12 +20,9 @@ from paper_times import with_one_layer
 import notall
 from notall.choosing.criteria.data_free import deepest
 from notall.measuring.speed import interleaved, machine, speedup, time_once
-from notall.models.loading import (
-    build_random,
-    load_config,
-    resolve_device,
-    resolve_dtype,
-)
+from notall.models.configs import load_config
+from notall.models.devices import resolve_device, resolve_dtype
+from notall.models.weightless import build_random
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words
 from notall.results.terminal import print_table, progress_bar

@@ -36,14 +36,10 @@ from notall.experiments.paper import (
     time_figures,
     time_grid,
 )
-from notall.measuring.speed import Timing, compare, machine
-from notall.models.loading import (
-    build_empty,
-    build_random,
-    load_config,
-    resolve_device,
-    resolve_dtype,
-)
+from notall.measuring.speed import RoundTimes, compare, machine
+from notall.models.configs import load_config
+from notall.models.devices import resolve_device, resolve_dtype
+from notall.models.weightless import build_empty, build_random
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
@@ -126,7 +122,7 @@ def one_by_one_compiled(
     """Not in turn: what is compiled, in the round that is thrown away, is gone when a
     plan is left.
     """
-    found: dict[str, Timing] = {}
+    found: dict[str, RoundTimes] = {}
     for row in rows:
         with notall.skip(subject.model, row.plan), compiled_layers(subject.model):
             found |= compare(
@@ -136,7 +132,9 @@ def one_by_one_compiled(
                 seed=subject.seed,
                 progress=progress,
             )
-    return {name: timing.beside(found["dense"]) for name, timing in found.items()}
+    return {
+        name: timing.compared_with(found["dense"]) for name, timing in found.items()
+    }
 
 
 @contextmanager

@@ -24,12 +24,9 @@ import torch
 
 import notall
 from notall.measuring.speed import machine
-from notall.models.loading import (
-    build_random,
-    load_config,
-    resolve_device,
-    resolve_dtype,
-)
+from notall.models.configs import load_config
+from notall.models.devices import resolve_device, resolve_dtype
+from notall.models.weightless import build_random
 from notall.results.terminal import progress_bar
 
 EVENLY = [4, 8, 11, 15, 18, 22, 25, 29]  # of 32 layers

@@ -4,6 +4,8 @@ knows them by name.
 
 from notall import RepairedPlan, locate
 
+NOTALL_API = 1  # of notall.plugins, which has the types that these functions may use
+
 
 def lightest(setting):
     """Mean square of the weights: the smallest first."""

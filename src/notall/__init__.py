@@ -7,6 +7,8 @@ all else may change at any time.
 
 from importlib import import_module
 
+from .version import __version__
+
 # as type checkers know it; `typing` may be a file of the working folder under python -m
 TYPE_CHECKING = False
 
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
         ModelStructure as ModelStructure,
         Sublayer as Sublayer,
     )
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Block ModelStructure Sublayer": "structure.model_structure",

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import cache_folder, contents, keep
+from .cache import cache_folder, write_cached
+from .files import contents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,5 +65,5 @@ def digest_of_file(path: Path) -> str:
             return twice[1]
     with path.open("rb") as file:
         found = digest_of(iter(lambda: file.read(1 << 22), b""))
-    keep(note, found * 2)  # so that a damaged note is none
+    write_cached(note, found * 2)  # so that a damaged note is none
     return found

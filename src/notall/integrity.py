@@ -13,23 +13,18 @@ from pathlib import Path
 
 from .digests import digest_of, digest_of_file
 from .errors import UsageError, shortened
-from .files import Settings, contents, own_file, read_json, write_whole
+from .files import contents, own_file, write_whole
+from .strict_json import Settings, read_json
 
 MANIFEST = "notall.json"  # of a checkpoint
 REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"
-UNLISTED = (
-    ".md",
-    ".py",
-)  # a card that people go on writing, and code that notall never reads
-UNREAD = (
-    "__pycache__",
-    "LICENSE",
-    "NOTICE",
-)  # may be added, too, and names with a dot in front
+# A card that people go on writing, and code that notall never reads.
+UNLISTED = (".md", ".py")
+# What may be added, too, as may names with a dot in front.
+UNREAD = ("__pycache__", "LICENSE", "NOTICE")
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
-LITTLE = (
-    1 << 20
-)  # bytes that are read sooner than it is found out whether they were changed
+# Bytes that are read sooner than it is found out whether they were changed.
+LITTLE = 1 << 20
 
 
 def sealed(table: bytes) -> bytes:
@@ -61,11 +56,10 @@ def check_files(
             raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {fix}")
         if file.stat().st_size > most:
             continue
-        found = (
-            digest_of([file.read_bytes()])
-            if file.stat().st_size < LITTLE
-            else digest_of_file(file)
-        )
+        if file.stat().st_size < LITTLE:
+            found = digest_of([file.read_bytes()])
+        else:
+            found = digest_of_file(file)
         if found != digest:
             raise UsageError(
                 f"{name} of {shortened(folder)} is damaged (it is not what was"
@@ -73,8 +67,10 @@ def check_files(
             )
 
 
-def write_manifest(folder: Path, told: Settings) -> None:
-    """Write down what a finished `folder` holds."""
+def write_manifest(folder: Path, manifest: Settings) -> None:
+    """Write down what a finished `folder` holds: the fields of `manifest`, and the
+    digests of its files.
+    """
     names = sorted(
         path.name
         for path in folder.iterdir()
@@ -83,7 +79,7 @@ def write_manifest(folder: Path, told: Settings) -> None:
     files = {name: digest_of_file(folder / name) for name in names}
     write_whole(
         folder / MANIFEST,
-        sealed(json.dumps({**told, "files": files}, indent=2).encode()) + b"\n",
+        sealed(json.dumps({**manifest, "files": files}, indent=2).encode()) + b"\n",
     )
 
 
@@ -92,15 +88,15 @@ def read_manifest(folder: Path, fix: str = REDONE) -> Settings:
     damaged.
     """
     with suppress(ValueError, OSError):
-        if (table := unsealed(contents(folder / MANIFEST))) and isinstance(
-            told := read_json(table), dict
-        ):
-            files = told.get("files")
-            if isinstance(files, dict) and all(
-                isinstance(one, str) for one in files.values()
-            ):
-                return told
+        table = unsealed(contents(folder / MANIFEST))
+        manifest = read_json(table) if table else None
+        if isinstance(manifest, dict) and _are_digests(manifest.get("files")):
+            return manifest
     raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged: {fix}")
+
+
+def _are_digests(files: object) -> bool:
+    return isinstance(files, dict) and all(isinstance(d, str) for d in files.values())
 
 
 def check_manifest(
@@ -118,11 +114,11 @@ def check_manifest(
     """
     if not own_file(folder, MANIFEST):
         return {}
-    told = read_manifest(folder, fix)
-    check_files(folder, told["files"], fix, most)
+    manifest = read_manifest(folder, fix)
+    check_files(folder, manifest["files"], fix, most)
     if strict:
-        refuse_unlisted(folder, told["files"])
-    return told
+        refuse_unlisted(folder, manifest["files"])
+    return manifest
 
 
 def refuse_unlisted(folder: Path, files: Container[str]) -> None:
@@ -134,11 +130,8 @@ def refuse_unlisted(folder: Path, files: Container[str]) -> None:
         name = path.name
         is_unread = path.suffix in UNLISTED or name in UNREAD or name.startswith(".")
         if not is_unread and name not in files and name != MANIFEST:
-            told = (
+            raise UsageError(
                 f"{shortened(folder)} holds {shortened(name)}, which {MANIFEST} does"
-                " not list"
+                f" not list: move that file away, or delete {MANIFEST} to take the"
+                " folder as it is"
             )
-            fix = (
-                f"move that file away, or delete {MANIFEST} to take the folder as it is"
-            )
-            raise UsageError(f"{told}: {fix}")

@@ -95,8 +95,8 @@ KeepIn = Annotated[
 def check_sizes(sequences: int, length: int = 2, batch_size: int = 1) -> None:
     """Raise `UsageError` for numbers that make no batch."""
     if sequences < 1 or length < 2 or batch_size < 1:
-        told = f"sequences is {sequences}, length {length}, batch {batch_size}"
-        raise UsageError(f"{told}: give at least 1, 2 and 1")
+        problem = f"sequences is {sequences}, length {length}, batch {batch_size}"
+        raise UsageError(f"{problem}: give at least 1, 2 and 1")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How long-running work reports progress: `progress(done, total, doing)`, in steps of
 its own; and what a step is.
 
-Work of several kinds is told as one count: its steps are tokens that one model reads in
-a batch.
+Work of several kinds is reported as one count: its steps are tokens that one model reads
+in a batch.
 """
 
 import math
@@ -15,8 +15,7 @@ Progress = Callable[[float, float, str], None]
 Item = TypeVar("Item")
 DECODED_TOKEN = 20  # what a token takes that is generated, in tokens that are read
 ALONE = 2  # what a token of one sequence takes, in tokens of a batch
-# plans that read a text in the time of one, about: they have their first sublayers in
-# common
+# Plans that read a text in about the time of one: they share their first sublayers.
 SHARING = 5
 
 
@@ -32,15 +31,16 @@ def writing(tokens: float, plans: int = 1) -> float:
 
 class Clock:
     """The time since a command began, for all parts of its work, and when a line last
-    told of it.
+    reported it.
     """
 
     def __init__(self) -> None:
-        self.doing: list[object] = []  # the parts under way: the last one tells
+        self.doing: list[object] = []  # the parts under way: the last one reports
         self.begin()
 
     def begin(self) -> None:
-        self.begun = self.told = time.monotonic()
+        """Count from now on."""
+        self.begun = self.reported = time.monotonic()
 
     def __str__(self) -> str:
         return str(timedelta(seconds=int(time.monotonic() - self.begun)))
@@ -54,47 +54,46 @@ def silent(done: float, total: float, doing: str) -> None:
 
 
 class Stages:
-    """Work of several stages, each a share of the steps of the whole, told as one
+    """Work of several stages, each a share of the steps of the whole, reported as one
     count.
     """
 
     def __init__(self, progress: Progress, steps: float) -> None:
-        self.progress, self.steps, self.given = progress, steps, 0.0
+        self.progress = progress
+        self.steps = steps
+        self.given = 0.0  # to stages so far
 
     def stage(self, steps: float) -> Progress:
-        """What the next stage, of so many steps of the whole, tells in steps of its
-        own.
+        """The progress of the next stage, of so many steps of the whole, which counts
+        in steps of its own.
         """
         start = self.given
         self.given += steps
 
-        def tell(done: float, total: float, doing: str) -> None:
-            self.progress(
-                min(start + steps * (done / total if total else 1.0), self.steps),
-                self.steps,
-                doing,
-            )
+        def report(done: float, total: float, doing: str) -> None:
+            share = done / total if total else 1.0
+            self.progress(min(start + steps * share, self.steps), self.steps, doing)
 
-        return tell
+        return report
 
 
 def by_the_clock(progress: Progress, deadline: float) -> Progress:
-    """What tells of work that ends at `deadline`, on the clock of `time.monotonic`: so
-    far as the time is, at least.
+    """The progress of work that ends at `deadline`, on the clock of `time.monotonic`:
+    at least as far as the time is.
     """
     begun = time.monotonic()
     if not begun < deadline < math.inf:
         return progress
 
-    def tell(done: float, total: float, doing: str) -> None:
+    def report(done: float, total: float, doing: str) -> None:
         passed = min(1.0, (time.monotonic() - begun) / (deadline - begun))
         progress(max(done, passed * total), total, doing)
 
-    return tell
+    return report
 
 
 def tracked(items: Sequence[Item], doing: str, progress: Progress) -> Iterator[Item]:
-    """`items`, with progress told as they are used up."""
+    """`items`, with progress reported as they are used up."""
     for number, item in enumerate(items):
         progress(number, len(items), doing)
         yield item

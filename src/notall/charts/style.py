@@ -9,8 +9,10 @@ from typing import Any
 
 import altair as alt
 
-from ..errors import printable, shortened
-from ..files import Settings, write_whole, writing
+from ..encodings import printable
+from ..errors import shortened
+from ..files import write_whole, writing
+from ..strict_json import Settings
 
 Colour = str | alt.ExprRef
 Colours = Mapping[str, Colour]  # by name, in the order of the legend

@@ -33,6 +33,7 @@ class Budget:
     read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def saved(self, skipped: Iterable[str]) -> float:
+        """How much is saved without these sublayers, in the unit of the budget."""
         gone = frozenset(skipped)
         return math.fsum(
             self.saves[name] for name in gone if self._is_freed(name, gone)
@@ -48,6 +49,7 @@ class Budget:
         return min(self.saved(skipped), self.target * (1 - 1e-9))
 
     def met(self, skipped: Skipped) -> bool:
+        """Whether these sublayers save the target, up to rounding."""
         return self.saved(skipped) >= self.target * (1 - 1e-9)
 
     def rate(self, unit: Unit, rise: float, skipped: Skipped) -> float:
@@ -195,12 +197,11 @@ def _possible(space: Space, budget: Budget) -> Budget:
     counting = {f"attn.{index}" for index in space.structure.counting}
     if counting.issubset(space.names):
         stay = [unit for unit in space.units if counting.intersection(unit)]
-        most = max(
-            budget.saved(set(space.names).difference(unit)) for unit in stay
-        )  # one attention stays
+        # one attention stays
+        most = max(budget.saved(set(space.names).difference(unit)) for unit in stay)
     if not 0 <= budget.target <= most * (1 + 1e-9):
-        told = f"a budget of {budget.description} is out of reach"
+        problem = f"a budget of {budget.description} is out of reach"
         raise UsageError(
-            f"{told}: ask for at most {most:,.0f}, all that may be skipped"
+            f"{problem}: ask for at most {most:,.0f}, all that may be skipped"
         )
     return budget

@@ -16,14 +16,16 @@ from ..errors import UsageError
 from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import dtype_name
 from ..plan import Plan
-from ..repairing.refitting import Repair
+from ..repairing.refitting import Refitting
 from ..repairing.streams import DenseStream
 from ..results.facts import SearchCost
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.record import Key, is_number
 from ..results.repairs import EvaluationRecord
-from ..running.replay import PrefixCache, Recording, Replay, record
+from ..running.recording import Recording, record
+from ..running.replay import Replay
+from ..running.steps import PrefixCache
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .objective import Objective, kl
@@ -59,7 +61,8 @@ class Evaluator:
         settings: Provenance | Mapping[str, object] | None = None,
         space: Space | None = None,
     ) -> None:
-        self.model, self.objective = base_model(model), objective
+        self.model = base_model(model)
+        self.objective = objective
         self._plan: Callable[[Skipped], Plan] = space.plan if space else plan_of
         self.judged_by = objective.name
         self.structure = locate(self.model)
@@ -73,22 +76,19 @@ class Evaluator:
         self._guessers: dict[frozenset[int], TokenScorer] = {}
         self._dense_heads: dict[tuple[int, TokenScorer], Dense] = {}
         self._states_bytes = states_bytes
+        is_of_prompts = space is not None and space.phase == "prefill"
+        of = f" of {space.prefill_in_words}" if space and is_of_prompts else ""
         about = Provenance.of(
             settings or {},
-            objective=objective.name
-            + (
-                f" of {space.prefill_in_words}"
-                if space and space.phase == "prefill"
-                else ""
-            ),
+            objective=objective.name + of,
             calibration=objective.digest(),
             fingerprint=self.structure.fingerprint,
             dtype=dtype_name(self.model),
             guesses=f"on {WORDS:,} words",
         )
-        self._ledger = (
-            Ledger(folder, EvaluationRecord, about, name=name) if folder else None
-        )
+        self._ledger = None
+        if folder:
+            self._ledger = Ledger(folder, EvaluationRecord, about, name=name)
         for line in self._ledger or ():
             cost = line.cost if is_number(line.cost) else math.inf
             self._known[frozenset(line.skipped), line.batches] = cost, line.spent
@@ -137,9 +137,8 @@ class Evaluator:
     def costs(self, sets: Sequence[Skipped], share: float = 1.0) -> list[float]:
         """The objective of each set; all are run together."""
         numbers = self.objective.part(share)
-        new = [
-            s for s in dict.fromkeys(sets) if self._key(s, numbers) not in self._known
-        ]
+        distinct = dict.fromkeys(sets)
+        new = [one for one in distinct if self._key(one, numbers) not in self._known]
         if new:
             self._evaluate(new, numbers)
         found = []
@@ -159,15 +158,15 @@ class Evaluator:
         ran = 0.0
         scorer = self._scorer if numbers == self.all else self._guesser(numbers)
         for number in sorted(numbers):
-            batch, before = self.objective.batches[number], replay.ran
+            batch = self.objective.batches[number]
+            before = replay.ran
             dense = self._dense(number, scorer) if batch.targets is None else None
-            for places, hidden in replay.hidden_states(
-                self._recordings[number], self._prefix_cache(number)
-            ):
+            recording, cache = self._recordings[number], self._prefix_cache(number)
+            for places, hidden in replay.hidden_states(recording, cache):
+                # hidden: (batch, tokens, hidden), of the plans at `places`
                 scores = scorer.score(batch.judged(hidden), batch.targets, dense)
-                items = batch.items(
-                    scores.kl if batch.targets is None else scores.nll
-                ).tolist()
+                nats = scores.kl if batch.targets is None else scores.nll  # (places,)
+                items = batch.items(nats).tolist()
                 for place in places:
                     losses[place][number] = items
             ran += (replay.ran - before) * (batch.tokens / self.tokens)
@@ -177,62 +176,50 @@ class Evaluator:
             seconds=(time.process_time() - start) / len(sets),
             wall_seconds=(time.monotonic() - began) / len(sets),
         )
-        self._note(
-            numbers,
-            {
-                skipped: self.objective.total(found)
-                for skipped, found in zip(sets, losses)
-            },
-            each,
-        )
+        totals = {
+            skipped: self.objective.total(found) for skipped, found in zip(sets, losses)
+        }
+        self._note(numbers, totals, each)
 
     def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
         """What scores a part of the text: on a part of the vocabulary too, since it is
         for guesses.
         """
         if numbers not in self._guessers:
-            targets = [
-                found
-                for number in numbers
-                if (found := self.objective.batches[number].targets) is not None
-            ]
+            batches = [self.objective.batches[number] for number in numbers]
+            targets = [one.targets for one in batches if one.targets is not None]
             dense = (self._dense_states(number) for number in numbers)
-            self._guessers[numbers] = self._scorer.on_likely_words(
-                dense, WORDS, targets
-            )
+            guesser = self._scorer.on_likely_words(dense, WORDS, targets)
+            self._guessers[numbers] = guesser
         return self._guessers[numbers]
 
     def _dense(self, number: int, scorer: TokenScorer) -> Dense:
+        """What the original model predicts at the places of a batch."""
         if (number, scorer) not in self._dense_heads:
-            _, self._dense_heads[number, scorer] = scorer.dense(
-                self._dense_states(number)
-            )
+            _, dense = scorer.dense(self._dense_states(number))
+            self._dense_heads[number, scorer] = dense
         return self._dense_heads[number, scorer]
 
     def _dense_states(self, number: int) -> Tensor:
+        """The original model's states at the places of a batch, (places, hidden)."""
         replay = Replay(self.model, [Plan()])
-        _, hidden = next(
-            replay.hidden_states(self._recordings[number], self._prefix_cache(number))
-        )
+        recording, cache = self._recordings[number], self._prefix_cache(number)
+        _, hidden = next(replay.hidden_states(recording, cache))
         return self.objective.batches[number].judged(hidden)
 
     def _prefix_cache(self, number: int) -> PrefixCache:
+        """The states of the prefix on a batch: every n-th, so that they fit."""
         cache = self._prefix_caches.get(number)
         if cache is None:
             embedded = self._recordings[number].embedded
-            all_states = (
-                self.forward
-                * self.tokens
-                * embedded.shape[-1]
-                * embedded.element_size()
-            )
-            cache = PrefixCache(
-                self._prefix, math.ceil(all_states / self._states_bytes)
-            )
-        self._prefix_caches[number] = (
-            cache if cache.names == self._prefix else cache.moved(self._prefix)
-        )
-        return self._prefix_caches[number]
+            state_bytes = embedded.shape[-1] * embedded.element_size()  # of a token
+            all_bytes = self.forward * self.tokens * state_bytes
+            every = math.ceil(all_bytes / self._states_bytes)
+            cache = PrefixCache(self._prefix, every)
+        if cache.names != self._prefix:
+            cache = cache.moved(self._prefix)
+        self._prefix_caches[number] = cache
+        return cache
 
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
         return Replay(self.model, [self._plan(skipped)]).path
@@ -246,9 +233,8 @@ class Evaluator:
         records = []
         for skipped, cost in costs.items():
             key = self._key(skipped, numbers)
-            cost = (
-                cost if math.isfinite(cost) else math.inf
-            )  # a model that overflows without these is as bad as can be
+            if not math.isfinite(cost):
+                cost = math.inf  # a model that overflows is as bad as can be
             self._known[key] = cost, spent
             records.append(
                 EvaluationRecord(
@@ -289,7 +275,7 @@ class AfterRepair(Evaluator):
         )
         self.judged_by = "kl after a repair"
         self._base: Skipped = frozenset()
-        self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
+        self._repairs: dict[frozenset[int], dict[Skipped, Refitting]] = {}
         self._texts: dict[frozenset[int], tuple[DenseStream, dict[int, Dense]]] = {}
 
     def set_prefix(self, base: Skipped) -> None:
@@ -300,20 +286,21 @@ class AfterRepair(Evaluator):
 
     @torch.no_grad()
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
-        part = (
-            numbers if len(numbers) > 1 else frozenset([0, 1])
-        )  # one to fit to, one to judge
+        # one to fit to, one to judge
+        part = numbers if len(numbers) > 1 else frozenset([0, 1])
         for skipped in sets:
             start, began = time.process_time(), time.monotonic()
             text, heads = self._text(part)
-            losses, ran = {place: [0.0] for place in heads}, 0.0
+            losses = {place: [0.0] for place in heads}
+            ran = 0.0
             if skipped:
                 repair = self._repair(text, skipped, part)
                 for place, dense in heads.items():
-                    rows = repair.states[place][:, :-1].flatten(0, 1)
-                    losses[place] = [
-                        float(self._scorer.score(rows, None, dense).kl.mean())
-                    ]
+                    rows = repair.states[place][:, :-1].flatten(
+                        0, 1
+                    )  # (tokens, hidden)
+                    scores = self._scorer.score(rows, None, dense)
+                    losses[place] = [float(scores.kl.mean())]
                 ran = repair.ran * (len(part) / len(self.all))
             spent = SearchCost(
                 evaluations=1,
@@ -325,17 +312,18 @@ class AfterRepair(Evaluator):
 
     def _repair(
         self, text: DenseStream, skipped: Skipped, numbers: frozenset[int]
-    ) -> Repair:
+    ) -> Refitting:
         others = self._repairs.setdefault(numbers, {})
-        repair = Repair(text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True)
+        repair = Refitting(
+            text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True
+        )
         repair.run(others=[*others.values()])
         others[skipped] = repair
         each = len(repair.steps) * sum(hidden.nbytes for hidden in repair.states)
         most = min(self._states_bytes // each, LATEST)
-        for old in [one for one in others if one != self._base][
-            : max(len(others) - most, 0)
-        ]:
-            del others[old]
+        oldest = [one for one in others if one != self._base]
+        for one in oldest[: max(len(others) - most, 0)]:
+            del others[one]
         return repair
 
     def _text(self, numbers: frozenset[int]) -> tuple[DenseStream, dict[int, Dense]]:

@@ -57,9 +57,11 @@ class PromptRepair:
 
     @property
     def objective(self) -> Objective:
+        """The KL behind the prompt on the sequences that are not fitted to."""
         return kl(self.judged, prompt_tokens=self.prompt_tokens)
 
     def repaired(self, plan: Plan) -> Plan:
+        """A plan with refit keys and values; an empty one as it is."""
         return repair(self.model, plan, self.fitted) if plan else plan
 
     def kept(self, plan: Plan) -> float:

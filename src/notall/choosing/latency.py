@@ -16,9 +16,10 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 from transformers import PreTrainedModel
 
+from ..cache import cache_folder, write_cached
 from ..digests import digest_of_json
 from ..errors import UsageError, expect
-from ..files import Settings, cache_folder, contents, keep, read_json
+from ..files import contents
 from ..integrity import sealed, unsealed
 from ..measuring.speed import compare, devices_of, machine, speedup
 from ..options import Workload
@@ -26,6 +27,7 @@ from ..plan import Phase, Plan, bound_to_prompt
 from ..progress import Progress, Stages, silent
 from ..results.facts import SpeedCheck
 from ..running.skipping import skip
+from ..strict_json import Settings, read_json
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, Sublayer, text_config
 from .budget import Budget
@@ -143,7 +145,7 @@ def measure_times(
         each |= {part.name: saved for part in group}
     times = SublayerTimes(workload, statistics.median(took["dense"]), each, phase)
     stored = _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each)
-    keep(path, sealed(stored.model_dump_json().encode()))
+    write_cached(path, sealed(stored.model_dump_json().encode()))
     return times
 
 
@@ -163,9 +165,11 @@ def _refuse_far(
     )
     most = took["dense"][0] / took["emptiest"][0]
     if faster > FAR * most:
-        told = f"without all that may be skipped the model is {most:.1f} times as fast"
+        problem = (
+            f"without all that may be skipped the model is {most:.1f} times as fast"
+        )
         raise UsageError(
-            f"a speedup of {faster:g} is far out of reach: {told}; ask for less"
+            f"a speedup of {faster:g} is far out of reach: {problem}; ask for less"
         )
 
 

@@ -82,12 +82,12 @@ class Space:
                 " sublayers or blocks"
             )
         if self.portable and self.structure.in_place:
-            told = (
+            problem = (
                 f"layers of {self.structure.model_type} depend on each other, and keep"
                 " their places"
             )
             raise UsageError(
-                f"no set is portable: {told}; choose among attention, mlp or block"
+                f"no set is portable: {problem}; choose among attention, mlp or block"
             )
         if self.phase == "prefill":
             self._check_prefill()
@@ -98,8 +98,10 @@ class Space:
 
     def _check_prefill(self) -> None:
         if self.portable or self.kind == "period":
-            told = f"a prompt that skips leaves the checkpoint whole, {self} or not"
-            raise UsageError(f"{told}: choose among attention, mlp, block or sublayer")
+            problem = f"a prompt that skips leaves the checkpoint whole, {self} or not"
+            raise UsageError(
+                f"{problem}: choose among attention, mlp, block or sublayer"
+            )
         bound = [
             why
             for part in self.structure.sublayers
@@ -167,7 +169,7 @@ class Space:
         return (len(self.units) + self.length - 1) // self.length
 
     def moves(self, skipped: Skipped) -> list[Unit]:
-        """What may be skipped next, beside `skipped`."""
+        """What may be skipped next, on top of `skipped`."""
         if self.by_pairs:
             live = [name for name in self.order if name not in skipped]
             free: Iterable[Unit] = (
@@ -212,12 +214,10 @@ class Space:
         """Whether `skipped` leaves an attention and, where that is asked for, an
         ordinary model or whole periods.
         """
-        if (
-            self.phase == "prefill"
-        ):  # whose keys and values are written, so that all are counted
-            return not skipped.issuperset(
-                name for name in self.order if name.startswith("attn.")
-            )
+        if self.phase == "prefill":
+            # keys and values of skipped attentions are written: all count
+            attentions = {name for name in self.order if name.startswith("attn.")}
+            return not skipped.issuperset(attentions)
         if skipped.issuperset(f"attn.{index}" for index in self.structure.counting):
             return False
         if self.kind == "period":
@@ -231,6 +231,7 @@ class Space:
         return not self.portable or is_portable(self.structure, self.plan(skipped))
 
     def sorted(self, names: Iterable[str]) -> list[str]:
+        """Names of sublayers in the model's order."""
         return sorted(names, key=self.order.__getitem__)
 
     def plan(self, skipped: Iterable[str], note: str | None = None) -> Plan:
@@ -243,6 +244,7 @@ class Space:
 
     @property
     def prefill_in_words(self) -> str:
+        """The sets of a prompt alone, for messages."""
         return f"sets that the prompt alone skips, but for its last {self.last_tokens}"
 
     def refuse_prefill(self, why: str) -> None:
@@ -267,6 +269,7 @@ class Choice:
 
 
 def names_in(units: Iterable[Unit]) -> Skipped:
+    """The names of the sublayers of some units."""
     return frozenset(name for unit in units for name in unit)
 
 

@@ -15,14 +15,9 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NoReturn
 
-from ..errors import (
-    EXTRAS,
-    UsageError,
-    nearest,
-    print_in_any_encoding,
-    printable,
-    shortened,
-)
+from ..encodings import print_in_any_encoding, printable
+from ..errors import UsageError, nearest, shortened
+from ..extras import EXTRAS
 from ..files import FULL
 from ..progress import CLOCK
 from .app import MISTYPED, Interrupted, app

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .. import __version__
 from ..errors import UsageError, shortened
 from ..options import Asked
+from ..version import __version__
 from .spread import spread
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from ..experiments.used import Use, windows_of
 from ..experiments.verdict import Verdict
 from ..exporters import Source, check_export, export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
-from ..files import Settings
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
@@ -32,6 +31,7 @@ from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord
 from ..results.table import Column, in_bytes, size, table, words
 from ..results.terminal import progress_bar, show
+from ..strict_json import Settings
 from .app import command, conclude
 
 BROKEN = (

@@ -13,9 +13,10 @@ from rich.live import Live
 from rich.table import Column as RichColumn, Table
 from rich.text import Text
 
-from ..errors import FIGURES, need, printable
+from ..encodings import printable
 from ..experiments.driver import write_similarity
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
+from ..extras import FIGURES, need
 from ..files import contents, refuse_others
 from ..models.gguf_sizes import size_notes
 from ..options import Json, Option, RunOptions, Seed

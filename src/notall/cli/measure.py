@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import FIGURES, UsageError, need, printable, shortened
+from ..encodings import printable
+from ..errors import UsageError, shortened
 from ..experiments import (
     bench as benches,
     draft as drafts,
@@ -30,6 +31,7 @@ from ..experiments.search import uses_of
 from ..experiments.used import windows_of
 from ..experiments.verdict import Verdict, next_command
 from ..exporters.manifest import check_verified
+from ..extras import FIGURES, need
 from ..models.names import model_in_words
 from ..options import Json, KeepIn, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan, several
@@ -434,7 +436,8 @@ def _other(
     windows: fronts.Windows,
 ) -> fronts.Subject:
     """Another model, with the same text in its own tokens."""
-    from ..models.loading import identify, load_tokenizer
+    from ..models.identity import identify
+    from ..models.loading import load_tokenizer
 
     known, trusted = identify(model.model), model.trust_remote_code
     theirs, stored = load_tokenizer(model.model, trust_remote_code=trusted)

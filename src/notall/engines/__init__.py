@@ -14,9 +14,10 @@ from typing import ClassVar, Literal
 
 import psutil
 
+from ..entry_points import class_named
 from ..errors import UsageError, nearest
-from ..files import contents, read_json
-from ..plugins import class_named
+from ..files import contents
+from ..strict_json import read_json
 
 ENGINES = {
     "llama.cpp": "notall.engines.llamacpp:LlamaCpp",
@@ -74,6 +75,7 @@ class Engine(ABC):
 
     @property
     def plain(self) -> str:
+        """The type of unquantised weights."""
         return self.types[0]
 
     def check(self, spec: str | Path) -> None:
@@ -139,6 +141,7 @@ class Engine(ABC):
         )
 
     def is_installed(self) -> bool:
+        """Whether its package can be imported; nothing is."""
         return find_spec(self.package) is not None
 
 
@@ -203,4 +206,5 @@ def allocated_bytes() -> int:
 
 
 def resident_bytes() -> int:
+    """The memory of this process."""
     return psutil.Process().memory_info().rss

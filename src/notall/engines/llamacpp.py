@@ -69,9 +69,11 @@ class LlamaCpp(Engine):
 
     @property
     def types(self) -> tuple[str, ...]:
+        """The types of llama.cpp that are measured, plain ones first."""
         return tuple(FILE_TYPES)
 
     def check(self, spec: str | Path) -> None:
+        """Refuses a file that is quantised already, too."""
         super().check(spec)
         source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
@@ -89,11 +91,13 @@ class LlamaCpp(Engine):
         return plain
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        """By llama.cpp's own mixture of types."""
         write_in_type(plain, kind, out)
 
     def score(
         self, checkpoint: Path, windows: Sequence[Tokens]
     ) -> list[list[float | None]]:
+        """Several windows at once, each in a slot of the server."""
         together = min(AT_ONCE, len(windows))
         server = self._server(checkpoint, max(map(len, windows)), together)
 
@@ -108,6 +112,7 @@ class LlamaCpp(Engine):
         ]
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        """By the server's own times."""
         before = resident_bytes()
         server = self._server(checkpoint, len(prompt) + new + 1, 1)
         request = {
@@ -137,21 +142,22 @@ class LlamaCpp(Engine):
             "ignore_eos": True,
         }
 
-        def said(tokens: Tokens, **how: object) -> Any:
-            return _complete(server, {"prompt": list(tokens), **one, **how})["choices"][
-                0
-            ]["logprobs"]["content"][0]
+        def answer_to(tokens: Tokens, **how: object) -> Any:
+            request = {"prompt": list(tokens), **one, **how}
+            choice = _complete(server, request)["choices"][0]
+            return choice["logprobs"]["content"][0]
 
-        bias = [
-            [said(prompts[0], grammar="root ::= [a-z]+")["id"], BIAS]
-        ]  # half a character has no log-probabilities
-        found = [said(tokens, logit_bias=bias)["top_logprobs"] for tokens in prompts]
-        return [
-            [(entry["id"], entry["logprob"]) for entry in entries] for entries in found
-        ]
+        # half a character has no log-probabilities
+        letters = answer_to(prompts[0], grammar="root ::= [a-z]+")["id"]
+        found = []
+        for tokens in prompts:
+            likeliest = answer_to(tokens, logit_bias=[[letters, BIAS]])["top_logprobs"]
+            found.append([(entry["id"], entry["logprob"]) for entry in likeliest])
+        return found
 
     @staticmethod
     def reason(stderr: str) -> str:
+        """The cause of a file that llama.cpp could not load, in its words."""
         return next(
             (
                 shortened(line.partition(LOADING)[2], 160)

@@ -28,13 +28,16 @@ class Transformers(Engine):
 
     @property
     def types(self) -> tuple[str, ...]:
+        """The dtype of plain weights, and torchao's of weights alone."""
         return (self.dtype, "int8", "int4")
 
     @property
     def usual(self) -> tuple[str, ...]:
+        """Without int4: torchao's runs on few CPUs."""
         return (self.dtype, "int8")  # torchao's int4 runs on few CPUs
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        """By torchao. Raises `UsageError` where it is not installed."""
         try:
             from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
             from transformers import TorchAoConfig
@@ -52,6 +55,7 @@ class Transformers(Engine):
     def score(
         self, checkpoint: Path, windows: Sequence[Tokens]
     ) -> list[list[float | None]]:
+        """One window at a time."""
         import torch
 
         model = self._load(checkpoint)
@@ -64,6 +68,7 @@ class Transformers(Engine):
         return found
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        """As `notall bench` times a model."""
         import torch
 
         from ..measuring.speed import time_once

@@ -78,9 +78,11 @@ class VLLM(Engine):
 
     @property
     def types(self) -> tuple[str, ...]:
+        """The dtype of plain weights, and 8 bits for weights and activations."""
         return (self.dtype, "int8")
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        """In the format of compressed-tensors: int8 matrices with a scale per row."""
         config = json.loads((plain / "config.json").read_text())
         if "quantization_config" in config:
             raise UsageError("its weights are quantised already")
@@ -101,14 +103,18 @@ class VLLM(Engine):
     def score(
         self, checkpoint: Path, windows: Sequence[Tokens]
     ) -> list[list[float | None]]:
+        """By vLLM's log-probabilities of the prompt.
+
+        Raises `UsageError` for a checkpoint that skips in the prompt alone.
+        """
         import vllm  # noqa: F401  that it is absent is said first
 
         if prompt_base(checkpoint):
-            told = (
+            problem = (
                 f"{checkpoint.name} skips sublayers in the prompt alone, and vLLM runs"
                 " whole what it scores"
             )
-            raise UsageError(f"{told}; score the plan with notall eval")
+            raise UsageError(f"{problem}; score the plan with notall eval")
         llm = self._load(checkpoint, max(map(len, windows)) + 1)
         found: list[list[float | None]] = []
         for tokens in windows:
@@ -122,6 +128,7 @@ class VLLM(Engine):
         return found
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        """Of one request: the first token, and the mean of those that follow."""
         import vllm  # noqa: F401  a gigabyte that is no model's
 
         before = resident_bytes()

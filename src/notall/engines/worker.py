@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 from time import sleep
 from typing import Any
 
+from ..entry_points import importing_from
 from ..errors import UsageError, shortened
-from ..plugins import importing_from
 from . import Engine
 
 

@@ -19,21 +19,22 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task, TaskConfig
 
 from ..digests import digest_of
-from ..errors import UsageError, nearest, need, shortened
-from ..files import read_json
+from ..entry_points import installed_names, named
+from ..errors import UsageError, expect, nearest, shortened
+from ..extras import need
 from ..models.prompts import prompts
 from ..models.retrieval import CONTEXTS, UNSEEN, Episode, Form, episode
 from ..models.texts import ANSWERS_TO, read_prompts
+from ..strict_json import read_json
 from .scoring import common
 
 # of a check, unless a limit says otherwise: 73 are the fewest that 0.95 can be seen to
 # be kept of
 ITEMS = 80
 CHOOSING_ITEMS = 24  # of a check that chooses, at most
-SEED, CHOOSING = (
-    2_000_003,
-    1_000_003,
-)  # of what judges, and of what chooses; what is fitted to counts from 0
+# Seeds of what judges, and of what chooses; those of what is fitted to count from 0.
+SEED = 2_000_003
+CHOOSING = 1_000_003
 LENGTH = 512  # of other retrieval
 ANSWERED = 128  # tokens of an own answer
 GYM = "gym_"  # before the name of a generator of reasoning-gym
@@ -50,10 +51,14 @@ Doc = dict[str, Any]  # of the harness: `prompt` and `answer`, and what a verifi
 
 
 class MadeTask(Task):
-    """Documents that were made here. `kind` is a request of `PlansLM`, and `judge`
-    makes metrics of what it answers.
+    """A task of documents that are at hand; plug-ins know it as `notall.plugins.Task`.
 
-    `metrics` says of each whether higher is better.
+    A document has a `prompt` and an `answer`, and what `judge` needs. `kind` is how the
+    model is asked: "loglikelihood" of the answer, (nats, whether it is the greedy one);
+    "generate_until" with up to `tokens` new ones (a key of the document), the text; or
+    "chat", the same in chat form, the pair of texts of the plan and of the original.
+    `judge` makes the metrics of a document and that result; `metrics` has for each
+    whether higher is better.
     """
 
     VERSION = 3
@@ -77,42 +82,51 @@ class MadeTask(Task):
         """Nothing: the documents are at hand."""
 
     def has_training_docs(self) -> bool:
+        """No: nothing is shown before a question."""
         return False
 
     has_validation_docs = has_training_docs
 
     def has_test_docs(self) -> bool:
+        """Yes: all documents."""
         return True
 
     def test_docs(self) -> Sequence[Doc]:
+        """All documents, in the order they were made."""
         return self.docs
 
     def doc_to_text(self, doc: Doc) -> str:
+        """The prompt."""
         return str(doc["prompt"])
 
     def doc_to_target(self, doc: Doc) -> str:
+        """The answer; empty where a verifier judges."""
         return str(doc["answer"])
 
     def fewshot_context(self, doc: Doc, num_fewshot: int, **_: object) -> str:
+        """The prompt alone, whatever `num_fewshot` is."""
         return self.doc_to_text(doc)
 
     def construct_requests(
         self, doc: Doc, ctx: str, metadata: Any = None, **_: object
     ) -> list[Instance]:
-        asked = (
-            doc["answer"]
-            if self.kind == "loglikelihood"
-            else {"until": [], "max_gen_toks": doc["tokens"]}
-        )
+        """One request: the likelihood of the answer, or so many tokens behind the prompt."""
+        if self.kind == "loglikelihood":
+            asked = doc["answer"]
+        else:
+            asked = {"until": [], "max_gen_toks": doc["tokens"]}
         return [Instance(self.kind, doc, (ctx, asked), 0, metadata=metadata)]
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
+        """What `judge` makes of the one answer, by metric."""
         return self.judge(doc, results[0])
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
+        """The mean, for each metric."""
         return dict.fromkeys(self.metrics, mean)
 
     def higher_is_better(self) -> dict[str, bool]:
+        """The metrics of which more is better."""
         return {name: True for name, better in self.metrics.items() if better}
 
 
@@ -135,17 +149,16 @@ def own_prompts(name: str, items: int, seed: int) -> list[Doc]:
     choose by, others to judge by.
     """
     _, colon, file = name.partition(":")
-    said = (
-        read_prompts(Path(file))[seed != CHOOSING :: 2]
-        if colon
-        else prompts(items, seed=seed, held_out=True)
-    )
-    if not said:
+    if colon:
+        asked = read_prompts(Path(file))[seed != CHOOSING :: 2]
+    else:
+        asked = prompts(items, seed=seed, held_out=True)
+    if not asked:
         raise UsageError(
             f"{shortened(Path(file))} has one prompt: give two or more, every second"
             " one to judge by"
         )
-    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in said[:items]]
+    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in asked[:items]]
 
 
 def source_of(name: str) -> dict[str, str]:
@@ -157,7 +170,7 @@ def source_of(name: str) -> dict[str, str]:
 
 
 def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> MadeTask:
-    """Whether greedy decoding says what was told far back in a text of about so many
+    """Whether greedy decoding says what stands far back in a text of about so many
     tokens.
     """
     draw = random.Random(f"{seed} {form} {tokens}")
@@ -182,7 +195,7 @@ def _found(name: str, episodes: Sequence[Episode]) -> MadeTask:
         docs,
         "loglikelihood",
         {"found": True},
-        lambda _, said: {"found": float(said[1])},
+        lambda _, answer: {"found": float(answer[1])},
     )
 
 
@@ -201,24 +214,24 @@ def answers(name: str, items: int, seed: int) -> MadeTask:
 
 
 def written(name: str, items: int, seed: int) -> MadeTask:
-    """What a plan writes to prompts, beside what the original model writes."""
+    """What a plan writes to prompts, compared with what the original model writes."""
     metrics = {
         "same_beginning": True,
         "same_number": True,
         "valid_json": True,
         "words": False,
     }
-    return MadeTask(name, own_prompts(name, items, seed), "chat", metrics, beside_dense)
+    return MadeTask(name, own_prompts(name, items, seed), "chat", metrics, compared)
 
 
-def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
+def compared(_: Doc, texts: tuple[str, str]) -> dict[str, float]:
     """Of what a plan and the original model wrote: the share of words up to the first
     other one, and the plan's words.
 
     Where the original model's has a number, whether the last one is the same; where it
     has a JSON object, whether the plan's has one with the same fields.
     """
-    ours, theirs = said
+    ours, theirs = texts
     words, base = ours.split(), theirs.split()
     found = {
         "same_beginning": common(words, base) / max(1, len(base)),
@@ -253,12 +266,12 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
         for one in questions
     ]
 
-    def verify(doc: Doc, said: tuple[str, str]) -> dict[str, float]:
-        text = said[0].strip()
+    def verify(doc: Doc, texts: tuple[str, str]) -> dict[str, float]:
+        text = texts[0].strip()
         last = text.rpartition("Answer:")[2].strip() or text
         first = last.splitlines()[0].strip(" *.`$") if last else None
         found = questions.score_answer(first, doc["entry"]) == 1
-        return {"exact_match": float(found), "words": float(len(said[0].split()))}
+        return {"exact_match": float(found), "words": float(len(texts[0].split()))}
 
     return MadeTask(name, docs, "chat", {"exact_match": True, "words": False}, verify)
 
@@ -281,23 +294,37 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+PLUGINS = "notall.tasks"  # the group of entry points of tasks
+
+
+def check_names() -> list[str]:
+    """notall's own checks, and those of installed packages."""
+    return [*MAKERS, *installed_names(PLUGINS)]
+
+
 def is_check(name: str) -> bool:
-    return name in MAKERS or name.startswith((GYM, *ASKING))
+    """Whether a name is of a check: notall's own or a plug-in's, and no harness task's."""
+    return name.startswith((GYM, *ASKING)) or name in check_names()
 
 
 def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
-    """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator
-    of it, or prompts of a file.
+    """The task of a name.
+
+    Raises `UsageError` where reasoning-gym is absent, or has no such generator, where
+    prompts of a file are missing, and where a plug-in makes something else.
     """
     if not name.startswith(GYM):
-        return MAKERS[name.partition(":")[0]](name, items, seed)
+        maker = named(name.partition(":")[0], MAKERS, PLUGINS, "task")
+        task = maker(name, items, seed)
+        expect(task, MadeTask, f"back a notall.plugins.Task for {shortened(name)}")
+        return task
     generator = name.removeprefix(GYM)
     if generator not in generators():
-        told = (
+        raise UsageError(
             "reasoning-gym has no generator"
-            f" {shortened(generator)!r}{nearest(generator, generators())}"
+            f" {shortened(generator)!r}{nearest(generator, generators())}: `notall tasks"
+            " gym` lists them"
         )
-        raise UsageError(f"{told}: `notall tasks gym` lists them")
     return reasoning(generator, name, items, seed)
 
 

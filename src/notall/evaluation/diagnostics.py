@@ -26,12 +26,13 @@ from ..plan import Plan, several
 from ..progress import Progress, Stages, reading, silent, writing
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
-from ..running.replay import Replay, record
+from ..running.recording import record
+from ..running.replay import Replay
 from ..running.skipping import skip
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
-KEYS = 8  # of passkeys, a length: six that are lost can be told from chance
+KEYS = 8  # of passkeys, a length: six that are lost are more than chance
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = (
     8,
@@ -207,7 +208,7 @@ def check_passkey(
     *,
     seed: int = 0,
 ) -> list[list[Check]]:
-    """Whether greedy decoding repeats a number told far back in texts of about so many
+    """Whether greedy decoding repeats a number that stands far back in texts of about so many
     tokens: `KEYS` a length.
     """
     found: list[list[Check]] = []
@@ -235,10 +236,10 @@ def check_passkey(
     return found
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, told: Episode) -> Request:
+def _asked(tokenizer: PreTrainedTokenizerBase, asked: Episode) -> Request:
     before, both = (
         list(tokenizer(text)["input_ids"])
-        for text in (told.text, told.text + told.answer)
+        for text in (asked.text, asked.text + asked.answer)
     )
     return Request(tuple(both[:-1]), tuple(both[len(before) :]))
 
@@ -289,6 +290,7 @@ def check_writing(
 
 
 def repetition(text: Sequence[int]) -> float:
+    """The share of runs of NGRAM tokens that came before in a text, 0 to 1."""
     grams = [
         tuple(text[start : start + NGRAM]) for start in range(len(text) - NGRAM + 1)
     ]

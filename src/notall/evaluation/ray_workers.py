@@ -16,7 +16,7 @@ from ..measuring.quality import score
 from ..plan import Plan
 from ..results.facts import Scores
 from ..running.cluster import Pool, joined
-from ..running.replay import live_steps
+from ..running.steps import live_steps
 from ..structure.model_structure import ModelStructure
 from .scoring import BatchSize, Request, RequestScores, Scorer, common
 

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
-from ..running.replay import Replay, record
+from ..running.recording import record
+from ..running.replay import Replay
 from ..structure.model_structure import (
     base_model,
     inputs_device,
@@ -95,28 +96,21 @@ class Scorer:
             )
         self.model = base_model(model)
         self.device = inputs_device(self.model)
-        self.most_packs = math.inf if batch_size == "auto" else batch_size
-        self.most_tokens = (
-            TOKENS_AT_ONCE.get(self.device.type, 8192)
-            if batch_size == "auto"
-            else math.inf
-        )
+        self.most_packs: float = math.inf
+        self.most_tokens: float = math.inf
+        if batch_size == "auto":
+            self.most_tokens = TOKENS_AT_ONCE.get(self.device.type, 8192)
+        else:
+            self.most_packs = batch_size
         self.most_written = max(self.most_tokens, WRITTEN_AT_ONCE)
         config = text_config(self.model)
-        takes_positions = (
-            "position_ids" in inspect.signature(type(self.model).forward).parameters
-        )
-        self.packs = takes_positions and config._attn_implementation in (
-            "sdpa",
-            "eager",
-        )  # which take any mask
-        self.context = positions_of(
-            self.model
-        )  # as long as the buffers of some models, which no pack may exceed
-        windows = (
-            "sliding_window",
-            "attention_chunk_size",
-        )  # of which a mask of one's own knows nothing
+        parameters = inspect.signature(type(self.model).forward).parameters
+        takes_any_mask = config._attn_implementation in ("sdpa", "eager")
+        self.packs = "position_ids" in parameters and takes_any_mask
+        # as long as the buffers of some models, which no pack may exceed
+        self.context = positions_of(self.model)
+        # a mask of one's own knows nothing of these
+        windows = ("sliding_window", "attention_chunk_size")
         self.window = min(getattr(config, name, None) or math.inf for name in windows)
         self.token_scorer = TokenScorer(self.model)
         self.proved = 0  # the longest sequence for which packed was seen to equal plain
@@ -129,9 +123,8 @@ class Scorer:
         more memory than there is.
         """
         replay = Replay(self.model, plans)
-        by_prompt = any(
-            plan.prefill for plan in plans
-        )  # a plan skips what comes ahead of a continuation
+        # a plan skips what comes ahead of a continuation
+        by_prompt = any(plan.prefill for plan in plans)
         groups: dict[int | None, Sequences] = {}
         for number, request in enumerate(requests):
             about = groups.setdefault(request.prompt_tokens if by_prompt else None, {})
@@ -148,13 +141,10 @@ class Scorer:
         self.plain_tokens += sum(map(len, about))
         waiting = deque(sorted(self._arrange(about, prompt), key=len, reverse=True))
         while waiting:
-            batch = [
-                waiting.popleft()
-                for _ in range(self.fitting(len(waiting[0]), len(waiting)))
-            ]
-            scores = unless_out_of_memory(
-                partial(self._run, replay, batch, about, prompt)
-            )
+            fitting = self.fitting(len(waiting[0]), len(waiting))
+            batch = [waiting.popleft() for _ in range(fitting)]
+            run = partial(self._run, replay, batch, about, prompt)
+            scores = unless_out_of_memory(run)
             if scores is not None:
                 yield scores
             elif len(batch) == 1 and len(batch[0].paths) > 1:
@@ -176,12 +166,10 @@ class Scorer:
         """
         clear_device_cache(garbage_collection=True)
         if rows == 1:
-            told = (
-                f"one sequence of {width} tokens takes more memory than"
-                f" {self.device} has"
-            )
             raise UsageError(
-                f"{told}; give a smaller dtype, fewer examples, or a device_map"
+                f"one sequence of {width} tokens takes more memory than"
+                f" {self.device} has; give a smaller dtype, fewer examples, or a"
+                " device_map"
             )
         if self.most_tokens < math.inf:
             half = rows * width // 2
@@ -201,15 +189,14 @@ class Scorer:
         alike = groupby(
             short, key=lambda sequence: sequence[:prompt] if prompt else None
         )
-        packs = (
-            [pack for _, some in alike for pack in packed(some, self.context)]
-            if self.packs
-            else []
-        )
+        packs: list[Pack] = []
+        for _, some in alike if self.packs else ():
+            packs += packed(some, self.context)
         lengths = [
             max(map(len, pack.paths)) if len(pack.paths) > 1 else 0 for pack in packs
         ]
-        if (longest := max(lengths, default=0)) > self.proved:
+        longest = max(lengths, default=0)
+        if longest > self.proved:
             complaint = self._prove(packs[lengths.index(longest)], about)
             if complaint:
                 warnings.warn(
@@ -220,9 +207,8 @@ class Scorer:
             self.proved = longest
         if not self.packs:
             return list(plain(about))
-        return packs + list(
-            plain(sequence for sequence in about if len(sequence) > self.window)
-        )
+        long = [sequence for sequence in about if len(sequence) > self.window]
+        return packs + list(plain(long))
 
     def _prove(self, pack: "Pack", about: Sequences) -> str | None:
         """Compare a pack with its last and its longest path run alone, on the original;
@@ -255,10 +241,10 @@ class Scorer:
         about: Sequences,
         prompt: int | None = None,
     ) -> RequestScores:
+        """The scores of all requests about the sequences of `packs`, in one batch."""
         numbers: list[int] = []
-        places: list[
-            tuple[int, int, int, int]
-        ] = []  # which of `numbers`, row, column, token
+        # which of `numbers`, row, column, token
+        places: list[tuple[int, int, int, int]] = []
         for row, pack in enumerate(packs):
             for sequence, path in pack.paths.items():
                 for number, asks in about[sequence].items():
@@ -267,26 +253,27 @@ class Scorer:
                         for column, token in zip(path[-len(asks) :], asks)
                     ]
                     numbers.append(number)
-        owners, rows, columns, targets = torch.tensor(places).T
+        owners, rows, columns, targets = torch.tensor(places).T  # (tokens asked,) each
         inputs = inputs_of(packs, self.model.dtype)
         self.tokens += sum(map(len, packs))
-        likely = torch.empty(replay.plans, len(numbers), dtype=torch.float64)
+        shape = replay.plans, len(numbers)
+        likely = torch.empty(shape, dtype=torch.float64)  # (plans, requests)
         missed = torch.empty_like(likely)
+
+        def by_request(values: Tensor) -> Tensor:
+            """Sums over the tokens of each request: (tokens asked,) to (requests,)."""
+            zeros = torch.zeros(len(numbers), dtype=torch.float64)
+            return zeros.index_add_(0, owners, values)
+
         with torch.inference_mode():
-            for plans, hidden in replay.hidden_states(
-                record(self.model, prompt, **inputs)
-            ):
+            recording = record(self.model, prompt, **inputs)
+            for plans, hidden in replay.hidden_states(recording):
+                # (packs, tokens, hidden) to (tokens asked, hidden)
                 judged = hidden[rows.to(hidden.device), columns.to(hidden.device)]
                 scores = self.token_scorer.score(judged, targets, likeliest=True)
-                likely[plans], missed[plans] = (
-                    torch.zeros(len(numbers), dtype=torch.float64).index_add_(
-                        0, owners, values
-                    )
-                    for values in (
-                        -scores.nll.cpu().double(),
-                        (scores.likeliest.cpu() != targets).double(),
-                    )
-                )
+                likely[plans] = by_request(-scores.nll.cpu().double())
+                is_other = scores.likeliest.cpu() != targets
+                missed[plans] = by_request(is_other.double())
         return RequestScores(numbers, likely, missed)
 
 
@@ -304,11 +291,9 @@ def tolerance(dtype: torch.dtype, tokens: int) -> float:
     """By how many nats an answer of so many tokens may differ between two batches: what
     rounding makes of it.
     """
-    return (
-        max(1e-4, 1e-5 * tokens)
-        if dtype in (torch.float32, torch.float64)
-        else max(0.3, 0.1 * tokens)
-    )
+    if dtype in (torch.float32, torch.float64):
+        return max(1e-4, 1e-5 * tokens)
+    return max(0.3, 0.1 * tokens)
 
 
 @dataclass
@@ -319,12 +304,10 @@ class Pack:
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    paths: dict[tuple[int, ...], list[int]] = field(
-        default_factory=dict
-    )  # a sequence: where its tokens are
-    forks: list[int] = field(
-        default_factory=list
-    )  # for each path, how many of its tokens were there before it
+    # by sequence, where its tokens are
+    paths: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    # for each path, how many of its tokens were there before it
+    forks: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -335,9 +318,8 @@ class Pack:
         new = range(len(self), len(self) + len(sequence) - shared)
         self.tokens += sequence[shared:]
         self.positions += range(shared, len(sequence))
-        self.paths[sequence] = (
-            [*self.paths[after][:shared], *new] if after else list(new)
-        )
+        old = self.paths[after][:shared] if after else []
+        self.paths[sequence] = [*old, *new]
         self.forks.append(shared)
 
     def sight(self, width: int) -> Tensor:
@@ -346,35 +328,33 @@ class Pack:
         """
         seen = torch.eye(width, dtype=torch.bool)
         for path, fork in zip(self.paths.values(), self.forks):
-            index = torch.tensor(path)
-            seen[index[fork:, None], index] = torch.ones(
-                len(path), len(path), dtype=torch.bool
-            ).tril()[fork:]
+            index = torch.tensor(path)  # (path,)
+            causal = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+            seen[index[fork:, None], index] = causal[fork:]  # (path - fork, path)
         return seen
 
 
 def common(first: Sequence[object], second: Sequence[object]) -> int:
     """How much two sequences share from their beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second)) if a != b),
-        min(len(first), len(second)),
-    )
+    for place, (ours, theirs) in enumerate(zip(first, second)):
+        if ours != theirs:
+            return place
+    return min(len(first), len(second))
 
 
 def packed(
     sequences: Iterable[tuple[int, ...]], most: float = math.inf
 ) -> Iterator[Pack]:
     """Distinct sequences in as few tokens as packs of sensible size, `most` tokens,
-    allow: each beside its like.
+    allow: similar ones together.
     """
     pack = Pack()
     before: tuple[int, ...] = ()
     for sequence in sorted(sequences):
         shared = common(before, sequence)
         size = len(pack) + len(sequence) - shared
-        room = min(
-            most, MOST_TIMES_LONGEST * max(len(before), len(sequence)) + MOST_BESIDE
-        )
+        longest = max(len(before), len(sequence))
+        room = min(most, MOST_TIMES_LONGEST * longest + MOST_BESIDE)
         if before and (4 * shared < len(sequence) or size > room):
             yield pack
             pack, before = Pack(), ()
@@ -396,20 +376,14 @@ def inputs_of(packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, Tensor]:
     """Token ids (packs, tokens), padded on the right; of several paths positions, a
     mask (packs, 1, tokens, tokens).
     """
-    inputs = {
-        "input_ids": pad_sequence(
-            [torch.tensor(pack.tokens) for pack in packs], batch_first=True
-        )
-    }
+    tokens = [torch.tensor(pack.tokens) for pack in packs]
+    ids = pad_sequence(tokens, batch_first=True)  # (packs, tokens)
+    inputs = {"input_ids": ids}
     if any(len(pack.paths) > 1 for pack in packs):
-        inputs["position_ids"] = pad_sequence(
-            [torch.tensor(pack.positions) for pack in packs], batch_first=True
-        )
-        hidden = torch.stack(
-            [~pack.sight(inputs["input_ids"].shape[1]) for pack in packs]
-        )
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(
-            hidden, torch.finfo(dtype).min
-        )
+        positions = [torch.tensor(pack.positions) for pack in packs]
+        inputs["position_ids"] = pad_sequence(positions, batch_first=True)
+        unseen = torch.stack([~pack.sight(ids.shape[1]) for pack in packs])
+        mask = torch.zeros(unseen.shape, dtype=dtype)  # (packs, tokens, tokens)
+        mask.masked_fill_(unseen, torch.finfo(dtype).min)
         inputs["attention_mask"] = mask[:, None]
     return inputs

@@ -25,7 +25,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from ..errors import UsageError, installed, nearest, shortened
+from ..errors import UsageError, nearest, shortened
+from ..extras import installed
 from ..files import refuse_endless
 from ..models.load_errors import quiet
 from ..progress import reading, writing
@@ -35,14 +36,15 @@ from .checks import (
     GROUPS,
     GYM,
     ITEMS,
-    MAKERS,
     SEED,
+    check_names,
     generators,
     is_check,
     made,
 )
 
 LETTERS = 4  # of a token, about
+HARNESS = ("lm_eval", "lm-eval", "datasets")  # the names of its loggers
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Job:
 
     @property
     def tasks(self) -> dict[str, Task]:
+        """The tasks of the harness, by name: one, or those of a group."""
         return self.loaded["tasks"]
 
     def steps(self, plans: int) -> float:
@@ -208,7 +211,7 @@ class TaskShelf:
         """The harness's index of tasks, read where it is needed: that takes ten seconds
         of CPU time.
         """
-        with quiet():
+        with quiet(*HARNESS):
             return TaskManager(include_path=str(self.folder) if self.folder else None)
 
     def _index(self, names: Sequence[str]) -> Mapping[str, Any]:
@@ -239,7 +242,7 @@ class TaskShelf:
         for name in [
             name for name in found if name not in known and not is_check(name)
         ]:
-            names = dict.fromkeys([*groups, *MAKERS, *self.manager.all_tasks])
+            names = dict.fromkeys([*groups, *check_names(), *self.manager.all_tasks])
             near = difflib.get_close_matches(name, names, 3)
             hint = (
                 f"did you mean {', '.join(near)}?"
@@ -263,7 +266,7 @@ class TaskShelf:
             for name in self.manager.all_tasks
         }
         gym = generators() if installed("reasoning_gym") else []
-        own = [*MAKERS, *(f"{GYM}{generator}" for generator in gym)]
+        own = [*check_names(), *(f"{GYM}{generator}" for generator in gym)]
         kinds = (
             dict.fromkeys(("openllm", *GROUPS), "group")
             | dict.fromkeys(own, "check")
@@ -313,7 +316,11 @@ class TaskShelf:
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
         is_stock = not is_check(name) and self._is_stock(name)
-        with quiet(), no_bars(), in_empty_folder() if is_stock else nullcontext():
+        with (
+            quiet(*HARNESS),
+            no_bars(),
+            in_empty_folder() if is_stock else nullcontext(),
+        ):
             try:
                 seed = CHOOSING if choosing else SEED
                 if is_check(name):
@@ -396,10 +403,10 @@ def no_bars() -> Iterator[None]:
 
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
-    said = str(cause).strip() or type(cause).__name__
+    reason = str(cause).strip() or type(cause).__name__
     if re.search(
         "Couldn't reach|OfflineMode|Connection ?Error|Max retries|offline mode",
-        said,
+        reason,
         re.I,
     ):
         fix = (
@@ -410,5 +417,5 @@ def _complaint(name: str, error: Exception) -> str:
             f"cannot read the data of {name}: the hub is out of reach. Give --task-path"
             f" DIR, {fix}"
         )
-    told = f"cannot build the requests of {name}: {shortened(said, 160)}"
-    return f"{told}; check its data (a network, or its files), examples and limit"
+    problem = f"cannot build the requests of {name}: {shortened(reason, 160)}"
+    return f"{problem}; check its data (a network, or its files), examples and limit"

@@ -105,12 +105,9 @@ class ShapeOptions:
             return model.load()[0]
         if not self.dummy_weights:
             raise UsageError("--shape has no weights of its own: add --dummy-weights")
-        from ..models.loading import (
-            build_random,
-            load_config,
-            resolve_device,
-            resolve_dtype,
-        )
+        from ..models.configs import load_config
+        from ..models.devices import resolve_device, resolve_dtype
+        from ..models.weightless import build_random
 
         place, spec = resolve_device(model.device), self.shape or model.model
         config = load_config(

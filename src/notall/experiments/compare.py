@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ..digests import digest_of
-from ..errors import FIGURES, UsageError, installed, need, shortened
-from ..files import Settings, write_whole
+from ..entry_points import source_of
+from ..errors import UsageError, shortened
+from ..extras import FIGURES, installed, need
+from ..files import write_whole
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import SET_NAMES, Plan, refuse_prefill, several, several_of
-from ..plugins import source_of
 from ..progress import Progress, Stages, silent
 from ..results.facts import (
     DECODE_MS,
@@ -64,6 +65,7 @@ from ..results.table import (
     within,
     words,
 )
+from ..strict_json import Settings
 from .driver import (
     UNREPAIRED,
     HeldScores,

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
-from ..files import Settings
 from ..options import Workload, option
 from ..plan import Plan, refuse_prefill, several
 from ..progress import Progress, Stages, silent, tracked
@@ -25,6 +24,7 @@ from ..results.lines import finite
 from ..results.provenance import Provenance
 from ..results.record import Count, Positive, Quartiles, Record, Share, Skips, Unsigned
 from ..results.table import Column, number, table, with_error, with_quartiles, words
+from ..strict_json import Settings
 from .folder import Folder, Section, Shown
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import Field
 
-from ..errors import FIGURES, UsageError, installed
-from ..files import Settings, write_whole
+from ..errors import UsageError
+from ..extras import FIGURES, installed
+from ..files import write_whole
 from ..options import Workload
 from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
@@ -44,14 +45,16 @@ from ..results.record import (
     is_number,
 )
 from ..results.table import as_csv, as_latex, pivot
+from ..strict_json import Settings
 from .options import TaskChoice
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.harness import PlansLM, TaskResult
+    from ..evaluation.harness import PlansLM
     from ..evaluation.ray_workers import Workers
+    from ..evaluation.task_scores import TaskResult
     from ..evaluation.tasks import Job
     from ..structure.model_structure import ModelStructure
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..files import Settings
 from ..measuring.statistics import Estimate
 from ..plan import Plan, several
 from ..progress import Progress, Stages, reading, silent, tracked
@@ -26,6 +25,7 @@ from ..results.repairs import (
     RefitRecord,
 )
 from ..results.table import Column, number, table, within, words
+from ..strict_json import Settings
 from .bench import BenchRecord
 from .folder import Card, Figure, Folder, Section, Shown, Step, in_nats
 from .options import PlanOptions, TaskChoice

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from ..files import Settings
 from ..plan import Fingerprint, Plan, several
 from ..results import lines
 from ..results.facts import Footprint, Quality, Similarity, Times
@@ -16,6 +15,7 @@ from ..results.ledger import refuse_foreign
 from ..results.provenance import Provenance
 from ..results.record import Command, Quartiles, Record, is_number
 from ..results.table import Table
+from ..strict_json import Settings
 
 R = TypeVar("R", bound=Record)
 Place = tuple[str, int]  # of a sublayer: kind (attention or mlp), layer

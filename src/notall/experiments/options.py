@@ -12,10 +12,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from ..errors import UsageError, nearest, need, shortened
+from ..checkpoint_files import named_weights
+from ..errors import UsageError, nearest, shortened
 from ..exporters import UNPACKED
 from ..exporters.manifest import dense_of, plan_of, weights_beside
-from ..files import Settings, expanded, named_weights
+from ..extras import need
+from ..files import expanded
 from ..integrity import MANIFEST
 from ..models.names import DEFAULT_MODEL, DEFAULT_TEXT, USE, named_gguf
 from ..options import Option, check_sizes, option
@@ -23,6 +25,7 @@ from ..plan import PUBLISHED_AS, Phase, Plan, several
 from ..results.ledger import as_recorded
 from ..results.provenance import Provenance, this_run
 from ..results.terminal import progress_bar
+from ..strict_json import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +95,7 @@ class ModelOptions:
         """Whether the model's config has the layers and the shape of a plan, or there
         is no config that is readable.
         """
-        from ..models.loading import load_config
+        from ..models.configs import load_config
         from ..structure.model_structure import fingerprint
 
         try:
@@ -115,8 +118,9 @@ class ModelOptions:
         as its checkpoint is stored.
         """
         from ..exporters.tensors import stored_sizes
-        from ..models.loading import load_empty, named_dtype
+        from ..models.devices import named_dtype
         from ..models.quantisation import quantisation_of
+        from ..models.weightless import load_empty
         from ..structure.weights import count_as_stored
 
         named = self.own_dtype or (UNPACKED if named_gguf(self.model) else None)
@@ -159,7 +163,8 @@ class ModelOptions:
         the model does.
         """
         from ..measuring.speed import devices_of, machine
-        from ..models.loading import dtype_name, identify
+        from ..models.identity import identify
+        from ..models.loading import dtype_name
 
         about = machine(*devices_of(model))
         where = (

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import Field
 
 from ..errors import shortened
-from ..files import Settings
 from ..plan import several
 from ..results.facts import DELTA_NLL, KL, Footprint, Quality, Similarity, Times
 from ..results.ledger import header_of, read
 from ..results.record import Skips, is_number
 from ..results.repairs import EvaluationRecord
 from ..results.table import Column, as_csv, table, words
+from ..strict_json import Settings
 from .driver import SIMILARITY_READS, LeaveOneOutRecord
 from .folder import Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
 from .verdict import NAME_LETTERS, Verdict, asking_for_less, faults_of, is_usable

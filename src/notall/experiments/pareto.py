@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from ..engines import Engine, Memory, engine_named, weight_bytes, worker
-from ..errors import FIGURES, UsageError, installed, shortened
+from ..errors import UsageError, shortened
 from ..exporters import export
 from ..exporters.manifest import NotAsSkipped, NotVerified, read_manifest, verdict_of
-from ..files import Settings, beside, write_whole
+from ..extras import FIGURES, installed
+from ..files import temporary, write_whole
 from ..integrity import check_manifest
 from ..measuring.statistics import (
     LEAST_ROUNDS,
@@ -50,6 +51,7 @@ from ..results.record import (
     is_number,
 )
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
+from ..strict_json import Settings
 from .folder import Figure, Folder, Message, Section, Shown
 from .options import Words, read_plans, words_of
 from .repair import METHODS, NONE, REFIT, check_method
@@ -655,7 +657,7 @@ class _Run:
             )
             return checkpoint
         plain = self._source_of(variant)
-        with beside(checkpoint) as partial_one:
+        with temporary(checkpoint) as partial_one:
             worker.call(
                 self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one
             )
@@ -774,22 +776,22 @@ class _Run:
 
     def _times(self, variant: Variant) -> Times:
         """Of all of its shape."""
-        from ..measuring.speed import Timing
+        from ..measuring.speed import RoundTimes
 
-        def timing(variants: Sequence[Variant]) -> Timing:
+        def timing(variants: Sequence[Variant]) -> RoundTimes:
             taken = [
                 one
                 for round_of_them in zip(*map(self._rounds, variants))
                 for one in round_of_them
             ]
-            return Timing(
+            return RoundTimes(
                 tuple(one.prefill_ms for one in taken),
                 tuple(one.decode_ms_per_token for one in taken),
                 None,
             )
 
         alike = self._alike(variant)
-        return timing(alike).beside(timing([self.dense] * len(alike)))
+        return timing(alike).compared_with(timing([self.dense] * len(alike)))
 
     def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
         keys = ((*variant.key, number) for number in range(self.workload.rounds))
@@ -812,7 +814,7 @@ def write_plain(
     verified is not measured.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with beside(out) as scratch:
+    with temporary(out) as scratch:
         scratch.mkdir()
         source = engine.source(spec, scratch)
         if stored and Path(source).is_dir():

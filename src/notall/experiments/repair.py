@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import UsageError, shortened
-from ..files import Settings
 from ..models.names import USE
 from ..options import check_sizes, option
 from ..plan import Plan, several
@@ -19,6 +18,7 @@ from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
 from ..results.terminal import progress_bar
+from ..strict_json import Settings
 from .evaluate import shown_measured
 from .folder import Folder, Shown, check_folder
 from .options import ClusterOptions, ModelOptions, Words, check_texts

@@ -15,10 +15,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from ..errors import UsageError, printable, shortened
+from ..encodings import printable
+from ..entry_points import PERMITTED, Permitted
+from ..errors import UsageError, shortened
 from ..options import Asked
 from ..plan import several
-from ..plugins import PERMITTED, Permitted
 from ..results.facts import SPEEDUPS
 from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
 from ..results.record import Fact, Key, Record, Scalar

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
-from ..errors import UsageError, need, shortened
-from ..files import Settings, refuse_others
+from ..errors import UsageError, shortened
+from ..extras import need
+from ..files import refuse_others
 from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Phase, Plan
@@ -36,6 +37,7 @@ from ..results.provenance import Provenance, behind
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
 from ..results.repairs import MeasuredRecord, RepairStep, State
 from ..results.table import Column, number, table, within, words
+from ..strict_json import Settings
 from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
 from .options import (

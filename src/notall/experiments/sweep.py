@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..digests import digest_of
-from ..errors import FIGURES, UsageError, installed
-from ..files import Settings, write_whole
+from ..errors import UsageError
+from ..extras import FIGURES, installed
+from ..files import write_whole
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, reading, silent, writing
@@ -31,6 +32,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, behind, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Record, Unsigned, is_number
 from ..results.table import Column, as_latex, inherited, table, with_error, within
+from ..strict_json import Settings
 from .driver import (
     HeldScores,
     LeaveOneOutRecord,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import shortened
-from ..files import Settings
 from ..models.gguf_sizes import StoredSizes, stored_sizes
 from ..models.names import DEFAULT_TEXT, USE
 from ..plan import Plan, several
@@ -17,6 +16,7 @@ from ..results.lines import finite
 from ..results.provenance import Provenance
 from ..results.record import Quartiles, is_number
 from ..results.table import in_bytes
+from ..strict_json import Settings
 from .folder import Folder, Message, Step, in_nats
 from .recovery import kept_in_words, last_state, short_of, verdict_on
 

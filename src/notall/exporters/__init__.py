@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ..entry_points import class_named
 from ..errors import UsageError, shortened
-from ..files import FULL, Settings, beside, writing
+from ..files import FULL, temporary, writing
 from ..plan import Plan, refuse_prefill
-from ..plugins import class_named
 from ..progress import Progress, silent
 from ..results.lines import refuse_unwritable
 from ..results.table import in_bytes
-from .manifest import TURNED_OFF, Origin, Verdict, describe, manifest_of
+from ..strict_json import Settings
+from .manifest import TURNED_OFF, Origin, Verification, describe, manifest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,13 +80,14 @@ class Export(ABC):
         """Write the files into an empty folder, of several about `shard_bytes` each."""
 
     @abstractmethod
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """Run what was written; raise `UsageError` where it answers differently from
         the skipped model.
         """
 
     @property
     def manifest(self) -> Settings:
+        """What `notall.json` has of the export before it is written."""
         return manifest_of(self.origin, self.plan, self.form)
 
 
@@ -129,10 +131,8 @@ def export(
         from ..running.repaired import refuse_maps
 
         refuse_maps(plan)
-    kind, source = (
-        _target_for(target, plan),
-        Source(model, tokenizer, revision, trust_remote_code, dtype),
-    )
+    kind = _target_for(target, plan)
+    source = Source(model, tokenizer, revision, trust_remote_code, dtype)
     out = Path(out)
     with appearing(out) as folder, kind.prepared(source, plan) as prepared:
         check_room(folder, prepared.written_bytes)
@@ -173,7 +173,7 @@ def appearing(out: Path) -> Iterator[Path]:
     `UsageError` where it cannot.
     """
     check_absent(out)
-    with beside(out) as scratch:
+    with temporary(out) as scratch:
         with writing(f"to {out.parent}", "choose another folder"):
             scratch.mkdir(parents=True)
         try:
@@ -209,8 +209,8 @@ def check_room(folder: Path, size: int) -> None:
     )
     free = shutil.disk_usage(existing).free
     if size > free:
-        told = (
+        problem = (
             f"the export takes {in_bytes(size)}, and {shortened(existing)} has"
             f" {in_bytes(free)} left"
         )
-        raise UsageError(f"{told}; free some, or choose another disk")
+        raise UsageError(f"{problem}; free some, or choose another disk")

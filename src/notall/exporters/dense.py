@@ -1,62 +1,41 @@
-"""The original model as files, of which no weight is loaded before it is written, and
-exports of it as such files.
-"""
+"""The original model as files, of which no weight is loaded before it is written."""
 
 import json
 import re
-import shutil
 import tempfile
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from typing_extensions import Self
 
+from ..checkpoint_files import ADAPTER, named_weights, refuse_adapter
 from ..errors import UsageError
-from ..files import (
-    ADAPTER,
-    Settings,
-    contents,
-    named_weights,
-    own_file,
-    refuse_adapter,
-    saving,
-)
+from ..files import contents, own_file, saving
+from ..models.configs import load_config, model_source, reader_of, refuse_export
+from ..models.identity import identify
 from ..models.load_errors import explained, quiet
-from ..models.loading import (
-    build_empty,
-    identify,
-    load_config,
-    model_source,
-    named_dtype,
-    reader_of,
-    refuse_export,
-)
-from ..models.names import named_gguf
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
-from ..plan import Plan, several
-from ..progress import Progress
+from ..models.weightless import build_empty
+from ..plan import several
 from ..running.repaired import RepairedPlan
-from ..running.skipping import refuse_skipping, skip
+from ..running.skipping import refuse_skipping
+from ..strict_json import Settings, read_json
 from ..structure.locating import locate
 from ..structure.model_structure import (
     ModelStructure,
     Sublayer,
     base_model,
-    text_config,
 )
-from . import UNPACKED, Export, Source
+from . import Source
 from .manifest import Origin
-from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, write_shards
+from .tensors import FLOATS, Weights, check_tensors, read_tensors
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = (
@@ -71,29 +50,17 @@ OTHER_WEIGHTS = (
     "*.tflite",
     "consolidated*",
 )
-# What goes along with the weights, in upper or lower case: of the tokenizer, settings,
-# and terms.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "tokenizer.model", "tokenizer.model.v*", "*.tiktoken",
-    "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
-    "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "processor_config.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "license*", "licence*", "copying*", "notice*",
-    "use_policy*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """`settings` is config.json as it is written, `config` what transformers makes of
-    it.
+    """The original model as the files of a folder. `tensors` are read when they are
+    written.
     """
 
     folder: Path
-    settings: Settings
-    config: PretrainedConfig
+    settings: Settings  # config.json as it is written
+    config: PretrainedConfig  # and as transformers reads it
     empty: PreTrainedModel  # on the meta device
     structure: ModelStructure
     tensors: Weights
@@ -113,24 +80,22 @@ class DenseModel:
         `model.layers.`.
         """
         last = self.structure.layers.rpartition(".")[2]
-        found: dict[str, set[int]] = {}
+        found: dict[str, set[int]] = {}  # the numbers behind each prefix
         for name in self.tensors:
             if match := re.match(rf"((?:.*?\.)?{re.escape(last)}\.)(\d+)\.", name):
                 found.setdefault(match[1], set()).add(int(match[2]))
         depth = len(self.structure.blocks)
-        whole = [
-            prefix for prefix, numbers in found.items() if numbers >= set(range(depth))
-        ]
-        alike = max(
-            map(self._alike, whole), default=0
-        )  # another may be a stack of layers that see, say
-        whole = [prefix for prefix in whole if self._alike(prefix) == alike]
+        every = set(range(depth))
+        whole = [prefix for prefix, numbers in found.items() if numbers >= every]
+        # another may be a stack of layers that see, say
+        most = max(map(self._alike, whole), default=0)
+        whole = [prefix for prefix in whole if self._alike(prefix) == most]
         if len(whole) != 1:
-            told = (
+            raise UsageError(
                 f"the files of {self.origin.model} hold {len(whole)} stacks of"
-                f" {several(depth, 'layer')} named {last!r}"
+                f" {several(depth, 'layer')} named {last!r}, expected one; fetch or save"
+                " the model again"
             )
-            raise UsageError(f"{told}, expected one; fetch or save the model again")
         return whole[0]
 
     def _alike(self, prefix: str) -> int:
@@ -146,6 +111,13 @@ class DenseModel:
             stored.get(f"{prefix}0.{name}") == own.shape
             for name, own in self.layer(0).named_parameters()
         )
+
+    def read(self, name: str) -> Settings:
+        """A JSON file next to the weights, such as generation_config.json; empty where
+        there is none.
+        """
+        file = own_file(self.folder, name)
+        return dict(read_json(contents(file))) if file else {}
 
     def layer(self, index: int) -> nn.Module:
         """On the meta device."""
@@ -171,50 +143,47 @@ class DenseModel:
         return layers
 
     def parts(self, sublayer: Sublayer) -> Weights:
-        """The tensors of one sublayer, by their names below its layer. Raises
-        `UsageError` where names do not tell.
+        """The tensors of one sublayer, by their names below its layer.
+
+        Raises `UsageError` where transformers renames them, so that they may be of
+        either sublayer.
         """
-        index, scaled_by = (
-            sublayer.index,
-            self.structure.blocks[sublayer.index].scaled_by,
-        )
-        own = (item for item in self.layers[index].items() if item[0] != scaled_by)
+        index = sublayer.index
+        scaled_by = self.structure.blocks[index].scaled_by  # of no sublayer
         return {
             name: tensor
-            for name, tensor in own
-            if self._owner(index, name) == sublayer.kind
+            for name, tensor in self.layers[index].items()
+            if name != scaled_by and self._owner(index, name) == sublayer.kind
         }
 
     def _owner(self, index: int, name: str) -> str:
-        """The kind of sublayer of a tensor of a layer; of a renamed one, that of whose
-        modules one is in no file.
+        """The kind of sublayer that a tensor of a layer is of.
+
+        A tensor of no module is renamed by transformers: it is of the only sublayer
+        whose modules the files don't have.
         """
-        layer, absent = self.layer(index), []
+        absent = []
         for part in self.structure.blocks[index].sublayers:
             if any(name.startswith(f"{module}.") for module in part.modules):
                 return part.kind
-            weighing = [
-                one
-                for one in part.modules
-                if next(layer.get_submodule(one).parameters(), None) is not None
-            ]
-            stored = {
-                one
-                for one in weighing
-                for name in self.layers[index]
-                if name.startswith(f"{one}.")
-            }
-            if stored != set(weighing):
+            if not self._has_all_modules(index, part):
                 absent.append(part.kind)
         if len(absent) != 1:
-            told = (
-                f"cannot tell whether {name} of layer {index} is of the attention or of"
-                " the MLP"
-            )
             raise UsageError(
-                f"{told}, because transformers renames it on loading; skip whole blocks"
+                f"cannot tell whether {name} of layer {index} is of the attention or of"
+                " the MLP, because transformers renames it on loading; skip whole"
+                " blocks"
             )
         return absent[0]
+
+    def _has_all_modules(self, index: int, part: Sublayer) -> bool:
+        """Whether the files have tensors of each module of a sublayer that has some."""
+        layer, names = self.layer(index), self.layers[index]
+        for path in part.modules:
+            has_weights = next(layer.get_submodule(path).parameters(), None) is not None
+            if has_weights and not any(name.startswith(f"{path}.") for name in names):
+                return False
+        return True
 
     def with_weights(self, plan: RepairedPlan) -> "DenseModel":
         """With those of a repair. Raises `UsageError` where files differ, and where
@@ -224,17 +193,15 @@ class DenseModel:
         for path, weight in plan.weights.items():
             name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
             stored = tensors.get(name)
-            if (
-                stored is None
-                or stored.shape != tuple(weight.shape)
-                or stored.dtype not in FLOATS
-            ):
-                told = (
-                    f"the files of {self.origin.model} do not hold {path} as the model"
-                    " does"
-                )
+            is_as_in_model = (
+                stored is not None
+                and stored.shape == tuple(weight.shape)
+                and stored.dtype in FLOATS
+            )
+            if stored is None or not is_as_in_model:
                 raise UsageError(
-                    f"{told} (it is renamed, fused or quantised there): export the plan"
+                    f"the files of {self.origin.model} do not hold {path} as the model"
+                    " does (it is renamed, fused or quantised there): export the plan"
                     " unrepaired"
                 )
             plan.check_replaced({path: stored.read()})
@@ -251,14 +218,10 @@ class DenseModel:
                 " leave --dtype out"
             )
         name = next(name for name, ours in FLOATS.items() if ours == dtype)
-        tensors = {
-            path: (
-                tensor.changed(lambda values: values, dtype=name)
-                if tensor.dtype in {*FLOATS} - {name}
-                else tensor
-            )
-            for path, tensor in self.tensors.items()
-        }
+        tensors = dict(self.tensors)
+        for path, tensor in self.tensors.items():
+            if tensor.dtype in FLOATS and tensor.dtype != name:
+                tensors[path] = tensor.changed(lambda values: values, dtype=name)
         says = "torch_dtype" if "torch_dtype" in self.settings else "dtype"
         settings = {**self.settings, says: str(dtype).removeprefix("torch.")}
         return replace(self, tensors=tensors, settings=settings, dtype=dtype)
@@ -268,25 +231,25 @@ class DenseModel:
         may.
         """
         config = self.config
-        window = getattr(config, "use_sliding_window", True) and getattr(
-            config, "sliding_window", None
-        )
         if config.model_type not in families:
             return f"{config.model_type} is not built of Llama's layers"
         if config.hidden_act != "silu":
             return f"its activation is {config.hidden_act}, not silu"
         if self.quantisation is not None:
             return f"its weights are quantised ({quantisation_name(self.quantisation)})"
-        is_narrow = window and window < config.max_position_embeddings
-        return f"its attention has a window of {window} tokens" if is_narrow else ""
+        has_window = getattr(config, "use_sliding_window", True)
+        window = has_window and getattr(config, "sliding_window", None)
+        if window and window < config.max_position_embeddings:
+            return f"its attention has a window of {window} tokens"
+        return ""
 
     def load(self) -> PreTrainedModel:
         """With its weights. Raises `UsageError` where transformers does not run its
         quantisation here.
         """
-        if self.quantisation is not None and (
-            reason := why_not_here(self.quantisation)
-        ):
+        stored = self.quantisation
+        reason = None if stored is None else why_not_here(stored)
+        if reason:
             raise UsageError(reason)
         with explained(self.origin.model), quiet():
             return load_whole(
@@ -314,92 +277,6 @@ def load_whole(
             f" {wrong[0]}"
         )
     return model.eval()
-
-
-def probe_tokens(model: PreTrainedModel, width: int) -> Tensor:
-    """Two sequences by which two models are compared, (2, width)."""
-    return torch.randint(
-        text_config(model).vocab_size,
-        (2, width),
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-@dataclass
-class CheckpointExport(Export):
-    """A folder of safetensors: config.json, weights by their new names with notes in
-    their headers, texts by name.
-    """
-
-    dense: DenseModel
-    plan: Plan
-    settings: Settings
-    tensors: Weights
-    use: str
-    files: Mapping[str, str]
-    notes: Notes
-    unpacked: ClassVar[str] = UNPACKED
-
-    def __post_init__(self) -> None:
-        self.origin, self.form = self.dense.origin, self.settings["model_type"]
-        self.dense_bytes, self.written_bytes = (
-            sum(weight.size for weight in weights.values())
-            for weights in (self.dense.tensors, self.tensors)
-        )
-        wanted = (*COMPANIONS, *(("*.py",) if self.dense.trusted else ()))
-        names = sorted(path.name for path in self.dense.folder.iterdir())
-        listed = (
-            name
-            for name in names
-            if any(fnmatchcase(name.lower(), one) for one in wanted)
-        )
-        self.companions = [
-            file for name in listed if (file := own_file(self.dense.folder, name))
-        ]
-
-    @classmethod
-    @abstractmethod
-    def of(cls, dense: DenseModel, plan: Plan) -> Self:
-        """Raises `UsageError` where the target cannot express the plan."""
-
-    @classmethod
-    @contextmanager
-    def prepared(cls, source: Source, plan: Plan) -> Iterator[Self]:
-        is_gguf = isinstance(source.model, str | Path) and named_gguf(source.model)
-        dtype = source.dtype or (cls.unpacked if is_gguf else None)
-        if dtype:
-            named_dtype(dtype)  # refused before a model is fetched
-        with opened(source) as dense:
-            plan.check(dense.structure)
-            if isinstance(plan, RepairedPlan):
-                dense = dense.with_weights(plan)
-            yield cls.of(dense.in_dtype(named_dtype(dtype)) if dtype else dense, plan)
-
-    @property
-    def texts(self) -> dict[str, str]:
-        return {**self.files, "config.json": json.dumps(self.settings, indent=2) + "\n"}
-
-    def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
-        for name, text in self.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
-        self.copy_companions(folder)
-
-    def skipped_logits(self) -> tuple[Tensor, Tensor]:
-        """Token ids, (2, 13), and what the original model that skips the plan answers:
-        (2, 13, vocabulary).
-        """
-        model = self.dense.load()
-        tokens = probe_tokens(model, 13)
-        with skip(model, self.plan), torch.inference_mode():
-            return tokens, model(input_ids=tokens).logits
-
-    def copy_companions(self, folder: Path) -> None:
-        for file in self.companions:
-            if not (
-                folder / file.name
-            ).exists():  # what the export has written itself stays
-                shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager
@@ -452,22 +329,18 @@ def _read(
     model = build_empty(config)
     structure = locate(model)
     if not structure.cuttable:
-        told = (
-            f"layers of {config.model_type} depend on each other, and none can be cut"
-            " out of its checkpoint"
-        )
         raise UsageError(
-            f"{told}; keep the original checkpoint with the plan file, and skip in"
-            " memory"
+            f"layers of {config.model_type} depend on each other, and none can be cut"
+            " out of its checkpoint; keep the original checkpoint with the plan file,"
+            " and skip in memory"
         )
     check_tensors(name, model, tensors)
-    depth, card = len(structure.blocks), own_file(folder, "README.md")
     origin = Origin(
         **identity,
-        layers=depth,
+        layers=len(structure.blocks),
         fingerprint=structure.fingerprint,
         weights=weights,
-        card=card,
+        card=own_file(folder, "README.md"),
     )
     return DenseModel(
         folder, settings, config, model, structure, tensors, origin, trust_remote_code

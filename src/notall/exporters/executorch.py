@@ -17,16 +17,22 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from ..files import Settings, contents, own_file, read_json
-from ..models.load_errors import quiet
-from ..plan import Plan
-from ..progress import Progress
-from ..running.regrouping import layers_of, sparse_layers
-from ..structure.proving import relative_error
-from .dense import CheckpointExport, DenseModel
-from .manifest import Verdict, Verified
-from .tensors import FLOATS, Weight, Weights
+from notall import Plan, UsageError
+from notall.plugins import (
+    FLOATS,
+    CheckpointExport,
+    DenseModel,
+    Progress,
+    Settings,
+    Verification,
+    Verified,
+    Weight,
+    Weights,
+    layers_of,
+    quiet,
+    relative_error,
+    sparse_layers,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BY_LENGTH = ("dynamic", "longrope")  # RoPEs whose angles go by how long a text is
@@ -66,12 +72,9 @@ AROUND = {
 }
 
 Rows = Sequence[tuple[int | None, int | None]]
-Run = Callable[
-    [Tensor, int], Tensor
-]  # the logits behind tokens, (tokens,), that stand in the text from a place on
-SCALES = (  # how torchao finds them: as ExecuTorch's own exporter asks for
-    "hqq_scale_only"
-)
+# The logits behind tokens, (tokens,), that stand in the text from a place on.
+Run = Callable[[Tensor, int], Tensor]
+SCALES = "hqq_scale_only"  # how torchao finds them, as for ExecuTorch's own exporter
 
 
 class ExecuTorchExport(CheckpointExport):
@@ -88,33 +91,22 @@ class ExecuTorchExport(CheckpointExport):
         ExecuTorch is absent.
         """
         _check(dense)
-        dense = (
-            dense if dense.dtype else dense.in_dtype(torch.float32)
-        )  # all that XNNPACK takes
+        if dense.dtype is None:
+            dense = dense.in_dtype(torch.float32)  # all that XNNPACK takes
         rows = list(sparse_layers(layers_of(dense.structure, plan)))
         tensors = dict(_named(dense, rows))
         if find_spec("executorch") is None:
             raise UsageError(f"ExecuTorch is not installed: {INSTALL}")
-        args = _args(
-            dense,
-            rows,
-            tensors,
-            min(cls.most_tokens, dense.config.max_position_embeddings),
-        )
+        tokens = min(cls.most_tokens, dense.config.max_position_embeddings)
+        args = _args(dense, rows, tensors, tokens)
+        settings = {"model_type": "executorch", "args": args}
         use = USE.format(tokens=args["max_context_len"])
-        return cls(
-            dense,
-            plan,
-            {"model_type": "executorch", "args": args},
-            tensors,
-            use,
-            {},
-            {},
-        )
+        return cls(dense, plan, settings, tensors, use, files={}, notes={})
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        """Build the program, and write it in one file, whatever `shard_bytes`."""
         progress(0, 1, "building a program")
-        with quiet(), warnings.catch_warnings(), torch.no_grad():
+        with quiet("torch", "executorch"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = _program(
                 self._transformer(), self.settings["args"], _stops(self.dense)
@@ -170,7 +162,7 @@ class ExecuTorchExport(CheckpointExport):
             tokens,
         )
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """In ExecuTorch's runtime, by logits: of a prompt read at once, and of tokens
         one by one.
         """
@@ -194,14 +186,11 @@ class Export8da4w(ExecuTorchExport):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, one in self.tensors.items():
-            if (
-                name != EMBEDDING
-                and len(one.shape) == 2
-                and not one.shape[1] % self.group
-            ):  # 16 bits of scale a group
-                self.written_bytes -= one.size - math.prod(one.shape) * (
-                    self.group + 4
-                ) // (2 * self.group)
+            is_matrix = len(one.shape) == 2 and one.shape[1] % self.group == 0
+            if is_matrix and name != EMBEDDING:
+                # 4 bits a weight, and 16 bits of scale a group
+                packed = math.prod(one.shape) * (self.group + 4) // (2 * self.group)
+                self.written_bytes -= one.size - packed
 
     def _transformer(self) -> nn.Module:
         from torchao.quantization import (
@@ -210,37 +199,33 @@ class Export8da4w(ExecuTorchExport):
         )
         from torchao.quantization.granularity import PerGroup
 
-        model, four_bits = super()._transformer(), torch.int4  # type: ignore[attr-defined]
+        model = super()._transformer()
         config = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=four_bits,
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
             weight_granularity=PerGroup(self.group),
             intx_choose_qparams_algorithm=SCALES,
         )
-        quantize_(
-            model,
-            config,
-            lambda one, _: (
-                isinstance(one, nn.Linear) and not one.in_features % self.group
-            ),
-        )
+
+        def fits(module: nn.Module, name: str) -> bool:
+            if not isinstance(module, nn.Linear):
+                return False
+            return module.in_features % self.group == 0
+
+        quantize_(model, config, fits)
         return model
 
-    def verify(self, folder: Path) -> Verdict:
-        """By the error of the logits beside that of torchao's own rounding: no program
+    def verify(self, folder: Path) -> Verification:
+        """By the error of the logits over that of torchao's own rounding: no program
         has that to the last bit.
         """
         tokens, expected = self.skipped_logits()
-        rounded, found = (
-            self.logits(tokens),
-            logits_of_program(folder / PROGRAM, tokens),
-        )
-        program, torchs = (
-            (one - expected[:, -2:]).norm().item() for one in (found, rounded)
-        )
+        rounded = self.logits(tokens)
+        found = logits_of_program(folder / PROGRAM, tokens)
+        last = expected[:, -2:]  # (batch, 2, vocabulary)
+        times = (found - last).norm().item() / (rounded - last).norm().item()
         unit = "times the error of torchao's 8da4w"
-        return Verified(
-            f"ExecuTorch {version('executorch')}", program / torchs, 1.25, unit
-        ).checked()
+        by = f"ExecuTorch {version('executorch')}"
+        return Verified(by, times, 1.25, unit).checked()
 
 
 def runner(program: Path) -> Run:
@@ -265,22 +250,19 @@ def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _logits_of(run: Run, tokens: Tensor) -> Tensor:
+    """As `logits_of_program`, by `run`."""
     last = tokens.shape[1] - 1
-    return torch.stack(
-        [torch.stack([run(text[:last], 0), run(text[last:], last)]) for text in tokens]
-    )
+    pairs = [(run(text[:last], 0), run(text[last:], last)) for text in tokens]
+    return torch.stack([torch.stack(pair) for pair in pairs])
 
 
 def _check(dense: DenseModel) -> None:
-    config, problem = dense.config, dense.unlike_llama(FAMILIES)
-    rope = (
-        getattr(config, "rope_parameters", None)
-        or getattr(config, "rope_scaling", None)
-        or {}
-    )
-    foreign = {*dense.outside_layers} - {*AROUND} | {
-        name for one in dense.layers for name in one
-    } - {*LAYER}
+    config = dense.config
+    problem = dense.unlike_llama(FAMILIES)
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope or getattr(config, "rope_scaling", None) or {}
+    in_layers = {name for layer in dense.layers for name in layer}
+    foreign = ({*dense.outside_layers} - {*AROUND}) | (in_layers - {*LAYER})
     if not problem and foreign:
         problem = f"it has no place for {min(foreign)}"
     elif not problem and (kind := rope.get("rope_type", "default")) in BY_LENGTH:
@@ -297,13 +279,12 @@ def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
     yield from ({HEAD: around[EMBEDDING]} | around).items()  # it ties no weights
     for number, row in enumerate(rows):
         for index, kind in zip(row, ("attention", "mlp")):
-            if index is not None:
-                parts = dense.parts(getattr(dense.structure.blocks[index], kind))
-                yield from (
-                    (f"layers.{number}.{LAYER[n]}", tensor)
-                    for n, tensor in parts.items()
-                    if LAYER[n]
-                )
+            if index is None:
+                continue
+            sublayer = getattr(dense.structure.blocks[index], kind)
+            for name, tensor in dense.parts(sublayer).items():
+                if LAYER[name]:
+                    yield f"layers.{number}.{LAYER[name]}", tensor
 
 
 def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Settings:
@@ -343,13 +324,14 @@ def _stops(dense: DenseModel) -> Settings:
     """The tokens that a text begins and ends with, as ExecuTorch's runners ask for
     them.
     """
-    file = own_file(dense.folder, "generation_config.json")
-    told = {**dense.settings, **(read_json(contents(file)) if file else {})}
-    first, last = told.get("bos_token_id"), told.get("eos_token_id")
-    ends = last if isinstance(last, list) else [last]
-    return ({} if first is None else {"get_bos_id": first}) | (
-        {} if last is None else {"get_eos_ids": ends}
-    )
+    settings = dense.settings | dense.read("generation_config.json")
+    first, last = settings.get("bos_token_id"), settings.get("eos_token_id")
+    stops: Settings = {}
+    if first is not None:
+        stops["get_bos_id"] = first
+    if last is not None:
+        stops["get_eos_ids"] = last if isinstance(last, list) else [last]
+    return stops
 
 
 def _program(model: nn.Module, args: Settings, stops: Settings) -> Any:
@@ -394,10 +376,8 @@ def _program(model: nn.Module, args: Settings, stops: Settings) -> Any:
         edge = to_edge_transform_and_lower(
             traced, None, [XnnpackPartitioner()], about, how
         )
-    planning, shapes_of = (
-        MemoryPlanningPass(alloc_graph_input=False),
-        ConstraintBasedSymShapeEvalPass(),
-    )
+    planning = MemoryPlanningPass(alloc_graph_input=False)
+    shapes_of = ConstraintBasedSymShapeEvalPass()
     return edge.to_executorch(
         ExecutorchBackendConfig(
             memory_planning_pass=planning, sym_shape_eval_pass=shapes_of

@@ -264,11 +264,11 @@ def turned(source: GGUF, place: Place) -> Place:
     """
     part, architecture = _part_of(place.tensor), source.architecture
     if part in UNKNOWN.get(architecture, ()):
-        told = (
+        problem = (
             f"notall does not know how llama.cpp's converter writes {part} of"
             f" {architecture}"
         )
-        raise UsageError(f"{told}, which the plan has weights for; {FIX}")
+        raise UsageError(f"{problem}, which the plan has weights for; {FIX}")
     values = place.values
     for rule in (_rotated, _raised, _transposed, _fused, _recurrent, _of_experts):
         values = rule(source, place.tensor, values)

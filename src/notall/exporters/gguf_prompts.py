@@ -111,19 +111,21 @@ def _prompt_tensors(source: GGUF, weights: "Mapping[str, Tensor]") -> Tensors:
     for module in dict.fromkeys(name.rpartition(".")[0] for name in given):
         matrix = source.tensors.get(f"{module}.weight")
         if matrix is None:
-            told = (
+            problem = (
                 f"{source.path.name} has no {module}.weight, which the plan has"
                 " weights for"
             )
             raise UsageError(
-                f"{told}; convert the model with its queries, keys and values apart"
+                f"{problem}; convert the model with its queries, keys and values apart"
             )
         for kind, shape in (("weight", matrix.shape), ("bias", matrix.shape[:1])):
             name, own = f"{module}.{kind}", f"{module}{PREFILL}.{kind}"
             stored, values = source.tensors.get(name), given.get(name)
             if values is not None and values.shape != shape:
-                told = f"the prompt's {name} is {values.shape}, and the model's {shape}"
-                raise UsageError(f"{told}; repair the model of this file")
+                problem = (
+                    f"the prompt's {name} is {values.shape}, and the model's {shape}"
+                )
+                raise UsageError(f"{problem}; repair the model of this file")
             if values is not None:
                 tensors[own] = packed(
                     values, stored.quantization if stored else Kind.F32

@@ -49,13 +49,9 @@ def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
 
 def _put(source: GGUF, changed: dict[str, Values], path: str, place: Place) -> None:
     stored = source.tensors.get(place.tensor)
-    shape = (
-        None
-        if stored is None
-        else stored.shape
-        if place.part is None
-        else stored.shape[1:]
-    )
+    shape = stored.shape if stored else None
+    if shape and place.part is not None:
+        shape = shape[1:]  # of one of several in the tensor, such as an expert
     values = place.values
     if shape and place.tensor in (EMBEDDING, HEAD):
         values = values[: shape[0]]  # a file may lack the rows that no token has
@@ -128,10 +124,8 @@ def _warn_of_wider(source: GGUF, tensors: Mapping[str, GGUFTensor]) -> None:
         kind.name for name, kind in before.items() if kind != tensors[name].quantization
     }
     if widened:
-        named, fix = (
-            ", ".join(sorted(widened)),
-            "repair and export an F16 file, and quantise that",
-        )
+        named = ", ".join(sorted(widened))
+        fix = "repair and export an F16 file, and quantise that"
         logger.warning(
             "repaired weights that were %s are written in 8 bits, in which they lose"
             " less; to have that type, %s",

@@ -3,6 +3,7 @@ with its own modeling file.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,17 +14,19 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..engines.vllm import NATIVE
 from ..errors import UsageError
-from ..files import Settings
+from ..models.configs import reader_of
 from ..models.load_errors import explained, quiet
-from ..models.loading import reader_of
 from ..plan import Plan
-from ..running.regrouping import layers_of
+from ..running.regrouping import Layer, layers_of
 from ..running.skipping import skip
+from ..strict_json import Settings
 from ..structure.model_structure import cache_argument, positions_of
 from ..structure.proving import relative_error, tolerance
-from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
-from .layout import build_of, check_built, cut_settings, moved_modules, moved_tensors
-from .manifest import NotVerified, Verdict, Verified
+from .checkpoint import CheckpointExport, probe_tokens
+from .config_cuts import cut_settings
+from .dense import DenseModel, load_whole
+from .layout import build_of, check_built, moved_modules, moved_tensors
+from .manifest import NotVerified, Verification, Verified
 from .prompt_code import CAUSAL, PromptCode, check_form
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import (
@@ -38,17 +41,11 @@ from .remote_code import (
 )
 from .tensors import check_copies, read_notes
 
-SUBLAYERS = (
-    "attention",
-    "mlp",
-    "before",
-    "after",
-)  # of each layer, as config.json has them
+# of each layer, as config.json has them
+SUBLAYERS = ("attention", "mlp", "before", "after")
 STEPS = 3  # behind a prompt that is compared
-TOKENS, PADDING = (
-    12,
-    5,
-)  # of the sequences that are compared; and of these, on the left of the first
+TOKENS = 12  # of the sequences that are compared
+PADDING = 5  # of these, on the left of the first sequence
 
 LOADED = (
     "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nfolder"
@@ -95,36 +92,28 @@ class HFExport(CheckpointExport):
         """
         if plan.prefill:
             return cls._of_prompts(dense, plan)
-        layers, base = layers_of(dense.structure, plan), dense.config.model_type
+        base = dense.config.model_type
+        layers = layers_of(dense.structure, plan)
         settings = cut_settings(dense, layers)
         files: dict[str, str] = {}
         notes: dict[str, str] = {}
         if dense.quantisation is not None:
             moved = moved_modules(dense, layers)
-            settings["quantization_config"] = cut_quantisation(
-                dense.quantisation, moved, dense.prefix
-            )
-            notes = renamed_notes(
-                read_notes(dense.folder / dense.origin.weights), moved
-            )
+            quantised = cut_quantisation(dense.quantisation, moved, dense.prefix)
+            settings["quantization_config"] = quantised
+            stored = read_notes(dense.folder / dense.origin.weights)
+            notes = renamed_notes(stored, moved)
         check_built(dense, settings, layers)
         use = ORDINARY_USE.format(base=base)
         if not all(layer.is_ordinary for layer in layers):
             _check_regrouped(dense, plan)
-            settings |= {
-                "model_type": model_type_of(base),
-                "architectures": [classes_of(base)["AutoModelForCausalLM"]],
-                "auto_map": auto_map(base),
-                "sublayers": [
-                    {name: vars(layer)[name] for name in SUBLAYERS} for layer in layers
-                ],
-            }
-            use, files = REGROUPED_USE, {modeling_file(base): source_of(base)}
+            settings |= _regrouped_settings(base, layers)
+            use = REGROUPED_USE
+            files = {modeling_file(base): source_of(base)}
         elif not dense.trusted:
             settings.pop("auto_map", None)  # the code that it names does not go along
-        return cls(
-            dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes
-        )
+        tensors = dict(moved_tensors(dense, layers))
+        return cls(dense, plan, settings, tensors, use, files, notes)
 
     @classmethod
     def _of_prompts(cls, dense: DenseModel, plan: Plan) -> "HFExport":
@@ -136,28 +125,16 @@ class HFExport(CheckpointExport):
         settings = {**dense.settings, **code.settings(dense, plan)}
         tensors = code.tensors(dense, plan)
         notes = read_notes(dense.folder / dense.origin.weights)
-        return cls(
-            dense,
-            plan,
-            settings,
-            tensors,
-            PROMPT_USE.format(
-                last=plan.prefill.last_tokens,
-                vllm=IN_VLLM if code.base in NATIVE else "",
-            ),
-            {code.file: code.source},
-            notes,
-        )
+        vllm = IN_VLLM if code.base in NATIVE else ""
+        use = PROMPT_USE.format(last=plan.prefill.last_tokens, vllm=vllm)
+        files = {code.file: code.source}
+        return cls(dense, plan, settings, tensors, use, files, notes)
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By its bytes, and by logits, one model at a time, unless it is quantised and
         not to be run here.
         """
-        dense, base, logits_of = (
-            self.dense,
-            self.dense.config.model_type,
-            self._logits_of,
-        )
+        dense = self.dense
         check_copies(folder, self.tensors, self.texts)
         try:
             model = dense.load()
@@ -168,30 +145,38 @@ class HFExport(CheckpointExport):
                 f"{error}; each tensor is the original model's, bit for bit"
             )
         with skip(model, self.plan):
-            expected = logits_of(model)
+            expected = self._logits_of(model)
         del model
-        loader = reader_of(dense.config)
-        if self.form == model_type_of(base):
-            loader = getattr(
-                load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"]
-            )
+        loader = self._loader(folder)
+        with explained(folder.name), quiet():
+            found = self._logits_of(load_whole(loader, folder, dense.trusted))
+        by = f"transformers {transformers.__version__}"
+        off = relative_error(found, expected)
+        most = tolerance(expected.dtype)
+        return Verified(by, off, most, "of the largest logit").checked()
+
+    def _loader(self, folder: Path) -> Any:
+        """The class that reads what was written: transformers' own, or of its modeling
+        file.
+        """
+        base = self.dense.config.model_type
         if self.plan.prefill:
             code = PromptCode(base)
-            loader = getattr(
-                run_source(folder / code.file, code.source), code.classes[CAUSAL]
-            )
-        with explained(folder.name), quiet():
-            found = logits_of(load_whole(loader, folder, dense.trusted))
-        by, most = f"transformers {transformers.__version__}", tolerance(expected.dtype)
-        return Verified(
-            by, relative_error(found, expected), most, "of the largest logit"
-        ).checked()
+            module = run_source(folder / code.file, code.source)
+            return getattr(module, code.classes[CAUSAL])
+        if self.form == model_type_of(base):
+            name = classes_of(base)["AutoModelForCausalLM"]
+            return getattr(load_modeling(folder, base), name)
+        return reader_of(self.dense.config)
 
     def _logits_of(self, model: PreTrainedModel) -> Tensor:
+        """Of a prompt and some steps behind it where a prompt skips, else of a batch
+        with padding.
+        """
         skips = self.plan.prefill
-        return (
-            _generated_logits(model, skips.last_tokens) if skips else _logits_of(model)
-        )
+        if skips:
+            return _generated_logits(model, skips.last_tokens)
+        return _logits_of(model)
 
     @property
     def manifest(self) -> Settings:
@@ -204,39 +189,47 @@ class HFExport(CheckpointExport):
             for block in structure.blocks
             if block.index not in self.plan.attention
         ]
-        breaks = structure.period > 1 and not structure.keeps_period(kept)
-        return super().manifest | (
-            {"breaks_period": structure.period} if breaks else {}
-        )
+        manifest = super().manifest
+        if structure.period > 1 and not structure.keeps_period(kept):
+            manifest = manifest | {"breaks_period": structure.period}
+        return manifest
+
+
+def _regrouped_settings(base: str, layers: Sequence[Layer]) -> Settings:
+    """What config.json of a regrouped checkpoint has in place of the original's."""
+    return {
+        "model_type": model_type_of(base),
+        "architectures": [classes_of(base)["AutoModelForCausalLM"]],
+        "auto_map": auto_map(base),
+        "sublayers": [
+            {name: vars(layer)[name] for name in SUBLAYERS} for layer in layers
+        ],
+    }
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
     base, blocks = dense.config.model_type, dense.structure.blocks
     if blocks[0].parallel:
-        told = f"in {base} the attention and the MLP of a block run side by side"
         raise UsageError(
-            f"{told}, so that a checkpoint can lack whole blocks only; skip blocks"
+            f"in {base} the attention and the MLP of a block run side by side, so that"
+            " a checkpoint can lack whole blocks only; skip blocks"
         )
     fix = "skip whole blocks, or choose a portable plan"
     if base not in FAMILIES:
-        told = (
+        raise UsageError(
             "this plan keeps sublayers that do not alternate, attention, MLP,"
-            " attention, MLP"
+            f" attention, MLP, and notall has no form for that in {base} (it has for"
+            f" {', '.join(FAMILIES)}); {fix}"
         )
-        lacks = (
-            f"notall has no form for that in {base} (it has for {', '.join(FAMILIES)})"
-        )
-        raise UsageError(f"{told}, and {lacks}; {fix}")
     kinds = {
         repr(build_of(dense.layer(block.index), block.mlp))
         for block in blocks
         if block.index not in plan.mlp
     }
     if len(kinds) > 1:
-        told = f"this {base} has MLPs of {len(kinds)} kinds"
         raise UsageError(
-            f"{told}, and an MLP without its attention would be built as the wrong one;"
-            f" {fix}"
+            f"this {base} has MLPs of {len(kinds)} kinds, and an MLP without its"
+            f" attention would be built as the wrong one; {fix}"
         )
 
 

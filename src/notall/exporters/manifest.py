@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
-from ..errors import UsageError, printable, shortened
-from ..files import Settings, expanded
+from ..encodings import printable
+from ..errors import UsageError, shortened
+from ..files import expanded
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan, several
 from ..results.repairs import LITTLE
+from ..strict_json import Settings
+from ..version import __version__
 
 if TYPE_CHECKING:
     from . import Export
@@ -73,14 +75,11 @@ class Verified:
     def checked(self) -> "Verified":
         """Raises `NotAsSkipped` where it answered differently."""
         if not self.difference <= self.most:
-            off = (
-                f"by {self.difference:.3g} {self.unit} (at most {self.most:.3g} was"
-                " expected), so nothing was written"
-            )
-            told = f"{self.by} answers differently from the skipped model, {off}"
             raise NotAsSkipped(
-                f"{told}; please report model and plan, or export without this"
-                " comparison (--no-verify)"
+                f"{self.by} answers differently from the skipped model, by"
+                f" {self.difference:.3g} {self.unit} (at most {self.most:.3g} was"
+                " expected), so nothing was written; please report model and plan, or"
+                " export without this comparison (--no-verify)"
             )
         return self
 
@@ -95,58 +94,59 @@ class NotVerified:
         return f"not compared with the skipped model: {self.not_run}"
 
 
-Verdict = Verified | NotVerified
+Verification = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
 def describe(
-    folder: Path, export: "Export", verdict: Verdict, measured: Settings | None = None
+    folder: Path,
+    export: "Export",
+    verdict: Verification,
+    measured: Settings | None = None,
 ) -> None:
     """Write the manifest, with what is known now that the weights are written, and the
     card.
     """
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
-    write_manifest(
-        folder,
-        {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)},
-    )
-    (folder / "README.md").write_text(
-        _card(export, verdict, measured), encoding="utf-8"
-    )
+    known = {"weight_bytes": weights, "verified": asdict(verdict)}
+    write_manifest(folder, {**export.manifest, **known})
+    card = _card(export, verdict, measured)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
     """The plan, twice: ours, and as transformers' `per_layer_config` has it. `form` is
     the model type written.
     """
-    kinds = {
-        i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)]
-        for i in range(origin.layers)
-    }
-    repair: Settings = {}
-    if hasattr(plan, "history"):  # of a repaired plan, whose class would import torch
-        steps = [
-            {**step.model_dump(mode="json"), "told": str(step)} for step in plan.history
-        ]
-        refits = [
-            refit.model_dump(mode="json", exclude={"record", "provenance"})
-            for refit in plan.refits  # type: ignore[attr-defined]
-        ]
-        repair = {
-            "repair": {"weights": plan.digest, "history": steps, "refits": refits}
-        }
+    dense = asdict(origin)
+    del dense["card"]
+    per_layer: Settings = {}
+    for index in range(origin.layers):
+        kinds = [kind for kind in ("attention", "mlp") if index in getattr(plan, kind)]
+        if kinds:
+            per_layer[str(index)] = {"skip": kinds}
     return {
         "notall": __version__,
         "model_type": form,
-        "dense": {
-            name: value for name, value in asdict(origin).items() if name != "card"
-        },
+        "dense": dense,
         "plan": {**plan.indices, "note": plan.note},
-        **repair,
-        "per_layer_config": {
-            str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped
-        },
+        **_repair_of(plan),
+        "per_layer_config": per_layer,
     }
+
+
+def _repair_of(plan: Plan) -> Settings:
+    """What made the weights of a repaired plan; empty for any other."""
+    if not hasattr(plan, "history"):  # its class would import torch
+        return {}
+    steps = [
+        {**step.model_dump(mode="json"), "told": str(step)} for step in plan.history
+    ]
+    refits = [
+        refit.model_dump(mode="json", exclude={"record", "provenance"})
+        for refit in plan.refits  # type: ignore[attr-defined]
+    ]
+    return {"repair": {"weights": plan.digest, "history": steps, "refits": refits}}
 
 
 def plan_of(folder: Path) -> Plan:
@@ -161,30 +161,28 @@ def plan_of(folder: Path) -> Plan:
             "mlp": plan["mlp"],
             "prefill": plan.get("prefill", {}),
         }
-        is_repaired, found = (
-            "repair" in manifest,
-            Plan(**skipped, note=plan.get("note")),
-        )
+        is_repaired = "repair" in manifest
+        found = Plan(**skipped, note=plan.get("note"))
     except (KeyError, TypeError, AttributeError, UsageError):
         raise UsageError(
             f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}"
         ) from None
     if is_repaired:
-        which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
-        told = f"{shortened(folder)} was exported from a repaired plan"
-        raise UsageError(f"{told}: give the folder of the repair itself{which}")
-    shape = Fingerprint.parse(
-        fingerprint
-    )  # that of a GGUF file has no digest, and is equal to no model's
-    return (
-        found.model_copy(update={"fingerprint": str(fingerprint)})
-        if shape and shape.digest
-        else found
-    )
+        repairs = weights_beside(folder)
+        which = f", {shortened(repairs)}" if repairs else ""
+        raise UsageError(
+            f"{shortened(folder)} was exported from a repaired plan: give the folder of"
+            f" the repair itself{which}"
+        )
+    # that of a GGUF file has no digest, and is equal to no model's
+    shape = Fingerprint.parse(fingerprint)
+    if shape and shape.digest:
+        return found.model_copy(update={"fingerprint": str(fingerprint)})
+    return found
 
 
 def weights_beside(folder: Path) -> Path | None:
-    """The folder of the repair that an export was made of, where it lies beside it."""
+    """The folder of the repair that an export was made of, where it is next to it."""
     repairs = folder.with_name(f"{folder.name}.repaired")
     return repairs if repairs.is_dir() else None
 
@@ -200,7 +198,8 @@ def dense_of(folder: Path) -> str:
         return "the hub id or folder that it was made of"
 
 
-def verdict_of(manifest: Settings) -> Verdict:
+def verdict_of(manifest: Settings) -> Verification:
+    """The verdict that a manifest holds."""
     found = manifest["verified"]
     return NotVerified(**found) if "not_run" in found else Verified(**found)
 
@@ -216,13 +215,13 @@ def check_verified(spec: str | Path) -> None:
     ):
         return
     if isinstance(verdict := verdict_of(manifest), NotVerified):
-        told = f"{shortened(path.name)} is an export that was {verdict}"
+        problem = f"{shortened(path.name)} is an export that was {verdict}"
         raise UsageError(
-            f"{told}: export it again with that comparison, and measure what passes it"
+            f"{problem}: export it again with that comparison, and measure what passes it"
         )
 
 
-def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
+def _card(export: "Export", verdict: Verification, measured: Settings | None) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the
     original model's licence.
     """
@@ -234,37 +233,32 @@ def _card(export: "Export", verdict: Verdict, measured: Settings | None) -> str:
     base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
     data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
     in_prompt = plan.get("prefill")
-    named = in_prompt or plan
-    skipped = [
-        (name, ", ".join(map(str, named[name.lower()])) or "none")
+    skips = in_prompt or plan
+    rows = [
+        (name, ", ".join(map(str, skips[name.lower()])) or "none")
         for name in ("attention", "MLP")
     ]
-    title, told, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
+    title, note, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
     model, revision = literal(dense["model"]), literal(dense["revision"])
     sections = [
         f"# {model} {title}",
         (
             f"Written by notall {manifest['notall']} from {model} ({revision}), which"
-            f" has {several(dense['layers'], 'layer')}. {told}"
+            f" has {several(dense['layers'], 'layer')}. {note}"
         ),
-        _table(("sublayer", head), skipped),
-        *([f"Plan: {literal(plan['note'])}."] if plan["note"] else []),
-        *(
-            _on_repair(manifest["repair"], export.own_keys if in_prompt else None)
-            if "repair" in manifest
-            else []
-        ),
-        export.use,
-        f"Check: {verdict}.",
+        _table(("sublayer", head), rows),
     ]
+    if plan["note"]:
+        sections.append(f"Plan: {literal(plan['note'])}.")
+    if "repair" in manifest:
+        own_keys = export.own_keys if in_prompt else None
+        sections += _on_repair(manifest["repair"], own_keys)
+    sections += [export.use, f"Check: {verdict}."]
     if measured:
-        rows = [
-            (
-                literal(name),
-                literal(f"{value:.4g}" if isinstance(value, float) else value),
-            )
-            for name, value in measured.items()
-        ]
+        rows = []
+        for name, value in measured.items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            rows.append((literal(name), literal(shown)))
         sections += ["## Measured", _table(("what", "value"), rows)]
     card = f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
     return "\n".join(map(printable, card.split("\n")))  # notes are anyone's

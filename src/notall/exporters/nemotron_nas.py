@@ -18,21 +18,27 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
-from ..errors import UsageError
-from ..files import Settings
-from ..models.own_exports import MULTIPLE
-from ..plan import Plan
-from ..progress import Progress
-from ..running.regrouping import layers_of, sparse_layers
-from ..structure.proving import relative_error
-from .dense import CheckpointExport, DenseModel
-from .layout import rope_names
-from .manifest import NotVerified, Verdict, Verified
-from .tensors import Weight, check_copies
+from notall import Plan, UsageError
+from notall.plugins import (
+    CheckpointExport,
+    DenseModel,
+    NotVerified,
+    Progress,
+    Settings,
+    Verification,
+    Verified,
+    Weight,
+    check_copies,
+    layers_of,
+    relative_error,
+    rope_names,
+    sparse_layers,
+)
 
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2")
+MULTIPLE = 256  # engines round an MLP's width up to one of these
 KEPT = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id",
@@ -69,22 +75,17 @@ class NemotronExport(CheckpointExport):
         layers = list(sparse_layers(layers_of(dense.structure, plan)))
         use = USE if layers[0][0] is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
         files = {"configuration_decilm.py": CONFIGURATION}
-        return cls(
-            dense,
-            plan,
-            _settings(dense, layers),
-            dict(_named(dense, layers)),
-            use,
-            files,
-            {},
-        )
+        settings = _settings(dense, layers)
+        tensors = dict(_named(dense, layers))
+        return cls(dense, plan, settings, tensors, use, files, notes={})
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        """Warn, too, where vLLM cannot run what is written."""
         super().write(folder, shard_bytes, progress)
         if WITHOUT_FIRST_ATTENTION in self.use:
             logger.warning(WITHOUT_FIRST_ATTENTION)
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By its bytes, and in MLX-LM, on a batch without padding; says so where MLX-LM
         is not installed.
         """
@@ -92,9 +93,8 @@ class NemotronExport(CheckpointExport):
         if find_spec("mlx_lm") is None:
             return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
         tokens, expected = self.skipped_logits()
-        most = (
-            1e-3 if expected.dtype == torch.float32 else 5e-2
-        )  # its kernels are its own
+        # its kernels are its own
+        most = 1e-3 if expected.dtype == torch.float32 else 5e-2
         error = relative_error(logits_in_mlx(folder, tokens), expected)
         return Verified(
             f"MLX-LM {version('mlx-lm')}", error, most, "of the largest logit"
@@ -113,12 +113,10 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def _check(dense: DenseModel) -> None:
-    config, problem = dense.config, dense.unlike_llama(FAMILIES)
-    head = getattr(config, "head_dim", None)
-    if not problem and head not in (
-        None,
-        config.hidden_size // config.num_attention_heads,
-    ):
+    config = dense.config
+    problem = dense.unlike_llama(FAMILIES)
+    size = config.hidden_size // config.num_attention_heads
+    if not problem and getattr(config, "head_dim", None) not in (None, size):
         problem = "its heads are not the hidden size divided by their number"
     if problem:
         raise UsageError(

@@ -9,10 +9,10 @@ from importlib.resources import files
 from string import Template
 
 from ..errors import UsageError
-from ..files import Settings
 from ..models.own_exports import PROMPT_SKIPS
 from ..plan import Plan
 from ..running.repaired import RepairedPlan
+from ..strict_json import Settings
 from .dense import DenseModel
 from .remote_code import FAMILIES
 from .tensors import Weight, Weights
@@ -36,10 +36,12 @@ class PromptCode:
 
     @property
     def model_type(self) -> str:
+        """That of config.json."""
         return f"{PROMPT_SKIPS}{self.base}"
 
     @property
     def file(self) -> str:
+        """The name of the modeling file."""
         return f"modeling_{self.model_type}.py"
 
     @property
@@ -52,6 +54,7 @@ class PromptCode:
 
     @cached_property
     def source(self) -> str:
+        """The text of the modeling file."""
         names = {
             "base": self.base,
             "name": FAMILIES[self.base].name,
@@ -100,29 +103,21 @@ def check_form(dense: DenseModel, plan: Plan) -> None:
     """
     base = dense.config.model_type
     if plan.attention or plan.mlp:
-        both = (
-            "this plan skips sublayers for every token and others in the prompt alone"
-        )
         raise UsageError(
-            f"{both}, and notall has no checkpoint of both; export a plan of one part"
+            "this plan skips sublayers for every token and others in the prompt alone,"
+            " and notall has no checkpoint of both; export a plan of one part"
         )
     if base not in BASES:
-        lacks = (
-            f"notall has no checkpoint that skips in the prompt alone for {base} (it"
-            f" has for {', '.join(BASES)})"
-        )
         raise UsageError(
-            f"{lacks}; run the plan with notall.skip, or give one that skips for every"
-            " token"
+            f"notall has no checkpoint that skips in the prompt alone for {base} (it"
+            f" has for {', '.join(BASES)}); run the plan with notall.skip, or give one"
+            " that skips for every token"
         )
     if dense.quantisation is not None:
-        told = (
-            "its weights are quantised, and notall has no such checkpoint that skips in"
-            " the prompt alone"
-        )
         raise UsageError(
-            f"{told}; run the plan with notall.skip, or export the original model in"
-            " plain numbers"
+            "its weights are quantised, and notall has no such checkpoint that skips in"
+            " the prompt alone; run the plan with notall.skip, or export the original"
+            " model in plain numbers"
         )
 
 
@@ -152,17 +147,15 @@ def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weigh
         matrix = dense.tensors[f"{dense.prefix}{module}.weight"]
         plan.check_replaced({f"{layers}{module}.weight": matrix.read()})
         for kind, shape in (("weight", matrix.shape), ("bias", matrix.shape[:1])):
-            stored, values = (
-                dense.tensors.get(f"{dense.prefix}{module}.{kind}"),
-                given.get(f"{module}.{kind}"),
-            )
+            stored = dense.tensors.get(f"{dense.prefix}{module}.{kind}")
+            values = given.get(f"{module}.{kind}")
             path = f"{dense.prefix}{index}.{above}.prompt_{projection}.{kind}"
             if values is not None and tuple(values.shape) != shape:
-                told = (
+                problem = (
                     f"the prompt's {module}.{kind} is {tuple(values.shape)}, and the"
                     f" model's {shape}"
                 )
-                raise UsageError(f"{told}; repair this model")
+                raise UsageError(f"{problem}; repair this model")
             if values is not None:
                 like = stored or matrix.changed(lambda whole: whole[:, 0], shape)
                 yield f"{index}.{projection}.{kind}", path, like.holding(values)

@@ -15,8 +15,8 @@ from itertools import accumulate
 from typing import Any
 
 from ..errors import UsageError, shortened
-from ..files import Settings
 from ..models.quantisation import quantisation_name
+from ..strict_json import Settings
 
 Moved = dict[
     str, str | None
@@ -67,9 +67,8 @@ SIGNED = Words(
     ),
 )
 
-Rules = Mapping[
-    tuple[str, ...], Words
-]  # where settings name modules, `*` being any key, and how
+# where settings name modules, `*` being any key, and how
+Rules = Mapping[tuple[str, ...], Words]
 
 _LISTS: Rules = {
     (name,): BEGINNINGS
@@ -99,70 +98,59 @@ RULES: Mapping[str, Rules] = {
 
 def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
     """Those of an export; the names of layers begin with `layers`. Raises `UsageError`
-    where not all can be told.
+    where not all of them are known.
     """
     method = quantisation_name(settings)
     rules = RULES.get(method.split()[0], {})
     last = layers.rstrip(".").rpartition(".")[2]
-    numbered = re.compile(
-        rf"\b{re.escape(last)}\W*\d"
-    )  # a number behind the list of layers, perhaps in a pattern
-    weights = moved | {
-        f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()
-    }
+    # a number behind the list of layers, perhaps in a pattern
+    numbered = re.compile(rf"\b{re.escape(last)}\W*\d")
+    weights = dict(moved)
+    for name, new in moved.items():
+        weights[f"{name}.weight"] = new and f"{new}.weight"
+
+    def rule_of(path: tuple[str, ...]) -> Words | None:
+        for rule, words in rules.items():
+            if len(rule) == len(path) and all(map(fnmatchcase, path, rule)):
+                return words
+        return None
 
     def cut(value: Any, *path: str) -> Any:
         """What stands at `path`; where a rule names that, its patterns are renumbered:
         entries of a list, or keys.
         """
-        ruled = (
-            rules[rule]
-            for rule in rules
-            if len(rule) == len(path) and all(map(fnmatchcase, path, rule))
-        )
-        if words := next(ruled, None):
-            return _each(
-                value,
-                partial(
-                    _renumbered, words, weights if words.weights else moved, layers
-                ),
-            )
-        if any(
-            isinstance(told, str) and numbered.search(told)
-            for told in (*path[-1:], value)
-        ):
-            where = (
-                f"tell layers apart in {'.'.join(path)}, which notall cannot cut, so"
-                " this plan runs in memory only"
-            )
-            raise UsageError(
-                f"the quantisation settings of this model ({method}) {where}"
-            )
+        if words := rule_of(path):
+            names = weights if words.weights else moved
+            return _each(value, partial(_renumbered, words, names, layers))
+        for word in (*path[-1:], value):
+            if isinstance(word, str) and numbered.search(word):
+                raise UsageError(
+                    f"the quantisation settings of this model ({method}) tell layers"
+                    f" apart in {'.'.join(path)}, which notall cannot cut, so this plan"
+                    " runs in memory only"
+                )
         if isinstance(value, list | tuple):
             return [cut(entry, *path, "*") for entry in value]
         if not isinstance(value, Mapping):
             return value
         table = {key: cut(held, *path, str(key)) for key, held in value.items()}
-        if (
-            *path,
-            "*",
-            "targets",
-        ) in rules:  # a group that is left without any goes, too
-            return {
-                key: entry
-                for key, entry in table.items()
-                if entry == value[key] or entry["targets"]
-            }
-        return table
+        if (*path, "*", "targets") not in rules:
+            return table
+        # a group that is left without any goes, too
+        return {
+            key: entry
+            for key, entry in table.items()
+            if entry == value[key] or entry["targets"]
+        }
 
     return dict(cut(settings))
 
 
 def _each(value: Any, renumbered: Callable[[str], list[str]]) -> Any:
+    """The entries of a list, or the keys of a table, renumbered, each once."""
     if isinstance(value, list):
-        return list(
-            dict.fromkeys(new for pattern in value for new in renumbered(str(pattern)))
-        )
+        patterns = [new for pattern in value for new in renumbered(str(pattern))]
+        return list(dict.fromkeys(patterns))
     if not isinstance(value, Mapping):
         return value
     cut: Settings = {}
@@ -181,11 +169,10 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
         module, _, name = parameter.rpartition(".")
         return f"{new}.{name}" if (new := moved.get(module)) else None
 
-    found = {
-        new: note
-        for name, note in notes.items()
-        if name != TENSOR_NAMES and (new := renamed(name))
-    }
+    found: dict[str, str] = {}
+    for name, note in notes.items():
+        if name != TENSOR_NAMES and (new := renamed(name)):
+            found[new] = note
     if TENSOR_NAMES in notes:
         try:
             names = [str(name) for name in json.loads(notes[TENSOR_NAMES])]
@@ -194,9 +181,8 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
                 "what torchao noted of this model's tensors is damaged; fetch the model"
                 " again"
             ) from None
-        found[TENSOR_NAMES] = json.dumps(
-            [new for name in names if (new := renamed(name))]
-        )
+        kept = [new for name in names if (new := renamed(name))]
+        found[TENSOR_NAMES] = json.dumps(kept)
     return found
 
 
@@ -204,25 +190,20 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
     """The patterns that mean, of what is kept, what `pattern` meant in the original
     model; none where that is gone.
     """
-    told = (
+    unknown = UsageError(
         f"the quantisation settings of this model name modules by {shortened(pattern)},"
-        " which notall cannot renumber"
+        " which notall cannot renumber, so this plan runs in memory only"
     )
-    unknown = UsageError(f"{told}, so this plan runs in memory only")
     meant = {new for name, new in moved.items() if words.means(pattern, name)}
     wanted = {new for new in meant if new is not None}
     if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):
-        layer = beginning[
-            0
-            # all of which goes to one place, and with it a name that only an engine
-            # has, say
-        ]
-        below = (
-            (name.removeprefix(layer), new)
-            for name, new in moved.items()
-            if name.startswith(layer)
-        )
-        starts = {new.removesuffix(name) if new else None for name, new in below}
+        # all of it goes to one place, and with it a name that only an engine has, say
+        layer = beginning[0]
+        starts = set[str | None]()
+        for name, new in moved.items():
+            if name.startswith(layer):
+                below = name.removeprefix(layer)
+                starts.add(new.removesuffix(below) if new else None)
         if len(starts) > 1:
             raise unknown
         return [start + pattern.removeprefix(layer) for start in starts if start]
@@ -244,11 +225,12 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
         }
     named = [words.exactly(pattern, name) for name in sorted(tops, key=numbers)]
     for tried in ([pattern], [moved.get(pattern) or pattern], named):
-        if wanted == {
+        found = {
             new
             for new in moved.values()
             if new and any(words.means(one, new) for one in tried)
-        }:
+        }
+        if found == wanted:
             return tried
     if words.tree:
         raise unknown

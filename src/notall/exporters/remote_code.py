@@ -18,10 +18,12 @@ from types import ModuleType
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .. import __version__
+from ..cache import cache_folder, write_cached
 from ..errors import UsageError
-from ..files import cache_folder, contents, keep, read_json
+from ..files import contents
 from ..models.own_exports import REGROUPED
+from ..strict_json import read_json
+from ..version import __version__
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ FAMILIES = {
 
 
 def model_type_of(base: str) -> str:
+    """The model type of regrouped checkpoints of a family."""
     return f"{REGROUPED}{base}"
 
 
 def modeling_file(base: str) -> str:
+    """The name of the modeling file of a family."""
     return f"modeling_{model_type_of(base)}.py"
 
 
@@ -92,10 +96,8 @@ def check_code(folder: Path) -> None:
     that notall did not write.
     """
     settings = read_json(contents(folder / "config.json"))
-    base, said = (
-        settings["model_type"].removeprefix(REGROUPED),
-        settings.get("auto_map"),
-    )
+    base = settings["model_type"].removeprefix(REGROUPED)
+    stored = settings.get("auto_map")
     found = {file.name: contents(file) for file in folder.glob("**/*.py")}
     named = {
         file.name for file in folder.glob("*.json") if b'"auto_map"' in contents(file)
@@ -103,7 +105,7 @@ def check_code(folder: Path) -> None:
     if (
         found != {modeling_file(base): source_of(base).encode()}
         or named != {"config.json"}
-        or said != auto_map(base)
+        or stored != auto_map(base)
     ):
         raise UsageError(
             f"{folder} holds code that this notall did not write: delete the folder,"
@@ -158,7 +160,7 @@ def _folder_with(base: str) -> Path:
     """
     source, folder = source_of(base).encode(), cache_folder("modeling", __version__)
     path = folder / modeling_file(base)
-    keep(path, source)
+    write_cached(path, source)
     with suppress(OSError, UsageError):
         if contents(path) == source:
             return folder

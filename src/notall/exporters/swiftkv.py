@@ -22,17 +22,18 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..files import Settings
 from ..models.own_exports import SWIFTKV
 from ..plan import Plan, several
 from ..running.repaired import RepairedPlan
+from ..strict_json import Settings
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, base_model
 from ..structure.proving import relative_error, tolerance
 from ..structure.undoing import Undo
-from .dense import CheckpointExport, DenseModel, probe_tokens
-from .layout import rope_names
-from .manifest import NotAsSkipped, NotVerified, Verdict
+from .checkpoint import CheckpointExport, probe_tokens
+from .config_cuts import rope_names
+from .dense import DenseModel
+from .manifest import NotAsSkipped, NotVerified, Verification
 from .prompt_code import PROJECTIONS, own_weights
 from .tensors import Weight, Weights, check_copies, read_tensors
 
@@ -95,7 +96,7 @@ class SwiftKVExport(CheckpointExport):
         tensors = dict(_named(dense, tail, own, is_biased))
         return cls(dense, plan, _settings(dense, tail, is_biased), tensors, use, {}, {})
 
-    def verify(self, folder: Path) -> Verdict:
+    def verify(self, folder: Path) -> Verification:
         """By its bytes, and what its maps make in transformers; no GPU is taken for
         granted.
         """
@@ -128,21 +129,23 @@ def tail_of(structure: ModelStructure, plan: Plan) -> range:
     tail, or others are skipped too.
     """
     if plan.attention or plan.mlp or not plan.prefill:
-        told = "swiftkv skips in the prompt alone, and this plan skips for every token"
-        raise UsageError(f"{told}; choose one with --phase prefill, or export to hf")
+        problem = (
+            "swiftkv skips in the prompt alone, and this plan skips for every token"
+        )
+        raise UsageError(f"{problem}; choose one with --phase prefill, or export to hf")
     depth, skips = len(structure.blocks), plan.prefill
     tail = range(depth - len(skips.attention), depth)
     if not set(tail) == set(skips.attention) == set(skips.mlp):
-        told = "swiftkv skips the last blocks of a model whole, and nothing else"
+        problem = "swiftkv skips the last blocks of a model whole, and nothing else"
         raise UsageError(
-            f"{told}; plan them with --skip block:N --phase prefill, or export to hf"
+            f"{problem}; plan them with --skip block:N --phase prefill, or export to hf"
         )
     if skips.last_tokens != 1:
-        told = (
+        problem = (
             "swiftkv runs one last token of a prompt whole, and this plan"
             f" {skips.last_tokens}"
         )
-        raise UsageError(f"{told}; plan with --last-tokens 1, or export to hf")
+        raise UsageError(f"{problem}; plan with --last-tokens 1, or export to hf")
     return tail
 
 

@@ -24,12 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint_files import INDEX
 from ..errors import UsageError, shortened
-from ..files import INDEX, expanded, read_json, saving
+from ..files import expanded, saving
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import hub_id
 from ..models.own_exports import first_file, shard_index, weight_files
 from ..progress import Progress, silent
+from ..strict_json import read_json
 
 FLOATS = {
     "F64": torch.float64,
@@ -51,6 +53,7 @@ class Weight:
     read: Callable[[], Tensor]
 
     def read_bytes(self) -> Tensor:
+        """The values as they lie in a file: bytes, (size,)."""
         return self.read().contiguous().flatten().view(torch.uint8)
 
     def changed(
@@ -86,9 +89,9 @@ def read_header(path: Path) -> Weights:
         ):  # which has checked all sizes and ranges
             header = read_json(file.read(int.from_bytes(file.read(8), "little")))
     except (SafetensorError, OSError, ValueError) as error:
-        said = shortened(str(error).rpartition("header: ")[2], 120)
+        reason = shortened(str(error).rpartition("header: ")[2], 120)
         raise UsageError(
-            f"{path.name} is no whole safetensors file ({said}); download the file"
+            f"{path.name} is no whole safetensors file ({reason}); download the file"
             " again"
         ) from None
     header.pop("__metadata__", None)
@@ -206,11 +209,11 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
         RuntimeError,
         ValueError,
     ) as error:  # where tensors that it would fuse are not all there, or not alike
-        told = (
+        problem = (
             f"the tensors of {name} are not those of {config.model_type}"
             f" ({shortened(error)})"
         )
-        raise UsageError(f"{told}: fetch it again") from None
+        raise UsageError(f"{problem}: fetch it again") from None
     if is_quantised:
         modules = {
             key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)

@@ -102,12 +102,12 @@ def _refusing(base: str) -> type:
 
     class Refused(stock):
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            told = (
+            problem = (
                 "this checkpoint skips sublayers in the prompt alone, which notall"
                 f" does not run in vLLM for {base}"
             )
             raise UsageError(
-                f"{told}; serve the original model, or load this one with transformers"
+                f"{problem}; serve the original model, or load this one with transformers"
             )
 
     Refused.__name__ = Refused.__qualname__ = PromptCode(base).classes[CAUSAL]
@@ -124,10 +124,8 @@ def _regrouping(base: str, vllm_config: Any, undo: Undo) -> Undo:
     """Have vLLM build the layers of `base` as the config of the checkpoint says, until
     `undo` is left.
     """
-    module, names = (
-        _vllm_module(LAYERS_IN.get(base, base)),
-        MLP_IN.get(base, FAMILIES[base].mlp),
-    )
+    module = _vllm_module(LAYERS_IN.get(base, base))
+    names = MLP_IN.get(base, FAMILIES[base].mlp)
     make_layers = module.make_layers
 
     def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
@@ -147,10 +145,8 @@ def _regrouped_layer(
     that it has or lacks.
     """
     layers, _, place = prefix.rpartition(".")
-    parts, known = (
-        vllm_config.model_config.hf_config.sublayers[int(place)],
-        vllm_config.compilation_config,
-    )
+    parts = vllm_config.model_config.hf_config.sublayers[int(place)]
+    known = vllm_config.compilation_config
 
     def forget(path: str) -> None:
         """What vLLM would hold a cache for, or wait for as experts to run."""
@@ -212,6 +208,7 @@ class Passed(nn.Module):
     """Stands for the norm before an MLP that was left out."""
 
     def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are."""
         return hidden, residual
 
 
@@ -227,6 +224,7 @@ class MLP(nn.Module):
             setattr(self, name, getattr(layer, name))
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream behind it, as vLLM splits it in two."""
         norm, *rest = (getattr(self, name) for name in self.names)
         if residual is None:  # ahead of the first attention
             hidden, residual = norm(hidden), hidden

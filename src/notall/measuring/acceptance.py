@@ -1,4 +1,4 @@
-"""How many tokens of a draft the original accepts, told by one pass of both over text
+"""How many tokens of a draft the original accepts, found by one pass of both over text
 that the original model wrote.
 
 Greedy, a drafted token is accepted where it is the original's first choice. Sampled,
@@ -46,13 +46,13 @@ def write_texts(
     ids up to an end, (tokens,).
     """
     if decoding == "greedy":
-        said = greedy(model, prompts, new_tokens)
+        rows = greedy(model, prompts, new_tokens)
     else:
         drawn = sample(model, prompts, new_tokens, seed=seed)[
             :, prompts.shape[1] :
         ].tolist()
-        said = [up_to_end(model, row) for row in drawn]
-    return [torch.tensor(row, device=prompts.device) for row in said]
+        rows = [up_to_end(model, row) for row in drawn]
+    return [torch.tensor(row, device=prompts.device) for row in rows]
 
 
 def judge(
@@ -78,8 +78,8 @@ def judge(
             same = tuple((q.argmax(-1) == text).float().tolist())
             return Accepted(same, same)
         p, q = p.softmax(-1), q.softmax(-1)
-        said_p, said_q = (each.gather(1, text[:, None])[:, 0] for each in (p, q))
-        known = (said_q / said_p).clamp(max=1)
+        text_p, text_q = (each.gather(1, text[:, None])[:, 0] for each in (p, q))
+        known = (text_q / text_p).clamp(max=1)  # (tokens,)
         return Accepted(
             tuple(torch.minimum(p, q).sum(-1).clamp(max=1).tolist()),
             tuple(known.tolist()),

@@ -20,18 +20,13 @@ from ..errors import UsageError, expect
 from ..models.texts import IDS, checked
 from ..plan import Plan
 from ..results.facts import Quality, Scores, Similarity
-from ..running.replay import Enough, Replay, answering, record, standing_in
+from ..running.recording import Enough, answering, record, standing_in
+from ..running.replay import Replay
+from ..structure.branches import run_branches, scaled
+from ..structure.calls import Arguments, LayerCall, called_with, first
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import Block, base_model
-from ..structure.observation import (
-    Arguments,
-    LayerCall,
-    called_with,
-    first,
-    run_branches,
-    scaled,
-)
 from .statistics import mean_and_error
 from .token_scores import TokenScorer
 
@@ -130,30 +125,33 @@ def check_prompt(plans: Sequence[Plan], tokens: int, prompt_tokens: int | None) 
     )
     if prompt_tokens is None:
         if needed:
-            told = (
+            problem = (
                 "a plan skips sublayers in the prompt alone, and nothing says which"
                 " tokens are the prompt"
             )
             raise UsageError(
-                f"{told}: give prompt_tokens (--prompt-tokens), such as"
+                f"{problem}: give prompt_tokens (--prompt-tokens), such as"
                 f" {max(tokens // 2, 1)}"
             )
         return
     if not 1 <= prompt_tokens < tokens:
-        told = (
+        problem = (
             f"a prompt of {prompt_tokens} tokens leaves nothing to score in windows of"
             f" {tokens}"
         )
-        raise UsageError(f"{told}: give 1 to {tokens - 1}, or longer windows")
+        raise UsageError(f"{problem}: give 1 to {tokens - 1}, or longer windows")
     if prompt_tokens <= needed:
-        told = (
+        problem = (
             f"of a prompt of {prompt_tokens} tokens nothing is skipped where its last"
             f" {needed} run whole"
         )
-        raise UsageError(f"{told}: give more than {needed} (--prompt-tokens)")
+        raise UsageError(f"{problem}: give more than {needed} (--prompt-tokens)")
 
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
+    """A `Quality` per plan, from the scores of each batch: of the original model first,
+    and then of each plan.
+    """
     dense, *rest = (reduce(add, parts) for parts in zip(*batches))
     return [summarize(scores, dense) for scores in rest]
 

@@ -1,5 +1,7 @@
-"""How long a model takes: prefill apart from decode, variants interleaved, each beside
-the original model.
+"""How long a model takes: prefill apart from decode, variants interleaved, each compared
+with the original model.
+
+Shapes: a prompt is (B, P), B sequences of P tokens.
 """
 
 import inspect
@@ -19,9 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..errors import UsageError
-from ..files import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -29,24 +29,24 @@ from ..results.facts import Times
 from ..results.record import Quartiles
 from ..running.prefill import prompt as declared_prompt
 from ..running.skipping import skip
+from ..strict_json import Settings
 from ..structure.model_structure import inputs_device
+from ..version import __version__
 from .quality import check_prompt
 
 Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
-class Timing:
-    """What one variant took, a sample a round; `peak_bytes` is the most CUDA memory of
-    a round, None without CUDA.
-    """
+class RoundTimes:
+    """What one variant took, a sample per round; `Times` is what is recorded of it."""
 
     prefill_samples_ms: tuple[float, ...]
-    decode_samples_ms: tuple[float, ...]  # a token
-    peak_bytes: int | None
+    decode_samples_ms: tuple[float, ...]  # per token
+    peak_bytes: int | None  # the most CUDA memory of a round; None without CUDA
 
-    def beside(self, dense: "Timing") -> Times:
-        """With the speedups over the original model, of one `compare`."""
+    def compared_with(self, dense: "RoundTimes") -> Times:
+        """Its quartiles, and the speedups over the original model of the same rounds."""
         return Times(
             prefill_ms=Quartiles.of(self.prefill_samples_ms),
             decode_ms_per_token=Quartiles.of(self.decode_samples_ms),
@@ -57,15 +57,14 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms,
-    decode_ms_per_token), of all of them.
+    """Prefill `prompt` (B, P), then take `new` greedy steps: the milliseconds of the
+    prefill, and of a step on average, each for all B sequences.
 
     Inside a `skip` whose plan skips in the prompt alone, `prompt` is declared as such.
     """
     devices = _accelerators(model)
-    last_only = last_logits(
-        model, 1
-    )  # as `generate` does: those of the whole prompt would dominate small models
+    # as `generate` does: logits of the whole prompt would dominate small models
+    last_only = last_logits(model, 1)
     with torch.inference_mode():
         start = _now(devices)
         with declared_prompt(model, prompt.shape[1]):
@@ -74,10 +73,9 @@ def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, 
         prefilled = _now(devices)
         name = cache_name(output)
         for _ in range(new):
-            output = model(
-                input_ids=token, use_cache=True, **{name: output[name]}, **last_only
-            )
-            token = output.logits[:, -1:].argmax(-1)
+            cache = {name: output[name]}
+            output = model(input_ids=token, use_cache=True, **cache, **last_only)
+            token = output.logits[:, -1:].argmax(-1)  # (B, 1)
         return 1e3 * (prefilled - start), 1e3 * (_now(devices) - prefilled) / new
 
 
@@ -85,29 +83,25 @@ def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
     """The argument of the model's forward that has it make the logits of so many last
     tokens alone, if it takes one.
     """
-    return (
-        {"logits_to_keep": tokens}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    name = "logits_to_keep"
+    takes_it = name in inspect.signature(model.forward).parameters
+    return {name: tokens} if takes_it else {}
 
 
 def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
     """Mean milliseconds of a forward of `width` tokens, as checks of drafts, over
     `tokens` (B, P) behind a `prompt`.
     """
-    devices, all_of_them = _accelerators(model), last_logits(model, width)
+    devices = _accelerators(model)
+    last_only, all_of_them = last_logits(model, 1), last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
     with torch.inference_mode():
-        output = model(
-            input_ids=tokens[:, :prompt], use_cache=True, **last_logits(model, 1)
-        )
+        output = model(input_ids=tokens[:, :prompt], use_cache=True, **last_only)
         name = cache_name(output)
         start = _now(devices)
         for step in tokens[:, prompt : prompt + steps * width].split(width, dim=1):
-            output = model(
-                input_ids=step, use_cache=True, **{name: output[name]}, **all_of_them
-            )
+            cache = {name: output[name]}
+            output = model(input_ids=step, use_cache=True, **cache, **all_of_them)
             output.logits.argmax(-1)
         return 1e3 * (_now(devices) - start) / steps
 
@@ -123,11 +117,8 @@ def interleaved(
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
     for index in range(1 + rounds):
         for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
-            progress(
-                index * len(measures) + place,
-                (1 + rounds) * len(measures),
-                f"timing {name}",
-            )
+            done, total = index * len(measures) + place, (1 + rounds) * len(measures)
+            progress(done, total, f"timing {name}")
             samples[name].append(measures[name]())
     return {name: found[1:] for name, found in samples.items()}
 
@@ -139,16 +130,15 @@ def compare(
     *,
     seed: int = 0,
     progress: Progress = silent,
-) -> dict[str, Timing]:
+) -> dict[str, RoundTimes]:
     """Time each variant, entered and left outside of the timed region, once a round,
     `interleaved`, on one prompt.
     """
     workload.check(model)
     generator = torch.Generator().manual_seed(seed)
-    shape = workload.concurrency, workload.prompt_tokens
-    prompt = torch.randint(
-        model.config.get_text_config().vocab_size, shape, generator=generator
-    )
+    vocabulary = model.config.get_text_config().vocab_size
+    shape = workload.concurrency, workload.prompt_tokens  # (B, P)
+    prompt = torch.randint(vocabulary, shape, generator=generator)
     prompt = prompt.to(inputs_device(model))
     gpus = [device for device in _accelerators(model) if device.type == "cuda"]
 
@@ -164,7 +154,7 @@ def compare(
     )
     columns = {name: tuple(zip(*rows)) for name, rows in samples.items()}
     return {
-        name: Timing(prefill, decode, max(peaks) if gpus else None)
+        name: RoundTimes(prefill, decode, max(peaks) if gpus else None)
         for name, (prefill, decode, peaks) in columns.items()
     }
 
@@ -186,7 +176,8 @@ def time_plans(
         for name, plan in {"dense": Plan(), **plans}.items()
     }
     timings = compare(model, variants, workload, seed=seed, progress=progress)
-    return {name: timing.beside(timings["dense"]) for name, timing in timings.items()}
+    dense = timings["dense"]
+    return {name: one.compared_with(dense) for name, one in timings.items()}
 
 
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
@@ -220,11 +211,8 @@ def machine(*devices: torch.device | str) -> Settings:
 
 
 def _name_of(device: torch.device | str, cpu: str) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if torch.device(device).type == "cuda"
-        else cpu
-    )
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if is_cuda else cpu
 
 
 def _now(devices: Iterable[torch.device]) -> float:

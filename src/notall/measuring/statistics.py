@@ -20,18 +20,15 @@ from ..results.record import Quartiles
 
 Item = TypeVar("Item")
 Floats = NDArray[np.float64]
-Documents = (
-    Sequence[Hashable] | None
-)  # of each item its document; None where each has its own
-LEVEL = (
-    1 - SIGNIFICANT
-)  # of intervals: each end misses as often as a one-sided test at half of `SIGNIFICANT`
+# Of each item its document; None where each has its own.
+Documents = Sequence[Hashable] | None
+# Of intervals: each end misses as often as a one-sided test at half of `SIGNIFICANT`.
+LEVEL = 1 - SIGNIFICANT
 NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 JACKKNIFED = 100  # parts, at most, of which one is left out at a time
 MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
-FEWEST = math.ceil(
-    math.log2(2 / SIGNIFICANT)
-)  # terms of one sign that an exact test tells from chance: 2 / 2^6 < 0.05
+# Terms, all above or all below zero, that an exact test tells from chance: 2 / 2^6 < 0.05.
+FEWEST = math.ceil(math.log2(2 / SIGNIFICANT))
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # of times
 LEAST_WINDOWS = 8  # of text
@@ -55,10 +52,8 @@ def mean_and_error(
         count = len(apart)
         if count < 2:
             return mean, math.nan
-        return (
-            mean,
-            math.sqrt(count / (count - 1) * math.fsum(one**2 for one in apart)) / n,
-        )
+        squares = math.fsum(one**2 for one in apart)
+        return mean, math.sqrt(count / (count - 1) * squares) / n
     except OverflowError:
         return math.inf, math.inf
 
@@ -90,14 +85,14 @@ def jackknife_error(
     groups = min(groups, len(items))
     if groups < 2:
         return math.nan
-    left = [
-        statistic([item for i, item in enumerate(items) if i % groups != part])
-        for part in range(groups)
-    ]
-    average = math.fsum(left) / groups
-    return math.sqrt(
-        math.fsum((value - average) ** 2 for value in left) * (groups - 1) / groups
-    )
+
+    def without(part: int) -> float:
+        return statistic([one for i, one in enumerate(items) if i % groups != part])
+
+    values = list(map(without, range(groups)))
+    average = math.fsum(values) / groups
+    squares = math.fsum((value - average) ** 2 for value in values)
+    return math.sqrt(squares * (groups - 1) / groups)
 
 
 # --- tests
@@ -108,7 +103,7 @@ def sign_flip_p_value(
     differences: Sequence[float], documents: Documents = None
 ) -> float:
     """How likely paired differences sum up as far from zero by chance, were each as
-    likely of the other sign.
+    likely positive as negative.
 
     Two-sided. Exact where all that are not 0 are of one size, as of right and wrong
     answers (McNemar 1947), and for up to 16 others; for more by the normal
@@ -138,13 +133,15 @@ def _sign_test(above: int, of: int) -> float:
 
 
 def too_few(could_fall: int, items: int) -> int | None:
-    """How many items it takes before a loss could be told from chance; None where there
+    """How many items it takes before a loss could be seen against chance; None where there
     are enough, or nothing to lose.
 
     `could_fall` of the `items` could do worse: of right and wrong answers those that
     the original model has right.
     """
-    return math.ceil(FEWEST * items / could_fall) if 0 < could_fall < FEWEST else None
+    if not 0 < could_fall < FEWEST:
+        return None
+    return math.ceil(FEWEST * items / could_fall)
 
 
 def student_p_value(difference: float, error: float, degrees: float) -> float:
@@ -169,9 +166,11 @@ def student_quantile(degrees: float, level: float = LEVEL) -> float:
     """
     if not degrees > 0:
         return math.inf
-    return _crossing(
-        lambda reach: student_p_value(reach, 1.0, degrees) - (1 - level), 0.0, 1.0
-    )
+
+    def too_likely(reach: float) -> float:
+        return student_p_value(reach, 1.0, degrees) - (1 - level)
+
+    return _crossing(too_likely, 0.0, 1.0)
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
@@ -180,28 +179,18 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     """
     if x <= 0 or x >= 1:
         return float(x >= 1)
-    if x > (a + 1) / (
-        a + b + 2
-    ):  # where the fraction of the other tail converges faster
+    if x > (a + 1) / (a + b + 2):  # the fraction of the other tail converges faster
         return 1 - _incomplete_beta(b, a, 1 - x)
     value = 1.0
     for step in range(30 + round(2 * math.sqrt(max(a, b))), 0, -1):
         half, place = step // 2, a + step
         odd = -(a + half) * (a + b + half)
-        value = (
-            1
-            + (odd if step % 2 else half * (b - half))
-            * x
-            / ((place - 1) * place)
-            / value
-        )
-    logarithm = (
-        math.lgamma(a + b)
-        - math.lgamma(a)
-        - math.lgamma(b)
-        + a * math.log(x)
-        + b * math.log1p(-x)
-    )
+        even = half * (b - half)
+        factor = odd if step % 2 else even
+        value = 1 + factor * x / ((place - 1) * place) / value
+    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    logarithm += a * math.log(x)
+    logarithm += b * math.log1p(-x)
     return math.exp(logarithm) / (a * value)
 
 
@@ -312,6 +301,7 @@ def of_ranks(correlation: float, count: int) -> Estimate:
 
 
 def are_right_or_wrong(*columns: Sequence[float]) -> bool:
+    """Whether all values are 1 or 0."""
     return all(value in (0, 1) for values in columns for value in values)
 
 

@@ -13,174 +13,34 @@ are no matrix are run as they are, some rows at a time, by the model.
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..running.replay import handing, states_before_output
-from ..structure.locating import locate
-from ..structure.model_structure import base_model, inputs_device, text_config
-from ..structure.observation import forward_of
-from ..structure.undoing import Undo
+from ..structure.model_structure import text_config
+from .heads import Head, Projection
 
 # Rows and columns of a tile, by device: small enough for a cache, or large enough to
 # keep a GPU busy.
 TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}
-LOGITS = {
-    True: 2**23,
-    False: 2**27,
-}  # of a head that is no matrix, at once: on a CPU, and elsewhere
-NOTHING = (
-    -80.0
-)  # exp() of less is as good as none, and takes a CPU up to 150 times as long
-# of their rows, whose log-probabilities are made at once on a CPU: they stay in a cache
+# Logits of a head that is no matrix, at once: on a CPU (True), and elsewhere.
+LOGITS = {True: 2**23, False: 2**27}
+# exp() of less is as good as none, and takes a CPU up to 150 times as long.
+NOTHING = -80.0
+# Rows of logits whose log-probabilities are made at once on a CPU: they stay in a cache.
 CACHED = 16
-LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A head that is a matrix: its logits are `scale` * states @ `weight`.T +
-    `bias`.
-    """
-
-    weight: Tensor  # (vocabulary, width), the model's own
-    bias: Tensor | None  # (vocabulary,), float32
-    scale: float
-
-
-class Head:
-    """What comes behind the last layer of `model`. Raises `UnsupportedModel` where that
-    mixes tokens.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = base_model(model)
-        self.structure = locate(self.model)
-        self.output: nn.Module | None = self.model.get_output_embeddings()
-        known = _PROBED.get(self.model)
-        if known is None or known[0] is not self.output:
-            known = _PROBED[self.model] = self.output, self._probe()
-        self.projection = known[1]  # None where it is no matrix
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, vocabulary), from rows of the last layer's output, (rows, hidden)."""
-        return self._behind(hidden[:, None]).flatten(0, -2)
-
-    def states(self, hidden: Tensor) -> Tensor:
-        """What the output projection is given, (rows, width), from rows of the last
-        layer's output, (rows, hidden).
-        """
-        return states_before_output(
-            self.model, lambda: self._behind(hidden[:, None])
-        ).flatten(0, -2)
-
-    def _behind(self, hidden: Tensor) -> Tensor:
-        """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is
-        what the last layer answers.
-        """
-        ids = torch.zeros(
-            hidden.shape[:2], dtype=torch.long, device=inputs_device(self.model)
-        )
-        with handing(self.model, self.structure, hidden):
-            return self.model(input_ids=ids, use_cache=False).logits
-
-    @torch.no_grad()
-    def _probe(self) -> Projection | None:
-        """The head's matrix, where random rows say that it is one."""
-        device = next(
-            self.model.get_submodule(self.structure.layers).parameters()
-        ).device
-        device = (
-            torch.device("cpu") if device.type == "meta" else device
-        )  # accelerate takes them from there
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(
-            2, 4, text_config(self.model).hidden_size, generator=generator
-        )
-        hidden = hidden.to(device, self.model.dtype)
-        expected = self._behind(hidden).flatten(0, 1)
-        rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
-        if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
-            told = (
-                f"the head of {type(self.model).__name__} makes a token's logits from"
-                " more than its own hidden state"
-            )
-            raise UnsupportedModel(f"{told}: choose another model")
-        output = self.output
-        # quantised or adapted, or offloaded
-        if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {
-            nn.Linear,
-            nn.Parameter,
-        }:
-            return None
-        if not output.weight.is_floating_point() or output.weight.device.type == "meta":
-            return None
-        if (scale := self._scale(output, hidden[0], generator)) is None:
-            return None
-        bias = None if output.bias is None else output.bias.detach().float() * scale
-        found = Projection(output.weight.detach(), bias, scale)
-        states = self.states(hidden.flatten(0, 1)).to(found.weight.device)
-        logits = scale * (states @ found.weight.T).float() + (
-            0.0 if bias is None else bias
-        )
-        return found if _close(logits, expected, rounding) else None
-
-    def _scale(
-        self, output: nn.Linear, hidden: Tensor, generator: torch.Generator
-    ) -> float | None:
-        """By what the model multiplies what `output` answers; None where it does
-        anything else.
-        """
-        made = LARGE * torch.randn(
-            len(hidden), output.out_features, generator=generator
-        )
-
-        def answer(states: Tensor) -> Tensor:
-            return made.to(states.device).view(*states.shape[:-1], -1)
-
-        with Undo() as undo, undo.put(*forward_of(output), answer):
-            given = self.logits(hidden).cpu().double()
-        if given.shape != made.shape:
-            return None
-        scale = float((given * made).sum() / made.double().square().sum())
-        rounding = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2**-7
-        return (
-            scale
-            if (
-                (given - scale * made).abs() <= rounding * abs(scale) * made.abs()
-            ).all()
-            else None
-        )
-
-
-_PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = (
-    WeakKeyDictionary()
-)
-
-
-def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
-    if found.shape != expected.shape:
-        return False
-    expected = expected.to(found.device).float()
-    return bool(
-        (found.float() - expected).abs().max() <= rounding * expected.abs().max()
-    )
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One value a row, in nats and at least float32, or none; `confidence` is the
-    probability of `likeliest`, int64.
-    """
+    """One value per row, (rows,), or none, (0,): what was not asked for."""
 
-    nll: Tensor
-    kl: Tensor
-    likeliest: Tensor
-    confidence: Tensor
+    nll: Tensor  # nats, at least float32
+    kl: Tensor  # nats, at least float32
+    likeliest: Tensor  # int64, a token
+    confidence: Tensor  # the probability of `likeliest`, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -192,24 +52,22 @@ class Dense:
     # the head's mean row, (rows, width); if it is no matrix, the last layer's output,
     # (rows, hidden)
     kept: Tensor
-    anchor: (
-        Tensor | None
-        # (rows,): what its product with a plan's states lacks to their logsumexp
-        # without any KL
-    )
+    # (rows,): what is added to its product with a plan's states to be the logsumexp that
+    # they would have without any KL; None if the head is no matrix
+    anchor: Tensor | None
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was
+    """Of all exp(logit - about), per row: the logarithm of their sum, and what was
     asked for besides.
     """
 
-    about: Tensor
-    log_sums: Tensor
-    largest: Tensor  # logit less `about`
-    likeliest: Tensor  # the token of that
-    mean: Tensor  # row of the head, (rows, width)
+    about: Tensor  # (rows,)
+    log_sums: Tensor  # (rows,)
+    largest: Tensor  # (rows,): the largest logit less `about`
+    likeliest: Tensor  # (rows,): the token of that
+    mean: Tensor  # (rows, width): the mean row of the head; (0,) if not asked for
 
 
 class TokenScorer:
@@ -221,12 +79,11 @@ class TokenScorer:
         self.head = Head(model)
         self.is_matrix = self.head.projection is not None
         projection = self.head.projection or Projection(torch.empty(0), None, 1.0)
-        self.weight, self.bias, self.scale = (
-            projection.weight,
-            projection.bias,
-            projection.scale,
-        )
+        self.weight = projection.weight  # (vocabulary, width)
+        self.bias = projection.bias  # (vocabulary,), or None
+        self.scale = projection.scale
         self.exact = torch.promote_types(self.weight.dtype, torch.float32)
+        # (vocabulary,): the tokens of the rows of `weight`; None for all of them
         self.words: Tensor | None = None
 
     @torch.no_grad()
@@ -236,22 +93,18 @@ class TokenScorer:
         """As if the vocabulary were the `words` likeliest in rows of the original
         model, and the `targets`.
         """
-        if not self.is_matrix or 2 * words > len(
-            self.weight
-        ):  # that would save less than half
+        would_save_half = 2 * words <= len(self.weight)
+        if not self.is_matrix or not would_save_half:
             return self
-        likely = (
-            torch.stack([self._mass(rows) for rows in hidden])
-            .sum(0)
-            .topk(words)
-            .indices
-        )
-        part, here = copy(self), self.weight.device
+        mass = torch.stack([self._mass(rows) for rows in hidden]).sum(
+            0
+        )  # (vocabulary,)
+        likely = mass.topk(words).indices  # (words,)
+        here = self.weight.device
+        part = copy(self)
         part.words = torch.cat([one.to(here) for one in (likely, *targets)]).unique()
-        part.weight, part.bias = (
-            self.weight[part.words],
-            (None if self.bias is None else self.bias[part.words]),
-        )
+        part.weight = self.weight[part.words]
+        part.bias = None if self.bias is None else self.bias[part.words]
         return part
 
     @torch.no_grad()
@@ -262,12 +115,10 @@ class TokenScorer:
         are held against.
         """
         if not self.is_matrix:
-            zeros = hidden.new_zeros(
-                len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)
-            )
-            return replace(
-                self._by_logits(hidden, targets, None, likeliest), kl=zeros
-            ), Dense(hidden, None)
+            exact = torch.promote_types(hidden.dtype, torch.float32)
+            zeros = hidden.new_zeros(len(hidden), dtype=exact)  # (rows,)
+            scores = self._by_logits(hidden, targets, None, likeliest)
+            return replace(scores, kl=zeros), Dense(hidden, None)
         states, wanted = self._read(hidden, targets)
         sums, dense = self._dense(states, wanted, likeliest)
         return _scores(sums, wanted, torch.zeros_like(sums.about), likeliest), dense
@@ -286,19 +137,15 @@ class TokenScorer:
         """
         if not self.is_matrix:
             return self._by_logits(hidden, targets, dense, likeliest)
-        states, wanted = self._read(hidden, targets)
-        alike = None if dense is None else self._alike(states, dense)
+        states, wanted = self._read(hidden, targets)  # (rows, width), (rows,)
+        alike = None if dense is None else self._alike(states, dense)  # (rows,)
         about = wanted if alike is None else alike
         assert about is not None, (
             "give targets, the original model's distributions, or both"
         )
         sums = self._sums(states, about, likeliest)
-        return _scores(
-            sums,
-            wanted,
-            None if alike is None else sums.log_sums + (sums.about - alike),
-            likeliest,
-        )
+        kl = None if alike is None else sums.log_sums + (sums.about - alike)
+        return _scores(sums, wanted, kl, likeliest)
 
     @torch.no_grad()
     def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,34 +162,30 @@ class TokenScorer:
             )
         _, dense = self._dense(dense_states.to(self.weight), None, False)
         given = states.to(self.weight)
-        alike = self._alike(given, dense)
+        alike = self._alike(given, dense)  # (rows,)
         sums = self._sums(given, alike, mean=True)
-        nats, slope = (
-            sums.log_sums + (sums.about - alike),
-            sums.mean * self.scale - dense.kept,
-        )
+        nats = sums.log_sums + (sums.about - alike)  # (rows,)
+        slope = sums.mean * self.scale - dense.kept  # (rows, width)
         return nats.to(states.device), slope.to(states.device)
 
     def _mass(self, hidden: Tensor) -> Tensor:
         """The probability of each token, (vocabulary,), summed over the rows."""
-        rows = hidden.split(
-            max(1, LOGITS[hidden.device.type == "cpu"] // len(self.weight))
-        )
-        return torch.stack(
-            [self.head.logits(few).to(self.exact).softmax(-1).sum(0) for few in rows]
-        ).sum(0)
+        at_once = LOGITS[hidden.device.type == "cpu"] // len(self.weight)
+        sums: list[Tensor] = []  # (vocabulary,) each
+        for few in hidden.split(max(1, at_once)):
+            logits = self.head.logits(few).to(self.exact)  # (few, vocabulary)
+            sums.append(logits.softmax(-1).sum(0))
+        return torch.stack(sums).sum(0)
 
     def _dense(
         self, states: Tensor, wanted: Tensor | None, likeliest: bool
     ) -> tuple[_Sums, Dense]:
-        near = self._sums(
-            states, states.new_zeros(len(states)) if wanted is None else wanted
-        )
+        about = states.new_zeros(len(states)) if wanted is None else wanted
+        near = self._sums(states, about)
         sums = self._sums(states, near.about + near.log_sums, likeliest, mean=True)
-        kept = sums.mean * self.scale
-        return sums, Dense(
-            kept, sums.about + sums.log_sums - self._products(states, kept)
-        )
+        kept = sums.mean * self.scale  # (rows, width)
+        anchor = sums.about + sums.log_sums - self._products(states, kept)  # (rows,)
+        return sums, Dense(kept, anchor)
 
     def _read(
         self, hidden: Tensor, targets: Tensor | None
@@ -360,6 +203,9 @@ class TokenScorer:
         return states, wanted if self.bias is None else wanted + self.bias[targets]
 
     def _products(self, states: Tensor, rows: Tensor) -> Tensor:
+        """The product of each state with a row of its own: (rows, width) twice to
+        (rows,).
+        """
         return (states.to(self.exact) * rows).sum(-1)
 
     def _alike(self, states: Tensor, dense: Dense) -> Tensor:
@@ -370,10 +216,10 @@ class TokenScorer:
     def _sums(
         self, states: Tensor, about: Tensor, largest: bool = False, mean: bool = False
     ) -> _Sums:
+        """As `_summed`, and once more where `about` was far from the largest logits."""
         sums = self._summed(states, about, largest, mean)
-        if not (
-            sums.log_sums.isfinite() & (sums.log_sums > NOTHING / 2)
-        ).all():  # `about` is far from the largest
+        is_near = sums.log_sums.isfinite() & (sums.log_sums > NOTHING / 2)  # (rows,)
+        if not is_near.all():
             about = about + self._summed(states, about, True, False).largest
             sums = self._summed(states, about, largest, mean)
         return sums
@@ -381,34 +227,32 @@ class TokenScorer:
     def _summed(
         self, states: Tensor, about: Tensor, largest: bool, mean: bool
     ) -> _Sums:
+        """Sums over the vocabulary, of `states`, (rows, width), with their logits taken
+        less `about`, (rows,).
+        """
         about = about.to(states.dtype)
-        totals, shares = states.new_zeros(2, len(states), dtype=self.exact)
-        top, place = (
-            torch.full_like(totals, -torch.inf),
-            torch.zeros_like(totals, dtype=torch.long),
-        )
-        rows_of_head = states.new_zeros(
-            states.shape if mean else (0,), dtype=self.exact
-        )
+        totals, shares = states.new_zeros(2, len(states), dtype=self.exact)  # (rows,)
+        top = torch.full_like(totals, -torch.inf)  # (rows,)
+        place = torch.zeros_like(totals, dtype=torch.long)  # (rows,)
+        shape = states.shape if mean else (0,)
+        rows_of_head = states.new_zeros(shape, dtype=self.exact)  # (rows, width)
         far = False
-        for rows, columns, tile in self._tiles(states, about):
+        for rows, columns, tile in self._tiles(states, about):  # (some rows, columns)
             if columns.start == 0 and tile.device.type == "cpu":
                 far = bool(tile.amin() < NOTHING)
             if far:
                 tile.clamp_(min=NOTHING)
             if largest:
-                values = tile.amax(-1)
-                better = (values > top[rows]).nonzero()[
-                    :, 0
-                ]  # few: a maximum with its place takes four times as long
+                values = tile.amax(-1)  # (some rows,)
+                # few: a maximum with its place takes four times as long
+                better = (values > top[rows]).nonzero()[:, 0]
                 place[rows.start + better] = tile[better].argmax(-1) + columns.start
                 top[rows] = torch.maximum(top[rows], values)
             totals[rows] += tile.exp_().sum(-1)
             if mean:
+                # rounded as they are in the product
                 share = tile.to(self.weight.dtype)
-                shares[rows] += share.sum(
-                    -1, dtype=self.exact
-                )  # rounded as they are in the product
+                shares[rows] += share.sum(-1, dtype=self.exact)
                 rows_of_head[rows] += share @ self.weight[columns]
         if mean:
             rows_of_head /= shares[:, None]
@@ -425,20 +269,17 @@ class TokenScorer:
         most_rows, most_columns = TILES.get(states.device.type, TILES["cuda"])
         room = min(most_rows, len(states)) * min(most_columns, len(self.weight))
         rounded = torch.empty(room, dtype=self.weight.dtype, device=states.device)
-        exact = (
-            rounded
-            if self.weight.dtype == self.exact
-            else torch.empty_like(rounded, dtype=self.exact)
-        )
+        exact = rounded
+        if self.weight.dtype != self.exact:
+            exact = torch.empty_like(rounded, dtype=self.exact)
         for rows in _slices(len(states), most_rows):
-            given, less = states[rows], about[rows, None]
+            given = states[rows]  # (some rows, width)
+            less = about[rows, None]  # (some rows, 1)
             for columns in _slices(len(self.weight), most_columns):
-                part = self.weight[columns]
-                shape = len(given), len(part)
-                out, tile = (
-                    buffer[: shape[0] * shape[1]].view(shape)
-                    for buffer in (rounded, exact)
-                )
+                part = self.weight[columns]  # (columns, width)
+                size = len(given) * len(part)
+                out = rounded[:size].view(len(given), len(part))
+                tile = exact[:size].view(len(given), len(part))
                 torch.addmm(less, given, part.T, beta=-1, alpha=self.scale, out=out)
                 if exact is not rounded:
                     tile.copy_(out)
@@ -453,26 +294,23 @@ class TokenScorer:
         dense: Dense | None,
         likeliest: bool,
     ) -> TokenScores:
+        """As `score`, of a head that is no matrix: some rows of logits at a time."""
         parts: list[TokenScores] = []
         on_cpu = hidden.device.type == "cpu"
-        for rows in _slices(
-            len(hidden),
-            max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size),
-        ):
-            logits = self.head.logits(hidden[rows])
+        at_once = max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size)
+        for rows in _slices(len(hidden), at_once):
+            logits = self.head.logits(hidden[rows])  # (some rows, vocabulary)
             base = None if dense is None else self.head.logits(dense.kept[rows])
             wanted = None if targets is None else targets[rows].to(logits.device)
             for few in _slices(len(logits), CACHED if on_cpu else len(logits)):
-                aims, dense_logits = (
-                    None if each is None else each[few] for each in (wanted, base)
-                )
+                aims = None if wanted is None else wanted[few]
+                dense_logits = None if base is None else base[few]
                 parts.append(_from_logits(logits[few], aims, dense_logits, likeliest))
-        return TokenScores(
-            *(
-                torch.cat([getattr(part, one.name) for part in parts])
-                for one in fields(TokenScores)
-            )
-        )
+        columns = [
+            torch.cat([getattr(part, one.name) for part in parts])
+            for one in fields(TokenScores)
+        ]
+        return TokenScores(*columns)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -482,13 +320,13 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 def _scores(
     sums: _Sums, wanted: Tensor | None, kl: Tensor | None, likeliest: bool
 ) -> TokenScores:
-    nothing = sums.about[:0]
-    return TokenScores(
-        nothing if wanted is None else sums.log_sums + (sums.about - wanted),
-        nothing if kl is None else kl,
-        sums.likeliest if likeliest else nothing.long(),
-        (sums.largest - sums.log_sums).exp() if likeliest else nothing,
-    )
+    nothing = sums.about[:0]  # (0,)
+    nll = nothing if wanted is None else sums.log_sums + (sums.about - wanted)
+    divergence = nothing if kl is None else kl
+    if not likeliest:
+        return TokenScores(nll, divergence, nothing.long(), nothing)
+    confidence = (sums.largest - sums.log_sums).exp()
+    return TokenScores(nll, divergence, sums.likeliest, confidence)
 
 
 def _from_logits(
@@ -498,18 +336,14 @@ def _from_logits(
     times as long on a CPU.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
-    log_q = logits.to(exact).log_softmax(-1)
-    nll, kl, top, place = (
-        log_q.new_empty(0),
-        log_q.new_empty(0),
-        log_q.new_empty(0),
-        log_q.new_empty(0).long(),
-    )
+    log_q = logits.to(exact).log_softmax(-1)  # (rows, vocabulary)
+    nothing = log_q.new_empty(0)
+    nll, kl, top, place = nothing, nothing, nothing, nothing.long()
     if targets is not None:
-        nll = -log_q.gather(1, targets[:, None])[:, 0]
+        nll = -log_q.gather(1, targets[:, None])[:, 0]  # (rows,)
     if dense is not None:
-        log_p = dense.to(exact).log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_p = dense.to(exact).log_softmax(-1)  # (rows, vocabulary)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (rows,)
     if likeliest:
-        top, place = log_q.max(-1)
+        top, place = log_q.max(-1)  # (rows,) each
     return TokenScores(nll, kl, place, top.exp())

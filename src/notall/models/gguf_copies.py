@@ -21,10 +21,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..cache import cache_folder, make_private, unwritable
 from ..digests import digest_of_file
 from ..errors import UsageError
-from ..files import Settings, beside, cache_folder, make_private, saving, unwritable
+from ..files import saving, temporary
 from ..integrity import check_files, read_manifest, refuse_unlisted, write_manifest
+from ..strict_json import Settings
 from .gguf_file import open_gguf, refuse_kv_only
 from .load_errors import check_weights, explained, quiet
 
@@ -55,7 +57,7 @@ def convert_gguf(gguf: Path) -> Path:
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 logger.info("copying %s, once, to %s", gguf.name, folder)
-                with beside(folder) as partial:
+                with temporary(folder) as partial:
                     _write_plain_copy(gguf, partial)
                     write_manifest(partial, {"copy_of": gguf.name})
                     shutil.rmtree(folder, ignore_errors=True)

@@ -71,6 +71,7 @@ class GGUFTensor:
 
     @property
     def size(self) -> int:
+        """In bytes, as stored."""
         return self.data.nbytes
 
     @property
@@ -90,6 +91,8 @@ Tensors = dict[str, GGUFTensor]
 
 @dataclass(frozen=True)
 class GGUF:
+    """A file as it is mapped into memory."""
+
     path: Path
     fields: Fields
     tensors: Tensors
@@ -97,10 +100,12 @@ class GGUF:
 
     @property
     def architecture(self) -> str:
+        """Such as llama, as llama.cpp names it."""
         return str(self.fields[ARCHITECTURE].value)
 
     @property
     def depth(self) -> int:
+        """How many blocks there are."""
         return self.count("block_count")
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -165,6 +170,7 @@ class GGUF:
 
     @property
     def outside_blocks(self) -> Tensors:
+        """The tensors of no block: embedding, last norm and head."""
         return {
             name: tensor
             for name, tensor in self.tensors.items()
@@ -194,9 +200,9 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGED as error:
-        said = shortened(str(error) or type(error).__name__)
+        reason = shortened(str(error) or type(error).__name__)
         raise UsageError(
-            f"{path.name} is no whole GGUF file: {said}; download it again"
+            f"{path.name} is no whole GGUF file: {reason}; download it again"
         ) from None
 
 
@@ -234,8 +240,8 @@ def _check_room(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
             default=0,
         )
         if count > room:
-            told = f"its header counts {count} {what}"
-            raise EOFError(f"{told}, and its tensors have room for {room}")
+            problem = f"its header counts {count} {what}"
+            raise EOFError(f"{problem}, and its tensors have room for {room}")
 
 
 def _check_depth(reader: GGUFReader, scalars: Mapping[str, Any]) -> None:
@@ -259,11 +265,11 @@ def refuse_kv_only(path: Path, fields: Iterable[str]) -> None:
     would run whole.
     """
     if any(name.endswith(f".{KV_ONLY}") for name in fields):
-        told = (
+        problem = (
             f"{path.name} skips blocks in the prompt alone, and only a patched"
             " llama.cpp runs it"
         )
-        raise UsageError(f"{told}; give the original model's file and the plan")
+        raise UsageError(f"{problem}; give the original model's file and the plan")
 
 
 def read_gguf(path: Path) -> GGUF:

@@ -55,11 +55,11 @@ def size_notes(spec: str | Path, plan: Plan) -> list[str]:
 
 def _notes(stored: StoredSizes, plan: Plan) -> Iterator[str]:
     left = f", and {in_bytes(stored.left)} without what is skipped" if plan else ""
-    told = (
+    problem = (
         f"{stored.name} holds {in_bytes(stored.whole)} of weights in"
         f" {', '.join(stored.types)}{left}"
     )
-    yield f"{told}; the table has the sizes of its numbers unpacked."
+    yield f"{problem}; the table has the sizes of its numbers unpacked."
     if stored.head:
         yield (
             f"{stored.head:,} of the parameters are the output head's, which the file"

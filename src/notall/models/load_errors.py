@@ -13,8 +13,8 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UnknownArchitecture, UsageError, shortened
-from ..files import read_json
 from ..plan import Plan
+from ..strict_json import read_json
 from .gguf_file import open_gguf
 from .names import named_gguf, near_model
 
@@ -68,21 +68,21 @@ def explained(spec: str | Path) -> Iterator[None]:
         raise
     # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         if (
-            UNREAD.search(said)
+            UNREAD.search(message)
             and (gguf := named_gguf(spec))
-            and (told := _export_in(gguf))
+            and (problem := _export_in(gguf))
         ):
-            raise UnknownArchitecture(told) from error
+            raise UnknownArchitecture(problem) from error
         fix = next(
-            (fix for words, fix in FIXES if re.search(words, said)),
+            (fix for words, fix in FIXES if re.search(words, message)),
             "check its files, or give another model",
         )
         near = near_model(spec) if fix in (OFFLINE, SPELLING) else ""
-        kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
+        kind = UnknownArchitecture if NO_SUCH_GGUF in message else UsageError
         first = shortened(
-            said.split(". ")[0].rstrip("."), 160
+            message.split(". ")[0].rstrip("."), 160
         )  # sentence, of what may be pages long
         raise kind(f"cannot load {shortened(spec)}{near}: {first}; {fix}") from error
 
@@ -100,11 +100,11 @@ def check_weights(spec: str | Path, report: dict[str, Any]) -> None:
             " save it again"
         )
     if unused := sorted(map(str, report["unexpected_keys"])):
-        said = (
+        message = (
             f"{spec} has weights that its architecture does not use ({len(unused)},"
             f" first {unused[0]})"
         )
-        warnings.warn(said, stacklevel=3)
+        warnings.warn(message, stacklevel=3)
 
 
 def _export_in(path: Path) -> str | None:
@@ -122,31 +122,45 @@ def _export_in(path: Path) -> str | None:
         )
     except (ValueError, KeyError, TypeError):
         return None
-    told = (
+    problem = (
         f"{shortened(path)} is notall's export of {shortened(dense)} without"
         f" {shortened(plan)}"
     )
     fix = f"here, give {shortened(dense)} with --plan {shortened(path.parent)}"
-    return (
-        f"{told}, in a form that only llama.cpp runs (llama-cli -m FILE -fa on); {fix}"
-    )
+    return f"{problem}, in a form that only llama.cpp runs (llama-cli -m FILE -fa on); {fix}"
+
+
+# The loggers of transformers, of models' own code, and of what it loads weights with.
+LIBRARIES = (
+    "transformers",
+    "transformers_modules",
+    "accelerate",
+    "huggingface_hub",
+    "compressed_tensors",
+    "torchao",
+    "bitsandbytes",
+)
 
 
 @contextmanager
-def quiet(*, progress: bool = False) -> Iterator[None]:
-    """Without the warnings of transformers, nor its progress bars unless `progress`
-    asks for them.
+def quiet(*others: str, progress: bool = False) -> Iterator[None]:
+    """Without the warnings of transformers, of what it loads weights with and of
+    `others`, packages by the names of their loggers; nor its progress bars, unless
+    `progress` asks for them.
+
+    The levels of these loggers are put back; those of others are not touched.
     """
-    level, bars = (
-        logging.root.manager.disable,
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    logging.disable(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in (*LIBRARIES, *others)]
+    levels = [logger.level for logger in loggers]
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(max(level, logging.ERROR))
     if not progress:
         transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.disable(level)
-        if bars:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        if had_bars:
             transformers_logging.enable_progress_bar()

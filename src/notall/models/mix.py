@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import cache_folder, write_cached
 from ..digests import digest_of
-from ..files import cache_folder, contents, keep
+from ..files import contents
 from ..integrity import sealed, unsealed
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
@@ -154,7 +155,7 @@ class _Author:
                 for prompt in some
             ]
             with skip(self.model, Plan()):
-                said = greedy_each(
+                answers = greedy_each(
                     self.model,
                     rows,
                     new,
@@ -162,7 +163,7 @@ class _Author:
                 )
             return "\n".join(
                 prompt + str(self.tokenizer.decode(answer))
-                for prompt, answer in zip(some, said)
+                for prompt, answer in zip(some, answers)
             )
 
         return "\n".join(self._written("answers", asked, new, write))
@@ -228,12 +229,14 @@ class _Author:
                 .replace("\r", "\n")
             )
             known[number] = content.encode(errors="replace").decode()
-            keep(paths[number], sealed(json.dumps({"text": known[number]}).encode()))
+            write_cached(
+                paths[number], sealed(json.dumps({"text": known[number]}).encode())
+            )
         return [known[number] for number in range(len(some))]
 
 
 def episodes(hay: str) -> str:
-    """Episodes of the forms that are fitted to, of many lengths, told amid the
+    """Episodes of the forms that are fitted to, of many lengths, amid the
     sentences of a text.
     """
     draw, sentences = (

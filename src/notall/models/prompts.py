@@ -42,14 +42,14 @@ def prompts(count: int, *, seed: int = 0, held_out: bool = False) -> list[str]:
     def add_up() -> str:
         person, goods = pick(PEOPLE), pick(GOODS)
         one, two, more = draw.randint(3, 40), draw.randint(2, 12), draw.randint(2, 9)
-        told = {
+        numbers = {
             "first": one,
             "second": two,
             "third": more,
             "shared": one * more,
             "note": more * two + one,
         }
-        return draw.choice(SUMS).format(person=person, goods=goods, **told)
+        return draw.choice(SUMS).format(person=person, goods=goods, **numbers)
 
     kinds: Sequence[Callable[[], str]] = (
         lambda: draw.choice(EXPLANATIONS).format(pick(TOPICS)),

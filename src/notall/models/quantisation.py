@@ -9,7 +9,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UsageError, shortened
-from ..files import Settings
+from ..strict_json import Settings
 from .load_errors import quiet
 
 # What transformers runs each kind with: a package of its name, or others.
@@ -21,48 +21,52 @@ def quantisation_of(config: PretrainedConfig) -> Settings | None:
     """The quantisation settings of a config, or None. Raises `UsageError` where they
     are no settings.
     """
-    told = getattr(config, "quantization_config", None)
-    if isinstance(told, QuantizationConfigMixin):
-        return told.to_dict()
-    if not isinstance(told, Mapping | None):
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, QuantizationConfigMixin):
+        return settings.to_dict()
+    if not isinstance(settings, Mapping | None):
         raise UsageError(
             "the quantization_config of this model is damaged; fetch its config.json"
             " again"
         )
-    return told if told is None else dict(told)
+    return settings if settings is None else dict(settings)
 
 
-def quantisation_name(told: Mapping[str, object]) -> str:
+def quantisation_name(settings: Mapping[str, object]) -> str:
     """Such as `fp8`, `gptq 4-bit` or `compressed-tensors`."""
-    method = told.get("quant_method")
+    method = settings.get("quant_method")
     method = str(
         getattr(method, "value", method) or "bitsandbytes"
     )  # old files of bitsandbytes do not say
-    bits = told.get("bits") or (
-        4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") else None
+    bits = settings.get("bits") or (
+        4
+        if settings.get("load_in_4bit")
+        else 8
+        if settings.get("load_in_8bit")
+        else None
     )
     return f"{method} {bits}-bit" if bits else method
 
 
-def why_not_here(told: Mapping[str, object]) -> str | None:
+def why_not_here(settings: Mapping[str, object]) -> str | None:
     """What keeps transformers from running such weights here, and what to install; None
     where nothing does.
     """
-    name = quantisation_name(told)
+    name = quantisation_name(settings)
     package = PACKAGES.get(name.split()[0])
     try:
         with quiet():
             AutoHfQuantizer.from_config(
-                dict(told), pre_quantized=True
+                dict(settings), pre_quantized=True
             ).validate_environment(device_map=None)
     except Exception as error:  # each quantiser checks in its own way
-        said = shortened(
+        reason = shortened(
             (str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."),
             120,
         )
         if not isinstance(error, ImportError):
-            return f"transformers cannot run {name} weights here ({said})"
-        fix = f": pip install {package}" if package else f" ({said})"
+            return f"transformers cannot run {name} weights here ({reason})"
+        fix = f": pip install {package}" if package else f" ({reason})"
         return (
             f"transformers runs {name} weights with a package that is not"
             f" installed{fix}"

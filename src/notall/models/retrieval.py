@@ -1,4 +1,4 @@
-"""Texts in which something is told far back and asked for at the end, in several forms,
+"""Texts in which a needle stands far back and is asked for at the end, in several forms,
 for any tokenizer.
 """
 
@@ -42,13 +42,13 @@ def episode(
     """An episode of about so many tokens, its answer at a random depth in `hay`
     (passkey: arXiv 2305.16300, 4.2).
     """
-    told, question, answer = MAKERS[form](draw)
-    room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*told, question)).split())
+    needles, question, answer = MAKERS[form](draw)
+    room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*needles, question)).split())
     sentences = list[str]()
     while sum(map(len, map(str.split, sentences))) < room:
         sentences.append(next(hay) if hay else _sentence(draw))
-    places = sorted(draw.randint(0, len(sentences)) for _ in told)
-    for shift, (place, needle) in enumerate(zip(places, told)):
+    places = sorted(draw.randint(0, len(sentences)) for _ in needles)
+    for shift, (place, needle) in enumerate(zip(places, needles)):
         sentences.insert(place + shift, f"\n\n{needle}\n\n")
     text = " ".join(sentences).replace(" \n\n", "\n\n").replace("\n\n ", "\n\n").strip()
     return Episode(f"{text}\n\n{question}", answer)
@@ -66,53 +66,54 @@ def _digits(draw: random.Random, count: int = 5) -> str:
     return "".join(str(draw.randrange(10)) for _ in range(count))
 
 
-Made = tuple[list[str], str, str]  # what is told, the question, the answer
+Made = tuple[list[str], str, str]  # the needles, the question, the answer
 
 
 def _passkey(draw: random.Random) -> Made:
     key = _digits(draw)
-    told = f'The pass key is "{key}". Remember it: "{key}" is the pass key.'
-    return [told], 'What is the pass key? The pass key is "', key
+    needle = f'The pass key is "{key}". Remember it: "{key}" is the pass key.'
+    return [needle], 'What is the pass key? The pass key is "', key
 
 
 def _keys(draw: random.Random) -> Made:
     names, values = draw.sample(NOUNS, 4), [_digits(draw) for _ in range(4)]
-    told = ", ".join(f'"{name}": "{value}"' for name, value in zip(names, values))
+    pairs = ", ".join(f'"{name}": "{value}"' for name, value in zip(names, values))
     asked = draw.randrange(4)
     return (
-        ["{" + told + "}"],
+        ["{" + pairs + "}"],
         f'In the JSON object above the value of "{names[asked]}" is "',
         f'{values[asked]}"',
     )
 
 
 def _quotes(draw: random.Random) -> Made:
-    person, said = draw.choice(PEOPLE), _sentence(draw).removesuffix(".").lower()
+    person = draw.choice(PEOPLE)
+    sentence = _sentence(draw).removesuffix(".").lower()
     return (
-        [f'{person} wrote: "{said}"'],
+        [f'{person} wrote: "{sentence}"'],
         f'What did {person} write? {person} wrote: "',
-        f'{said}"',
+        f'{sentence}"',
     )
 
 
 def _several(draw: random.Random) -> Made:
     people, numbers = draw.sample(PEOPLE, 3), [_digits(draw, 4) for _ in range(3)]
-    told = [
+    needles = [
         f'The locker of {person} has the number "{number}".'
         for person, number in zip(people, numbers)
     ]
     asked = draw.randrange(3)
-    return told, f'The locker of {people[asked]} has the number "', numbers[asked]
+    return needles, f'The locker of {people[asked]} has the number "', numbers[asked]
 
 
 def _facts(draw: random.Random) -> Made:
     person, city, work = draw.choice(PEOPLE), draw.choice(CITIES), draw.choice(WORKS)
-    told = (
+    needle = (
         f"{person} moved to {city} some years ago and has worked there as a {work}"
         " since."
     )
     return (
-        [told],
+        [needle],
         f"Question: In which city does {person} work?\nAnswer: {person} works in",
         f" {city}",
     )

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
-from ..files import contents, expanded, read_json
+from ..files import contents, expanded
+from ..strict_json import read_json
 from ..structure.model_structure import inputs_device
 from .names import DEFAULT_TEXT, USE
 
@@ -22,6 +23,7 @@ MOST_BYTES = 1 << 30  # of a file
 
 
 def is_made(source: str) -> bool:
+    """Whether a text of that name is made here, and read from no file."""
     return source in (*MIX, USE) or source.startswith(ANSWERS_TO)
 
 
@@ -57,6 +59,7 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
 
 
 def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
+    """How many windows of `length` tokens a text has, each with the model's first tokens."""
     return len(token_ids(tokenizer, text)) // max(
         1, length - len(start_tokens(tokenizer))
     )

@@ -151,14 +151,14 @@ def _too_short(
     text: Text, tokens: int, sequences: int, length: int, start: int, left: str
 ) -> str:
     """That a text has too few windows, and how many or how long ones it has."""
-    told = f"the text {shortened(text.name)} has {several(tokens, 'token')}"
+    problem = f"the text {shortened(text.name)} has {several(tokens, 'token')}"
     if left:
-        told += (
+        problem += (
             f", which are {several(tokens // (length - start), 'window')} of {length},"
             f" and {left}"
         )
         return (
-            f"{told}, where {sequences} are needed: lower --sequences, or give another"
+            f"{problem}, where {sequences} are needed: lower --sequences, or give another"
             " text to measure on"
         )
     windows, fitting = tokens // (length - start), tokens // sequences + start
@@ -168,7 +168,7 @@ def _too_short(
         f"{several(sequences, 'sequence')} of {length}"
         f" ({sequences * (length - start):,})"
     )
-    return f"{told}, too few for {asked}: {''.join(fits)}give a longer text"
+    return f"{problem}, too few for {asked}: {''.join(fits)}give a longer text"
 
 
 def _shared(windows: Drawn, apart: Sequence[Drawn]) -> Tensor:
@@ -214,12 +214,12 @@ def refuse_overlap(
         alike = [number for number, row in enumerate(windows) if len(row) == length]
         found = overlapping(torch.stack([windows[number] for number in alike]), others)
         if found.any():
-            told = (
+            problem = (
                 f"window {alike[int(found.nonzero()[0])]} of held_out overlaps one that"
                 f" {use}"
             )
             raise UsageError(
-                f"{told}, by half of its tokens or more: hold out windows of other text"
+                f"{problem}, by half of its tokens or more: hold out windows of other text"
             )
 
 

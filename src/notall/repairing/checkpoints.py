@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, shortened
-from ..files import beside, is_partial, remove
-from ..running.repaired import is_tensors
+from ..files import is_partial, remove, temporary
+from ..tensor_files import is_tensors
 
 LAST, BEST, TRAINED = "last.safetensors", "best.safetensors", "trained.safetensors"
 OURS = (LAST, BEST, TRAINED)
@@ -29,14 +29,17 @@ class Checkpoints:
 
     @property
     def last(self) -> Path:
+        """The file that a next run goes on from."""
         return self.folder / LAST
 
     @property
     def best(self) -> Path:
+        """The file of the weights of least KL."""
         return self.folder / BEST
 
     @property
     def trained(self) -> Path:
+        """The file in which workers leave the result."""
         return self.folder / TRAINED
 
     def refuse_others(self) -> None:
@@ -73,7 +76,7 @@ class Checkpoints:
         killed runs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with beside(self.folder / RAY) as scratch:
+        with temporary(self.folder / RAY) as scratch:
             yield scratch
 
 

@@ -8,8 +8,9 @@ from ..plan import Plan
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running import repaired
-from ..running.repaired import RepairedPlan, file_of
+from ..running import repair_folder
+from ..running.repair_folder import refit_file
+from ..running.repaired import RepairedPlan
 
 
 class Kept:
@@ -19,8 +20,8 @@ class Kept:
         self.folder = folder
         self.refits = Ledger(folder, RefitRecord, about)
         self.finished = (
-            repaired.refuse_other_work(folder, RefitRecord, plan)
-            and (folder / repaired.PLAN).is_file()
+            repair_folder.refuse_other_work(folder, RefitRecord, plan)
+            and (folder / repair_folder.PLAN).is_file()
         )
 
     def add(
@@ -30,8 +31,8 @@ class Kept:
         if (
             brought.weights or brought.prompt_weights
         ):  # first: a line says that they are there
-            digest = repaired.write_weights(
-                self.folder / file_of(refit), brought.knowing(model)
+            digest = repair_folder.write_weights(
+                self.folder / refit_file(refit), brought.knowing(model)
             )
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
@@ -39,7 +40,7 @@ class Kept:
     def sealed(self, plan: Plan) -> RepairedPlan:
         """The finished plan, read back from the folder."""
         files = {
-            file_of(one): one.sha256 for one in self.refits if one.ridge is not None
+            refit_file(one): one.sha256 for one in self.refits if one.ridge is not None
         }
-        repaired.seal(self.folder, plan, files)
+        repair_folder.seal(self.folder, plan, files)
         return RepairedPlan.load(self.folder)

@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.repairs import RefitRecord
-from ..running.prefill import checked_rows
+from ..running.prefill_check import checked_rows
 from ..running.repaired import RepairedPlan
+from ..structure.branches import Branch
+from ..structure.calls import LayerCall, child
 from ..structure.key_values import bias_of, caught, matrix_of
 from ..structure.model_structure import Sublayer
-from ..structure.observation import Branch, LayerCall, child
 from .kept import Kept
-from .solving import Moments
+from .least_squares import Moments
 from .streams import DenseStream, Line
 
 TINY = 1e-30
-# 100 comes to the same, 1 to a KL that is a quarter higher on the default model
+# 100 has the same result, 1 a KL that is a quarter higher on the default model
 SINK = 10.0
 
 
@@ -76,15 +77,12 @@ class KeyValueRepair:
     ridges: Sequence[float]
     kept: Kept | None = None
     refits: list[RefitRecord] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # by their paths in the model
+    weights: dict[str, Tensor] = field(default_factory=dict)  # by paths in the model
 
     def __post_init__(self) -> None:
-        sublayers = self.text.structure.sublayers
         parts = [
             part
-            for part in sublayers
+            for part in self.text.structure.sublayers
             if part.index in getattr(self.plan.prefill, part.kind)
         ]
         self.skipped = {part.name for part in parts}
@@ -92,29 +90,19 @@ class KeyValueRepair:
 
     def run(self, progress: Progress = silent) -> RepairedPlan:
         """The plan with weights of the prompt's own."""
-        refit = [
-            number
-            for number, line in enumerate(self.text.lines)
-            if any(
-                part.name in self.skipped and part.kind == "attention"
-                for part in line.parts
-            )
-        ]
+        attentions: dict[int, Sublayer] = {}  # that are skipped, by the line's number
+        for number, line in enumerate(self.text.lines):
+            for part in line.parts:
+                if part.name in self.skipped and part.kind == "attention":
+                    attentions[number] = part
+        end = max(attentions, default=-1) + 1
         (original,) = self.text.before(0)
-        prompt = original
-        for number, line in enumerate(self.text.lines[: max(refit, default=-1) + 1]):
-            progress(
-                number,
-                max(refit) + 1,
-                f"refitting keys and values, {' '.join(line.names)}",
-            )
-            if number in refit:
-                # both streams are one before the first gap, where nothing is lacking
-                self._refit(
-                    next(part for part in line.parts if part.kind == "attention"),
-                    original,
-                    prompt,
-                )
+        prompt = original  # both streams are one before the first gap
+        for number, line in enumerate(self.text.lines[:end]):
+            doing = f"refitting keys and values, {' '.join(line.names)}"
+            progress(number, end, doing)
+            if number in attentions:
+                self._refit(attentions[number], original, prompt)
             prompt, original = self._behind(number, line, original, prompt)
         if self.kept:
             return self.kept.sealed(self.plan)
@@ -132,7 +120,9 @@ class KeyValueRepair:
         if not self.skipped.isdisjoint(line.names):
             left = tuple(part for part in line.parts if part.name not in self.skipped)
             return self.text.run([Line(line.block, left, line.scale)], prompt), dense
-        return (dense if prompt is original else self.text.run([line], prompt)), dense
+        if prompt is original:
+            return dense, dense
+        return self.text.run([line], prompt), dense
 
     def _refit(
         self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
@@ -141,23 +131,24 @@ class KeyValueRepair:
         if self.kept and ((part.name,),) in self.kept.refits:
             return
         start = time.process_time()
-        weights, ridge, left = dict[str, Tensor](), None, 1.0
-        if prompt is not original:
+        ridge, left, weights, why = None, 1.0, dict[str, Tensor](), ""
+        if prompt is original:
+            why = "nothing is skipped before it"
+        else:
             ridge, left, weights = self._solve(part, original, prompt)
-        seconds = time.process_time() - start
-        why = "" if prompt is not original else "nothing is skipped before it"
         record = RefitRecord(
-            sublayers=(part.name,), ridge=ridge, left=left, seconds=seconds, why=why
+            sublayers=(part.name,),
+            ridge=ridge,
+            left=left,
+            seconds=time.process_time() - start,
+            why=why,
         )
         self.refits.append(record)
-        if self.kept:
-            self.kept.add(
-                record,
-                RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights),
-                self.text.model,
-            )
-        else:
+        if self.kept is None:
             self.weights |= weights
+            return
+        refit = RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights)
+        self.kept.add(record, refit, self.text.model)
 
     def _solve(
         self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
@@ -168,45 +159,33 @@ class KeyValueRepair:
         layer = self.text.layers[part.index]
         branch = next(branch for branch in part.branches if branch.is_attention)
         sums: list[Moments] = []  # of sequences that are fitted, and of those held out
-        read: list[str] = []
+        read: list[str] = []  # names of projections
         for number, (dense, stale) in enumerate(zip(original, prompt)):
             recording = self.text.recordings[number]
-            call, here = (
-                LayerCall(recording.arguments[part.index]),
-                recording.devices[part.index],
-            )
+            call = LayerCall(recording.arguments[part.index])
+            here = recording.devices[part.index]
             wanted = self._projected(layer, branch, part, dense.to(here), call)
             found = self._projected(layer, branch, part, stale.to(here), call)
             read = read or list(found)
-            inputs = found[read[0]].inputs
-            exact = torch.promote_types(inputs.dtype, torch.float32)
-            lacking = torch.cat(
-                [self._lacking(part, name, wanted, found) for name in read], 1
+            inputs = found[read[0]].inputs  # (tokens, inputs)
+            residuals = torch.cat(
+                [self._residuals(part, name, wanted, found) for name in read], 1
             )  # (tokens, rows)
-            sums = sums or [_none(inputs, lacking, exact) for _ in range(2)]
-            held = (
-                self.text.held[number]
-                .to(here)[:, None]
-                .expand(stale.shape[:2])
-                .flatten()
-            )  # (tokens,)
+            exact = torch.promote_types(inputs.dtype, torch.float32)
+            sums = sums or [_none(inputs, residuals, exact) for _ in range(2)]
+            held = self.text.held[number].to(here)  # (batch,)
+            held = held[:, None].expand(stale.shape[:2]).flatten()  # (tokens,)
             counts = torch.ones(stale.shape[:2], dtype=exact, device=here)
             counts[:, 0] = SINK
+            counts = counts.flatten()  # (tokens,)
             for one, rows in zip(sums, (~held, held)):
-                one.add(
-                    inputs[rows].to(exact),
-                    lacking[rows].to(exact),
-                    counts.flatten()[rows],
-                )
+                one.add(inputs[rows].to(exact), residuals[rows].to(exact), counts[rows])
         fitted, held_out = sums
-        ridge, left, change = self._best(
-            fitted, held_out, self._counts(part, read, fitted)
-        )
-        return (
-            ridge,
-            left,
-            {} if change is None else self._changed(part, layer, read, change),
-        )
+        counts = self._counts(part, read, fitted)
+        ridge, left, change = self._best(fitted, held_out, counts)
+        if change is None:
+            return ridge, left, {}
+        return ridge, left, self._changed(part, layer, read, change)
 
     def _projected(
         self,
@@ -229,14 +208,14 @@ class KeyValueRepair:
             if one.inputs.shape == first.shape and one.inputs.equal(first)
         }
 
-    def _lacking(
+    def _residuals(
         self,
         part: Sublayer,
         name: str,
         wanted: Mapping[str, Projected],
         found: Mapping[str, Projected],
     ) -> Tensor:
-        """What a projection's rows for keys and values make too little of, (tokens,
+        """The original's keys and values less the prompt's, of one projection, (tokens,
         rows).
         """
         rows = self.rows[part.name][name]
@@ -247,13 +226,11 @@ class KeyValueRepair:
         of another.
         """
         sizes = [int(self.rows[part.name][name].sum()) for name in read]
-        parts = fitted.square.split(sizes)
-        return torch.cat(
-            [
-                torch.full_like(one, 1 / float(one.sum().clamp_min(TINY)))
-                for one in parts
-            ]
-        )
+        weights = []
+        for squares in fitted.square.split(sizes):  # (rows of one,)
+            total = float(squares.sum().clamp_min(TINY))
+            weights.append(torch.full_like(squares, 1 / total))
+        return torch.cat(weights)
 
     def _best(
         self, fitted: Moments, held: Moments, counts: Tensor
@@ -275,17 +252,18 @@ class KeyValueRepair:
         of their biases, (rows,).
         """
         weights: dict[str, Tensor] = {}
-        needed = [self.rows[part.name][name] for name in read]
-        for name, rows, more in zip(
-            read, needed, change.split([int(one.sum()) for one in needed])
-        ):
+        chosen = [self.rows[part.name][name] for name in read]
+        changes = change.split([int(rows.sum()) for rows in chosen])
+        for name, rows, own in zip(read, chosen, changes):
             source = child(layer, name)
-            matrix, bias = matrix_of(source)[rows].to(change), bias_of(source)
+            matrix = matrix_of(source)[rows].to(change)
+            bias = bias_of(source)
             path = f"{self.text.structure.layers}.{part.index}.{name}"
-            weights[f"{path}.weight"] = matrix + more[:, :-1]
-            weights[f"{path}.bias"] = (
-                more[:, -1] if bias is None else bias[rows].to(change) + more[:, -1]
-            )
+            weights[f"{path}.weight"] = matrix + own[:, :-1]
+            if bias is None:
+                weights[f"{path}.bias"] = own[:, -1]
+            else:
+                weights[f"{path}.bias"] = bias[rows].to(change) + own[:, -1]
         return weights
 
 
@@ -296,9 +274,9 @@ def _solved(sums: Moments, ridge: float) -> Tensor | None:
     return sums.solve(ridge * float(sums.gram.diagonal()[:-1].mean()), alike=True)
 
 
-def _none(inputs: Tensor, lacking: Tensor, exact: torch.dtype) -> Moments:
-    """Sums of no tokens yet, of inputs (tokens, inputs) and what is lacking, (tokens,
+def _none(inputs: Tensor, residuals: Tensor, exact: torch.dtype) -> Moments:
+    """Sums of no tokens yet, for inputs, (tokens, inputs), and residuals, (tokens,
     rows).
     """
     like = inputs.new_empty(0, dtype=exact)
-    return Moments.none(inputs.shape[1], lacking.shape[1], True, like)
+    return Moments.none(inputs.shape[1], residuals.shape[1], True, like)

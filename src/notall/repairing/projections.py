@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..measuring.token_scores import Head
-from ..running.replay import record
+from ..measuring.heads import Head
+from ..running.recording import record
+from ..structure.calls import LayerCall, child, forward_of
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, inputs_device, text_config
-from ..structure.observation import LayerCall, child, forward_of
 from ..structure.undoing import Undo
 
 PROBED = 16  # tokens to find a projection with
@@ -67,9 +67,8 @@ class Projections:
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
         self.layers: nn.ModuleList = model.get_submodule(locate(model).layers)
         self.probe = record(model, input_ids=tokens[:1, :PROBED])
-        uses = Counter(
-            id(one) for _, one in model.named_parameters(remove_duplicate=False)
-        )
+        every = model.named_parameters(remove_duplicate=False)
+        uses = Counter(id(one) for _, one in every)
         self.shared = {one for one, count in uses.items() if count > 1}
         self._found: dict[str, OutputProjection | None] = {}
 
@@ -83,16 +82,14 @@ class Projections:
             hidden = self.probe.embedded.to(self.probe.devices[part.index])
             trial = _Trial(self.layers[part.index], part, hidden, call)
             paths = reversed(trial.matrices()) if len(part.branches) == 1 else ()
-            self._found[part.name] = next(
-                (one for path in paths if (one := trial.of(path))), None
-            )
+            tried = (trial.of(path) for path in paths)
+            self._found[part.name] = next((one for one in tried if one), None)
         found = self._found[part.name]
-        is_shared = (
-            found is not None
-            and id(self.layers[part.index].get_submodule(found.path).weight)
-            in self.shared
-        )
-        return None if own and is_shared else found
+        if own and found:
+            module = self.layers[part.index].get_submodule(found.path)
+            if id(module.weight) in self.shared:
+                return None
+        return found
 
 
 @contextmanager
@@ -101,30 +98,32 @@ def features_of(
     projections: Sequence[OutputProjection],
     keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Iterator[Callable[[], list[Tensor]]]:
-    """What these are given while the layer runs, times their scales, side by side:
+    """The inputs of these while the layer runs, times their scales, in one row:
     (tokens, features) a call.
     """
     seen: list[list[Tensor]] = [[] for _ in projections]
 
     def taken() -> list[Tensor]:
+        """Of each call the features of all, (tokens, features)."""
         return [
             torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)
         ]
 
-    def take(number: int, given: Tensor) -> None:
-        one, features = projections[number], given.flatten(0, -2)
-        seen[number].append(
-            keep(features if one.norm or one.scale == 1 else one.scale * features)
-        )
+    def hook(number: int) -> Callable[..., None]:
+        one = projections[number]
+
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            features = args[0].flatten(0, -2)  # (tokens, features)
+            if not one.norm and one.scale != 1:
+                features = one.scale * features
+            seen[number].append(keep(features))
+
+        return take
 
     with ExitStack() as hooks:
         for number, one in enumerate(projections):
             module = layer.get_submodule(one.path)
-            hooks.enter_context(
-                module.register_forward_pre_hook(
-                    lambda _, args, number=number: take(number, args[0])
-                )
-            )
+            hooks.enter_context(module.register_forward_pre_hook(hook(number)))
         yield taken
 
 
@@ -142,32 +141,34 @@ class _Trial:
         """The plain matrices, as wide as the stream, that answer for each token once,
         as they run: no experts'.
         """
-        sizes: dict[str, list[int]] = {}
+        sizes: dict[str, list[int]] = {}  # numbers of each output of a module
+        width = self.hidden.shape[-1]
+
+        def hook(path: str) -> Callable[..., None]:
+            def note(_: nn.Module, args: object, output: Tensor) -> None:
+                sizes.setdefault(path, []).append(output.numel())
+
+            return note
+
         with ExitStack() as hooks:
             for name in self.part.modules:
                 for path, module in child(self.layer, name).named_modules(prefix=name):
-                    if _is_plain(module, self.hidden.shape[-1]):
-                        hook = module.register_forward_hook(
-                            lambda *seen, path=path: sizes.setdefault(path, []).append(
-                                seen[-1].numel()
-                            )
-                        )
-                        hooks.enter_context(hook)
+                    if _is_plain(module, width):
+                        hooks.enter_context(module.register_forward_hook(hook(path)))
             self._added()
         return [path for path, found in sizes.items() if found == [self.hidden.numel()]]
 
     def of(self, path: str) -> OutputProjection | None:
         """What becomes of the answers of the matrix at `path`."""
-        generator = torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(0)
         size = self.hidden.float().std().clamp_min(1e-3).item()
-        shape = self.hidden.shape
-        # of two sizes: a norm would answer alike
+        # of two sizes, as a norm would answer alike: (batch, tokens, hidden) each
         first, second = (
-            times * size * torch.randn(shape, generator=generator) for times in (1, 3)
+            times * size * torch.randn(self.hidden.shape, generator=draw)
+            for times in (1, 3)
         )
-        first, second = (
-            made.to(self.hidden.device, self.hidden.dtype) for made in (first, second)
-        )
+        first = first.to(self.hidden.device, self.hidden.dtype)
+        second = second.to(self.hidden.device, self.hidden.dtype)
         one, other = self._added(path, first), self._added(path, second)
         if one.shape != first.shape:
             return None
@@ -175,20 +176,18 @@ class _Trial:
         if scale is not None:
             return OutputProjection(path, scale)
         for op in self.part.branches[0].ops:
-            if (
-                op.module
-                and not path.startswith(op.module)
-                and is_norm(child(self.layer, op.module))
-            ):
-                norm = child(self.layer, op.module)
-                scale = _factor(one, norm(first).to(self.exact), self.rounding)
-                # it answers alike where all channels are larger, as norms do and
-                # activations do not
-                larger, plain = (
-                    norm(times * (first / size)).to(self.exact) for times in (3, 1)
-                )
-                if scale is not None and _factor(larger, plain, self.rounding) == 1:
-                    return OutputProjection(path, scale, op.module)
+            if not op.module or path.startswith(op.module):
+                continue
+            norm = child(self.layer, op.module)
+            if not is_norm(norm):
+                continue
+            scale = _factor(one, norm(first).to(self.exact), self.rounding)
+            # it answers alike where all channels are larger, as norms do and
+            # activations do not
+            larger = norm(3 * (first / size)).to(self.exact)
+            plain = norm(1 * (first / size)).to(self.exact)
+            if scale is not None and _factor(larger, plain, self.rounding) == 1:
+                return OutputProjection(path, scale, op.module)
         return None
 
     def _added(self, path: str | None = None, answer: Tensor | None = None) -> Tensor:
@@ -199,27 +198,22 @@ class _Trial:
         if path is None or answer is None:
             return branch.run(self.layer, self.hidden, self.call)
         module = self.layer.get_submodule(path)
-        with (
-            Undo() as undo,
-            undo.put(
-                *forward_of(module), lambda given: answer.view(*given.shape[:-1], -1)
-            ),
-        ):
-            added = (
-                branch.run(self.layer, self.hidden, self.call)
-                .view(self.hidden.shape)
-                .to(self.exact)
-            )
+
+        def answered(given: Tensor) -> Tensor:
+            return answer.view(*given.shape[:-1], -1)
+
+        with Undo() as undo, undo.put(*forward_of(module), answered):
+            added = branch.run(self.layer, self.hidden, self.call)
+        added = added.view(self.hidden.shape).to(self.exact)
         return added - self.hidden.to(self.exact) if branch.adds_itself else added
 
 
 def _factor(found: Tensor, made: Tensor, rounding: float) -> float | None:
     """By what `made` was multiplied; None where it was anything else."""
     factor = float((found * made).sum() / made.square().sum())
-    close = (found - factor * made).abs().max() <= rounding * abs(
-        factor
-    ) * made.abs().max()
-    if not close or not factor:
+    off = (found - factor * made).abs().max()
+    most = rounding * abs(factor) * made.abs().max()
+    if not off <= most or not factor:
         return None
     return 1.0 if abs(factor - 1) < 1e-3 else factor
 
@@ -228,10 +222,9 @@ def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a plain matrix, an `nn.Linear` or a `Conv1D`: not quantised, and
     not adapted.
     """
-    if (
-        not isinstance(module, nn.Linear | Conv1D)
-        or type(module.weight) is not nn.Parameter
-    ):
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    if type(module.weight) is not nn.Parameter:
         return False
     return module.weight.is_floating_point()
 
@@ -247,13 +240,11 @@ def _is_plain(module: nn.Module, width: int) -> bool:
         return len(matrix) == width
     # a linear layer of another class, such as Falcon's: does it do what its matrix and
     # bias say?
-    given = torch.randn(
-        2, matrix.shape[1], generator=torch.Generator().manual_seed(0)
-    ).to(matrix)
-    expected, found = nn.functional.linear(given, matrix, module.bias), module(given)
-    return bool(
-        (found - expected).abs().max() <= ROUNDING[matrix.dtype] * expected.abs().max()
-    )
+    draw = torch.Generator().manual_seed(0)
+    given = torch.randn(2, matrix.shape[1], generator=draw).to(matrix)
+    expected = nn.functional.linear(given, matrix, module.bias)
+    off = (module(given) - expected).abs().max()
+    return bool(off <= ROUNDING[matrix.dtype] * expected.abs().max())
 
 
 def reading_gains(
@@ -275,18 +266,19 @@ def reading_gains(
         return found / found.square().mean().sqrt().clamp_min(1e-6)
 
     head = Head(model)
-    plain = head.projection is not None and head.projection.weight.shape[1] == width
-    last = gain((lambda rows: head.states(rows[0])[None]) if plain else None)
-    firsts = [(parts[0].index, parts[0].branches[0].ops[0].module) for parts in steps]
-    begins = [child(layers[index], first) if first else None for index, first in firsts]
-    gains = [
-        gain(norm if norm is not None and is_norm(norm) else None) for norm in begins
-    ]
-    readers = [
-        torch.stack([*gains[place : place + READERS], last])
-        for place in range(1, len(steps) + 1)
-    ]
-    return [(metric := rows.square().mean(0)) / metric.mean() for rows in readers]
+    is_plain = head.projection is not None and head.projection.weight.shape[1] == width
+    last = gain((lambda rows: head.states(rows[0])[None]) if is_plain else None)
+    gains = []  # of the first reader of each step
+    for parts in steps:
+        path = parts[0].branches[0].ops[0].module
+        norm = child(layers[parts[0].index], path) if path else None
+        gains.append(gain(norm if norm is not None and is_norm(norm) else None))
+    metrics = []
+    for place in range(1, len(steps) + 1):
+        readers = torch.stack([*gains[place : place + READERS], last])
+        squares = readers.square().mean(0)  # (hidden,)
+        metrics.append(squares / squares.mean())
+    return metrics
 
 
 def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
@@ -295,11 +287,12 @@ def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
 
     On the device of `ones`, wherever the norm's weights are.
     """
-    signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(
-        ones
-    )  # of mean 0, which some take away
-    gain = (norm(ones * signs).float() - norm(-ones * signs).float())[0, 0] / 2
-    return gain.to(ones.device) * signs.float()
+    places = torch.arange(ones.shape[-1], device=ones.device)
+    # 1 and -1 in turn, of mean 0, as some norms take the mean away
+    alternating = 1 - 2 * (places % 2).to(ones)
+    up, down = norm(ones * alternating).float(), norm(-ones * alternating).float()
+    gain = (up - down)[0, 0] / 2
+    return gain.to(ones.device) * alternating.float()
 
 
 def is_norm(module: nn.Module) -> bool:

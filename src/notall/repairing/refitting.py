@@ -27,14 +27,15 @@ from ..progress import Progress, silent
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running import repaired
-from ..running.repaired import RepairedPlan, file_of
+from ..running import repair_folder, weight_swaps
+from ..running.repair_folder import refit_file
+from ..running.repaired import RepairedPlan
 from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .kept import Kept
 from .key_values import KeyValueRepair
-from .projections import READERS, features_of, reading_gains
+from .projections import READERS, OutputProjection, features_of, reading_gains
 from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
 
@@ -92,24 +93,22 @@ def repair(
         else:
             text = DenseStream(inner, batches, offload=offload)
             if plan.prefill:
-                refit = KeyValueRepair(text, plan, ridges=ridges, kept=kept).run(
-                    progress
-                )
+                prompt = KeyValueRepair(text, plan, ridges=ridges, kept=kept)
+                refit = prompt.run(progress)
             else:
-                refit = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(
-                    progress
-                )
+                whole = Refitting(text, plan, ridges=ridges, ahead=ahead, kept=kept)
+                refit = whole.run(progress)
             found = refit.knowing(inner)
-    if (told := quantisation_of(inner.config)) and all(
-        refit.why for refit in found.refits
-    ):
-        why = f"what this plan keeps is quantised ({quantisation_name(told)})"
-        fix = (
-            "repair the plan on the model that was quantised, export that, and quantise"
-            " the export"
+    quantisation = quantisation_of(inner.config)
+    if quantisation and all(refit.why for refit in found.refits):
+        raise UsageError(
+            f"what this plan keeps is quantised ({quantisation_name(quantisation)}),"
+            " and a refit weight is none of its numbers: repair the plan on the model"
+            " that was quantised, export that, and quantise the export"
         )
-        raise UsageError(f"{why}, and a refit weight is none of its numbers: {fix}")
-    return found.model_copy(update={"history": (repaired.step_of("repair", about),)})
+    return found.model_copy(
+        update={"history": (repair_folder.step_of("repair", about),)}
+    )
 
 
 def about_weights(
@@ -118,27 +117,29 @@ def about_weights(
     plan: Plan,
     **how: object,
 ) -> Provenance:
-    told = {
+    """The settings of a run, with the plan, the model and `how` its weights are made."""
+    facts = {
         "plan": plan.indices,
         "fingerprint": locate(model).fingerprint,
         "dtype": dtype_name(model),
     }
-    return Provenance.of(settings, **told, **how)
+    return Provenance.of(settings, **facts, **how)
 
 
 def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     if sequences < 2:
-        told = "a repair takes sequences to fit and others to choose the ridge by"
-        raise UsageError(f"{told}; {sequences} is too few: give 2 or more")
+        raise UsageError(
+            "a repair takes sequences to fit and others to choose the ridge by;"
+            f" {sequences} is too few: give 2 or more"
+        )
     structure = locate(model)
     plan.check(structure)
     if plan.prefill and len(plan):
-        told = (
+        raise UsageError(
             "a repair is of what is skipped for every token, or in the prompt alone,"
-            " and this plan does both"
+            " and this plan does both: repair a plan of each part"
         )
-        raise UsageError(f"{told}: repair a plan of each part")
     structure.refuse_stubs("a repair")
     refuse_skipping(model, "repairing a plan")
     if not plan:
@@ -151,7 +152,7 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
 
 
 @dataclass(eq=False)
-class Repair:
+class Refitting:
     """One plan's repair: two streams on their way through the model. `states` end as
     what the last layer answers.
     """
@@ -196,13 +197,12 @@ class Repair:
         ]
         self.made: list[tuple[RefitRecord, dict[str, Tensor]]] = []
         self.states: list[Tensor] = []
-        self.passed: list[
-            tuple[list[Tensor], int]
-        ] = []  # the stream behind each step, and how many were refit by then
+        # the stream behind each step, and how many were refit by then
+        self.passed: list[tuple[list[Tensor], int]] = []
         self.ran = 0  # sublayers of the skipped model run so far
 
     def run(
-        self, progress: Progress = silent, *, others: "Sequence[Repair]" = ()
+        self, progress: Progress = silent, *, others: "Sequence[Refitting]" = ()
     ) -> RepairedPlan:
         """The repaired plan; it goes on from that of the `others` that it shares most
         with.
@@ -213,18 +213,15 @@ class Repair:
         if self.passed:
             self.states, made = self.passed[-1]
             self.made = other.made[:made]
-        costs = [
-            6 if is_refit else 1 for is_refit in self.is_refit
-        ]  # about, in runs of a step
+        # about, in runs of a step
+        costs = [6 if is_refit else 1 for is_refit in self.is_refit]
         for number in range(len(self.passed), len(self.steps)):
             step = self.steps[number]
-            progress(
-                sum(costs[:number]), sum(costs), f"refitting {' '.join(step.names)}"
-            )
+            doing = f"refitting {' '.join(step.names)}"
+            progress(sum(costs[:number]), sum(costs), doing)
             if self.is_refit[number]:
-                self.states = self._refit(
-                    step, self._target(step, self.gaps_ahead[number])
-                )
+                target = self._target(step, self.gaps_ahead[number])
+                self.states = self._refit(step, target)
             elif self.apart[number]:
                 self.states = self._run(step)
             else:
@@ -232,11 +229,8 @@ class Repair:
             if self.keep_all:
                 self.passed.append((self.states, len(self.made)))
         refits = tuple(refit for refit, _ in self.made)
-        progress(
-            sum(costs),
-            sum(costs),
-            f"refit {sum(one.ridge is not None for one in refits)}",
-        )
+        count = sum(one.ridge is not None for one in refits)
+        progress(sum(costs), sum(costs), f"refit {count}")
         if self.kept:
             return self.kept.sealed(self.plan)
         weights = {
@@ -244,7 +238,7 @@ class Repair:
         }
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
-    def shared_with(self, other: "Repair") -> int:
+    def shared_with(self, other: "Refitting") -> int:
         """How many of the first steps another repair went past in the same way."""
         both = list(zip(self.hangs_on, other.hangs_on[: len(other.passed)]))
         return next(
@@ -275,24 +269,39 @@ class Repair:
                 self.kept.add(refit, RepairedPlan(weights=weights), self.text.model)
             refit, weights = self.kept.refits[(step.names,)], {}
             self.made.append((refit, {}))
-            if (
-                refit.ridge is not None
-            ):  # from the file, so that those of all steps are never in memory together
-                weights = repaired.read_weights(
-                    self.kept.folder, file_of(refit), refit.sha256
+            if refit.ridge is not None:
+                # from the file, so that those of all steps are never in memory together
+                file = refit_file(refit)
+                weights = repair_folder.read_weights(
+                    self.kept.folder, file, refit.sha256
                 ).weights
-        with repaired.with_weights(self.text.model, weights):
+        with weight_swaps.with_weights(self.text.model, weights):
             return self._run(step)
 
     def _solve(
         self, step: LiveStep, target: list[Tensor]
     ) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
-        start, layer, keep = (
-            time.process_time(),
-            self.text.layers[step.block.index],
-            self.text.keep,
+        start = time.process_time()
+        projections = self._projections_of(step)
+        ridge, left, weights = None, 1.0, dict[str, Tensor]()
+        why = "no matrix of its own is the last before the stream"
+        if projections:
+            ridge, left, weights = self._fit(step, projections, target)
+            why = ""
+        record = RefitRecord(
+            sublayers=step.names,
+            ridge=ridge,
+            left=left,
+            seconds=time.process_time() - start,
+            why=why,
         )
+        return record, self.text.placed(step, weights)
+
+    def _projections_of(self, step: LiveStep) -> tuple[OutputProjection, ...]:
+        """The output projections of a step's sublayers, with the step's scale; none
+        where one has a norm behind it, and another is added to that.
+        """
         found = [self.text.projections.of(part, own=True) for part in step.parts]
         projections = tuple(
             replace(one, scale=one.scale * step.scale)
@@ -300,34 +309,37 @@ class Repair:
             if one is not None
         )
         if len(projections) > 1 and any(one.norm for one in projections):
-            projections = ()  # side by side, or the only one that a norm follows
-        ridge, left, weights = None, 1.0, dict[str, Tensor]()
-        if projections:
-            with features_of(layer, projections, keep) as features:
-                behind = self._run(step)
-            before = (
-                self.states
-                if step.scale == 1
-                else [keep(step.scale * hidden) for hidden in self.states]
-            )
-            kind = NormedFit if projections[0].norm else Fit
-            held, metric = self.text.held, self.metrics[step.names]
-            fit = kind(
-                layer, projections, before, behind, target, features(), held, metric
-            )
-            ridge, left, weights = fit.best(self.ridges)
-        record = RefitRecord(
-            sublayers=step.names,
-            ridge=ridge,
-            left=left,
-            seconds=time.process_time() - start,
-            why=(
-                ""
-                if projections
-                else "no matrix of its own is the last before the stream"
-            ),
+            return ()
+        return projections
+
+    def _fit(
+        self,
+        step: LiveStep,
+        projections: tuple[OutputProjection, ...],
+        target: list[Tensor],
+    ) -> tuple[float | None, float, dict[str, Tensor]]:
+        """The ridge, the share of the error that is left on what is held out, and new
+        weights, by their paths in the layer.
+        """
+        layer = self.text.layers[step.block.index]
+        keep = self.text.keep
+        with features_of(layer, projections, keep) as features:
+            behind = self._run(step)
+        before = self.states
+        if step.scale != 1:
+            before = [keep(step.scale * hidden) for hidden in self.states]
+        kind = NormedFit if projections[0].norm else Fit
+        fit = kind(
+            layer,
+            projections,
+            before,
+            behind,
+            target,
+            features(),
+            self.text.held,
+            self.metrics[step.names],
         )
-        return record, self.text.placed(step, weights)
+        return fit.best(self.ridges)
 
     def _run(self, step: LiveStep) -> list[Tensor]:
         self.ran += len(step.parts)

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from ..errors import shortened
 from ..files import writing
 from ..plan import Plan
-from ..running.replay import Recording, live_steps, record
+from ..running.recording import Recording, record
+from ..running.steps import live_steps
+from ..structure.branches import run_branches, scaled
+from ..structure.calls import LayerCall
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer
-from ..structure.observation import LayerCall, run_branches, scaled
 from .projections import Projections
 
 HELD = 8  # one sequence in so many chooses the ridge
@@ -55,20 +57,17 @@ class Line:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of its sublayers."""
         return tuple(part.name for part in self.parts)
 
     def run(self, layers: nn.Module, hidden: Tensor, recording: Recording) -> Tensor:
         """The stream behind it, (batch, tokens, hidden), given the one before it: on
         the device where that is.
         """
-        index, branches = (
-            self.block.index,
-            tuple(branch for part in self.parts for branch in part.branches),
-        )
-        layer, call = (
-            layers.get_submodule(str(index)),
-            LayerCall(recording.arguments[index]),
-        )
+        index = self.block.index
+        branches = tuple(branch for part in self.parts for branch in part.branches)
+        layer = layers.get_submodule(str(index))
+        call = LayerCall(recording.arguments[index])
         behind = run_branches(
             branches, layer, hidden.to(recording.devices[index]), call
         )
@@ -76,6 +75,7 @@ class Line:
 
 
 def lines_of(structure: ModelStructure) -> list[Line]:
+    """All lines of a model, in the order in which they run."""
     return [
         Line(block, parts, block.scale if parts[-1] is block.sublayers[-1] else 1.0)
         for block, parts in live_steps(structure, Plan())
@@ -95,6 +95,7 @@ class LiveStep(Line):
 
 
 def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
+    """What a plan keeps of the lines of a model, in order."""
     lines, live = lines_of(structure), list(live_steps(structure, plan))
     places = {
         part.name: place for place, line in enumerate(lines) for part in line.parts
@@ -132,11 +133,9 @@ class DenseStream:
     ) -> None:
         self.model, self.structure, self.keep_all = model, locate(model), keep_all
         self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
-        self.keep, self.tokens, self.held = (
-            partial(offloaded, folder=offload),
-            batches[0],
-            held_out(batches, one_in),
-        )
+        self.keep = partial(offloaded, folder=offload)
+        self.tokens = batches[0]
+        self.held = held_out(batches, one_in)
         recordings = (record(model, input_ids=batch) for batch in batches)
         self.recordings = [
             replace(one, embedded=self.keep(one.embedded.to(one.device)))
@@ -147,6 +146,7 @@ class DenseStream:
 
     @cached_property
     def projections(self) -> Projections:
+        """The output projections of its sublayers."""
         return Projections(self.model, self.tokens)
 
     def before(self, *lines: int) -> list[list[Tensor]]:

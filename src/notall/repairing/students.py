@@ -4,34 +4,28 @@ of the weights to train.
 
 import copy
 import math
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModel, UsageError, shortened
+from ..errors import UsageError
 from ..plan import Plan
-from ..running.generating import seeded
 from ..running.prefill import prompt
-from ..running.repaired import RepairedPlan, placed_at
-from ..running.replay import Recording, live_steps, states_before_output
+from ..running.recording import Recording, states_before_output
+from ..running.repaired import RepairedPlan
 from ..running.skipping import remove, skip
+from ..running.weight_swaps import placed_at
+from ..structure.calls import first
 from ..structure.key_values import SomeOutputs
 from ..structure.locating import decoder_layers, locate
-from ..structure.model_structure import ModelStructure
-from ..structure.observation import first
-from .projections import Projections, is_matrix, is_norm, reading_gains
-from .streams import DenseStream, steps_of
-
-Trained = Literal["outputs", "all", "lora"]
-ADAPTER = "healing"
+from .layerwise import Layerwise
+from .trained_weights import ADAPTER, Trained as Trained, adapted, chosen_paths
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class TrainConfig:
     steps and falls to none.
 
     `train` says which weights: `outputs` are norms and output projections, `all` those
-    of every kept sublayer, and `lora` has two thin matrices of `rank` beside each of
+    of every kept sublayer, and `lora` has two thin matrices of `rank` for each of
     those, which are added to them in the end. For the share `warm_up` of the steps each
     kept sublayer aims at the original's stream behind it, and only then all of them at
     the next token. The held-out text is looked at `evaluations` times, evenly;
@@ -85,7 +79,7 @@ class Student(nn.Module):
     model itself stays as it is.
 
     `trained` are the weights to train, by name: copies of kept sublayers' own, or LoRA
-    matrices beside theirs, in float32, as steps are too small for dtypes of few bits.
+    matrices added to theirs, in float32, as steps are too small for dtypes of few bits.
     The student runs them in the model's dtype, as what comes out will be run:
     `take_gradients` before a step, and `follow` after it. All others share memory with
     the model's.
@@ -96,38 +90,26 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         structure = locate(model)
-        wanted = set(_chosen(model, plan, config.train, tokens))
-        own: dict[int, nn.Parameter | Tensor] = {
-            id(buffer): buffer for buffer in model.buffers()
-        }
-        own |= {
-            id(one): nn.Parameter(one.detach(), requires_grad=False)
-            for one in model.parameters()
-        }
-        self.model = copy.deepcopy(
-            model, own
-        )  # whose parameters share the memory of the model's
+        wanted = set(chosen_paths(model, plan, config.train, tokens))
+        self.model = _sharing_memory(model)
         if isinstance(plan, RepairedPlan):
             plan.check_replaced(model)
-        for path, weight in (
-            plan.weights.items() if isinstance(plan, RepairedPlan) else ()
-        ):
-            parameters, name, parameter = placed_at(self.model, path, weight)
-            parameters[name] = parameter
+            for path, weight in plan.weights.items():
+                parameters, name, parameter = placed_at(self.model, path, weight)
+                parameters[name] = parameter
         layers = self.model.get_submodule(structure.layers)
-        self.adapters = (
-            _adapted(layers, f"{structure.layers}.", wanted, config.rank)
-            if config.train == "lora"
-            else {}
-        )
+        self.adapters: dict[str, Any] = {}
+        if config.train == "lora":
+            start = f"{structure.layers}."
+            self.adapters = adapted(layers, start, wanted, config.rank)
         self.running = {
             path: one
             for path, one in self.model.named_parameters()
             if (f".{ADAPTER}." in path if self.adapters else path in wanted)
         }
-        self.layerwise = (
-            Layerwise(model, structure, plan, layers) if config.warm_up > 0 else None
-        )
+        self.layerwise: Layerwise | None = None
+        if config.warm_up > 0:
+            self.layerwise = Layerwise(model, structure, plan, layers)
         remove(self.model, Plan(plan.attention, plan.mlp))
         for parameter in self.running.values():
             parameter.data = parameter.data.clone()
@@ -184,9 +166,8 @@ class Student(nn.Module):
         found = {}
         for path, adapter in self.adapters.items():
             own: Tensor = adapter.base_layer.weight
-            found[f"{path}.weight"] = (
-                own.float() + adapter.get_delta_weight(ADAPTER).float()
-            ).to(own.dtype)
+            merged = own.float() + adapter.get_delta_weight(ADAPTER).float()
+            found[f"{path}.weight"] = merged.to(own.dtype)
         return found
 
 
@@ -200,21 +181,11 @@ class PromptStudent(Student):
 
     def __init__(self, model: PreTrainedModel, plan: Plan, prompt_tokens: int) -> None:
         nn.Module.__init__(self)
-        own: dict[int, nn.Parameter | Tensor] = {
-            id(buffer): buffer for buffer in model.buffers()
-        }
-        own |= {
-            id(one): nn.Parameter(one.detach(), requires_grad=False)
-            for one in model.parameters()
-        }
-        self.model = copy.deepcopy(
-            model, own
-        )  # whose parameters share the memory of the model's
-        self.prompt_tokens, self.layerwise, self.adapters = prompt_tokens, None, {}
-        self.skipping = ExitStack()
-        self.skipping.enter_context(
-            skip(self.model, plan)
-        )  # of a model of its own, as long as there is one
+        self.model = _sharing_memory(model)
+        self.prompt_tokens = prompt_tokens
+        self.layerwise, self.adapters = None, {}
+        self.skipping = ExitStack()  # as long as there is this model of its own
+        self.skipping.enter_context(skip(self.model, plan))
         self.running = dict(_in_prompts(self.model, locate(model).layers))
         self._train()
 
@@ -242,39 +213,44 @@ def _in_prompts(
     for layer in model.get_submodule(layers).children():
         in_prompt = getattr(layer, "in_prompt", None)
         for name, writer in in_prompt.writers.items() if in_prompt else ():
+            start = f"{layers}.{name.removeprefix('attn.')}"
             for path, projection in writer.named_modules():
-                if isinstance(projection, SomeOutputs) and projection.rows.any():
-                    made = projection.matrix
-                    bias = (
-                        made.new_zeros(len(made))
-                        if projection.bias is None
-                        else projection.bias
-                    )
-                    projection.matrix, projection.bias = (
-                        nn.Parameter(one.detach().clone()) for one in (made, bias)
-                    )
-                    where = f"{layers}.{name.removeprefix('attn.')}.{path}"
-                    yield f"{where}.weight", projection.matrix
-                    yield f"{where}.bias", projection.bias
+                if not isinstance(projection, SomeOutputs) or not projection.rows.any():
+                    continue
+                matrix, bias = projection.matrix, projection.bias
+                if bias is None:
+                    bias = matrix.new_zeros(len(matrix))
+                projection.matrix = nn.Parameter(matrix.detach().clone())
+                projection.bias = nn.Parameter(bias.detach().clone())
+                yield f"{start}.{path}.weight", projection.matrix
+                yield f"{start}.{path}.bias", projection.bias
+
+
+def _sharing_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters and buffers are in the memory of the model's own."""
+    own: dict[int, nn.Parameter | Tensor] = {}
+    for buffer in model.buffers():
+        own[id(buffer)] = buffer
+    for parameter in model.parameters():
+        own[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(model, own)
 
 
 def _exact(parameter: nn.Parameter) -> nn.Parameter:
     """The parameter, or where it has fewer bits than float32 one that does."""
     exact = torch.promote_types(parameter.dtype, torch.float32)
-    return (
-        parameter
-        if parameter.dtype == exact
-        else nn.Parameter(parameter.detach().to(exact))
-    )
+    if parameter.dtype == exact:
+        return parameter
+    return nn.Parameter(parameter.detach().to(exact))
 
 
 def states_of(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
     """What the head's matrix is given, from token `start` of each sequence on, (tokens,
     width).
     """
-    return states_before_output(model, partial(model, input_ids=ids, use_cache=False))[
-        :, start:
-    ].flatten(0, 1)
+    run = partial(model, input_ids=ids, use_cache=False)
+    states = states_before_output(model, run)  # (batch, tokens, width)
+    return states[:, start:].flatten(0, 1)
 
 
 @torch.no_grad()
@@ -289,123 +265,3 @@ def rows_of(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
     ):
         states_of(model, ids)
     return seen[0][:, start:-1].flatten(0, 1)
-
-
-def _chosen(
-    model: PreTrainedModel, plan: Plan, train: Trained, tokens: Tensor
-) -> Iterator[str]:
-    """The paths to train of what is kept: of all parameters, of norms and output
-    projections, or (LoRA) of matrices.
-    """
-    projections, structure = Projections(model, tokens), locate(model)
-    for block, parts in live_steps(structure, plan):
-        path = f"{structure.layers}.{block.index}"
-        layer = model.get_submodule(path)
-        for part in parts:
-            if train == "lora":
-                modules = (
-                    one
-                    for top in part.modules
-                    for one in layer.get_submodule(top).named_modules(prefix=top)
-                )
-                for name, module in modules:
-                    if (
-                        is_matrix(module)
-                        and id(module.weight) not in projections.shared
-                    ):
-                        yield f"{path}.{name}"
-                continue
-            chosen = [f"{name}." for name in part.modules]
-            if train == "outputs":
-                chosen = [
-                    f"{name}."
-                    for name in part.modules
-                    if is_norm(layer.get_submodule(name))
-                ]
-                last = projections.of(part)
-                chosen += [f"{last.path}."] if last else []
-            for name, parameter in layer.named_parameters():
-                if (
-                    name.startswith(tuple(chosen))
-                    and id(parameter) not in projections.shared
-                ):
-                    yield f"{path}.{name}"
-
-
-def _adapted(
-    layers: nn.Module, where: str, paths: set[str], rank: int
-) -> dict[str, Any]:
-    """Put LoRA matrices, which answer nothing at first, beside those at `paths`; peft's
-    layers by these paths.
-
-    `where` is the beginning of each path, up to the layers. Given the whole model, peft
-    would take the name of a dense MLP for that of experts, as checkpoints of
-    transformers 4 have it.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UsageError(
-            "training LoRA matrices needs peft: pip install 'notall[lora]'"
-        ) from None
-
-    below = {path: path.removeprefix(where) for path in sorted(paths)}
-    names = "|".join(map(re.escape, below.values()))
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
-    try:
-        with warnings.catch_warnings(), seeded(0):
-            warnings.simplefilter("ignore")  # it sets by itself what it warns of
-            inject_adapter_in_model(config, layers, ADAPTER)
-    except ValueError as error:
-        said = (
-            f"peft refuses this model ({shortened(error)}); train something else than"
-            " lora"
-        )
-        raise UnsupportedModel(said) from None
-    return {path: layers.get_submodule(name) for path, name in below.items()}
-
-
-class Layerwise:
-    """The student's stream, sublayer by sublayer, and how far it is from where it
-    should be.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        structure: ModelStructure,
-        plan: Plan,
-        layers: nn.Module,
-    ) -> None:
-        self.model, self.layers = model, layers
-        self.steps = steps_of(structure, plan)
-        dense: nn.ModuleList = model.get_submodule(structure.layers)
-        self.metrics = reading_gains(model, dense, [step.parts for step in self.steps])
-
-    @torch.no_grad()
-    def targets(self, ids: Tensor) -> tuple[Recording, list[Tensor]]:
-        """A batch as the original model runs it, and its streams behind each kept step
-        and the gap that follows.
-        """
-        dense = DenseStream(self.model, [ids])
-        return dense.recordings[0], [
-            states for (states,) in dense.before(*(step.behind for step in self.steps))
-        ]
-
-    def loss(self, recording: Recording, streams: list[Tensor]) -> Tensor:
-        """The squared distance over the target's square, mean over tokens and steps,
-        (1,); no gradient crosses one.
-        """
-        hidden, losses = recording.embedded, list[Tensor]()
-        for step, target, metric in zip(self.steps, streams, self.metrics):
-            behind = step.run(self.layers, hidden, recording)
-            off, size = (
-                (one.float().square() @ metric).flatten()
-                for one in (behind - target, target)
-            )
-            losses.append(
-                (off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean()
-            )
-            hidden = behind.detach()
-        return torch.stack(losses).mean(0, keepdim=True)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError
-from ..files import Settings
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
 from ..models.names import USE
@@ -26,9 +25,10 @@ from ..results.ledger import Ledger
 from ..results.provenance import Provenance, behind
 from ..results.repairs import MeasuredRecord, State
 from ..running.generating import sample
-from ..running.repaired import Kept, kept_tensors
+from ..strict_json import Settings
 from ..structure.locating import locate
 from ..structure.model_structure import positions_of
+from ..tensor_files import TensorsAndNotes, cached_tensors
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
@@ -91,10 +91,9 @@ class RepairTexts:
         }
         own = [read[source] for source in texts]
         judged = {read[source].sha256: read[source] for source in held_out or texts}
-        shared = {
-            text.sha256: text for text in own if text.sha256 in judged
-        }  # a held-out file may be a copy of one
-        judged |= shared
+        for text in own:
+            if text.sha256 in judged:  # a held-out file may be a copy of one
+                judged[text.sha256] = text
         window = partial(draw, tokenizer, length=length, seed=seed)
         judging = partial(_judging, window, [*judged.values()], training, used)
         each = -(-(sequences or most or SEQUENCES) // len(texts))
@@ -103,31 +102,26 @@ class RepairTexts:
             each = _left_by(judging, fitted)
             fitted = [window(text, sequences=each) for text in own]
         other, stops = judging(fitted)
-        told = [{"text": text.name, "text_sha256": text.sha256} for text in own]
-        return cls(
-            [one.on(model) for one in fitted],
-            {
-                f"{text.name}, other windows" if text in own else text.name: (
-                    one.on(model).batches(2 - (text in own))
-                )
-                for text, one in zip(judged.values(), other)
-            },
-            {
-                "texts": told,
-                "sequences": each * len(texts),
-                "length": length,
-                "seed": seed,
-            },
-            [one.on(model).rows for one in stops],
-        )
+        held: dict[str, list[Tensor]] = {}
+        for text, one in zip(judged.values(), other):
+            is_own = text in own
+            name = f"{text.name}, other windows" if is_own else text.name
+            held[name] = one.on(model).batches(1 if is_own else 2)
+        settings = {
+            "texts": [{"text": text.name, "text_sha256": text.sha256} for text in own],
+            "sequences": each * len(texts),
+            "length": length,
+            "seed": seed,
+        }
+        fitted = [one.on(model) for one in fitted]
+        return cls(fitted, held, settings, [one.on(model).rows for one in stops])
 
     def together(self, size: int, most: int | None = None) -> list[Tensor]:
         """Up to `most` windows of all texts in turn, `size` at a time: each part of
         them holds some of each text.
         """
-        in_turn = torch.stack([one.rows for one in self.fitted], dim=1).flatten(
-            0, 1
-        )  # (windows of all, tokens)
+        rows = torch.stack([one.rows for one in self.fitted], dim=1)
+        in_turn = rows.flatten(0, 1)  # (windows of all, tokens)
         return list(in_turn[:most].split(size))
 
     def stop(self, size: int) -> list[Tensor]:
@@ -169,12 +163,12 @@ def _left_by(
     each = max(1, min(map(len, fitted)))
     while each > 1:
         other, stops = judging([one[:each] for one in fitted], fewer=True)
-        lacking = max(MEASURED - len(one) for one in other) + max(
+        missing = max(MEASURED - len(one) for one in other) + max(
             (STOPS - len(one) for one in stops), default=0
         )
-        if not lacking:
+        if not missing:
             break
-        each = max(1, each - lacking)
+        each = max(1, each - missing)
     return each
 
 
@@ -196,7 +190,7 @@ def sampled(
     windows = torch.cat(list(batches))
     given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]
 
-    def write() -> Kept:
+    def write() -> TensorsAndNotes:
         prompts = tracked(
             windows[:, :given].split(AT_ONCE), "sampling text to train on", progress
         )
@@ -206,7 +200,7 @@ def sampled(
         ]
         return {"ids": torch.cat(parts)}, {}
 
-    kept, _ = kept_tensors(
+    kept, _ = cached_tensors(
         folder, "sampled", [settings.what, digest_of(batches)[:16], seed], write
     )
     return list(kept["ids"].to(windows.device).split([len(batch) for batch in batches]))
@@ -239,16 +233,16 @@ def measure(
                 name: about_measured(model, settings, plan, batches)
                 for name, plan in plans.items()
             }
-            lacking = {
+            missing = {
                 name: plan
                 for name, plan in plans.items()
                 if (text, name, about[name].key) not in kept
             }
             telling = stages.stage(1)
-            if lacking:
+            if missing:
                 read = tracked(batches, f"measuring on {text}", telling)
                 qualities = zip(
-                    lacking.items(), evaluate(model, [*lacking.values()], read, prompt)
+                    missing.items(), evaluate(model, [*missing.values()], read, prompt)
                 )
                 kept.add(
                     *(
@@ -269,9 +263,10 @@ def measure(
 def about_measured(
     model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]
 ) -> Provenance:
-    told = {
+    """The settings of a run, with the plan, the model and the windows of a measurement."""
+    facts = {
         "plan": plan.indices,
         "fingerprint": locate(model).fingerprint,
         "weights": plan.digest,
     }
-    return Provenance.of(settings, **told, windows=digest_of(batches)[:16])
+    return Provenance.of(settings, **facts, windows=digest_of(batches)[:16])

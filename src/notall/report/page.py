@@ -27,12 +27,13 @@ from ..experiments import (
     sweep,
 )
 from ..experiments.folder import Figure, Folder, Section, Shown, Step
-from ..files import Settings, contents, refuse_others, write_whole, writing
+from ..files import contents, refuse_others, write_whole, writing
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read
 from ..results.record import KINDS, Record
 from ..results.repairs import AnswersRecord, HealRecord, MeasuredRecord, RefitRecord
 from ..results.table import as_csv, in_bytes
+from ..strict_json import Settings
 
 SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
 SENTENCE = 400  # letters of a cell: a claim is whole

@@ -53,8 +53,12 @@ class Ledger(Generic[R]):
             if wanted and record.provenance:
                 check_same(record.provenance, wanted, folder)
             elif wanted and not kind.headed:
-                told = f"{self.path} has a record that does not say where it comes from"
-                raise UsageError(f"{told}; delete its line, or choose another folder")
+                problem = (
+                    f"{self.path} has a record that does not say where it comes from"
+                )
+                raise UsageError(
+                    f"{problem}; delete its line, or choose another folder"
+                )
             self._hold(record)
 
     def __contains__(self, key: Key) -> bool:
@@ -87,14 +91,14 @@ class Ledger(Generic[R]):
         """Add those that are new, or tell something else than what is held, wherever
         and whenever that was made.
         """
-        told = partial(
+        dumped = partial(
             Record.model_dump, mode="json", exclude={"provenance": {"where"}}
         )
         self.add(
             *(
                 one
                 for one in records
-                if one.key not in self or told(self[one.key]) != told(one)
+                if one.key not in self or dumped(self[one.key]) != dumped(one)
             )
         )
 
@@ -134,14 +138,14 @@ def kind_at(path: Path) -> str | None:
     if first is None:
         return None
     line = lines.parsed(path, *first)
-    said = str(line.get("of") if line.get("record") == "header" else line.get("record"))
-    if said in HOMES:
-        return said
+    kind = str(line.get("of") if line.get("record") == "header" else line.get("record"))
+    if kind in HOMES:
+        return kind
     if path.name in {file for file, _ in HOMES.values()}:
-        told = (
-            f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours"
+        problem = (
+            f"line {first[0]} of {path}: record: {shortened(kind)} is no kind of ours"
         )
-        raise UsageError(f"{told}; repair or delete that line")
+        raise UsageError(f"{problem}; repair or delete that line")
     return None
 
 
@@ -162,11 +166,11 @@ def check_same(
     """
     for name, value in lines.finite(wanted.what).items():
         if name not in found and held.what.get(name) != value:
-            told = (
+            problem = (
                 f"{out} holds results with {name} {shortened(held.what.get(name))}, not"
                 f" {shortened(value)}"
             )
-            raise UsageError(f"{told}; {fix}")
+            raise UsageError(f"{problem}; {fix}")
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
@@ -179,8 +183,8 @@ def refuse_foreign(folder: Path, command: Command) -> None:
         lines.refuse_link(path)
         kind = kind_at(path)
         if kind and command not in (commands := HOMES[kind][1]):
-            told = f"{folder} holds results of notall {commands[0]} ({path.name})"
-            raise UsageError(f"{told}; choose another folder for notall {command}")
+            problem = f"{folder} holds results of notall {commands[0]} ({path.name})"
+            raise UsageError(f"{problem}; choose another folder for notall {command}")
         is_ours |= bool(kind)
     for path in (
         ()
@@ -210,9 +214,9 @@ def _checked(path: Path, number: int, text: bytes, kind: type[R]) -> R:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        said = (
+        problem = (
             f"{shortened('.'.join(map(str, first['loc'])))}: {shortened(first['msg'])}"
         )
         raise UsageError(
-            f"line {number} of {path}: {said}; repair or delete that line"
+            f"line {number} of {path}: {problem}; repair or delete that line"
         ) from None

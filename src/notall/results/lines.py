@@ -17,8 +17,9 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError, shortened
-from ..files import Settings, read_json, refuse_endless, writing
+from ..files import refuse_endless, writing
 from ..integrity import sealed, unsealed
+from ..strict_json import Settings, read_json
 
 MOST_BYTES = 1 << 24  # of a line; none that notall writes has a thousandth
 
@@ -90,8 +91,8 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        told = f"cannot read {shortened(path, 200)}: {error.strerror}"
-        raise UsageError(f"{told}; give another file or folder") from None
+        problem = f"cannot read {shortened(path, 200)}: {error.strerror}"
+        raise UsageError(f"{problem}; give another file or folder") from None
 
 
 def parsed(path: Path, number: int, text: bytes) -> Settings:
@@ -135,10 +136,8 @@ def lock(folder: Path) -> Iterator[None]:
             f"{shortened(place)} is there, and notall did not write it: choose another"
             " folder"
         )
-    held, made = (
-        FileLock(place, timeout=0),
-        [*takewhile(_is_absent, (folder, *folder.parents))],
-    )
+    held = FileLock(place, timeout=0)
+    made = [*takewhile(_is_absent, (folder, *folder.parents))]
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)

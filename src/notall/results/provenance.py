@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from ..entry_points import functions_in
 from ..errors import shortened
-from ..files import Settings
 from ..plan import several
-from ..plugins import functions_in
+from ..strict_json import Settings
 
-# What is told, and never compared.
+# What is reported, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")
 
 
@@ -76,10 +76,8 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
     @property
     def in_words(self) -> str:
         """The model in its dtype, and where it ran: what a table says above itself."""
-        model, dtype = (
-            self.what.get("model", "the model"),
-            self.what.get("dtype", "a dtype that is not told"),
-        )
+        model = self.what.get("model", "the model")
+        dtype = self.what.get("dtype", "a dtype that is not told")
         return (
             f"{model}, {dtype}, on"
             f" {place_of(self.where.get('machine'), versions=False)}"
@@ -112,6 +110,7 @@ def behind(prompt_tokens: int | None) -> str:
 
 
 def windows_in_words(described: Settings) -> str:
+    """Such as `16 windows of 128 tokens of wikitext2`."""
     return (
         f"{several(described['sequences'], 'window')} of {described['length']} tokens"
         f" of {shortened(described['text'])}"
@@ -125,9 +124,9 @@ def place_of(machine: Any, *, versions: bool = True) -> str:
             f"{machine['device_name']}, {several(machine['cores'], 'core')}, threads:"
             f" {machine['threads']}"
         )
-        told = ", ".join(
+        listed = ", ".join(
             f"{name} {number}" for name, number in machine["versions"].items()
         )
-        return f"{place}; {told}" if versions else place
+        return f"{place}; {listed}" if versions else place
     except (TypeError, ValueError, KeyError, AttributeError):
         return "a machine that is not told"

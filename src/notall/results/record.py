@@ -16,13 +16,13 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..files import Settings
 from ..plan import Plan
+from ..strict_json import Settings
 from .lines import finite
 from .provenance import Provenance
 
 # more than any model has; a damaged index does not become a page of gigabytes
-MOST_LAYERS = 10_000
+MOST_SHOWN_LAYERS = 10_000
 
 Key = tuple[Any, ...]
 Command = Literal[
@@ -74,7 +74,7 @@ SublayerName = Annotated[str, Field(pattern=r"^(attn|mlp)\.\d{1,4}$")]
 SublayerNames = Annotated[
     str, Field(pattern=r"^(((prompt:)?(attn|mlp)\.\d{1,4}|last:\d{1,10})( |$))*$")
 ]
-LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
+LayerIndex = Annotated[int, Field(ge=0, lt=MOST_SHOWN_LAYERS)]
 
 
 def _plausible(value: object) -> Plan:
@@ -87,8 +87,8 @@ def _plausible(value: object) -> Plan:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
     plan = Plan(**indices)
     named = (*plan.attention, *plan.mlp, *plan.prefill.attention, *plan.prefill.mlp)
-    if max(named, default=0) >= MOST_LAYERS:
-        raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
+    if max(named, default=0) >= MOST_SHOWN_LAYERS:
+        raise ValueError(f"layers are whole numbers from 0 to {MOST_SHOWN_LAYERS - 1}")
     return plan
 
 
@@ -190,7 +190,7 @@ HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
     "engine_times": ("engine_times.jsonl", ("pareto",)),
     "pareto": ("pareto.jsonl", ("pareto",)),
 }
-# What commands write beside their records, and over again.
+# What commands write next to their records, and over again.
 BESIDE: dict[Command, tuple[str, ...]] = {
     "sweep": ("table.*", "tradeoff.*", "similarity.*"),
     "compare": ("table.*", "front.*"),
@@ -226,8 +226,8 @@ class Record(Fact):
 
     @field_validator("record")
     @classmethod
-    def _own_kind(cls, said: str) -> str:
-        if said not in ("", cls.kind_name):
+    def _own_kind(cls, kind: str) -> str:
+        if kind not in ("", cls.kind_name):
             raise ValueError(f"should be {cls.kind_name}")
         return cls.kind_name
 
@@ -244,6 +244,7 @@ class Record(Fact):
         return self.provenance.what if self.provenance else {}
 
     def line(self) -> Settings:
+        """The record as JSON: its kind and the fields that were set."""
         return {
             "record": self.kind_name,
             **self.model_dump(mode="json", exclude_unset=True),
@@ -276,4 +277,5 @@ class Skips(Fact):
 
     @property
     def name(self) -> str:
+        """The plan in words."""
         return self.plan.in_words()

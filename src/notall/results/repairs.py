@@ -48,7 +48,7 @@ class AnswersRecord(Record, kind="answers"):
 
     @model_validator(mode="after")
     def _of_each_plan(self) -> Self:
-        if any(len(said) != len(self.plans) for said in self.answers.values()):
+        if any(len(texts) != len(self.plans) for texts in self.answers.values()):
             raise ValueError("there is not one answer for each plan")
         return self
 

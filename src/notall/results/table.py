@@ -1,25 +1,38 @@
-"""Tables: what a column is called, what it says of a record and how it sorts, said once
-for every medium.
-"""
+"""Tables of columns, as Markdown, CSV and LaTeX."""
 
 import csv
 import io
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from .record import Fact, Quartiles, is_number
+from .columns import (
+    EMPTY as EMPTY,
+    NOTHING as NOTHING,
+    Cell as Cell,
+    Column as Column,
+    Form as Form,
+    in_bytes as in_bytes,
+    in_magnitude as in_magnitude,
+    inherited as inherited,
+    number as number,
+    size as size,
+    with_delta as with_delta,
+    with_error as with_error,
+    with_interval as with_interval,
+    with_quartiles as with_quartiles,
+    within as within,
+    words as words,
+    written as written,
+)
+from .record import Fact
 
 F = TypeVar("F")
 G = TypeVar("G")
 
-Form = str | Callable[[float], str]  # of a number: a format, or a function
-NOTHING = "-"  # what was not measured, or came out as no number
-LARGE = 1e5  # from here on a number is told by its magnitude
-SIGNS = {  # as LaTeX has them
+ESCAPES = {  # as LaTeX has them
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
     "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "<": "$<$", ">": "$>$",
@@ -28,210 +41,6 @@ SIGNS = {  # as LaTeX has them
 MINUS = re.compile(r"(?<!\w)-(?=[\d.])")  # not the hyphen of a name
 POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e(-?\d+)(?!\w)")  # 1.9e5
 SENTENCE = 40  # letters: a longer cell is one
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a table says of one row: what rows are sorted by, if anything; its text; and
-    the error of a number.
-    """
-
-    value: float | str | None
-    text: str = NOTHING
-    beside: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} {self.beside}".rstrip()
-
-
-EMPTY = Cell(None)
-
-
-@dataclass(frozen=True)
-class Column(Generic[F]):
-    """A heading, and what stands below it; `unit` and `note` say what the heading and
-    the cells take for granted.
-    """
-
-    heading: str
-    cell: Callable[[F], Cell]
-    right: bool = True
-    unit: str = ""
-    note: str = ""
-
-    def text(self, row: F) -> str:
-        return str(self.cell(row))
-
-    @property
-    def titled(self) -> str:
-        """The heading with its unit, for where there is room."""
-        return f"{self.heading}, {self.unit}" if self.unit else self.heading
-
-
-def _column(
-    heading: str,
-    get: Callable[[F], G | None],
-    cell: Callable[[G], Cell],
-    right: bool = True,
-    **said: str,
-) -> Column[F]:
-    """Of what `get` finds in a row; None is nothing."""
-    return Column(
-        heading,
-        lambda row: EMPTY if (found := get(row)) is None else cell(found),
-        right,
-        **said,
-    )
-
-
-def words(heading: str, get: Callable[[F], object]) -> Column[F]:
-    """Text; None and "" are nothing."""
-    return _column(
-        heading,
-        get,
-        lambda found: EMPTY if found == "" else Cell(str(found), str(found)),
-        right=False,
-    )
-
-
-def number(
-    heading: str,
-    get: Callable[[F], float | None],
-    form: Form = ".3f",
-    *,
-    right: bool = True,
-    unit: str = "",
-) -> Column[F]:
-    """A number, by a format or by a function."""
-
-    def cell(value: float) -> Cell:
-        return (
-            Cell(value, form(value) if callable(form) else written(value, form))
-            if is_number(value)
-            else EMPTY
-        )
-
-    return _column(heading, get, cell, right, unit=unit)
-
-
-def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    return number(heading, get, in_bytes)
-
-
-def with_error(
-    heading: str,
-    get: Callable[[F], tuple[float, float] | None],
-    form: str = ".3f",
-    unit: str = "",
-) -> Column[F]:
-    """A mean and its standard error."""
-
-    def cell(found: tuple[float, float]) -> Cell:
-        mean, error = found
-        return (
-            Cell(mean, written(mean, form), f"± {written(error, form)}")
-            if is_number(mean)
-            else EMPTY
-        )
-
-    return _column(heading, get, cell, unit=unit, note="±: one standard error")
-
-
-def with_quartiles(
-    heading: str, get: Callable[[F], Quartiles | None], form: str = ".1f"
-) -> Column[F]:
-    """A median and its quartiles."""
-    note = "[ ]: quartiles of the rounds"
-    return _column(
-        heading, get, lambda of: _between(of.median, of.low, of.high, form), note=note
-    )
-
-
-def with_interval(
-    heading: str, get: Callable[[F], tuple[float, float, float] | None]
-) -> Column[F]:
-    """A share of the original model's, with the ends of its interval."""
-    return _column(
-        heading,
-        get,
-        lambda found: _between(*found, ".2f"),
-        note="[ ]: 95 % interval, paired",
-    )
-
-
-def _between(value: float, low: float, high: float, form: str) -> Cell:
-    return Cell(
-        value, written(value, form), f"[{written(low, form)}, {written(high, form)}]"
-    )
-
-
-def with_delta(
-    heading: str, get: Callable[[F], tuple[float, float, float] | None]
-) -> Column[F]:
-    """A figure with its difference to the original model and its error; nothing beside
-    the original model itself.
-    """
-
-    def cell(found: tuple[float, float, float]) -> Cell:
-        value, delta, error = found
-        beside = (
-            f"({written(delta, '+.3f')} ± {written(error, '.3f')})"
-            if is_number(delta)
-            else ""
-        )
-        return Cell(value, written(value, ".3f"), beside) if is_number(value) else EMPTY
-
-    return _column(
-        heading,
-        get,
-        cell,
-        note="( ): difference to the original model ± its standard error",
-    )
-
-
-def inherited(kind: type[F], columns: Iterable[Column[G]]) -> tuple[Column[F], ...]:
-    """The columns of a fact as those of a `kind` that extends it."""
-    return within(columns, lambda row: row)  # type: ignore[arg-type, return-value]
-
-
-def within(
-    columns: Iterable[Column[G]], get: Callable[[F], G | None]
-) -> tuple[Column[F], ...]:
-    """The columns of a fact as those of a record that holds it, where it was
-    measured.
-    """
-    return tuple(
-        _column(one.heading, get, one.cell, one.right, unit=one.unit, note=one.note)
-        for one in columns
-    )
-
-
-def written(value: float, form: str) -> str:
-    """By `form`; what rounds to nothing is not below it, and what is no number is
-    `-`.
-    """
-    if not is_number(value):
-        return NOTHING
-    text = format(value, form)
-    nothing = "0" in text and not any(digit in text for digit in "123456789")
-    return format(abs(value) * 0, form) if nothing else text
-
-
-def in_bytes(value: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
-
-
-def in_magnitude(value: float) -> str:
-    """`1,351.8`, or `2.9e9` instead of a row of digits."""
-    if not LARGE <= abs(value) < math.inf:
-        return f"{value:,.1f}"
-    digits, power = f"{value:.1e}".split("e")
-    return f"{digits}e{int(power)}"
 
 
 @dataclass(frozen=True)
@@ -248,6 +57,7 @@ class Table:
 
     @property
     def headings(self) -> tuple[str, ...]:
+        """Of the columns, without units."""
         return tuple(column.heading for column in self.columns)
 
     @property
@@ -257,6 +67,7 @@ class Table:
         return f"{'; '.join(notes)}." if notes else ""
 
     def markdown(self) -> str:
+        """As a table of GitHub's Markdown."""
         rules = ["---:" if column.right else "---" for column in self.columns]
         cells = ([str(cell).replace("|", r"\|") for cell in row] for row in self.rows)
         return "".join(
@@ -344,13 +155,7 @@ def as_latex(table: Table, *, caption: str, label: str) -> str:
     wide = len(table.headings) > 6  # more is made to fit across the page
     kind = "table*" if wide else "table"
     sides = [
-        (
-            "r"
-            if column.right
-            else r"p{0.4\linewidth}"
-            if max(map(len, cells)) > SENTENCE
-            else "l"
-        )
+        _side(column, cells)
         for column, cells in zip(table.columns, zip(table.headings, *rows))
     ]
     groups = [
@@ -381,14 +186,20 @@ def as_latex(table: Table, *, caption: str, label: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _side(column: Column[object], cells: Sequence[str]) -> str:
+    """How LaTeX aligns a column: sentences are broken into lines."""
+    if column.right:
+        return "r"
+    return r"p{0.4\linewidth}" if max(map(len, cells)) > SENTENCE else "l"
+
+
 def escaped(text: str) -> str:
-    """Text with LaTeX's own signs escaped, and those of numbers set as mathematics."""
-    return MINUS.sub(
-        "$-$",
-        POWER.sub(
-            r"$\1\\times10^{\2}$", "".join(SIGNS.get(sign, sign) for sign in text)
-        ),
-    )
+    """Text with LaTeX's own characters escaped, and those of numbers set as
+    mathematics.
+    """
+    text = "".join(ESCAPES.get(character, character) for character in text)
+    text = POWER.sub(r"$\1\\times10^{\2}$", text)
+    return MINUS.sub("$-$", text)
 
 
 def _line(cells: Sequence[str]) -> str:

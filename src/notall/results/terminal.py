@@ -1,37 +1,30 @@
-"""Tables, words and progress at the terminal: of whatever width, a number or a heading
-is never cut.
+"""Tables and words at the terminal: of whatever width, a number or a heading is never
+cut.
+
+rich fits a table by folding any cell; here headings fold first, then errors of numbers
+go below them, and then the last columns go.
 """
 
 import json
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from threading import Event, Thread
 from typing import NamedTuple
 
-from rich import progress as bars
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
-from rich.table import Column as RichColumn, Table as RichTable
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from ..errors import printable, shortened
-from ..progress import CLOCK, Progress
+from ..encodings import printable
+from .bars import progress_bar as progress_bar
 from .table import Cell, Column, Table
 
-FRAME = 3  # cells beside a column's text: a space on either side, and a line
+FRAME = 3  # cells around a column's text: a space on either side, and a line
 TURNED = 2  # rows: so few may become columns
-SILENT, PACE = (
-    60.0,
-    120.0,
-)  # seconds without a word in a log; of whose steps the time left is told
-OTHERS = 56  # letters of a line that are not the description
-Pieces = tuple[
-    str, ...
-]  # of a heading or a cell: each stays whole, and may have a line of its own
+# of a heading or a cell: each stays whole, and may have a line of its own
+Pieces = tuple[str, ...]
 
 
 def show(
@@ -67,6 +60,7 @@ def say(line: str) -> None:
 
 
 def next_report(folder: Path) -> str:
+    """The command that makes a page of a folder, as the next one to type."""
     return f"Next: notall report {folder} -o {folder / 'report.html'}"
 
 
@@ -82,35 +76,31 @@ def print_table(table: Table) -> None:
         console.size = ConsoleDimensions(
             sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1
         )
-    laid_out = _laid_out(strips, console.width)
-    parts = (
-        ([laid_out] if laid_out else None)
-        if screen
-        else _in_parts(strips, console.width)
-    )
-    console.print(
-        Text(printable(table.title, console.encoding), style="bold"),
-        soft_wrap=not screen,
-    )
-    if parts is None:  # each heading with what stands below it, row after row
-        named = [
-            [(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]]
-            for cells, _ in strips
-        ]
-        console.print(
-            Text("\n\n".join("\n".join(map(" ".join, row)) for row in zip(*named))),
-            soft_wrap=True,
-        )
+    if screen:
+        laid_out = _laid_out(strips, console.width)
+        parts = [laid_out] if laid_out else None
+    else:
+        parts = _in_parts(strips, console.width)
+    title = Text(printable(table.title, console.encoding), style="bold")
+    console.print(title, soft_wrap=not screen)
+    if parts is None:
+        console.print(_as_list(strips), soft_wrap=True)
         return
     for part in parts:
         console.print(_drawn(part))
-    if screen and len(table.rows) > TURNED and len(parts[0]) < len(strips):
-        left_out = [" ".join(strip.cells[0]) for strip in strips[len(parts[0]) :]]
-        console.print(
-            Text(
-                f"also measured: {', '.join(left_out)}; see --json or a wider terminal"
-            )
-        )
+    shown = len(parts[0])
+    if screen and len(table.rows) > TURNED and shown < len(strips):
+        rest = ", ".join(" ".join(strip.cells[0]) for strip in strips[shown:])
+        console.print(Text(f"also measured: {rest}; see --json or a wider terminal"))
+
+
+def _as_list(strips: Sequence["Strip"]) -> Text:
+    """Row after row, each cell on a line behind its heading."""
+    columns = []
+    for cells, _ in strips:
+        heading = (*cells[0][:-1], f"{cells[0][-1]}:")
+        columns.append([" ".join((*heading, *cell)) for cell in cells[1:]])
+    return Text("\n\n".join("\n".join(row) for row in zip(*columns)))
 
 
 def _drawn(laid_out: Sequence["Strip"]) -> RichTable:
@@ -153,10 +143,11 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
     """The columns as the terminal's encoding can write them."""
 
     def pieces(cell: Cell, right: bool) -> Pieces:
-        value, beside = printable(cell.text, encoding), printable(cell.beside, encoding)
+        value = printable(cell.text, encoding)
+        error = printable(cell.error, encoding)
         return (
             *([value] if right else value.split(" ")),
-            *([beside] if beside else []),
+            *([error] if error else []),
         )
 
     def strip(place: int, column: Column[object]) -> Strip:
@@ -206,23 +197,25 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     """
     turns = _is_short(strips)
     fewest = len(strips) if turns else _naming(strips)
+    rows = len(strips[0].cells)
     for count in range(len(strips), fewest - 1, -1):
-        for start in (
-            0,
-            1,
-            len(strips[0].cells),
-        ):  # the first cell that stands in one line
-            cells = [
-                (*one.cells[:start], *((" ".join(cell),) for cell in one.cells[start:]))
-                for one in strips[:count]
-            ]
-            if fitting := _fitted(
-                [Strip(some, one.right) for some, one in zip(cells, strips)], width
-            ):
+        for first in (0, 1, rows):  # the first row whose cells stand in one line
+            shown = [_in_lines_until(first, one) for one in strips[:count]]
+            if fitting := _fitted(shown, width):
                 return fitting
-    rows = zip(*(strip.cells for strip in strips))  # each a column
-    turned = [Strip(cells, place > 0) for place, cells in enumerate(rows)]
-    return _fitted(turned, width, by_words=True) if turns else None
+    if not turns:
+        return None
+    columns = zip(*(strip.cells for strip in strips))  # one for each row
+    turned = [Strip(cells, place > 0) for place, cells in enumerate(columns)]
+    return _fitted(turned, width, by_words=True)
+
+
+def _in_lines_until(first: int, strip: Strip) -> Strip:
+    """The pieces of the cells before `first` may have lines of their own, and those of
+    all others stand in one.
+    """
+    whole = [(" ".join(cell),) for cell in strip.cells[first:]]
+    return Strip((*strip.cells[:first], *whole), strip.right)
 
 
 def _fitted(
@@ -231,23 +224,21 @@ def _fitted(
     """The strips in `width` cells, the widest narrowed first; None where they don't
     fit.
 
-    Columns of numbers have two widths, with errors beside and below; `by_words` they
-    hold text, too.
+    Columns of numbers have two widths, with errors in the line and below it; `by_words`
+    they hold text, too.
     """
-    least, widths = [strip.least for strip in strips], [strip.most for strip in strips]
+    least = [strip.least for strip in strips]
+    widths = [strip.most for strip in strips]
     room = width - FRAME * len(strips) - 1
     if sum(least) > room:
         return None
     while sum(widths) > room:
-        widest = max(
-            (place for place in range(len(strips)) if widths[place] > least[place]),
-            key=widths.__getitem__,
-        )
-        widths[widest] = (
-            least[widest]
-            if strips[widest].right and not by_words
-            else widths[widest] - 1
-        )
+        wide = [place for place in range(len(strips)) if widths[place] > least[place]]
+        widest = max(wide, key=widths.__getitem__)
+        if strips[widest].right and not by_words:
+            widths[widest] = least[widest]
+        else:
+            widths[widest] -= 1
     return [
         Strip(tuple(_filled(cell, wide) for cell in one.cells), one.right)
         for one, wide in zip(strips, widths)
@@ -263,91 +254,3 @@ def _filled(pieces: Pieces, width: int) -> Pieces:
         else:
             lines.append(piece)
     return tuple(lines)
-
-
-class _Elapsed(bars.ProgressColumn):
-    """The time since the command began: a later part of its work begins at no time of
-    its own.
-    """
-
-    def render(self, task: bars.Task) -> Text:
-        return Text(str(CLOCK), style="progress.elapsed")
-
-
-@contextmanager
-def progress_bar(doing: str = "starting") -> Iterator[Progress]:
-    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no
-    terminal, a line now and then.
-    """
-    console = Console(stderr=True)
-    columns = (
-        bars.SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(bar_width=10),
-        bars.TaskProgressColumn(),
-        _Elapsed(table_column=RichColumn(no_wrap=True)),
-        bars.TextColumn("elapsed,"),
-        bars.TimeRemainingColumn(table_column=RichColumn(no_wrap=True)),
-        bars.TextColumn("left"),
-    )
-    if not console.is_terminal:
-        with _log(console, doing) as tell:
-            yield tell
-        return
-
-    def fitting(doing: str) -> str:
-        return shortened(
-            printable(doing, console.encoding), max(12, console.width - OTHERS)
-        )
-
-    with bars.Progress(
-        *columns, console=console, transient=True, speed_estimate_period=PACE
-    ) as bar:
-        task = bar.add_task(fitting(doing), total=None)
-
-        def tell(done: float, total: float, doing: str) -> None:
-            if (
-                done < bar.tasks[0].completed
-            ):  # another part of the work, which has a pace of its own
-                bar.reset(task)
-            bar.update(task, completed=done, total=total, description=fitting(doing))
-
-        yield tell
-
-
-@contextmanager
-def _log(console: Console, doing: str) -> Iterator[Progress]:
-    """A line a minute, also while a single step takes longer, or there are many short
-    parts.
-    """
-    share, ended, me = 0.0, Event(), object()
-
-    def tell(done: float, total: float, now_doing: str) -> None:
-        nonlocal share, doing
-        share, doing = done / (total or 1), now_doing
-        speak()
-
-    def speak() -> None:
-        if (
-            doing != "starting" and time.monotonic() - CLOCK.told >= SILENT
-        ):  # what is begun says so itself
-            CLOCK.told = time.monotonic()
-            part = f", {share:.0%} of this part" if share else ""
-            console.print(
-                f"{CLOCK}: {printable(doing, console.encoding)}{part}", markup=False
-            )
-
-    def beat() -> None:
-        while not ended.wait(SILENT / 4):
-            if CLOCK.doing[-1:] == [me]:
-                speak()
-
-    thread = Thread(target=beat, daemon=True)
-    CLOCK.doing.append(me)
-    thread.start()
-    try:
-        yield tell
-    finally:
-        CLOCK.doing.remove(me)
-        ended.set()
-        thread.join()

@@ -19,7 +19,7 @@ except ModuleNotFoundError:
         "spreading over machines needs ray; pip install 'notall[ray]'"
     ) from None
 
-# Ray's server forks beside threads of its own, and at times that child dies at once
+# Ray's server forks while it has threads of its own, and at times that child dies at once
 ATTEMPTS = 3
 SECONDS = 1800  # for a worker to load its model
 
@@ -42,17 +42,15 @@ def joined(address: str) -> Iterator[None]:
     }
     if not address.startswith("ray://"):  # whose server has a folder of its own
         how["job_config"] = config = JobConfig()
-        config._py_driver_sys_path = deque(
-            maxlen=0
-        )  # else workers look for modules in the working folder first
+        # else workers look for modules in the working folder first
+        config._py_driver_sys_path = deque(maxlen=0)
     try:
         for attempt in range(ATTEMPTS):
             try:
                 ray.init(address=None if address == "any" else address, **how)
                 break
-            except (
-                ConnectionAbortedError
-            ):  # a server is there, and could not start what it starts for each client
+            # a server is there, and could not start what it starts for each client
+            except ConnectionAbortedError:
                 if attempt == ATTEMPTS - 1:
                     raise
                 ray.shutdown()
@@ -76,17 +74,19 @@ def room(gpus: int = 1) -> tuple[int, bool]:
     """
     held = ray.cluster_resources()
     has_gpus = held.get("GPU", 0) >= gpus
-    return (
-        int(held["GPU"] // gpus) if has_gpus else max(1, int(held.get("CPU", 2) // 2))
-    ), has_gpus
+    if has_gpus:
+        return int(held["GPU"] // gpus), True
+    return max(1, int(held.get("CPU", 2) // 2)), False
 
 
 def _last_line(error: BaseException) -> str:
     """What an error says in one line; of a traceback, which Ray hands on as a message,
     the reason that it ends with.
     """
-    said = str(error).strip()
-    return " ".join((said.splitlines()[-1] if "Traceback" in said else said).split())
+    message = str(error).strip()
+    return " ".join(
+        (message.splitlines()[-1] if "Traceback" in message else message).split()
+    )
 
 
 class Pool:
@@ -107,10 +107,11 @@ class Pool:
                 [actor.ready.remote() for actor in self.actors], timeout=SECONDS
             )
         except ray.exceptions.RayError as error:
-            said = _last_line(getattr(error, "cause", None) or error)[-300:]
-            raise UsageError(f"a worker could not load the model: {said}") from None
+            message = _last_line(getattr(error, "cause", None) or error)[-300:]
+            raise UsageError(f"a worker could not load the model: {message}") from None
 
     def close(self) -> None:
+        """End all workers."""
         for actor in self.actors:
             ray.kill(actor)
 
@@ -189,9 +190,9 @@ def train(
     try:
         trainer.fit()
     except (ray.exceptions.RayError, TrainingFailedError) as error:
-        said = _last_line(error)[-300:]
+        message = _last_line(error)[-300:]
         raise UsageError(
-            f"a worker failed: {said}; the same command goes on from its last"
+            f"a worker failed: {message}; the same command goes on from its last"
             " checkpoint"
         ) from None
 

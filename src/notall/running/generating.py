@@ -25,7 +25,7 @@ from ..structure.model_structure import base_model, inputs_device, positions_of
 from ..structure.undoing import Undo
 from .skipping import skip
 
-# What transformers cannot do with the model's own settings is said as a `UsageError`.
+# What transformers cannot do with the model's own settings is a `UsageError`.
 _settings_explained = partial(
     raised_by,
     "transformers",
@@ -44,6 +44,7 @@ class Streamer(TextStreamer):
         self.take = take
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand `text` on."""
         self.take(text)
 
 
@@ -76,9 +77,8 @@ def generate_text(
         prompt = in_chat_template(tokenizer, prompt)
     ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)])
     check_positions(model, ids.shape[1], max_new_tokens)
-    skipping = (
-        skip(model, plan) if plan or has_missing(model) else nullcontext()
-    )  # without a plan any model runs
+    # without a plan any model runs
+    skipping = skip(model, plan) if plan or has_missing(model) else nullcontext()
     with skipping, _settings_explained():
         if temperature == 0:
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
@@ -90,9 +90,8 @@ def generate_text(
                 "max_new_tokens": max_new_tokens,
             }
             with seeded(seed):
-                new = _generate(model, ids, None, streamer=streamer, **how)[
-                    0, ids.shape[1] :
-                ].tolist()
+                rows = _generate(model, ids, None, streamer=streamer, **how)
+            new = rows[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
@@ -108,8 +107,8 @@ def continue_prompts(
     """
     encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     with skip(model, plan), _settings_explained():
-        said = greedy_each(model, encoded, new_tokens)
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+        rows = greedy_each(model, encoded, new_tokens)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
 
 def reporting(progress: Progress, doing: str, new: int) -> dict[str, Any]:
@@ -150,10 +149,9 @@ def greedy(
     such as a streamer.
     """
     with greedily(model):
-        rows = _generate(model, ids, mask, max_new_tokens=new_tokens, **options)[
-            :, ids.shape[1] :
-        ]
-    return [up_to_end(model, row) for row in rows.tolist()]
+        rows = _generate(model, ids, mask, max_new_tokens=new_tokens, **options)
+    new = rows[:, ids.shape[1] :]  # (rows, new tokens)
+    return [up_to_end(model, row) for row in new.tolist()]
 
 
 @contextmanager
@@ -187,9 +185,10 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
 def up_to_end(model: PreTrainedModel, row: list[int]) -> list[int]:
     """The tokens of a text up to the one that ends it, if one does."""
     ends = ends_of(model)
-    return row[
-        : next((place for place, token in enumerate(row, 1) if token in ends), len(row))
-    ]
+    for place, token in enumerate(row):
+        if token in ends:
+            return row[: place + 1]
+    return row
 
 
 def sample(
@@ -237,19 +236,21 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
 def ends_of(model: PreTrainedModel) -> list[int]:
     """The tokens that end a text, as the checkpoint's own settings say."""
     ends = model.generation_config.eos_token_id
-    return (
-        [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    )
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _generate(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """(rows, tokens and new ones), padded where rows end."""
+    """What `generate` makes of `ids`, (rows, tokens): (rows, tokens and new ones), padded
+    where rows end.
+    """
     mask = torch.ones_like(ids) if mask is None else mask
     here = inputs_device(model)
-    said: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
-    return said
+    rows: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
+    return rows
 
 
 def _generating_by(
@@ -329,8 +330,8 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         )
     # a template is a program that comes with the model, and may raise anything
     except Exception as error:
-        said = shortened(str(error) or type(error).__name__)
+        reason = shortened(str(error) or type(error).__name__)
         raise UsageError(
-            f"the model's chat template fails ({said}): leave chat out, or mend the"
+            f"the model's chat template fails ({reason}): leave chat out, or mend the"
             " template"
         ) from error

@@ -36,10 +36,12 @@ class Layer:
 
     @property
     def whole(self) -> bool:
+        """Whether the layer of the original model is kept as it is, in itself."""
         return self.mlp == self.attention
 
     @property
     def is_ordinary(self) -> bool:
+        """Whether it has an attention and an MLP, and nothing else."""
         return self.mlp is not None and not self.before and not self.after
 
 

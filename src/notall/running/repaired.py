@@ -6,70 +6,41 @@ with the digest of each file.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..digests import digest_of, digest_of_json
+from ..digests import digest_of
 from ..errors import UsageError, shortened
-from ..files import (
-    Settings,
-    beside,
-    contents,
-    open_to_others,
-    own_file,
-    saving,
-    take_name,
-    write_whole,
-    writing,
-)
-from ..integrity import check_files, sealed, unsealed
-from ..plan import Plan
-from ..results.ledger import Ledger, header_of, read
+from ..integrity import check_files
+from ..plan import ModelShape, Plan
+from ..results.ledger import Ledger, read
 from ..results.provenance import Provenance
-from ..results.record import Record
-from ..results.repairs import HealRecord, RefitRecord, RepairStep
-from ..structure.key_values import is_projection, matrix_of
+from ..results.repairs import RefitRecord, RepairStep
 from ..structure.model_structure import ModelStructure, Sublayer
-from ..structure.undoing import Undo
-
-PLAN, SEAL, HEALED, WHOLE = (
-    "plan.json",
-    "finished.json",
-    "healed.safetensors",
-    "weights.safetensors",
+from .repair_folder import (
+    BEFORE,
+    FIX,
+    IN_PROMPT,
+    MADE_BY,
+    PLAN,
+    WHOLE,
+    file_in,
+    history_in,
+    keep_whole,
+    seal_of,
+    sealed_weights,
 )
-WRITTEN = (WHOLE, HEALED, "attn.", "mlp.")  # how names of files of weights begin
-BEFORE = "before"  # the history of what was healed
-HISTORY = TypeAdapter(tuple[RepairStep, ...])
-MADE_BY: dict[str, type[Record]] = {
-    "repair": RefitRecord,
-    "heal": HealRecord,
-}  # what writes weights, and its records
-FIX, AGAIN = "delete the folder, and repair the plan again", "delete it, and run again"
-DIGEST, OF = (
-    "sha256",
-    "of",
-)  # of the tensors, and of what they were made of, in the metadata of their file
-REPLACED = "replaced "  # the sample of a weight, beside the one that replaces it
-IN_PROMPT = "in the prompt "  # a weight that is used for a prompt's tokens alone
-SAMPLE = 16  # numbers of a weight that tell it from another model's
-ROUNDING = 2.0**-8  # between dtypes, of a number
+from .weight_swaps import placed_at, placed_in_prompt, samples
 
-Tensors = dict[str, Tensor]
-Notes = dict[str, str]
-Kept = tuple[Tensors, Notes]
+ROUNDING = 2.0**-8  # between dtypes, of a number
 
 
 @dataclass(frozen=True)
@@ -83,6 +54,7 @@ class LinearMap:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """The matrix, and the bias where there is one."""
         return [self.matrix] if self.bias is None else [self.matrix, self.bias]
 
     def like(self, hidden: Tensor) -> "LinearMap":
@@ -93,7 +65,7 @@ class LinearMap:
         return LinearMap(self.matrix.to(hidden), bias)
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The stream behind it, (batch, tokens, hidden); see `like`."""
+        """The stream behind it; both are (batch, tokens, hidden), see `like`."""
         return hidden + nn.functional.linear(hidden, self.matrix, self.bias)
 
 
@@ -150,32 +122,32 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     @cached_property
     def digest(self) -> str:
         """A hash of the weights and the maps, which tells repairs of one plan apart."""
-        prompt = (
-            (IN_PROMPT + path, weight) for path, weight in self.prompt_weights.items()
-        )
-        named = [
-            *self.weights.items(),
-            *prompt,
-            *((name, part) for name, one in self.maps.items() for part in one.tensors),
-        ]
-        return digest_of(
-            part for pair in sorted(named, key=itemgetter(0)) for part in pair
-        )[:16]
+        named = list(self.weights.items())
+        for path, weight in self.prompt_weights.items():
+            named.append((IN_PROMPT + path, weight))
+        for name, linear in self.maps.items():
+            named += [(name, tensor) for tensor in linear.tensors]
+        pairs = sorted(named, key=itemgetter(0))
+        return digest_of(part for pair in pairs for part in pair)[:16]
 
     @property
     def added_bytes(self) -> int:
-        """Of what stays in memory beside the model's own weights: maps, and weights of
-        the prompt.
+        """What stays in memory in addition to the model's own weights: maps, and
+        weights of the prompt.
         """
-        maps = (tensor for one in self.maps.values() for tensor in one.tensors)
-        return sum(tensor.nbytes for tensor in (*maps, *self.prompt_weights.values()))
+        added = list(self.prompt_weights.values())
+        for linear in self.maps.values():
+            added += linear.tensors
+        return sum(tensor.nbytes for tensor in added)
 
     @property
     def state(self) -> Literal["repaired"]:
+        """Repaired, also without weights of its own."""
         return "repaired"
 
     @property
     def unrepaired(self) -> Plan:
+        """What it skips, without weights, maps and history."""
         about = {"fingerprint": self.fingerprint, "note": self.note}
         return Plan(self.attention, self.mlp, prefill=self.prefill, **about)
 
@@ -199,13 +171,10 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             )
         if self.history:
             *before, last = self.history
-            told = last.model_dump(mode="json", exclude={"by"}, exclude_unset=True)
-            about = Provenance(
-                what={**told, BEFORE: [step.model_dump(mode="json") for step in before]}
-            )
-            Ledger(folder, MADE_BY[last.by], about).add(
-                *(self.refits if last.by == "repair" else ())
-            )
+            what = last.model_dump(mode="json", exclude={"by"}, exclude_unset=True)
+            what[BEFORE] = [step.model_dump(mode="json") for step in before]
+            ledger = Ledger(folder, MADE_BY[last.by], Provenance(what=what))
+            ledger.add(*(self.refits if last.by == "repair" else ()))
         keep_whole(folder, self, WHOLE)
 
     @classmethod
@@ -226,7 +195,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 f"{shortened(folder)} is a file: notall.Plan.load reads a plan without"
                 " weights"
             )
-        if (seal := _seal_of(folder)) is None:
+        if (seal := seal_of(folder)) is None:
             if any((folder / kind.file).is_file() for kind in MADE_BY.values()):
                 raise UsageError(
                     f"{shortened(folder)} was not finished: run the command that began"
@@ -236,41 +205,22 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 f"{shortened(folder)} is no repaired plan: give a plan file, or one"
                 " that was repaired"
             )
-        check_files(
-            folder,
-            {
-                name: d
-                for name, d in seal.files.items()
-                if not name.endswith(".safetensors")
-            },
-            FIX,
-        )
-        tensors = _sealed_weights(folder, seal)
-        plan = Plan.load(_file(folder, PLAN))
+        records = {
+            name: digest
+            for name, digest in seal.files.items()
+            if not name.endswith(".safetensors")
+        }
+        check_files(folder, records, FIX)
+        tensors = sealed_weights(folder, seal)
+        plan = Plan.load(file_in(folder, PLAN))
         if plan.indices != seal.plan:
             raise UsageError(
                 f"{PLAN} of {shortened(folder)} is another plan than the one that was"
                 f" repaired: {FIX}"
             )
-        refits, history = (
-            tuple(read(folder / RefitRecord.file, RefitRecord)),
-            list[RepairStep](),
-        )
-        for by, kind in MADE_BY.items():
-            if (header := header_of(folder / kind.file)) and (
-                about := header.provenance
-            ):
-                try:
-                    history += [
-                        *HISTORY.validate_python(about.what.get(BEFORE, ())),
-                        step_of(by, about),
-                    ]
-                except ValidationError:
-                    raise UsageError(
-                        f"line 1 of {kind.file} in {shortened(folder)} is damaged:"
-                        f" {FIX}"
-                    ) from None
-        return cls.of(plan, **tensors._asdict(), refits=refits, history=tuple(history))
+        refits = tuple(read(folder / RefitRecord.file, RefitRecord))
+        history = history_in(folder)
+        return cls.of(plan, **tensors._asdict(), refits=refits, history=history)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -289,13 +239,13 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
 
     __ror__ = __or__
 
-    def check(self, structure: ModelStructure) -> None:
+    def check(self, structure: ModelShape) -> None:
         """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
         super().check(structure)
         known = tuple(
-            f"{structure.layers}.{p.index}.{name}."
-            for p in structure.sublayers
-            for name in p.modules
+            f"{structure.layers}.{part.index}.{name}."
+            for part in structure.sublayers
+            for name in part.modules
         )
         for path in (*self.weights, *self.prompt_weights):
             if not path.startswith(known):
@@ -306,31 +256,24 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
 
     def knowing(self, model: nn.Module) -> "RepairedPlan":
         """The same, with samples of `model`'s own weights, which these replace."""
-        return self.model_copy(
-            update={
-                "replaced": dict(
-                    _samples(model, {**self.weights, **self.prompt_weights})
-                )
-            }
-        )
+        paths = [*self.weights, *self.prompt_weights]
+        return self.model_copy(update={"replaced": dict(samples(model, paths))})
 
     def check_replaced(self, own: nn.Module | Mapping[str, Tensor]) -> None:
         """Raise `UsageError` where a model's own weights are not those that were
         replaced, in whatever dtype.
         """
-        for path, found in _samples(own, self.replaced):
-            rounding = ROUNDING if found.dtype != self.replaced[path].dtype else 0
-            if not torch.allclose(
-                found.double(),
-                self.replaced[path].double(),
-                rtol=rounding,
-                atol=rounding / 1000,
-            ):
-                told = (
+        for path, found in samples(own, self.replaced):
+            expected = self.replaced[path]
+            rounding = ROUNDING if found.dtype != expected.dtype else 0
+            alike = torch.allclose(
+                found.double(), expected.double(), rtol=rounding, atol=rounding / 1000
+            )
+            if not alike:
+                raise UsageError(
                     f"the repaired {path} is for another model of this shape, whose own"
-                    " has other numbers"
+                    " has other numbers; give that model, or repair this one"
                 )
-                raise UsageError(f"{told}; give that model, or repair this one")
 
     def placed(self, model: nn.Module) -> "RepairedPlan":
         """With weights of `model`'s dtypes, on its devices. Raises as `placed_at` and
@@ -376,351 +319,12 @@ def _below(
 
 
 def refuse_maps(plan: Plan) -> None:
-    """Raise `UsageError` where a plan keeps matrices at run time, which only `Replay`
-    runs.
-    """
-    if isinstance(plan, RepairedPlan) and plan.maps:
-        told = (
-            "this plan's repair keeps matrices at run time (LinearMaps), and can"
-            " neither generate nor be exported"
-        )
-        raise UsageError(
-            f"{told}; repair the plan with notall.repair, or give back weights:"
-            " docs/add-repair.md"
-        )
-
-
-@contextmanager
-def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have `module` run with these values of parameters, by their paths below it; then
-    with its very own again.
-    """
-    with Undo() as undo, undo:
-        for path, weight in weights.items():
-            undo.put(*placed_at(module, path, weight))
-        yield
-
-
-def placed_at(
-    module: nn.Module, path: str, weight: Tensor
-) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
-    """Where the parameter at `path` is held, its name there, and `weight` for it.
-    Raises `UsageError` for a misfit.
-    """
-    above, _, name = path.rpartition(".")
-    try:
-        holder = module.get_submodule(above)
-        own = holder.get_parameter(name)
-    except AttributeError:
-        raise UsageError(
-            f"the model has no {path}, which the plan has weights for; repair this"
-            " model"
-        ) from None
-    if own.shape != weight.shape:
-        told = (
-            f"the repaired {path} is {tuple(weight.shape)}, but the model's is"
-            f" {tuple(own.shape)}"
-        )
-        raise UsageError(f"{told}; repair this model")
-    if own.device.type == "meta":
-        raise UsageError(
-            f"{path} is offloaded, and repaired weights cannot take its place there;"
-            " load the model whole"
-        )
-    return (
-        holder._parameters,
-        name,
-        nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad),
-    )
-
-
-def placed_in_prompt(model: nn.Module, path: str, weight: Tensor) -> Tensor:
-    """A weight of the prompt, in the dtype and on the device of the projection that it
-    stands in for.
-
-    It has the rows that keys and values need of it, of a `bias` too where the
-    projection has none. Raises `UsageError` for a misfit.
-    """
-    above, _, name = path.rpartition(".")
-    try:
-        holder = model.get_submodule(above)
-    except AttributeError:
-        holder = model
-    if name not in ("weight", "bias") or not is_projection(holder):
-        raise UsageError(
-            f"the model has no {path}, which the plan has weights of the prompt for;"
-            " repair this model"
-        )
-    own = matrix_of(holder)  # (outputs, inputs)
-    fits = weight.dim() == (2 if name == "weight" else 1) and len(weight) <= len(own)
-    if not fits or weight.shape[1:] != (own.shape[1:] if name == "weight" else ()):
-        told = (
-            f"the prompt's {path} is {tuple(weight.shape)}, but the model's matrix is"
-            f" {tuple(own.shape)}"
-        )
-        raise UsageError(f"{told}; repair this model")
-    return weight if own.device.type == "meta" else weight.to(own.device, own.dtype)
-
-
-class Seal(BaseModel, frozen=True, extra="forbid"):
-    """What a finished folder holds."""
-
-    plan: Settings  # its `indices`
-    files: dict[
-        str, str
-    ]  # their digests: of records the SHA-256, of weights as `digest_of_tensors`
-
-
-def step_of(by: str, about: Provenance) -> RepairStep:
-    """What made weights, as a plan's `history` has it. Raises `ValueError` for `texts`
-    that say no name and hash.
-    """
-    settings = {
-        name: value
-        for name, value in about.what.items()
-        if name not in ("plan", "fingerprint", BEFORE)
-    }
-    return RepairStep.model_validate({**settings, "by": by})
-
-
-def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
-    """Write a plan and its weights, all in the one file `name`: `HEALED` where they
-    were trained, else `WHOLE`.
-    """
-    seal(folder, plan.unrepaired, {name: write_weights(folder / name, plan)})
-
-
-def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
-    """Write the plan and then the seal: the records are there, and the `weights`, by
-    file their digests.
-    """
-    written = [
-        path for kind in MADE_BY.values() if (path := folder / kind.file).is_file()
-    ]
-    plan.save(folder / PLAN)
-    digests = {
-        path.name: digest_of([path.read_bytes()]) for path in (*written, folder / PLAN)
-    }
-    whole, path = Seal(plan=plan.indices, files=digests | dict(weights)), folder / SEAL
-    with writing(shortened(path), "make room, and run again"):
-        write_whole(path, sealed(whole.model_dump_json(indent=1).encode()) + b"\n")
-
-
-def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
-    """Whether the command that writes `kind` has finished `plan` in `folder`. Raises
-    `UsageError` for others' work.
-    """
-    seal = _seal_of(folder)
-    is_begun = (folder / kind.file).is_file()  # then what is there is read, and checked
-    for path in () if is_begun else sorted(folder.glob("*.safetensors")):
-        if path.name.startswith(WRITTEN):
-            _refuse_replacing(path)
-    if seal and kind.file not in seal.files:
-        raise UsageError(
-            f"{shortened(folder)} holds a repaired plan that others wrote: choose"
-            " another folder"
-        )
-    if (folder / PLAN).is_file() and Plan.load(folder / PLAN).indices != plan.indices:
-        raise UsageError(
-            f"{shortened(folder)} holds another plan, in {PLAN}: choose another folder,"
-            " or move it away"
-        )
-    return seal is not None
-
-
-def write_weights(path: Path, plan: RepairedPlan) -> str:
-    """Write those of a plan to a file; its digest."""
-    prompt = {IN_PROMPT + where: one for where, one in plan.prompt_weights.items()}
-    replaced = {REPLACED + where: one for where, one in plan.replaced.items()}
-    return write_tensors(path, {**plan.weights, **prompt, **replaced})
-
-
-class Weights(NamedTuple):
-    """What a file holds of a repaired plan, by path."""
-
-    weights: Tensors
-    prompt_weights: Tensors
-    replaced: Tensors  # samples
-
-
-def read_weights(folder: Path, name: str, digest: str) -> Weights:
-    """What `write_weights` wrote. Raises `UsageError` for an absent or damaged file."""
-    tensors, _ = read_tensors(_file(folder, name), digest, fix=FIX)
-    replaced, prompt = _taken(tensors, REPLACED), _taken(tensors, IN_PROMPT)
-    for path, weight in (*tensors.items(), *prompt.items()):
-        if not weight.isfinite().all():
-            raise UsageError(
-                f"{path} in {name} of {shortened(folder)} has numbers that are not"
-                f" finite: {FIX}"
-            )
-    return Weights(tensors, prompt, replaced)
-
-
-def _taken(tensors: Tensors, prefix: str) -> Tensors:
-    """Out of `tensors` those whose names begin so, without it."""
-    return {
-        name.removeprefix(prefix): tensors.pop(name)
-        for name in [*tensors]
-        if name.startswith(prefix)
-    }
-
-
-def _samples(
-    own: nn.Module | Mapping[str, Tensor], paths: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """A few numbers of each weight, where it is there and plain: a quantised one has
-    none of its own.
-    """
-    own = dict(own.named_parameters()) if isinstance(own, nn.Module) else own
-    for path in paths:
-        if (
-            path in own
-            and type(own[path].data) is Tensor
-            and own[path].device.type != "meta"
-        ):
-            flat = own[path].detach().flatten()
-            yield path, flat[:: -(-len(flat) // SAMPLE)].cpu().clone()
-
-
-def file_of(refit: RefitRecord) -> str:
-    return f"{'+'.join(refit.sublayers)}.safetensors"
-
-
-def _seal_of(folder: Path) -> Seal | None:
-    file = own_file(folder, SEAL)
-    try:
-        return (
-            Seal.model_validate_json(unsealed(contents(file)) or b"") if file else None
-        )
-    except (ValidationError, OSError):
-        raise UsageError(f"{SEAL} of {shortened(folder)} is damaged: {FIX}") from None
-
-
-def _sealed_weights(folder: Path, seal: Seal) -> Weights:
-    """As `read_weights`, of all files of a folder. Raises `UsageError` for others
-    beside them, too.
-    """
-    records = {
-        kind.file for kind in MADE_BY.values()
-    }  # which tell the history of the weights
-    for path in sorted(folder.iterdir()):
-        # nothing reads such weights; but who put them there thinks otherwise
-        is_weight = path.suffix == ".safetensors" and path.name.startswith(WRITTEN)
-        if (is_weight or path.name in records) and path.name not in seal.files:
-            told = f"{shortened(folder)} holds {shortened(path.name)}"
-            raise UsageError(
-                f"{told}, which is no part of its repair: move that file away"
-            )
-    whole = Weights({}, {}, {})
-    for name, digest in seal.files.items():
-        if name.endswith(".safetensors"):
-            for held, found in zip(whole, read_weights(folder, name, digest)):
-                held.update(found)
-    return whole
-
-
-def _file(folder: Path, name: str) -> Path:
-    if (file := own_file(folder, name)) is None:
-        raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {FIX}")
-    return file
-
-
-def digest_of_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    """The SHA-256 of names, dtypes, shapes and bytes, and of what is noted beside
+    """Raise `UsageError` for a plan that keeps matrices at run time: only `Replay` runs
     them.
     """
-    named, noted = (
-        sorted(tensors.items()),
-        (f"{name}: {note}\n" for name, note in sorted(notes.items())),
-    )
-    parts = (
-        part
-        for name, one in named
-        for part in (f"{name} {one.dtype} {[*one.shape]}\n", one)
-    )
-    return digest_of(chain(parts, noted))
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
-) -> str:
-    """Write a file, in place of an earlier one; its `digest_of_tensors`.
-
-    Raises `UsageError` where that fails, and for a file of others, who use such names,
-    too.
-    """
-    _refuse_replacing(path)
-    held = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
-    }
-    digest = digest_of_tensors(held, notes or {})
-    with writing(shortened(path), "make room, or choose another folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path) as part:
-            with saving():
-                save_file(held, part, {**(notes or {}), DIGEST: digest})
-            open_to_others(
-                part
-            )  # safetensors makes files that only their owner can read
-            take_name(part, path)
-    return digest
-
-
-def read_tensors(
-    path: Path, digest: str | None = None, *, of: str | None = None, fix: str = AGAIN
-) -> Kept:
-    """The tensors of a file, and its notes. Raises `UsageError`, with `fix`, for others
-    than were written, or `of`.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-            notes: Notes = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    if isinstance(plan, RepairedPlan) and plan.maps:
         raise UsageError(
-            f"{shortened(path)} is damaged ({shortened(error)}): {fix}"
-        ) from None
-    if notes.pop(DIGEST, None) != (found := digest_of_tensors(tensors, notes)):
-        raise UsageError(
-            f"{shortened(path)} is damaged (its tensors are not those that were"
-            f" written): {fix}"
+            "this plan's repair keeps matrices at run time (LinearMaps), and can"
+            " neither generate nor be exported; repair the plan with notall.repair, or"
+            " give back weights: docs/add-repair.md"
         )
-    if digest not in (None, found) or of not in (None, notes.get(OF)):
-        raise UsageError(
-            f"{shortened(path)} is not the file that was written here: {fix}"
-        )
-    return tensors, notes
-
-
-def _refuse_replacing(path: Path) -> None:
-    """Raise `UsageError` where a file or folder of others is in the way; a link is
-    replaced.
-    """
-    if path.exists() and not path.is_symlink() and not is_tensors(path):
-        fix = "move it away, or choose another folder"
-        raise UsageError(
-            f"{shortened(path)} is there, and notall did not write it: {fix}"
-        )
-
-
-def is_tensors(path: Path) -> bool:
-    """Whether `write_tensors` wrote a file, as far as its header tells."""
-    try:
-        with safe_open(path, "pt") as file:
-            return DIGEST in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def kept_tensors(
-    folder: Path, name: str, key: object, make: Callable[[], Kept]
-) -> Kept:
-    """What `make` returns, from `folder` where it is kept under this name and key,
-    which JSON can write.
-    """
-    of = digest_of_json(key)
-    path = folder / f"{name}-{of[:16]}.safetensors"
-    if not path.is_file():
-        tensors, notes = make()
-        write_tensors(path, tensors, {**notes, OF: of})
-    return read_tensors(path, of=of)

@@ -17,8 +17,9 @@ from transformers import Cache
 
 from ..errors import UsageError
 from ..plan import Kind
-from .observation import Arguments, LayerTrace, Node, child, parameter_names
+from .calls import Arguments, child, parameter_names
 from .slicing import shallow_clone
+from .traces import LayerTrace, Node
 
 try:  # places of a cache that hold nothing
     from transformers.cache_utils import DummyLayer
@@ -42,6 +43,7 @@ class Form:
     width: int | None = None
 
     def named(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        """The arguments of a call of the module, by name."""
         return dict(zip(self.names, args)) | kwargs
 
     def answer(self, args: tuple[Any, ...], kwargs: Arguments, index: int) -> Any:
@@ -83,10 +85,12 @@ class Stub:
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """The paths of the modules; ("",) where it is the whole layer."""
         return tuple(name for name, _ in self.forms)
 
     @property
     def is_layer(self) -> bool:
+        """Whether the whole layer is the sublayer."""
         return self.modules == ("",)
 
 
@@ -104,6 +108,7 @@ class StubModule(nn.Module):
     stub_scale: Scale | None
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """What the module answers, in its own form, where it is skipped or scaled."""
         form, scale = self.stub_form, self.stub_scale
         if scale is None:
             return form.answer(args, kwargs, self.stub_index)

@@ -18,7 +18,8 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel
-from .observation import Arguments, Branch, LayerCall, child
+from .branches import Branch
+from .calls import Arguments, LayerCall, child
 from .slicing import LAYER_INDICES, shallow_clone
 
 CACHE_NAMES = (
@@ -56,6 +57,7 @@ class Catching(_StandIn):
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> NoReturn:
+        """Take the place of the cache's `update`, and go no further."""
         self.found, self.how = (keys, values), (args, kwargs)
         raise _Caught
 
@@ -74,6 +76,10 @@ class Joining(_StandIn):
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Written:
+        """Take the place of the cache's `update`.
+
+        `keys` and `values` are (batch, heads, tokens, width), and so is what it returns.
+        """
         written = [torch.cat(pair, dim=-2) for pair in zip(self.early, (keys, values))]
         if self.held is None:
             return written[0], written[1]

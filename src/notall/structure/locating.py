@@ -19,7 +19,10 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, expect
 from ..plan import Kind
+from .branches import Branch
+from .calls import child, first
 from .in_place import DummyLayer, Stubs, halves, whole
+from .lines import lines_of
 from .model_structure import (
     Block,
     ModelStructure,
@@ -29,20 +32,10 @@ from .model_structure import (
     name_of,
     text_config,
 )
-from .observation import (
-    PROBE_BATCH,
-    PROBE_TOKENS,
-    Branch,
-    LayerTrace,
-    Place,
-    Watch,
-    child,
-    first,
-    lines_of,
-    watching,
-)
+from .observation import PROBE_BATCH, PROBE_TOKENS, Watch, watching
 from .proving import Alone, prove, prove_apart, prove_causal, run_probe
 from .slicing import LAYER_INDICES
+from .traces import LayerTrace, Place
 from .undoing import Undo
 from .weights import is_weightless, running_weightless, weights_of
 
@@ -111,13 +104,13 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        told = (
+        problem = (
             f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed"
             f" ({reason})"
         )
         fix = "choose another model, or describe this one in an issue"
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot be watched: {told}; {fix}"
+            f"{type(model).__name__} cannot be watched: {problem}; {fix}"
         ) from error
     LOCATED[model] = layers, structure
     return structure
@@ -142,12 +135,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             " models"
         )
     if (shared := getattr(config, "num_kv_shared_layers", 0)) and DummyLayer is None:
-        told = (
+        problem = (
             f"{kind} shares keys and values between layers"
             f" (num_kv_shared_layers={shared})"
         )
         raise UnsupportedModel(
-            f"{told}: an attention cannot be left out without those that read from it"
+            f"{problem}: an attention cannot be left out without those that read from it"
         )
     for within in (
         model.get_decoder() or model,
@@ -160,12 +153,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             )
             if layers and any(inner is module for inner in within.modules()):
                 return name, module
-    told = (
+    problem = (
         f"no list of {config.num_hidden_layers} decoder layers in"
         f" {type(model).__name__}"
     )
     raise UnsupportedModel(
-        f"{told}; notall needs a model whose layers are in one ModuleList"
+        f"{problem}; notall needs a model whose layers are in one ModuleList"
     )
 
 
@@ -180,24 +173,26 @@ def _found(
     with watching(layers, cache) as watch:
         probe(cache)
     if [trace.index for trace in watch.traces] != list(range(len(layers))):
-        told = (
+        problem = (
             f"the layers of {type(model).__name__} do not run one after the other, each"
             " once"
         )
-        raise UnsupportedModel(f"{told}; notall needs a plain stack of decoder layers")
+        raise UnsupportedModel(
+            f"{problem}; notall needs a plain stack of decoder layers"
+        )
     handed = False  # more than the stream
     for before, after in pairwise(watch.traces):
         if not _is_handed_on(first(before.answer), after.kept[0]):
-            told = (
+            problem = (
                 f"the model changes its hidden states between layers {before.index} and"
                 f" {after.index}"
             )
             expected = "expected each layer's output to be the next one's input"
             raise UnsupportedModel(
-                f"{told}; {expected}. notall leaves this model alone"
+                f"{problem}; {expected}. notall leaves this model alone"
             )
-        beside = before.answer[1:] if isinstance(before.answer, tuple) else ()
-        made = [value for value in beside if isinstance(value, Tensor)]
+        others = before.answer[1:] if isinstance(before.answer, tuple) else ()
+        made = [value for value in others if isinstance(value, Tensor)]
         taken = [
             value for value in after.arguments.values() if isinstance(value, Tensor)
         ]
@@ -207,9 +202,9 @@ def _found(
     indices = (
         trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES
     )
-    depend = bool(watch.sharing.pairs) or any(
-        isinstance(index, int) for index in indices
-    )  # told by the model
+    # where the model gives layers their index
+    numbered = any(isinstance(index, int) for index in indices)
+    depend = bool(watch.sharing.pairs) or numbered
     try:
         if depend or handed:
             raise UnsupportedModel(
@@ -282,12 +277,12 @@ def _in_place(
             ),
             in_place,
         )
-    told = (
+    problem = (
         f"the layers of {type(model).__name__} depend on each other, and its cache"
         " needs a place for each of them"
     )
     raise UnsupportedModel(
-        f"{told} ({reason}). notall leaves this model alone: choose another one"
+        f"{problem} ({reason}). notall leaves this model alone: choose another one"
     )
 
 
@@ -363,15 +358,15 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
                 write.module or "the layer itself" for write in trace.cache_writes
             )
         )
-        told = (
+        problem = (
             "expected one sublayer that writes to the cache, found"
             f" {len(mixing) + len(elsewhere)} ({writers})"
         )
         raise UnsupportedModel(
-            f"{trace}: {told}. It cannot be skipped by halves; choose another model"
+            f"{trace}: {problem}. It cannot be skipped by halves; choose another model"
         )
     if len(others) > 1:
-        told = (
+        problem = (
             "expected a mixer that writes to the cache and one MLP, found"
             f" {len(mixing)} and {len(others)}"
         )
@@ -380,7 +375,7 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
             " original model"
         )
         raise UnsupportedModel(
-            f"{trace}: {told}. It cannot be skipped by halves; {fix}"
+            f"{trace}: {problem}. It cannot be skipped by halves; {fix}"
         )
     parts = (
         [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)]

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..digests import digest_of_json
 from ..errors import UsageError
 from ..plan import Fingerprint, Kind, Plan, in_ranges, several
+from .branches import Branch
 from .in_place import Stub
-from .observation import Branch
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Sublayer:
 
 
 def name_of(kind: Kind, layer: int) -> str:
+    """Such as attn.3 or mlp.3."""
     return f"{'attn' if kind == 'attention' else 'mlp'}.{layer}"
 
 
@@ -216,11 +217,11 @@ class ModelStructure:
     def refuse_stubs(self, what: str) -> None:
         """Raise `UsageError` where there are such: `what` looks inside of layers."""
         if self.stubbed:
-            told = (
+            problem = (
                 f"{what} runs sublayers one at a time; {self.model_type}'s run only in"
                 " layers"
             )
-            raise UsageError(f"{told}: use the plan as it is")
+            raise UsageError(f"{problem}: use the plan as it is")
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -280,13 +281,13 @@ def _sizes(parts: Sequence[Sublayer]) -> str:
             for part in parts
         )
     )
-    told = [
+    problem = [
         f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}"
         for unit, c in zip(units, counts)
         if any(c)
     ]
     mixer = f" ({parts[0].mixer})" if parts[0].mixer else ""
-    return f"    {parts[0].kind}{mixer}: {', '.join(told)}"
+    return f"    {parts[0].kind}{mixer}: {', '.join(problem)}"
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -14,21 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
-from . import observation
+from . import calls, observation, traces
+from .branches import Branch, run_branches, scaled as scaled_by
+from .calls import Arguments, LayerCall, as_given, called_with, first
 from .in_place import stubbed_layer
 from .model_structure import Block, cache_argument, inputs_device, text_config
-from .observation import (
-    Arguments,
-    Branch,
-    LayerCall,
-    LayerTrace,
-    Watch,
-    as_given,
-    called_with,
-    first,
-    run_branches,
-)
+from .observation import Watch
 from .slicing import free_cache_slots, renumber, slice_config
+from .traces import LayerTrace
 from .undoing import Undo
 
 BATCH, TOKENS = observation.PROBE_BATCH, observation.PROBE_TOKENS
@@ -68,7 +61,7 @@ class Alone:
 
     config: PretrainedConfig
     trace: LayerTrace
-    sharing: observation.Sharing
+    sharing: traces.Sharing
     in_place: bool
 
     def numbered(self, undo: Undo) -> Undo:
@@ -126,7 +119,7 @@ class Alone:
         self,
         found: Tensor,
         expected: Tensor,
-        said: str,
+        message: str,
         what: str = "",
         computed_in: torch.dtype | None = None,
     ) -> None:
@@ -138,9 +131,9 @@ class Alone:
             tolerance(computed_in or expected.dtype),
         )
         if not error <= most:
-            told = said.format(error=error, most=most, what=what)
+            problem = message.format(error=error, most=most, what=what)
             raise UnsupportedModel(
-                f"{self.trace}{told}. notall leaves this model alone: choose"
+                f"{self.trace}{problem}. notall leaves this model alone: choose"
                 " another one"
             )
 
@@ -191,17 +184,17 @@ def _prove_lines(alone: Alone, block: Block) -> None:
             if not branch.is_attention:
                 local.append((branch, hidden))
         hidden = run_branches(branches, layer, hidden, call)
-    said = (
+    message = (
         " differs from its recomposition by {error:.1e} of its largest value (expected"
         " at most {most:.0e}); {what}"
     )
     why = "it may count on its index or on what other layers leave behind"
     alone.expect(
-        observation.scaled(hidden, block.scale), first(alone.trace.answer), said, why
+        scaled_by(hidden, block.scale), first(alone.trace.answer), message, why
     )
     for branch, stream in local:
         names = ", ".join(branch.modules)
-        said = (
+        message = (
             f": {names} looks at other tokens without a cache; expected that of the"
             " attention alone"
         )
@@ -211,7 +204,7 @@ def _prove_lines(alone: Alone, block: Block) -> None:
                 given.shape
             )
 
-        _prove_local(alone, stream, run, said)
+        _prove_local(alone, stream, run, message)
 
 
 def _prove_adds(alone: Alone, branch: Branch, residual: Tensor) -> None:
@@ -225,11 +218,11 @@ def _prove_adds(alone: Alone, branch: Branch, residual: Tensor) -> None:
         last.run(layer, value, given, LayerCall(alone.arguments())).view(residual.shape)
         for given in (residual, torch.zeros_like(residual))
     )
-    said = (
+    message = (
         f": {branch.modules[-1]} changes the residual stream that it is given; expected"
         " it to add to it"
     )
-    alone.expect(without + residual, with_it, said, computed_in=residual.dtype)
+    alone.expect(without + residual, with_it, message, computed_in=residual.dtype)
 
 
 def _prove_in_place(alone: Alone, block: Block) -> None:
@@ -292,11 +285,13 @@ def prove_causal(alone: Alone) -> None:
     found, expected = (
         answer.narrow(axis, 1, TOKENS - 2) for answer in (found, first(trace.answer))
     )
-    said = (
+    message = (
         " looks at the tokens that follow, as encoders do; expected a causal language"
         " model"
     )
-    alone.expect(found, expected, said, computed_in=alone.computed_in(expected.dtype))
+    alone.expect(
+        found, expected, message, computed_in=alone.computed_in(expected.dtype)
+    )
 
 
 def prove_apart(
@@ -320,37 +315,42 @@ def prove_apart(
         undo.put_fields(config)
         free_cache_slots(config, freed)
         for trace in watch.traces:
-            undo.put(*observation.forward_of(trace.layer), partial(idle, trace))
+            undo.put(*calls.forward_of(trace.layer), partial(idle, trace))
         probe()
     for trace, other in zip(watch.traces, given):
         made = [
             held
-            for held in observation.tensors_in(trace.given)
+            for held in calls.tensors_in(trace.given)
             if not watch.sharing.source_of(held)
         ]
-        left = list(observation.tensors_in(other))
+        left = list(calls.tensors_in(other))
         shapes = [[one.shape for one in some] for some in (made, left)]
         if shapes[0] != shapes[1] or not all(
             isinstance(one, FakeTensor) or torch.equal(one, same)
             for one, same in zip(made, left)
         ):
-            told = (
+            problem = (
                 f"{trace} is given what the model computes from other layers' answers"
             )
             raise UnsupportedModel(
-                f"{told}; notall leaves this model alone: choose another one"
+                f"{problem}; notall leaves this model alone: choose another one"
             )
 
 
 def _prove_local(
-    alone: Alone, hidden: Tensor, run: Callable[[Tensor], Tensor], said: str = NOT_LOCAL
+    alone: Alone,
+    hidden: Tensor,
+    run: Callable[[Tensor], Tensor],
+    message: str = NOT_LOCAL,
 ) -> None:
     """What is no mixer must make the same of the last token whatever came before it."""
     axis = _tokens_axis(hidden)
     found, expected = (
         run(given).select(axis, -1) for given in (_flipped(hidden, last=False), hidden)
     )
-    alone.expect(found, expected, said, computed_in=alone.computed_in(expected.dtype))
+    alone.expect(
+        found, expected, message, computed_in=alone.computed_in(expected.dtype)
+    )
 
 
 def _flipped(hidden: Tensor, last: bool) -> Tensor:

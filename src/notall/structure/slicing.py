@@ -59,7 +59,7 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
         name: values for name, values in cut.items() if getattr(config, name) != values
     }
     if underived:
-        config.__class__ = _told(type(config), underived)
+        config.__class__ = _with_lists(type(config), underived)
 
 
 def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
@@ -71,14 +71,14 @@ def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
     )
     for index in layers:
         modes[index] = "reuse"
-    config.__class__ = _told(type(config), {"kv_sharing_modes": modes})
+    config.__class__ = _with_lists(type(config), {"kv_sharing_modes": modes})
 
 
-def _told(config_class: type, lists: Mapping[str, object]) -> type:
-    """A subclass of a config that derives lists from a period: it is told them, as no
-    period gives those of a cut.
+def _with_lists(config_class: type, lists: Mapping[str, object]) -> type:
+    """A subclass of a config that derives lists from a period: it has these lists of
+    its own, as no period gives those of a cut.
     """
-    fields = {"__module__": config_class.__module__, "told": True, **lists}
+    fields = {"__module__": config_class.__module__, "has_own_lists": True, **lists}
     return type(config_class)(config_class.__name__, (config_class,), fields)
 
 

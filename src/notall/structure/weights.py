@@ -105,14 +105,14 @@ def _bytes(tensor: Tensor) -> int:
         return sum(
             _bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]
         )
-    # bitsandbytes holds scales and the table of its levels beside the numbers
+    # bitsandbytes holds scales and the table of its levels in addition to the numbers
     state = getattr(tensor, "quant_state", None)
-    beside = [
+    extra = [
         getattr(tensor, "SCB", None),
         *(state.as_dict(packed=True).values() if state is not None else ()),
     ]
     return tensor.nbytes + sum(
-        part.nbytes for part in beside if isinstance(part, Tensor)
+        part.nbytes for part in extra if isinstance(part, Tensor)
     )
 
 

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+from ...entry_points import installed_names, named, takes
 from ...errors import UsageError, shortened
-from ...plugins import installed_names, named, takes
 from ..budget import Budget
 from ..space import UNIT_KINDS, Choice, Space
 from . import search

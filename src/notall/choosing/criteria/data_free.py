@@ -11,9 +11,9 @@ from typing import get_args
 from torch import nn
 
 from ...errors import UsageError, expect
-from ...files import Settings
 from ...plan import Phase, Plan, Skippable, several_of
 from ...results.facts import Configured
+from ...strict_json import Settings
 from ...structure.model_structure import ModelStructure, base_model
 from .setting import Setting, UnitScores
 
@@ -125,11 +125,8 @@ def score_gate_norm(setting: Setting) -> UnitScores:
     """|W_Q W_K^T|, the Frobenius norm, without a text; a group of heads shares keys
     (Gate-Norm 2512.20636).
     """
-    layers = list(
-        base_model(setting.model)
-        .get_submodule(setting.space.structure.layers)
-        .children()
-    )
+    model, structure = base_model(setting.model), setting.space.structure
+    layers = list(model.get_submodule(structure.layers).children())
     return {
         (name,): _coupling(layers[int(name.partition(".")[2])])
         for name in setting.space.names
@@ -154,26 +151,20 @@ def has_projections(layer: nn.Module) -> bool:
 
 
 def _coupling(layer: nn.Module) -> float:
+    """|W_Q W_K^T| of an attention, each head of queries with the keys that it reads."""
     found = _linear(layer)
-    if lacking := [name for name in ("q_proj", "k_proj") if name not in found]:
-        named = f"{type(layer).__name__} has no {lacking[0]}"
-        raise UsageError(
-            f"Gate-Norm needs separate query and key projections, and {named}; take"
-            " another criterion"
-        )
-    queries, keys = (
-        found[name].weight.detach().float() for name in ("q_proj", "k_proj")
-    )  # (heads * width, hidden)
-    heads = len(queries) // len(keys)
-    if heads > 1:
-        width: int = next(
-            m.head_dim
-            for m in layer.modules()
-            if isinstance(getattr(m, "head_dim", None), int)
-        )  # type: ignore[assignment]
-        keys = (
-            keys.view(-1, width, keys.shape[-1])
-            .repeat_interleave(heads, dim=0)
-            .flatten(0, 1)
-        )
-    return float((queries.T @ keys).norm())  # (hidden, hidden)
+    for name in ("q_proj", "k_proj"):
+        if name not in found:
+            raise UsageError(
+                "Gate-Norm needs separate query and key projections, and"
+                f" {type(layer).__name__} has no {name}; take another criterion"
+            )
+    queries = found["q_proj"].weight.detach().float()  # (heads * width, hidden)
+    keys = found["k_proj"].weight.detach().float()  # (key heads * width, hidden)
+    shared_by = len(queries) // len(keys)
+    if shared_by > 1:
+        widths = [getattr(module, "head_dim", None) for module in layer.modules()]
+        width = next(one for one in widths if isinstance(one, int))
+        heads = keys.view(-1, width, keys.shape[-1])  # (key heads, width, hidden)
+        keys = heads.repeat_interleave(shared_by, dim=0).flatten(0, 1)
+    return float((queries.T @ keys).norm())  # of (hidden, hidden)

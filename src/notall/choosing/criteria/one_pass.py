@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 
 from ...errors import UsageError
 from ...measuring.quality import Look, Passage, walk
-from ...running.replay import answering, standing_in
+from ...running.recording import answering, standing_in
+from ...structure.branches import run_branches, scaled
+from ...structure.calls import Arguments, LayerCall
 from ...structure.in_place import Scale, stubbed_layer
 from ...structure.model_structure import Block, ModelStructure, base_model
-from ...structure.observation import Arguments, LayerCall, run_branches, scaled
 from ..budget import Budget, contiguous_runs
 from ..space import Choice, Unit, names_in
 from .setting import Setting, UnitScores
 
-Measure = Callable[
-    [Tensor, Tensor], Tensor
-]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)
+# from the stream before and after, (batch, tokens, hidden) each, to (batch, tokens)
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 def score_cosine(setting: Setting) -> UnitScores:
@@ -61,9 +61,8 @@ def choose_angular(setting: Setting, budget: Budget) -> Choice:
             " block:4 does"
         )
     blocks = len(space.structure.blocks)
-    states: list[list[Tensor]] = [
-        [] for _ in range(blocks + 1)
-    ]  # at the last tokens, before each block and in the end
+    # (batch, hidden) at the last tokens, before each block and in the end
+    states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
 
     def look(passage: Passage) -> None:
         index = passage.block.index
@@ -73,16 +72,10 @@ def choose_angular(setting: Setting, budget: Budget) -> Choice:
 
     def angle(first: int) -> float:
         start = first + space.keep_first
-        before, behind = (
-            torch.cat(states[start]),
-            torch.cat(states[start + len(found[first])]),
-        )
-        return float(
-            (
-                cosine_similarity(before, behind, dim=-1).clamp(-1, 1).arccos()
-                / math.pi
-            ).mean()
-        )
+        before = torch.cat(states[start])
+        behind = torch.cat(states[start + len(found[first])])
+        cosines = cosine_similarity(before, behind, dim=-1)  # (sequences,)
+        return float((cosines.clamp(-1, 1).arccos() / math.pi).mean())
 
     _walk(setting, look)
     found = contiguous_runs(space, budget)
@@ -102,39 +95,34 @@ def _measured(setting: Setting, measure: Measure) -> UnitScores:
     """The mean over tokens of what is measured of each unit; of a period the sum over
     its layers.
     """
-    blocks = [
-        tuple(part.name for part in block.sublayers)
-        for block in setting.space.structure.blocks
-    ]
-    sums = {
-        unit: (
-            [unit]
-            if len(unit) == 1 or unit in blocks
-            else [block for block in blocks if set(block) <= {*unit}]
-        )
-        for unit in setting.space.units
-    }
-    alone = {part: 0.0 for parts in sums.values() for part in parts}
+    blocks = [_names_of(block) for block in setting.space.structure.blocks]
+    summands: dict[Unit, list[Unit]] = {}
+    for unit in setting.space.units:
+        is_measured = len(unit) == 1 or unit in blocks
+        inside = [block for block in blocks if set(block) <= {*unit}]
+        summands[unit] = [unit] if is_measured else inside
+    sums = {part: 0.0 for parts in summands.values() for part in parts}
 
     def look(passage: Passage) -> None:
         block = passage.block
         pairs: dict[Unit, tuple[Tensor, Tensor]] = {
             (part.name,): passage.around[part.kind] for part in block.sublayers
         }
-        pairs[tuple(part.name for part in block.sublayers)] = (
-            passage.before,
-            passage.after,
-        )
+        pairs[_names_of(block)] = (passage.before, passage.after)
         for unit, (before, after) in pairs.items():
-            if unit in alone:
-                alone[unit] += float(measure(before.float(), after.float()).sum())
+            if unit in sums:
+                sums[unit] += float(measure(before.float(), after.float()).sum())
 
     _walk(setting, look)
     count = sum(tokens.numel() for tokens in setting.batches)
     return {
-        unit: math.fsum(alone[part] for part in parts) / count
-        for unit, parts in sums.items()
+        unit: math.fsum(sums[part] for part in parts) / count
+        for unit, parts in summands.items()
     }
+
+
+def _names_of(block: Block) -> Unit:
+    return tuple(part.name for part in block.sublayers)
 
 
 def score_first_order(setting: Setting) -> UnitScores:
@@ -173,17 +161,13 @@ def _gradients(setting: Setting) -> dict[Unit, Tensor]:
         with torch.enable_grad():
             with gated(model, space.structure, gates, ids.shape):
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = (
-                cross_entropy(
-                    logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device)
-                )
-                * rows
-            )
-        by_gate = dict(zip(gates, torch.autograd.grad(loss, list(gates.values()))))
+            targets = ids[:, 1:].flatten().to(logits.device)
+            # of the sum over sequences of each one's mean
+            loss = rows * cross_entropy(logits.flatten(0, 1), targets)
+        gradients = torch.autograd.grad(loss, list(gates.values()))
+        by_gate = {name: one.double().cpu() for name, one in zip(gates, gradients)}
         for unit, parts in found.items():
-            parts.append(
-                torch.stack([by_gate[name].double().cpu() for name in unit]).sum(0)
-            )
+            parts.append(torch.stack([by_gate[name] for name in unit]).sum(0))
     setting.passed(3, *start)  # a backward pass costs about two forward ones
     return {unit: torch.cat(parts) for unit, parts in found.items()}
 
@@ -209,18 +193,13 @@ def gated(
             total = given
             for part in block.sublayers:
                 start = given if block.parallel else total
-                added = (
-                    run_branches(part.branches, layer, start, LayerCall(arguments))
-                    - start
-                )
-                total = total + times(gates[part.name], shape)(added)
+                end = run_branches(part.branches, layer, start, LayerCall(arguments))
+                total = total + times(gates[part.name], shape)(end - start)
             return scaled(total, block.scale)
 
-        return (
-            stubbed_layer(layer, block.index, scales)
-            if scales
-            else answering(layer, block, answer)
-        )
+        if scales:
+            return stubbed_layer(layer, block.index, scales)
+        return answering(layer, block, answer)
 
     return standing_in(model, structure, forward)
 

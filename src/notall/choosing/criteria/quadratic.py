@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UsageError, need
+from ...errors import UsageError
+from ...extras import need
 from ..budget import Budget
 from ..space import Choice, Unit, names_in
 from .search import SCREENED
@@ -60,21 +61,18 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
 
 
 def measure(setting: Setting, units: Sequence[Unit]) -> "QuadraticProgram":
-    """What the objective rises by without each unit, and without two beside that; those
-    asked for late count as 0.
+    """What the objective rises by without each unit, and without two on top of that;
+    those asked for late count as 0.
     """
     space, evaluator = setting.space, setting.evaluator
     evaluator.set_prefix(frozenset())
     dense = evaluator.cost(frozenset(), SCREENED)
 
     def rises(sets: list[Unit]) -> Floats:
-        return np.minimum(
-            np.array(evaluator.costs([frozenset(names) for names in sets], SCREENED))
-            - dense,
-            WORST,
-        )
+        costs = evaluator.costs([frozenset(names) for names in sets], SCREENED)
+        return np.minimum(np.array(costs) - dense, WORST)
 
-    alone = rises([*units])
+    alone = rises([*units])  # (n,)
     together = np.zeros((len(units), len(units)))
     for i, unit in enumerate(units):
         fit = [
@@ -85,17 +83,15 @@ def measure(setting: Setting, units: Sequence[Unit]) -> "QuadraticProgram":
         together[i, i + 1 :] = np.inf
         if not fit or setting.late:
             together[i, fit] = 0
-        # two that each ruin the model ruin it once: were they less than 0, many pairs
-        # would add up to a gain
         else:
-            together[i, fit] = np.maximum(
-                rises([unit + units[j] for j in fit]) - alone[i] - alone[fit], 0
-            )
+            more = rises([unit + units[j] for j in fit]) - alone[i] - alone[fit]
+            # two that each ruin the model ruin it once: were they less than 0, many
+            # pairs would add up to a gain
+            together[i, fit] = np.maximum(more, 0)
         setting.progress(i + 1, len(units), f"leaving out {'+'.join(unit)} and another")
     counting = {f"attn.{index}" for index in space.structure.counting}
-    attentions = np.array(
-        [len(counting.intersection(unit)) for unit in units], dtype=float
-    )
+    counts = [len(counting.intersection(unit)) for unit in units]
+    attentions = np.array(counts, dtype=float)
     return QuadraticProgram(alone, together + together.T, attentions, len(counting) - 1)
 
 
@@ -129,7 +125,8 @@ class QuadraticProgram:
     """
 
     alone: Floats  # (n,)
-    together: Floats  # what two cost beside that, (n, n), symmetric; infinite: not both
+    # what two cost on top of that, (n, n), symmetric; infinite: not both
+    together: Floats
     limited: Floats  # (n,)
     limit: float
 
@@ -158,11 +155,9 @@ class QuadraticProgram:
                 f"no set was found in {seconds:g} s: choose among fewer, or by another"
                 " criterion"
             )
-        return (
-            None
-            if found.x is None
-            else tuple(np.flatnonzero(found.x[:n] > 0.5).tolist())
-        )
+        if found.x is None:
+            return None
+        return tuple(np.flatnonzero(found.x[:n] > 0.5).tolist())
 
     def _rows(
         self, sizes: Floats, least: float, most: float
@@ -181,9 +176,8 @@ class QuadraticProgram:
             for i in (first, second)
         )
         product = sparse.eye_array(len(pairs))
-        partners = (
-            one.T * sizes[second] + other.T * sizes[first]
-        )  # the size of the other of the two
+        # the size of the other of the two
+        partners = one.T * sizes[second] + other.T * sizes[first]
         none = np.zeros(len(pairs))
         return [
             (sparse.hstack([one + other, -product]), -np.inf, 1),

@@ -58,10 +58,8 @@ def search(
             one.start_from(one.deepest()[::-1])
         if setting.late:
             break
-    looking, best = (
-        searches[0],
-        max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost)),
-    )
+    looking = searches[0]
+    best = max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
     if best is not looking:
         looking.go_on_from(best, stages.stage(1 + setting.patience))
         looking.settle()
@@ -84,35 +82,30 @@ class _Search:
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
         self.dense = self.cost = self.evaluator.cost(self.skipped)
-        self.rises: dict[
-            Unit, float
-        ] = {}  # what the objective rose by, as last evaluated
-        self.falls: dict[
-            Unit, float
-        ] = {}  # and by how much it falls without a unit less, on a part of the text
+        # what the objective rose by with each unit, as last evaluated
+        self.rises: dict[Unit, float] = {}
+        # by how much it falls when a unit runs again, on a part of the text
+        self.falls: dict[Unit, float] = {}
         self.moves = functools.cache(self.space.moves)
+        self.done = 0.0
+        self.total = self._expected_evaluations()
+
+    def _expected_evaluations(self) -> float:
+        """About how many evaluations of the text the search takes."""
         units = len(self.space.units)
-        share = self.budget.target / self.budget.saved(
-            self.space.names
-        )  # of the units, about, that are skipped
-        steps = (
-            units
-            / (1 + self.space.by_pairs)
-            * (1 / 3 if share == math.inf else min(share, 1))
-        )
-        guesses = (
-            units * SCREENED * (2 if self.space.kind == "block" else 1)
-        )  # of each, and of the runs from there on
-        more = (
-            2.5 if isinstance(self.evaluator, AfterRepair) else 1
-        )  # rechecks and swaps that gain, as measured
-        growing = steps * (
-            more * steps / 3 * self.setting.grown_on + SCREENED
-        )  # evaluations of the text, about
-        self.done, self.total = 0.0, guesses + growing + more * self.setting.patience
+        # of the units that are skipped, about: a third where a limit decides
+        share = self.budget.target / self.budget.saved(self.space.names)
+        share = 1 / 3 if share == math.inf else min(share, 1)
+        steps = units / (1 + self.space.by_pairs) * share
+        # a guess for each unit; for blocks, of the runs from there on too
+        guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)
+        # rechecks and swaps that gain are more after a repair, as measured
+        more = 2.5 if isinstance(self.evaluator, AfterRepair) else 1
+        growing = steps * (more * steps / 3 * self.setting.grown_on + SCREENED)
+        return guesses + growing + more * self.setting.patience
 
     def guess(self, units: list[Unit]) -> None:
-        """What each of these would cost beside what is skipped now, on a part of the
+        """What each of these would cost on top of the skipped set, on a part of the
         text, what is cheap first.
         """
         self.evaluator.set_prefix(self.skipped)
@@ -134,17 +127,15 @@ class _Search:
         what is skipped now.
         """
         self.evaluator.set_prefix(frozenset())
-        asked = (
-            contiguous_runs(self.space, self.budget).values()
-            if self.budget.target < math.inf
-            else ()
-        )
-        guesses = {
-            run: self._more(names_in(run)) for run in asked if not self.setting.late
-        }
-        if not guesses or self.setting.late:
+        if self.budget.target == math.inf:
             return
-        self.start_from(min(guesses, key=guesses.__getitem__))
+        guesses = {
+            run: self._more(names_in(run))
+            for run in contiguous_runs(self.space, self.budget).values()
+            if not self.setting.late
+        }
+        if guesses and not self.setting.late:
+            self.start_from(min(guesses, key=guesses.__getitem__))
 
     def start_from(self, run: tuple[Unit, ...]) -> None:
         """Refine these units, where they save as much as is asked for and cost less
@@ -153,10 +144,15 @@ class _Search:
         skipped = names_in(run)
         if not run or self.setting.late or skipped == self.skipped:
             return
-        cost, saved = self._evaluate(skipped), self.budget.counted(skipped)
+        cost = self._evaluate(skipped)
+        is_within = cost - self.dense <= self.budget.limit
+        found = -self.budget.counted(skipped), cost
         now = -self.budget.counted(self.skipped), self.cost
-        if cost - self.dense <= self.budget.limit and (-saved, cost) < now:
-            self.skipped, self.cost, self.order, self.rises = skipped, cost, [*run], {}
+        if is_within and found < now:
+            self.skipped = skipped
+            self.cost = cost
+            self.order = [*run]
+            self.rises = {}
             self.guess(self.moves(self.skipped))
             self.settle()
 
@@ -167,40 +163,40 @@ class _Search:
         self.evaluator.set_prefix(frozenset())
         if self.budget.target < math.inf:
             return deepest_run(self.space, self.budget)
-        units, least, most = self.space.units, 0, len(self.space.units)
+        units = self.space.units
+        least, most = 0, len(units)
         while least < most and not self.setting.late:
             middle = (least + most + 1) // 2
             tail = names_in(units[-middle:])
-            costs = (
-                self._evaluate(tail) - self.dense
-                if self.space.allows(tail)
-                else math.inf
-            )
-            least, most = (
-                (middle, most) if costs <= self.budget.limit else (least, middle - 1)
-            )
+            rise = math.inf
+            if self.space.allows(tail):
+                rise = self._evaluate(tail) - self.dense
+            if rise <= self.budget.limit:
+                least = middle
+            else:
+                most = middle - 1
         return units[len(units) - least :]
 
     def go_on_from(self, other: "_Search", progress: Progress) -> None:
-        self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
-        self.progress, self.done, self.total = (
-            progress,
-            0.0,
-            1.0 + self.setting.patience,
-        )
+        """Take the set of another search, and refine it from here on."""
+        self.skipped = other.skipped
+        self.cost = other.cost
+        self.order = [*other.order]
+        self.progress = progress
+        self.done = 0.0
+        self.total = 1.0 + self.setting.patience
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
         before = self.skipped
         while not self.budget.met(self.skipped):
             unit = self._next()
-            if (
-                unit is None
-                or self.cost + self.rises.get(unit, 0.0) - self.dense
-                > self.budget.limit
-            ):
+            if unit is None:
                 break
-            self.cost += self.rises.get(unit, 0.0)
+            rise = self.rises.get(unit, 0.0)
+            if self.cost + rise - self.dense > self.budget.limit:
+                break
+            self.cost += rise
             self.skipped = self.skipped.union(unit)
             self.order.append(unit)
             if not self.budget.met(self.skipped):
@@ -211,10 +207,11 @@ class _Search:
         """Swap until `patience` evaluations brought nothing, tried on a part of the
         text first; say whether any did.
         """
-        self.cost = before = self._evaluate(
-            self.skipped
-        )  # which grew on a share of the text, maybe
-        spent, tried, self.falls = 0.0, {self.skipped}, {}
+        before = self._evaluate(self.skipped)  # which may have grown on a part of it
+        self.cost = before
+        self.falls = {}
+        tried = {self.skipped}
+        spent = 0.0
         guesses: dict[Swap, float] = {}
         self.evaluator.set_prefix(self.skipped)
         while spent < self.setting.patience and not self.setting.late:
@@ -226,27 +223,23 @@ class _Search:
             back, unit = min(guesses, key=guesses.__getitem__)
             if guesses.pop((back, unit)) > 0 and self.setting.grown_on < 1.0:
                 continue
-            spent, cost = (
-                spent + 1,
-                self._evaluate(self.skipped.difference(back).union(unit)),
-            )
+            spent += 1
+            swapped = self.skipped.difference(back).union(unit)
+            cost = self._evaluate(swapped)
             if cost < self.cost:
-                self.rises[back], self.falls[unit] = (
-                    self.falls.pop(back),
-                    self.rises[unit],
-                )
-                self.skipped, self.cost = (
-                    self.skipped.difference(back).union(unit),
-                    cost,
-                )
-                kept = (
-                    tuple(name for name in one if name not in back)
-                    for one in self.order
-                )
-                self.order = [*filter(None, kept), unit]
+                self._swap(back, unit, cost)
                 self.evaluator.set_prefix(self.skipped)
                 guesses, spent = {}, 0.0
         return self.cost < before
+
+    def _swap(self, back: Unit, unit: Unit, cost: float) -> None:
+        """Run the sublayers of `back` again, and skip those of `unit`."""
+        self.rises[back] = self.falls.pop(back)
+        self.falls[unit] = self.rises[unit]
+        self.skipped = self.skipped.difference(back).union(unit)
+        self.cost = cost
+        left = (tuple(name for name in one if name not in back) for one in self.order)
+        self.order = [*filter(None, left), unit]
 
     def _look(self, guesses: dict[Swap, float], tried: set[Skipped]) -> None:
         """Try a few swaps on a part of the text, until one gains there."""
@@ -317,15 +310,12 @@ class _Search:
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
         self.done += share
-        most = (
-            0.8 * self.total
-        )  # from there on ever slower: how many swaps gain is not known
-        beyond = max(self.done - most, 0.0) / (self.total - most)
-        self.progress(
-            min(self.done, most) - (self.total - most) * math.expm1(-beyond),
-            self.total,
-            self._so_far,
-        )
+        # from there on ever slower: how many swaps gain is not known
+        most = 0.8 * self.total
+        rest = self.total - most
+        beyond = max(self.done - most, 0.0) / rest
+        shown = min(self.done, most) - rest * math.expm1(-beyond)
+        self.progress(shown, self.total, self._so_far)
         return cost
 
     @property

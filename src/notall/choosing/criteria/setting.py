@@ -11,8 +11,8 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...entry_points import explained, first_line
 from ...errors import UsageError, expect, shortened
-from ...plugins import explained, first_line
 from ...progress import Progress, silent
 from ...results.facts import SearchCost
 from ...structure.locating import locate
@@ -31,7 +31,7 @@ class Setting:
     each), and what evaluates sets.
 
     `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is
-    how many evaluations may bring nothing before a search ends; `progress` is told how
+    how many evaluations may bring nothing before a search ends; `progress` reports how
     far the choice is; `grown_on` is the share of the text that a search grows its sets
     on, before it refines them on all of it.
     """
@@ -48,6 +48,7 @@ class Setting:
 
     @property
     def late(self) -> bool:
+        """Whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
     def until(self, share: float) -> "Setting":
@@ -156,9 +157,9 @@ class Criterion:
                 " setting.space.names"
             )
         if not setting.space.allows(frozenset(found.skipped)):
-            told = ", ".join(setting.space.sorted(found.skipped))
+            names = ", ".join(setting.space.sorted(found.skipped))
             raise UsageError(
-                f"{named} skips {shortened(told)}, which {setting.space} does not"
+                f"{named} skips {shortened(names)}, which {setting.space} does not"
                 " allow: ask space.moves"
             )
         if (

@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import UsageError
-from ...models.texts import all_checked
-from ...plan import Plan
-from ...progress import Progress, silent, tracked
-from ...running.repaired import LinearMap, RepairedPlan
-from ...structure.locating import locate
-from ...structure.model_structure import ModelStructure, Sublayer, base_model
-from ..projections import features_of
-from ..solving import Moments
-from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
+from notall import ModelStructure, Plan, RepairedPlan, Sublayer, UsageError, locate
+from notall.plugins import (
+    DenseStream,
+    Line,
+    LinearMap,
+    LiveStep,
+    Moments,
+    Progress,
+    all_checked,
+    base_model,
+    features_of,
+    lines_of,
+    silent,
+    steps_of,
+    tracked,
+)
 
 RIDGE = 1e-6  # what the repository of Ghosted Layers adds to X'X
 TINY = torch.finfo(torch.float32).tiny
@@ -44,21 +50,24 @@ def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> li
     lines = lines_of(structure)
     skipped = []
     for line in lines:
-        left_out = [name in plan.names for name in line.names]
-        if any(left_out) != all(left_out):
-            told = (
-                f"block {line.block.index} runs its attention and its MLP side by side"
+        are_skipped = [name in plan.names for name in line.names]
+        if any(are_skipped) != all(are_skipped):
+            raise UsageError(
+                f"block {line.block.index} runs its attention and its MLP side by side,"
+                " and the plan skips one of them; this repair makes up for whole blocks"
+                " there: choose another"
             )
-            fix = "this repair makes up for whole blocks there: choose another"
-            raise UsageError(f"{told}, and the plan skips one of them; {fix}")
-        skipped.append(all(left_out))
-    runs = groupby(
-        range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index)
-    )
-    gaps = [list(run) for (out, _), run in runs if out]
-    return [
-        Gap(lines[places[0]].names[0], places[0], places[-1] + 1) for places in gaps
-    ]
+        skipped.append(all(are_skipped))
+
+    def run_of(place: int) -> tuple[bool, int]:
+        return skipped[place], lines[place].block.index if by_block else 0
+
+    gaps = []
+    for (is_skipped, _), run in groupby(range(len(lines)), run_of):
+        places = list(run)
+        if is_skipped:
+            gaps.append(Gap(lines[places[0]].names[0], places[0], places[-1] + 1))
+    return gaps
 
 
 def _stream(model: PreTrainedModel, plan: Plan, batches: Batches) -> DenseStream:
@@ -83,14 +92,11 @@ def _least_squares(
     """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs),
     with a last column for a bias.
     """
-    moments = Moments.none(
-        inputs[0].shape[-1],
-        outputs[0].shape[-1],
-        biased,
-        inputs[0].new_empty(0).double(),
-    )
+    like = inputs[0].new_empty(0).double()
+    moments = Moments.none(inputs[0].shape[-1], outputs[0].shape[-1], biased, like)
     for given, wanted in zip(inputs, outputs):
-        given, wanted = given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
+        given = given.flatten(0, -2).double()  # (tokens, inputs)
+        wanted = wanted.flatten(0, -2).double()  # (tokens, outputs)
         moments.add(given, wanted, given.new_ones(len(given)))
     found = moments.solve(ridge, alike=True)
     if found is None:
@@ -178,13 +184,10 @@ def replaceme(
 
 def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     layer = stream.layers[step.block.index]
-    before, wanted = (
-        stream.at_layer(step, states)
-        for states in stream.before(step.line, step.behind)
-    )
-    part = max(
-        step.parts, key=lambda part: part.kind == "mlp"
-    )  # of a parallel block the MLP, as in its Falcon
+    both = stream.before(step.line, step.behind)
+    before, wanted = (stream.at_layer(step, states) for states in both)
+    # of a parallel block the MLP, as in its Falcon
+    part = max(step.parts, key=lambda part: part.kind == "mlp")
     projection = stream.projections.of(part)
     if projection is None or projection.norm:
         return {}
@@ -197,15 +200,11 @@ def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     target = [
         to.flatten(0, 1).double() + m - at.flatten(0, 1)
         for to, m, at in zip(wanted, added, behind)
-    ]
-    through = _least_squares(added, target)
+    ]  # (tokens, hidden) each
+    through = _least_squares(added, target)  # (hidden, hidden)
+    new_matrix = (through @ matrix.double()).to(matrix.dtype)
     new_bias = None if bias is None else (through @ bias.double()).to(bias.dtype)
-    return stream.placed(
-        step,
-        projection.parameters(
-            layer, (through @ matrix.double()).to(matrix.dtype), new_bias
-        ),
-    )
+    return stream.placed(step, projection.parameters(layer, new_matrix, new_bias))
 
 
 @torch.no_grad()
@@ -227,7 +226,8 @@ def prune_and_comp(
         return states.double().abs().mean(1)
 
     stream = _stream(model, plan, batches)
-    (states,), here, scale = stream.before(0), 0, 1.0
+    (states,) = stream.before(0)
+    here, scale = 0, 1.0
     weights: dict[str, Tensor] = {}
     gaps = gaps_of(stream.structure, plan)
     for number, gap in enumerate(
@@ -235,16 +235,13 @@ def prune_and_comp(
     ):
         states = stream.run(stream.lines[here : gap.start], states)
         behind = stream.run(stream.lines[gap.start : gap.end], states)
-        ratio = float(
-            torch.cat(
-                [size(to) / size(at).clamp_min(TINY) for at, to in zip(states, behind)]
-            ).mean()
-        )
-        states, here, scale = (
-            [ratio * state for state in states],
-            gap.end,
-            scale * ratio,
-        )
+        ratios = [
+            size(to) / size(at).clamp_min(TINY) for at, to in zip(states, behind)
+        ]  # (batch, hidden) each
+        ratio = float(torch.cat(ratios).mean())
+        states = [ratio * state for state in states]
+        here = gap.end
+        scale *= ratio
         until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
         for line in stream.lines[here:until]:
             for part in line.parts:
@@ -257,16 +254,12 @@ def _divided(
 ) -> dict[str, Tensor]:
     layer, projection = stream.layers[part.index], stream.projections.of(part)
     if projection is None or projection.norm:
-        told = (
-            f"what {part.name} adds to the stream goes through a norm or comes from"
-            " more than one matrix"
-        )
         raise UsageError(
-            f"{told}, so that no weights rescale it; choose another repair than"
-            " prune-and-comp"
+            f"what {part.name} adds to the stream goes through a norm or comes from"
+            " more than one matrix, so that no weights rescale it; choose another"
+            " repair than prune-and-comp"
         )
     bias = projection.bias(layer)
-    new = projection.parameters(
-        layer, projection.matrix(layer) / scale, None if bias is None else bias / scale
-    )
-    return stream.placed(line, new)
+    matrix = projection.matrix(layer) / scale
+    bias = None if bias is None else bias / scale
+    return stream.placed(line, projection.parameters(layer, matrix, bias))

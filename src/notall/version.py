@@ -1,0 +1,3 @@
+"""The version of the package, which nothing is needed to read."""
+
+__version__ = "0.1.0"
