@@ -11,9 +11,11 @@ from tempfile import TemporaryDirectory
 
 import altair as alt
 
-from notall.charts.losses import Point, tradeoff
+from notall.charts.losses import Titles, tradeoff
+from notall.charts.points import Point
 from notall.charts.style import framed, save
-from notall.experiments.pareto import DENSE, ParetoRecord
+from notall.experiments.pareto.records import ParetoRecord
+from notall.experiments.pareto.run import DENSE
 from notall.results.ledger import read
 
 HERE = Path(__file__).parent
@@ -56,7 +58,7 @@ def points(records: Sequence[ParetoRecord]) -> list[Point]:
 
 def drawn(records: Sequence[ParetoRecord]) -> alt.LayerChart:
     return framed(
-        tradeoff(points(records), COLOURS, colour="weights", shape="type", dense=False),
+        tradeoff(points(records), COLOURS, Titles("weights", "type"), dense=False),
         TITLE,
         TOLD,
     )

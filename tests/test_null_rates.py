@@ -362,9 +362,9 @@ def claimed(sizes, changed, drop, threshold, draws):
             for size in sizes
         ]
         found.append(
-            paper_module._claim(
-                "", "", "", combined(parts), "points", threshold
-            ).verdict
+            paper_module._Claim("", "", combined(parts), "points", threshold)
+            .judged("")
+            .verdict
         )
     return rate(one == "holds" for one in found), rate(
         one == "does not hold" for one in found

@@ -26,16 +26,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import notall
 from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
-from notall.experiments.driver import Subject
-from notall.experiments.paper import (
-    ENDINGS,
-    TimesRecord,
-    TimingGrid,
-    half,
-    in_turn,
-    time_figures,
-    time_grid,
-)
+from notall.experiments.paper.records import TimesRecord
+from notall.experiments.paper.timing import TimingGrid, in_turn, time_grid
+from notall.experiments.subject import Subject
 from notall.measuring.speed import Timing, compare, machine
 from notall.models.loading import (
     build_empty,
@@ -47,6 +40,7 @@ from notall.models.loading import (
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
+from notall.report.paper_tables import ENDINGS, half, time_figures
 from notall.results.facts import CONFIGURED, SPEEDUPS, Configured, Times
 from notall.results.provenance import Provenance
 from notall.results.table import (

@@ -47,28 +47,28 @@ def sublayers(
     """The cells of a model of so many layers; where no `costs` of leaving out each are
     known, 1 − cosine stands in.
     """
-    known = {f"{row.kind}.{row.layer}": row for row in similarity}
-    hybrid = any(row.mixer for row in similarity)
-    return [
-        Sublayer(
-            name=f"{short}.{layer}",
-            layer=layer,
-            row=KIND_NAMES[kind],
-            cosine=row.cosine if row else math.nan,
-            cost=(
-                costs.get((kind, layer), math.nan)
-                if costs
-                else 1 - row.cosine
-                if row
-                else math.nan
-            ),
-            mixer=row.mixer if row else None,
-        )
-        for kind, short in SHORT.items()
-        for layer in range(layers)
-        if (row := known.get(f"{kind}.{layer}"))
-        or not hybrid  # layers of hybrids may lack one of the two
-    ]
+    known: dict[tuple[str, int], Similarity] = {
+        (row.kind, row.layer): row for row in similarity
+    }
+    hybrid = any(row.mixer for row in similarity)  # layers may lack one of the two
+    cells = []
+    for kind, short in SHORT.items():
+        for layer in range(layers):
+            row = known.get((kind, layer))
+            if not row and hybrid:
+                continue
+            cosine = row.cosine if row else math.nan
+            cost = costs.get((kind, layer), math.nan) if costs else 1 - cosine
+            cell = Sublayer(
+                name=f"{short}.{layer}",
+                layer=layer,
+                row=KIND_NAMES[kind],
+                cosine=cosine,
+                cost=cost,
+                mixer=row.mixer if row else None,
+            )
+            cells.append(cell)
+    return cells
 
 
 def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
@@ -83,16 +83,11 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         alt.Tooltip("state:N", title="in this plan"),
         alt.Tooltip("cost:Q", title=title, format=".3f"),
         alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
-        *(
-            [alt.Tooltip("mixer:N", title="kind of mixer")]
-            if any(cell.mixer for cell in cells)
-            else []
-        ),
     ]
-    rows, flat = (
-        [KIND_NAMES[kind] for kind in SHORT],
-        alt.Axis(ticks=False, domain=False),
-    )
+    if any(cell.mixer for cell in cells):
+        tips.append(alt.Tooltip("mixer:N", title="kind of mixer"))
+    rows = [KIND_NAMES[kind] for kind in SHORT]
+    flat = alt.Axis(ticks=False, domain=False)
     drawn = (
         alt.Chart(alt.Data(values=[cell.model_dump(mode="json") for cell in cells]))
         .transform_calculate(state=STATE)
@@ -146,7 +141,7 @@ def _stripes(colour: str, mirrored: bool) -> alt.LinearGradient:
 
 
 def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
-    """A shade that tells small costs apart beside a large one; linear near 0, where
+    """A shade that shows small costs apart, whatever the largest; linear near 0, where
     errors are.
     """
     most = max([LEAST_SHADE, *costs])
@@ -175,17 +170,15 @@ class Saving(Fact):
 
 
 def savings(bars: Sequence[Saving]) -> alt.LayerChart:
-    """Bars of the plan that the param `plan` counts, from 0, beside the original
+    """Bars of the plan that the param `plan` counts, from 0, and the original
     model's.
     """
     most = max([1.15, *(WIDER * bar.share for bar in bars)])
     rows = [{**bar.figures(), "to": min(bar.high, most)} for bar in bars]
     base = alt.Chart(alt.Data(values=rows)).transform_filter("datum.plan == plan")
     base = base.encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
-    scale, axis = (
-        alt.Scale(domain=[0, most], nice=False),
-        alt.Axis(format=".0%", tickCount=6),
-    )
+    scale = alt.Scale(domain=[0, most], nice=False)
+    axis = alt.Axis(format=".0%", tickCount=6)
     drawn = base.mark_bar(
         height=20, color=KIND_COLOURS["attention"], yOffset=BAR
     ).encode(
@@ -221,19 +214,14 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
     """How far each layer's features are from the previous layer's, 1 − cosine, by depth
     (after the paper's Fig. 1).
     """
-    data = [
-        (
-            KIND_NAMES[row.kind],
-            row.layer,
-            {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)},
-        )
-        for row in rows
-        if is_number(row.cosine)
-    ]
-    scale, axis = (
-        alt.Scale(type="log", nice=False, padding=16),
-        alt.Axis(format="~g", tickCount=6),
-    )
+    data = []
+    for row in rows:
+        if is_number(row.cosine):
+            changed_by = max(1 - row.cosine, LEAST_CHANGE)
+            figures = {"cosine": row.cosine, "changed": changed_by}
+            data.append((KIND_NAMES[row.kind], row.layer, figures))
+    scale = alt.Scale(type="log", nice=False, padding=16)
+    axis = alt.Axis(format="~g", tickCount=6)
     changed = alt.Y(
         "changed:Q",
         title="1 − cosine similarity, before and after",
@@ -250,13 +238,8 @@ def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
     for refit in refits:
         short, _, layer = refit.sublayers[0].partition(".")
         if is_number(refit.left):
-            data.append(
-                (
-                    "block" if len(refit.sublayers) > 1 else names[short],
-                    int(layer),
-                    {"left": refit.left},
-                )
-            )
+            kind = "block" if len(refit.sublayers) > 1 else names[short]
+            data.append((kind, int(layer), {"left": refit.left}))
     left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
     return _lines(data, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
 
