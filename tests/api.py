@@ -154,7 +154,7 @@ NAMES = {
     ],
     "choosing.space": ["Space", "names_in", "plan_of as space_plan_of"],
     "cli": ["DROPPED", "drop_chatter"],
-    "cli.app": ["COMMANDS", "MISSED", "app", "conclude", "warn"],
+    "cli.app": ["COMMANDS", "MISSED", "app", "conclude", "show_work", "warn"],
     "engines": [
         "ENGINES",
         "Engine",
@@ -262,7 +262,9 @@ NAMES = {
         "leave_one_out",
         "sweep",
     ],
+    "experiments.used": ["Use"],
     "experiments.verdict": ["Verdict"],
+    "experiments.waiting": ["SHOWN_BY", "waiting"],
     "exporters": [
         "Export",
         "Source",
@@ -378,7 +380,10 @@ NAMES = {
         "rows_of as bench_rows",
         "conclusion as bench_conclusion",
     ],
-    "report.comparison": ["joined", "page_parts as shown_comparison"],
+    "report.comparison": [
+        "join_comparisons as joined",
+        "page_parts as shown_comparison",
+    ],
     "report.comparison_tables": [
         "TIMED_ONCE",
         "columns_of as comparison_columns",

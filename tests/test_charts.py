@@ -540,7 +540,10 @@ def test_few_criteria_have_a_colour_each():
         charts_points.OTHERS
         not in encoding(by_count(points), "color")["scale"]["domain"]
     )
-    assert charts_points.in_turn(["dense", "a", "dense"])["dense"] is charts_style.INK
+    assert (
+        charts_points.colours_in_turn(["dense", "a", "dense"])["dense"]
+        is charts_style.INK
+    )
 
 
 def test_what_changes_is_logarithmic_and_rounding_is_no_change():

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import notall
 from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
 from notall.experiments.paper.records import TimesRecord
-from notall.experiments.paper.timing import TimingGrid, in_turn, time_grid
+from notall.experiments.paper.timing import TimingGrid, time_grid, time_in_turn
 from notall.experiments.subject import Subject
 from notall.measuring.speed import Timing, compare, machine
 from notall.models.loading import (
@@ -242,7 +242,7 @@ def main() -> None:
     subject = Subject(model, None, [], arguments.out, provenance)
     rows = paper_grid(notall.locate(model), arguments.fractions)
     records, start = [], time.monotonic()
-    measure = one_by_one_compiled if arguments.compile else in_turn
+    measure = one_by_one_compiled if arguments.compile else time_in_turn
     with progress_bar() as progress:
         for prompt in arguments.prompt:
             if time.monotonic() - start > 60 * arguments.minutes:

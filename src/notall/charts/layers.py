@@ -13,13 +13,13 @@ from .style import GREY, INK, KIND_COLOURS, PAPER, by_colour, snug
 
 # Hatching of what is skipped for every token, and of what the prompt alone skips:
 # colours that the shades of neither theme have, and lines that lean the other way.
-STRIPES, STRIPE, IN_PROMPT = 7, "#e8731a", "#d02fd0"
+STRIPES, STRIPE, PROMPT_STRIPE = 7, "#e8731a", "#d02fd0"
 UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
 LEAST_SHADE = 1e-9  # where all costs are 0
 LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
 # than the longest bar is the axis: one noisy quartile does not shrink all bars
 WIDER = 1.25
-SHORT = {"attention": "attn", "mlp": "mlp"}
+SHORT_NAMES = {"attention": "attn", "mlp": "mlp"}
 SKIPPED, SKIPPED_IN_PROMPT = "skipped", "skipped in the prompt alone"
 STATE = (
     f"indexof(skipped, datum.name) >= 0 ? '{SKIPPED}' "
@@ -52,7 +52,7 @@ def sublayers(
     }
     hybrid = any(row.mixer for row in similarity)  # layers may lack one of the two
     cells = []
-    for kind, short in SHORT.items():
+    for kind, short in SHORT_NAMES.items():
         for layer in range(layers):
             row = known.get((kind, layer))
             if not row and hybrid:
@@ -86,7 +86,7 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
     ]
     if any(cell.mixer for cell in cells):
         tips.append(alt.Tooltip("mixer:N", title="kind of mixer"))
-    rows = [KIND_NAMES[kind] for kind in SHORT]
+    rows = [KIND_NAMES[kind] for kind in SHORT_NAMES]
     flat = alt.Axis(ticks=False, domain=False)
     drawn = (
         alt.Chart(alt.Data(values=[cell.model_dump(mode="json") for cell in cells]))
@@ -115,7 +115,7 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         ).transform_filter(f"datum.state == '{state}'")
         for state, colour, mirrored in (
             (SKIPPED, STRIPE, False),
-            (SKIPPED_IN_PROMPT, IN_PROMPT, True),
+            (SKIPPED_IN_PROMPT, PROMPT_STRIPE, True),
         )
     ]
     layers = [unknown, *([known] if costs else []), *hatched]
@@ -233,7 +233,7 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
 
 def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
     """How much of the error each refit left, by depth; a parallel block's are one."""
-    names = {short: KIND_NAMES[kind] for kind, short in SHORT.items()}
+    names = {short: KIND_NAMES[kind] for kind, short in SHORT_NAMES.items()}
     data = []
     for refit in refits:
         short, _, layer = refit.sublayers[0].partition(".")

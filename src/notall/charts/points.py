@@ -111,7 +111,7 @@ def _ranks(points: Sequence[Point]) -> dict[str, float]:
     return {name: sum(rank(name, order) for order in orders) for name in series}
 
 
-def in_turn(names: Iterable[str]) -> Colours:
+def colours_in_turn(names: Iterable[str]) -> Colours:
     """A colour for each name; the first is in the colour of ink."""
     return dict(zip(dict.fromkeys(names), (INK, *SPECTRUM * 9)))
 

@@ -111,7 +111,9 @@ def export(
         used = uses_of(wanted, plan)
         card, verdict = None, None
         if measure or choice:
-            card, verdict = _measured(model, wanted, measure, used, choice, progress)
+            card, verdict = _measure_plan(
+                model, wanted, measure, used, choice, progress
+            )
         how |= {"measured": card, "verify": verify, "progress": progress}
         export_model(model.model, wanted, to, out, **how)
     files = [
@@ -210,7 +212,7 @@ def _how_to_run(out: Path, to: str, manifest: Mapping[str, Any]) -> dict[str, st
     return lines
 
 
-def _measured(
+def _measure_plan(
     model: ModelOptions,
     plan: Plan,
     text: str | None,

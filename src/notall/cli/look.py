@@ -225,21 +225,25 @@ def side_by_side(names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
             columns = Table(
                 *(RichColumn(name, ratio=1) for name in written), expand=True
             )
-            columns.add_row(*(Text(_lines(text, console)) for text in written.values()))
+            columns.add_row(
+                *(Text(_printable_lines(text, console)) for text in written.values())
+            )
             live.update(columns, refresh=True)
 
     with live or nullcontext():
         yield write
     if not live:
         for name, text in written.items():
-            console.print(Text(f"{name}:\n{_lines(text, console)}\n"), soft_wrap=True)
+            console.print(
+                Text(f"{name}:\n{_printable_lines(text, console)}\n"), soft_wrap=True
+            )
 
 
 def _write(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), end="", flush=True)
 
 
-def _lines(text: str, console: Console) -> str:
+def _printable_lines(text: str, console: Console) -> str:
     """What a model says keeps its lines, and steers no terminal."""
     return "\n".join(
         printable(line, console.encoding) for line in text.strip("\n").split("\n")

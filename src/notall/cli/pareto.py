@@ -12,7 +12,7 @@ from ..experiments.options.words import words_of
 from ..experiments.pareto.checkpoints import checkpoint_bytes
 from ..experiments.pareto.finding import Finding
 from ..experiments.pareto.options import EngineOptions, ParetoPlans, check_workload
-from ..experiments.pareto.run import DENSE, EngineModel, measure_pareto
+from ..experiments.pareto.run import DENSE_NAME, EngineModel, measure_pareto
 from ..experiments.pareto.windows import Windows, by_another
 from ..experiments.pareto.written import Written
 from ..experiments.repair import NONE
@@ -101,7 +101,7 @@ def pareto(
         measured = measure_pareto(
             in_engine,
             [
-                *_with_plans(model, [(DENSE, Plan()), *variants], windows),
+                *_with_plans(model, [(DENSE_NAME, Plan()), *variants], windows),
                 *_others(model, engine.also, tokenizer, windows),
             ],
             types,

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 
 MOST_DRAFTED = 64
 Samples = Mapping[str, Sequence[float]]  # milliseconds, a round each, by what was timed
-DENSE, DRAFT, CHECK = "a decode step", "a draft step", "the check of {}"
-ALONE, WITH = "generating", "generating with a draft"
+# what is timed: steps, and ways to generate
+DENSE_STEP = "a decode step"
+DRAFT_STEP = "a draft step"
+CHECK_STEP = "the check of {}"
+ALONE = "generating"
+WITH = "generating with a draft"
 
 
 class DraftRecord(Record, Skips, kind="draft"):
@@ -180,11 +184,11 @@ def measure_draft(
             ]
         step = partial(step_ms, tokens=windows[:1], prompt=how.prompt_tokens)
         steps = {
-            DENSE: partial(step, model, width=1),
-            DRAFT: partial(step, draft, width=1),
+            DENSE_STEP: partial(step, model, width=1),
+            DRAFT_STEP: partial(step, draft, width=1),
         }
         steps |= {
-            CHECK.format(drafted): partial(step, model, width=drafted + 1)
+            CHECK_STEP.format(drafted): partial(step, model, width=drafted + 1)
             for drafted in range(1, how.most + 1)
         }
         times = interleaved(steps, how.rounds, progress=stages.stage(4))
@@ -228,7 +232,8 @@ def _record(
 
     accepted, accepted_se = acceptance(texts, drafted)
     tokens, tokens_se = tokens_per_round(texts, drafted)
-    dense, draft, check = times[DENSE], times[DRAFT], times[CHECK.format(drafted)]
+    dense, draft = times[DENSE_STEP], times[DRAFT_STEP]
+    check = times[CHECK_STEP.format(drafted)]
     taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
     return record(
         drafted=drafted,

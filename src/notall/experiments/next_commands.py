@@ -9,7 +9,7 @@ from ..results.provenance import Provenance
 from .options.plan import PlanOptions
 from .verdict import Verdict
 
-LITTLE = 0.1  # nats to ask for where nothing was usable
+LITTLE_NATS = 0.1  # nats to ask for where nothing was usable
 REFITTING = "refit the keys and values of the prompt"
 
 
@@ -41,7 +41,7 @@ def asking_for_less(model: str, plan: Plan | None = None) -> tuple[str, str]:
     """
     phase = "prefill" if plan and plan.prefill and not len(plan) else None
     command = next_command(
-        "search", model, max_nll=LITTLE, phase=phase, out="plan.json"
+        "search", model, max_nll=LITTLE_NATS, phase=phase, out="plan.json"
     )
     return "ask for what costs little", command
 

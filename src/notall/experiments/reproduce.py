@@ -41,12 +41,12 @@ RUN_AGAIN = (
     "bench",
     "draft",
 )
-COMMANDS = tuple(f"notall {name}" for name in RUN_AGAIN)
+REPRODUCIBLE = tuple(f"notall {name}" for name in RUN_AGAIN)
 # records of a plan that is given, and of plans that are chosen
-GIVEN = (MeasuredRecord, JudgedRecord, BenchRecord, DraftRecord)
-CHOSEN = (ComparisonRecord, SweepRecord, SearchRecord)
+GIVEN_KINDS = (MeasuredRecord, JudgedRecord, BenchRecord, DraftRecord)
+CHOSEN_KINDS = (ComparisonRecord, SweepRecord, SearchRecord)
 # Without those of sublayers left out alone, whose errors are of two windows.
-KINDS: tuple[type[Record], ...] = (*CHOSEN, *GIVEN, SimilarityRecord)
+KINDS: tuple[type[Record], ...] = (*CHOSEN_KINDS, *GIVEN_KINDS, SimilarityRecord)
 # The options that a record may ask for, by name. What is absent is refused: code and
 # machines of others, such as trust_remote_code, attn_implementation, task_path and ray,
 # and files elsewhere than in --out, such as offload.
@@ -202,10 +202,10 @@ def _line(
     `UsageError` for one of others.
     """
     given = record.provenance.command if record.provenance else []
-    if " ".join(given[:2]) not in COMMANDS:
+    if " ".join(given[:2]) not in REPRODUCIBLE:
         made = shortened(shlex.join(given), 60) or "what it does not say"
         raise UsageError(
-            f"{folder} was made by {made}: give a folder of {', '.join(COMMANDS)}"
+            f"{folder} was made by {made}: give a folder of {', '.join(REPRODUCIBLE)}"
         )
     try:
         line = read(given[1:])
@@ -242,7 +242,7 @@ def _check_plans(
     """Raise `UsageError` where a plan file of the command is missing, or not that of
     the records.
     """
-    planned = [one for one in records if isinstance(one, GIVEN)]
+    planned = [one for one in records if isinstance(one, GIVEN_KINDS)]
     digests = [one.what.get(name) for one in planned for name in ("weights", "repair")]
     weights = {digest for digest in digests if digest}
     for option in options:
@@ -322,7 +322,9 @@ def _identity(record: Record) -> Key:
     two fields.
     """
     names = ["plan", "decoding", "drafted", *record.key_fields]
-    given = (name for name in names if name != "plan" or isinstance(record, GIVEN))
+    given = (
+        name for name in names if name != "plan" or isinstance(record, GIVEN_KINDS)
+    )
     return (record.kind_name, *(getattr(record, name, None) for name in given))
 
 

@@ -140,11 +140,13 @@ def sweep(
             # folders of earlier releases have no figures of the prompt alone
             lacks_prompt = counterpart and not (known and known.in_prompt)
             if known is None or lacks_prompt:
+                times = known.times if known else None
+                times = times or time_plan(
+                    subject, row.plan, workload, report, row.name
+                )
                 facts: Settings = {
                     "quality": held.quality(scored_as(row.plan)),
-                    "times": known.times
-                    if known
-                    else time_plan(subject, row.plan, workload, report, row.name),
+                    "times": times,
                     "footprint": footprint(subject.model, row.plan),
                 }
                 if counterpart:

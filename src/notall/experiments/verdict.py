@@ -64,7 +64,7 @@ def is_usable(quality: Quality) -> bool:
     return not faults_of(quality)
 
 
-def joined(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     *most, last = parts or ("",)
     return f"{', '.join(most)} and {last}" if most else last
@@ -151,7 +151,7 @@ class Verdict:
             if verdict_on(score, self.least) == "lost"
         ]
         if lost:
-            tasks = joined([*dict.fromkeys(lost)])
+            tasks = listed([*dict.fromkeys(lost)])
             faults.append(
                 f"less than {self.least:.2g} of the original model's score is kept on"
                 f" {tasks}"

@@ -47,7 +47,7 @@ ALIKE = (
 )
 
 
-def joined(folders: Sequence[Folder]) -> Folder:
+def join_comparisons(folders: Sequence[Folder]) -> Folder:
     """Several folders as one comparison, unpaired. Raises `UsageError` for none, or
     another model, text or windows.
     """

@@ -68,7 +68,7 @@ def columns_of(
         words("folder", lambda one: one.folder),
         words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *(with_delta(name, partial(_compared, name)) for name in _tasks_of(records)),
+        *(with_delta(name, partial(_score_of, name)) for name in _tasks_of(records)),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -86,7 +86,7 @@ def columns_of(
     )
 
 
-def _compared(task: str, record: ComparisonRecord) -> tuple[float, float, float] | None:
+def _score_of(task: str, record: ComparisonRecord) -> tuple[float, float, float] | None:
     """The value of a task, the difference to the original model and its error."""
     for score in record.tasks:
         if name_of(score) == task:

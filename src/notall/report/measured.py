@@ -220,10 +220,10 @@ def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
         *before, last = sorted(states, key=STATES.index)
         quality = states[last]
         interval = _interval(quality) if of_prompt else ""
-        parts = [f"{last}{_agreement(quality)}{interval}"]
+        parts = [f"{last}{_in_brackets(quality)}{interval}"]
         for state in before:
             loss = in_nats(states[state])
-            parts.append(f"{loss} {state}{_agreement(states[state])}")
+            parts.append(f"{loss} {state}{_in_brackets(states[state])}")
         yield Card.of_loss(text, quality, "; ".join(parts))
 
 
@@ -236,7 +236,7 @@ def _interval(quality: Quality) -> str:
     return f", 95 % interval {low:+.3f} to {high:+.3f}"
 
 
-def _agreement(quality: Quality) -> str:
+def _in_brackets(quality: Quality) -> str:
     """KL and top-1 agreement in brackets, as far as they are known."""
     parts = []
     if is_number(quality.kl):

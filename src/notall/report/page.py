@@ -18,7 +18,7 @@ from ..files import Settings, contents, refuse_others, write_whole, writing
 from ..results import lines
 from ..results.repairs import AnswersRecord
 from ..results.table import as_csv
-from .comparison import joined
+from .comparison import join_comparisons
 from .folder import Folder, read_folder
 from .parts import Figure, PageParts, Section
 from .savings import flatten, savings_of, short
@@ -52,7 +52,7 @@ def write_report(
             path.resolve(), lambda page: MARK in contents(page), "page of notall"
         )
         folders = [read_folder(Path(one)) for one in (folder, *join)]
-        page = render(joined(folders) if join else folders[0])
+        page = render(join_comparisons(folders) if join else folders[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path.resolve(), page)
     return path

@@ -20,14 +20,14 @@ from ..experiments.paper.records import (
 )
 from ..experiments.paper.scoreboard import Scoreboard
 from ..experiments.similarity import SimilarityRecord
-from ..experiments.verdict import MOST_NATS, NAME_LETTERS, joined
+from ..experiments.verdict import MOST_NATS, NAME_LETTERS, listed
 from ..measuring.statistics import LEAST_DOCUMENTS, LEAST_ROUNDS, of_rounds
 from ..plan import KIND_NAMES, several
 from ..results.facts import CONFIGURED, Configured
 from ..results.record import is_number
 from ..results.table import as_csv, pivot, table, written
 from .folder import Folder
-from .paper_tables import CAPTIONS, CLAIM_RULE, CLAIMS, caption_of, tables_of
+from .paper_tables import CAPTIONS, CLAIM_RULE, CLAIMS, caption_of, entries_of
 from .parts import Message, PageParts, Section, Step
 from .similarity import similarity_section
 
@@ -51,7 +51,7 @@ def page_parts(folder: Folder) -> PageParts:
             timed.get(chosen), averages.get(chosen), lost.get(chosen), board.fewest
         )
         which = f"without the deepest {_in_words(chosen)}"
-        sentences.append(f"{which} {joined([*measured])}")
+        sentences.append(f"{which} {listed([*measured])}")
     steps, places = _steps(rows, timed), [*rows]
     return PageParts(
         message=_message(folder, sentences, chosen, lost),
@@ -189,7 +189,7 @@ def _sections(
         yield Section("claims", title, table=rows, note=CLAIM_RULE, opens=True)
     if similarity := folder.of(SimilarityRecord):
         yield similarity_section(similarity)
-    measured = tables_of(
+    measured = entries_of(
         board,
         folder.of(BenchmarkRecord),
         folder.of(TimesRecord),

@@ -6,9 +6,9 @@ from typing import Literal
 
 from ..experiments.benchmarks import BenchmarkRecord, DiagnosticsRecord
 from ..experiments.paper.claims import (
-    FASTER_MARGIN,
     LEAST_LAYERS,
     POINTS_MARGIN,
+    SPEEDUP_MARGIN,
     of_quantity,
 )
 from ..experiments.paper.records import DENSE_ROW, Average, ClaimRecord, TimesRecord
@@ -39,7 +39,7 @@ CLAIM_RULE = (
     "A claim holds where the whole 95 % interval of its figure is on the claim's side"
     " of a threshold, does not hold where it is on the other side, and else is"
     " inconclusive. The threshold is 0, or lies a margin away from it, or from what"
-    f" the paper reports: {POINTS_MARGIN:g} point of an average, {FASTER_MARGIN:g} of a"
+    f" the paper reports: {POINTS_MARGIN:g} point of an average, {SPEEDUP_MARGIN:g} of a"
     " speedup. Intervals are Student's t, and not corrected for the number of claims."
     f" Too few: fewer than {LEAST_DOCUMENTS} documents of a task, {LEAST_ROUNDS} timed"
     f" rounds, {LEAST_WINDOWS} windows of text, or {LEAST_LAYERS} layers."
@@ -183,7 +183,7 @@ def write_tables(found: PaperResults, out: Path) -> None:
     """Write `paper.md`, and each table as .tex and .csv, into the folder `out`."""
     about, board = found.provenance, Scoreboard(found.benchmarks)
     model = model_in_words(str(about.what.get("model")))
-    measured = tables_of(board, found.benchmarks, found.times, found.checks)
+    measured = entries_of(board, found.benchmarks, found.times, found.checks)
     halves = {
         f"{kind}-{ending}": half(
             figures, keep_last, caption_of(kind, records, keep_last)
@@ -240,7 +240,7 @@ def _as_markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def tables_of(
+def entries_of(
     board: Scoreboard,
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],

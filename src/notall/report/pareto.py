@@ -14,7 +14,7 @@ from ..experiments.pareto.front import (
     loses_less,
     pareto_front,
 )
-from ..experiments.pareto.options import FASTER, FIRST
+from ..experiments.pareto.options import DEFAULT_SPEEDUPS, MORE_SPEEDUPS
 from ..experiments.pareto.records import ParetoRecord
 from ..files import write_whole
 from ..measuring.statistics import LEAST_ROUNDS, LEAST_WINDOWS
@@ -78,11 +78,11 @@ def write_pareto(records: Sequence[ParetoRecord], out: Path, title: str) -> None
 def _drawn(records: Sequence[ParetoRecord]) -> alt.LayerChart:
     """A colour for each model, a shape for what is repaired."""
     from ..charts.losses import Titles, tradeoff
-    from ..charts.points import in_turn
+    from ..charts.points import colours_in_turn
 
     by_bits = compares_bits(records)
     points = [_point(one, place, by_bits) for place, one in enumerate(records)]
-    colours = in_turn(point.colour for point in points)
+    colours = colours_in_turn(point.colour for point in points)
     losses = DELTA_BITS if by_bits else DELTA_NLL
     return tradeoff(
         points,
@@ -195,5 +195,5 @@ def _with_faster(folder: Folder) -> str:
     asked = {word.partition("=")[0] for word in command}
     # without any of them it finds plans of its own
     finds_own = not {"--skip", "--plan", "--speedups"} & asked
-    speedups = f"{FIRST},{FASTER}" if finds_own else FASTER
+    speedups = f"{DEFAULT_SPEEDUPS},{MORE_SPEEDUPS}" if finds_own else MORE_SPEEDUPS
     return shlex.join([*command, "--speedups", speedups])

@@ -1,4 +1,4 @@
-"""Pages about plans: the best of them, a table of all, and what each sublayer costs alone."""
+"""Pages about plans: the best of them, and a table of all."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..charts.layers import Saving
+from ..experiments.verdict import NAME_LETTERS
 from ..results.table import in_bytes
 from .parts import Step
 
-SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
 
-
-def short(text: str, length: int = SHORT) -> str:
+def short(text: str, length: int = NAME_LETTERS) -> str:
     """The text, cut after so many letters."""
     return text if len(text) <= length else text[:length] + "…"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...choosing.space import Space
 
 
-SKIPPED = 0.33  # of the layers, by default: the paper's most
+DEFAULT_SHARE = 0.33  # of the layers, by default: the paper's most
 NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"
 
 
@@ -85,7 +85,7 @@ class PlanOptions:
     @property
     def amount(self) -> SkipAmount | None:
         """The kind and number of --skip; None without it."""
-        return SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
+        return SkipAmount.parse(self.skip, DEFAULT_SHARE) if self.skip else None
 
     @cached_property
     def named(self) -> Plan:

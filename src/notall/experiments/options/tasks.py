@@ -178,7 +178,7 @@ class TaskChoice:
         ]
 
 
-HIDDEN = (
+DIAGNOSTICS_HELP = (
     "also measure what accuracy hides: NLL by position, passkey, calibration, writing"
 )
-Diagnostics = Annotated[bool, Option(HIDDEN, panel="Benchmarks")]
+Diagnostics = Annotated[bool, Option(DIAGNOSTICS_HELP, panel="Benchmarks")]

@@ -27,8 +27,8 @@ LEAST_LAYERS = 6  # whose order can tell a trend from chance
 # What the paper reports of 13B without a third of the attentions, and how far off
 # counts as equal to it: a full run of the benchmarks has an error of 0.3 to 0.4 points,
 # times of one machine differ by 1 or 2 % from run to run.
-POINTS, POINTS_MARGIN = 1.8, 1.0
-FASTER, FASTER_MARGIN = 1.18, 0.03
+PAPER_POINTS, POINTS_MARGIN = 1.8, 1.0
+PAPER_SPEEDUP, SPEEDUP_MARGIN = 1.18, 0.03
 
 
 def of_quantity(times: Times, quantity: str) -> tuple[Quartiles, Quartiles]:
@@ -173,12 +173,12 @@ def _pairs(fractions: set[float]) -> Iterator[_Pair]:
     attention: Configuration = ("attention", most, False)
     attentions = f"{most:.0%} of the attentions"
     yield _Pair(
-        f"skipping the deepest {attentions} loses no more than {POINTS:g} points of the"
-        f" average (13B), {margin}",
+        f"skipping the deepest {attentions} loses no more than {PAPER_POINTS:g} points"
+        f" of the average (13B), {margin}",
         "attentions skipped less dense",
         attention,
         DENSE,
-        -POINTS - POINTS_MARGIN,
+        -PAPER_POINTS - POINTS_MARGIN,
     )
     for fraction in sorted(fractions):
         yield _Pair(
@@ -212,7 +212,7 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     rounds = min(int(record.what.get("rounds", 0)) for record in cells.values())
     few = f", in {several(rounds, 'round')}" if rounds < LEAST_ROUNDS else ""
     size = f"prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}"
-    by_how_much = f"about {100 * (FASTER - 1):.0f} % faster or more (13B)"
+    by_how_much = f"about {100 * (PAPER_SPEEDUP - 1):.0f} % faster or more (13B)"
     for quantity in ("prefill", "decode"):
         at = f"{quantity}, {size}, last layer skipped too"
         attention, mlp, block = (
@@ -220,11 +220,11 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
         )
         yield _Claim(
             f"skipping {most:.0%} of the attentions is {by_how_much}, within"
-            f" {FASTER_MARGIN:g}: {at}",
+            f" {SPEEDUP_MARGIN:g}: {at}",
             f"{attention.value:.2f}×",
             attention,
             "times as fast",
-            FASTER - FASTER_MARGIN,
+            PAPER_SPEEDUP - SPEEDUP_MARGIN,
             ".2f",
         ).judged(few)
         for word, saver in (("attentions", attention), ("blocks", block)):

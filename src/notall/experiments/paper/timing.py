@@ -44,7 +44,7 @@ class TimingGrid:
         ]
 
 
-def in_turn(
+def time_in_turn(
     subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload
 ) -> dict[str, Times]:
     """What each of `rows` takes, by its name; the dense one is among them."""
@@ -63,7 +63,7 @@ def time_grid(
     *,
     measure: Callable[
         [Subject, Sequence[Configured], Progress, Workload], dict[str, Times]
-    ] = in_turn,
+    ] = time_in_turn,
     progress: Progress = silent,
 ) -> list[TimesRecord]:
     """Time all `rows` (the dense one first) for each workload of the grid, or take what

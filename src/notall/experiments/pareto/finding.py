@@ -74,7 +74,7 @@ class Finding:
         from ...choosing.choice import choose_plan
         from ...choosing.objective import kl
 
-        out, space = self.out / file_name(name), self.space
+        out, space = self.out / as_file_name(name), self.space
         source = Provenance.of(
             self.provenance, space=str(space), chosen_of=list(space.names)
         )
@@ -108,7 +108,7 @@ class Finding:
         for name, plan in plans.items():
             stage, repaired = stages.stage(1), plan
             if plan.state != "repaired":
-                out = self.out / f"{file_name(name)}-repaired"
+                out = self.out / f"{as_file_name(name)}-repaired"
                 repaired = repair_into(
                     out, method, self.model, plan, self.batches, self.provenance, stage
                 )
@@ -116,6 +116,6 @@ class Finding:
         return both
 
 
-def file_name(name: str) -> str:
+def as_file_name(name: str) -> str:
     """A name without what no file name may have."""
     return name.replace("/", "-").replace(" ", "-")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-FIRST = "1.1,1.2"  # speedups that are found by default
-FASTER = "1.3,1.5"  # those to add to them
+DEFAULT_SPEEDUPS = "1.1,1.2"  # speedups that are found by default
+MORE_SPEEDUPS = "1.3,1.5"  # those to add to them
 
 
 def check_workload(workload: Workload) -> None:
@@ -35,7 +35,7 @@ def check_workload(workload: Workload) -> None:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The engine, how it represents weights, and what is measured together with the model."""
+    """The engine, how it represents weights, and what is measured with the model."""
 
     PANEL: ClassVar = "Engine"
 
@@ -106,8 +106,8 @@ class ParetoPlans(SpaceOptions):
     )
     speedups: Words = option(
         (),
-        f"find plans of these speedups in torch (default: {FIRST}, if no plan is"
-        " given)",
+        f"find plans of these speedups in torch (default: {DEFAULT_SPEEDUPS}, if no plan"
+        " is given)",
     )
     repair: str = option(
         REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD"
@@ -128,7 +128,7 @@ class ParetoPlans(SpaceOptions):
         """
         amounts, asked = self.amount.amounts, words_of(self.speedups)
         if not (self.plan or amounts or asked):
-            asked = FIRST.split(",")
+            asked = DEFAULT_SPEEDUPS.split(",")
         return amounts, [self._speedup(word) for word in asked]
 
     def _speedup(self, word: str) -> float:

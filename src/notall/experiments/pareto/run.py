@@ -26,14 +26,14 @@ from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
 from ...results.record import Key, is_number
 from .checkpoints import write_plain
-from .finding import file_name
+from .finding import as_file_name
 from .front import pareto_front
 from .options import check_workload
 from .records import NAMED, EngineScoresRecord, EngineTimesRecord, ParetoRecord
 from .windows import Windows
 from .written import Written
 
-DENSE = "dense"
+DENSE_NAME = "dense"
 SCORING = 1.5  # to write and to score a variant takes so many timings, about
 
 
@@ -81,7 +81,7 @@ class Variant:
 
     def __str__(self) -> str:
         repaired = "-repaired" if self.key[1] else ""
-        return f"{file_name(self.model.name)}{repaired}-{file_name(self.type)}"
+        return f"{as_file_name(self.model.name)}{repaired}-{as_file_name(self.type)}"
 
 
 def measure_pareto(

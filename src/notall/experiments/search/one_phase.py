@@ -19,7 +19,7 @@ from ...progress import Progress
 from ...results.facts import PlanScore
 from ...results.provenance import Provenance, behind
 from ...results.repairs import MeasuredRecord, State
-from ..next_commands import LITTLE, next_command, what_next
+from ..next_commands import LITTLE_NATS, next_command, what_next
 from ..options.tasks import TaskChoice
 from ..options.text import Split
 from ..recovery import TASKS, judge, keep_scores, last_state
@@ -312,7 +312,7 @@ class OnePhase:
         asked = self.asked
         spec, made = asked.model.model, asked.repaired if asked.repair else asked.out
         if not verdict.plan:
-            return next_command("search", spec, max_nll=LITTLE, out=asked.out)
+            return next_command("search", spec, max_nll=LITTLE_NATS, out=asked.out)
         # layers that stay are neither cut out of a checkpoint nor repaired
         if locate(self.model).stubbed:
             return next_command("bench", spec, plan=made)
