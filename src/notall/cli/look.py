@@ -93,20 +93,14 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
         )
         for part in structure.sublayers
     ]
-    shape = (
-        "parallel blocks"
-        if any(block.parallel for block in structure.blocks)
-        else "blocks"
-    )
-    states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
+    parallel = any(block.parallel for block in structure.blocks)
+    blocks = f"{len(structure.blocks)} {'parallel blocks' if parallel else 'blocks'}"
     sizes = (
-        f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a"
-        f" token{states}"
+        f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a token"
     )
-    title = (
-        f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in"
-        f" {dtype_name(net)}"
-    )
+    if total.state_bytes:
+        sizes += f", {total.state_bytes:,} bytes of states"
+    title = f"{structure.fingerprint}: {blocks}, {sizes} in {dtype_name(net)}"
     show(
         {"sublayers": table(title, COLUMNS, found)},
         as_json=as_json,

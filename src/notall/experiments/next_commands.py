@@ -20,10 +20,9 @@ def next_command(name: str, *words: object, **options: object) -> str:
     line = ["notall", name, *map(str, words)]
     for option, value in options.items():
         if value is not None:
-            line += [
-                f"--{option.replace('_', '-')}",
-                *([] if value is True else [str(value)]),
-            ]
+            line.append(f"--{option.replace('_', '-')}")
+            if value is not True:
+                line.append(str(value))
     return shlex.join(line)
 
 
@@ -54,33 +53,48 @@ def what_next(
     """
     if verdict.usable is None:
         return "see what that costs", next_command("eval", model, plan=made)
-    if (
-        verdict.usable and verdict.plan.prefill
-    ):  # no released engine runs it but transformers
-        if verdict.state == "skipped" and verdict.plan.prefill.attention:
-            return REFITTING, mending(model, made, repaired=False)
-        if verdict.speedup and not model.endswith(".gguf"):
-            written = made.with_name(f"{made.stem}-pruned")
-            return "write that model", next_command(
-                "export", model, plan=made, to="hf", out=written
-            )
-        return "see what that saves", next_command("bench", model, plan=made)
+    if verdict.usable and verdict.plan.prefill:
+        return _after_prefill(verdict, model, made)
     if verdict.usable:
-        form = (
-            "gguf" if model.endswith(".gguf") else "hf"
-        )  # a file in few bits is no checkpoint of transformers
-        pruned = {"to": form, "out": made.with_name(f"{made.stem}-pruned")}
-        if verdict.state != "skipped":
-            return "write that model", next_command(
-                "export", model, plan=made, **pruned
-            )
-        mend = {"repair": "refit", "repair_text": repair_text}
-        return "repair it, and write that model", next_command(
-            "export", model, plan=made, **mend, **pruned
-        )
+        return _write(verdict, model, made, repair_text)
     if verdict.state == "healed":
         return asking_for_less(model, verdict.plan)
     return "make up for what is lost", mending(model, made, verdict.state == "repaired")
+
+
+def _after_prefill(verdict: Verdict, model: str, made: Path) -> tuple[str, str]:
+    """Of a usable plan that skips in the prompt: no released engine runs it but
+    transformers.
+    """
+    if verdict.state == "skipped" and verdict.plan.prefill.attention:
+        return REFITTING, mending(model, made, repaired=False)
+    if verdict.speedup and not model.endswith(".gguf"):
+        out = made.with_name(f"{made.stem}-pruned")
+        export = next_command("export", model, plan=made, to="hf", out=out)
+        return "write that model", export
+    return "see what that saves", next_command("bench", model, plan=made)
+
+
+def _write(
+    verdict: Verdict, model: str, made: Path, repair_text: str | None
+) -> tuple[str, str]:
+    """The export of a usable plan, repaired first unless it is repaired already."""
+    # a file in few bits is no checkpoint of transformers
+    form = "gguf" if model.endswith(".gguf") else "hf"
+    out = made.with_name(f"{made.stem}-pruned")
+    if verdict.state != "skipped":
+        export = next_command("export", model, plan=made, to=form, out=out)
+        return "write that model", export
+    export = next_command(
+        "export",
+        model,
+        plan=made,
+        repair="refit",
+        repair_text=repair_text,
+        to=form,
+        out=out,
+    )
+    return "repair it, and write that model", export
 
 
 def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
@@ -96,8 +110,6 @@ def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
     """The command that may find something better than what was asked for."""
     if asked.skip:
-        words = {
-            name: value for name, value in asked.words.items() if name != "keep_last"
-        }
+        words = {**asked.words, "keep_last": None}
         return next_command("search", spec, **words, out="better.json")
     return mending(spec, asked.plan, plan.state == "repaired")
