@@ -43,7 +43,7 @@ from api import (
     student_p_value,
     student_quantile,
     too_few,
-    warn_if_worse,
+    warn,
 )
 from notall import Plan
 
@@ -569,7 +569,7 @@ def test_a_repair_that_changes_nothing(windows, capsys):
                     text="a.txt", model=state, plan=Plan([1]), quality=quality
                 )
             )
-        warn_if_worse(records)
+        warn(records)
         return "makes it worse" in capsys.readouterr().err
 
     assert rate(warned(0.0) for _ in range(1500)) <= MOST
