@@ -5,9 +5,10 @@ short and long prompts.
 from __future__ import annotations
 
 import notall
-from notall.experiments.bench import COLUMNS, BenchRow, bench, rows_of
+from notall.experiments.bench import bench
 from notall.measuring.speed import machine
 from notall.options import Workload
+from notall.report.bench import COLUMNS, BenchRow, rows_of
 from notall.results.provenance import Provenance
 from notall.results.table import Column, table, words
 from notall.results.terminal import print_table

@@ -11,9 +11,11 @@ from tempfile import TemporaryDirectory
 
 import altair as alt
 
-from notall.charts.losses import Point, tradeoff
+from notall.charts.losses import Titles, tradeoff
+from notall.charts.points import Point
 from notall.charts.style import framed, save
-from notall.experiments.pareto import DENSE, ParetoRecord
+from notall.experiments.pareto.records import ParetoRecord
+from notall.experiments.pareto.run import DENSE_NAME
 from notall.results.ledger import read
 
 HERE = Path(__file__).parent
@@ -45,10 +47,12 @@ def points(records: Sequence[ParetoRecord]) -> list[Point]:
     for one in records:
         plan, _, state = one.model.partition(", ")
         colour = (
-            "original" if plan == DENSE else ", ".join(filter(None, ["pruned", state]))
+            "original"
+            if plan == DENSE_NAME
+            else ", ".join(filter(None, ["pruned", state]))
         )
         speedup = one.times.speedup_decode if one.times else None
-        label = "" if plan == DENSE else plan
+        label = "" if plan == DENSE_NAME else plan
         found.append(Point(f"{one.model}, {one.type}", one.delta_nll, one.delta_nll_se, speedup,
                            colour=colour, shape=one.type, label=label))  # fmt: skip
     return found
@@ -56,7 +60,7 @@ def points(records: Sequence[ParetoRecord]) -> list[Point]:
 
 def drawn(records: Sequence[ParetoRecord]) -> alt.LayerChart:
     return framed(
-        tradeoff(points(records), COLOURS, colour="weights", shape="type", dense=False),
+        tradeoff(points(records), COLOURS, Titles("weights", "type"), dense=False),
         TITLE,
         TOLD,
     )

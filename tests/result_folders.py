@@ -13,6 +13,7 @@ from api import (
     BenchRecord,
     ClaimRecord,
     ComparisonRecord,
+    ContinuationsRecord,
     DiagnosticsRecord,
     EvaluationRecord,
     Footprint,
@@ -26,7 +27,6 @@ from api import (
     Quartiles,
     Record,
     RefitRecord,
-    SaidRecord,
     SearchCost,
     SearchRecord,
     SimilarityRecord,
@@ -173,10 +173,14 @@ def similarity() -> list[SimilarityRecord]:
     ]
 
 
-def samples(prompt: str = "One, two,", said: str = "three.") -> list[SaidRecord]:
+def samples(
+    prompt: str = "One, two,", said: str = "three."
+) -> list[ContinuationsRecord]:
     rows = (("dense", 0.0, False), ("attention", 0.1, False))
     return [
-        SaidRecord(**configured(*row), said={prompt: said}, provenance=ABOUT)
+        ContinuationsRecord(
+            **configured(*row), continuations={prompt: said}, provenance=ABOUT
+        )
         for row in rows
     ]
 

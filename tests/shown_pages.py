@@ -17,15 +17,16 @@ from api import (
     Figure,
     Folder,
     Message,
+    PageParts,
     Point,
     Provenance,
     Sample,
     Section,
-    Shown,
     Step,
     Table,
     charts_layers,
     charts_losses,
+    charts_points,
     charts_style,
     render,
     table,
@@ -122,14 +123,13 @@ def results(
     )
 
 
-def swept(found: Sequence[Step] = (), **more: object) -> Shown:
+def swept(found: Sequence[Step] = (), **more: object) -> PageParts:
     """As of a sweep: a map, bars, quality against speed, a table."""
     found = found or steps()
     drawn = charts_losses.tradeoff(
         points(found),
         charts_style.KIND_COLOURS,
-        colour="skipped",
-        shape="last layer",
+        charts_losses.Titles("skipped", "last layer"),
         paths=True,
     )
     figure = Figure(
@@ -137,7 +137,7 @@ def swept(found: Sequence[Step] = (), **more: object) -> Shown:
         "quality lost against speed",
         note="Lower right is better.",
     )
-    return Shown(
+    return PageParts(
         message=Message(
             "Without 2 attentions, tiny is faster.",
             True,
@@ -159,7 +159,7 @@ def swept(found: Sequence[Step] = (), **more: object) -> Shown:
     )
 
 
-def wide() -> Shown:
+def wide() -> PageParts:
     """A comparison of which the table has a column for each of many benchmarks."""
     figures = [
         with_error(
@@ -171,14 +171,14 @@ def wide() -> Shown:
     return replace(swept(), sections=(results(steps(), (*COLUMNS, *figures)),))
 
 
-def alike() -> Shown:
+def alike() -> PageParts:
     """As of similarity."""
     rows = tuple(result_folders.similarity())
     figure = Figure(
         charts_style.on_page(charts_layers.similarity(rows), 340),
         "change of the stream by layer",
     )
-    return Shown(
+    return PageParts(
         similarity=rows,
         sections=(Section("similarity", "How much each layer changes", (figure,)),),
     )
@@ -218,7 +218,7 @@ def compared(
         )
         for number, (space, one) in enumerate(found)
     ]
-    colours = charts_losses.colours_of(drawn)
+    colours = charts_points.colours_of(drawn)
     panels = [
         Figure(
             charts_style.on_page(charts_losses.losses_by_count(some, colours), 340),
@@ -232,9 +232,11 @@ def compared(
             ]
         )
     ]
-    speed = charts_losses.tradeoff(drawn, colours, colour="criterion", shape="among")
+    speed = charts_losses.tradeoff(
+        drawn, colours, charts_losses.Titles("criterion", "among")
+    )
     stepped = [one for _, one in found]
-    return Shown(
+    return PageParts(
         message=Message(
             f"{ways[0]} loses least.",
             True,
@@ -255,7 +257,7 @@ def compared(
     )
 
 
-def repaired(chart: str = "refits") -> Shown:
+def repaired(chart: str = "refits") -> PageParts:
     """As of a repair, or a healing: one plan, a figure over its table, and a plan's
     row.
     """
@@ -268,7 +270,7 @@ def repaired(chart: str = "refits") -> Shown:
         words("seconds", lambda one: one.seconds),
     ]
     plan = steps()[5]
-    return Shown(
+    return PageParts(
         steps=(Step("3 attentions", plan.plan),),
         sections=(
             Section(
@@ -299,7 +301,7 @@ def _named(name: str, row: dict[str, object]) -> object:
 
 def page(
     path: Path,
-    *shown: Shown,
+    *shown: PageParts,
     about: Provenance = ABOUT,
     **tables: list[dict[str, object]],
 ) -> Path:
@@ -310,7 +312,7 @@ def page(
     path.mkdir(parents=True, exist_ok=True)
     out = path / "report.html"
     out.write_text(
-        render(folder(path, about), [*shown, Shown(sections=sections)]),
+        render(folder(path, about), [*shown, PageParts(sections=sections)]),
         encoding="utf-8",
     )
     return out
@@ -324,7 +326,7 @@ def nasty(path: Path) -> Path:
         {"name": "=1+1", "value": None},
     ]
     shown = compared((NASTY,), (NASTY, "mlp"))
-    shown = Shown(
+    shown = PageParts(
         message=Message(NASTY, False, NASTY, NASTY),
         cards=(Card(NASTY, "1", "", NASTY),),
         steps=(*found, *shown.steps),

@@ -20,7 +20,7 @@ from api import (
     methods,
     methods_folders,
     overlapping,
-    pareto,
+    pareto_command,
     quality,
     read_prompts,
     repair_texts,
@@ -74,7 +74,7 @@ def roles(monkeypatch):
     monkeypatch.setattr(healing.Training, "check", training)
     compare = compare_module.compare_criteria
 
-    def comparing(subject, runs, objectives, **how):
+    def comparing(subject, runs, objectives, *how, **progress):
         noted[CHOSEN] += [
             row.tolist()
             for one in objectives.values()
@@ -82,7 +82,7 @@ def roles(monkeypatch):
             for row in batch
         ]
         noted[MEASURED] += [row.tolist() for batch in subject.batches for row in batch]
-        return compare(subject, runs, objectives, **how)
+        return compare(subject, runs, objectives, *how, **progress)
 
     monkeypatch.setattr(compare_module, "compare_criteria", comparing)
 
@@ -90,9 +90,9 @@ def roles(monkeypatch):
         noted[MEASURED] += [[*row] for row in subjects[0].windows.tokens]
         return []
 
-    monkeypatch.setattr(pareto, "measure_pareto", engines)
-    monkeypatch.setattr(pareto, "write_pareto", lambda *_: None)
-    monkeypatch.setattr(pareto, "sentence", lambda _: "")
+    monkeypatch.setattr(pareto_command, "measure_pareto", engines)
+    monkeypatch.setattr(pareto_command, "write_pareto", lambda *_: None)
+    monkeypatch.setattr(pareto_command, "sentence", lambda _: "")
     return noted
 
 

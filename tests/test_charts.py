@@ -16,8 +16,10 @@ from api import (
     RefitRecord,
     Similarity,
     UsageError,
+    charts_labels,
     charts_layers,
     charts_losses,
+    charts_points,
     charts_style,
 )
 
@@ -46,8 +48,9 @@ POINTS = [
 
 
 def trade(points, **how):
-    settings = {"colour": "skipped", "shape": "last layer", "paths": True} | how
-    return charts_losses.tradeoff(points, charts_style.KIND_COLOURS, **settings)
+    titles = charts_losses.Titles("skipped", "last layer")
+    settings = {"paths": True} | how
+    return charts_losses.tradeoff(points, charts_style.KIND_COLOURS, titles, **settings)
 
 
 def framed(chart, title="Quality lost"):
@@ -170,11 +173,11 @@ def test_any_name_can_be_drawn(name):
         replace(point, name=name, colour=name, shape=name, label=name, plan=1)
         for point in POINTS[:2]
     ]
-    colours = charts_losses.colours_of([*points, *POINTS[2:4]])
+    colours = charts_points.colours_of([*points, *POINTS[2:4]])
     cells = charts_layers.sublayers(4, {("attention", 1): 0.5}, ())
     for chart in (
         charts_losses.tradeoff(
-            [*points, *POINTS[2:4]], colours, colour="criterion", shape="among"
+            [*points, *POINTS[2:4]], colours, charts_losses.Titles("criterion", "among")
         ),
         charts_losses.losses_by_count(points, colours),
         charts_layers.layer_map(cells, f"rise of {name}"),
@@ -277,7 +280,7 @@ WAYS = [
 
 
 def by_count(points):
-    return charts_losses.losses_by_count(points, charts_losses.colours_of(points))
+    return charts_losses.losses_by_count(points, charts_points.colours_of(points))
 
 
 def test_a_repair_has_a_dash_and_a_mark_in_its_criterions_colour():
@@ -356,7 +359,7 @@ def test_the_front_is_what_nothing_beats_in_both():
         if not any(q != p and q[0] >= p[0] and q[1] <= p[1] for q in points)
     ]
     assert (
-        charts_losses.front(points)
+        charts_points.front(points)
         == sorted(slow_twin)
         == [(1.0, 0.0), (1.2, 0.4), (1.5, 3.0)]
     )
@@ -416,10 +419,10 @@ def test_one_noisy_quartile_stretches_no_axis_and_is_marked_where_it_goes_on():
 
 
 def test_bounds_follow_the_bars_that_are_near_the_points():
-    assert charts_losses.bounds([1, 2], [0.9, 2.1]) == (0.9, 2.1)
-    assert charts_losses.bounds([1, 2], [-5, 9]) == (0.75, 2.25)
-    assert charts_losses.bounds([1, 2], [-5, 9], least=1) == (0, 3)
-    assert charts_losses.bounds([1], []) == (0.9, 1.1)
+    assert charts_points.bounds([1, 2], [0.9, 2.1]) == (0.9, 2.1)
+    assert charts_points.bounds([1, 2], [-5, 9]) == (0.75, 2.25)
+    assert charts_points.bounds([1, 2], [-5, 9], least=1) == (0, 3)
+    assert charts_points.bounds([1], []) == (0.9, 1.1)
 
 
 def overlaps(boxes):
@@ -438,21 +441,21 @@ CROWDED = [
 ]
 
 
-@pytest.mark.parametrize("width", charts_losses.WIDTHS)
+@pytest.mark.parametrize("width", charts_labels.WIDTHS)
 def test_labels_of_a_dense_figure_do_not_overlap_in_the_picture(width):
     chart = trade(CROWDED)
     (left, right), scale = (
         encoding(chart, "x")["scale"]["domain"],
         encoding(chart, "y")["scale"],
     )
-    low, high = (charts_losses.symlog(end) for end in scale["domain"])
+    low, high = (charts_points.symlog(end) for end in scale["domain"])
 
     def box(row, around):
-        padding, pad = charts_losses.PADDING, charts_losses.PAD_OF_LOSSES
+        padding, pad = charts_labels.PADDING, charts_labels.PAD_OF_LOSSES
         across = padding + (row["speedup"] - left) / (right - left) * (
             width - 2 * padding
         )
-        up = (charts_losses.symlog(row["lost"]) - low) / (high - low)
+        up = (charts_points.symlog(row["lost"]) - low) / (high - low)
         down = charts_style.HEIGHT - pad - up * (charts_style.HEIGHT - 2 * pad)
         return (
             across + around[0],
@@ -464,14 +467,14 @@ def test_labels_of_a_dense_figure_do_not_overlap_in_the_picture(width):
     drawn = rows_of(chart)
     shown = [row for row in drawn if row["needs"] is not None and row["needs"] <= width]
     labels = [
-        box(row, charts_losses._label_box(row["label"], left=row["side"] == "left"))
+        box(row, charts_labels.label_box(row["label"], left=row["side"] == "left"))
         for row in shown
     ]
     assert 0 < len(shown) < len(drawn)
     assert overlaps(labels) == 0
     for label in labels:
         assert not [
-            row for row in drawn if overlaps([label, box(row, charts_losses.AROUND)])
+            row for row in drawn if overlaps([label, box(row, charts_labels.AROUND)])
         ]
 
 
@@ -507,20 +510,20 @@ MANY = [
 
 
 def test_of_many_criteria_the_best_have_colours_and_the_rest_is_grey():
-    colours = charts_losses.colours_of(MANY)
+    colours = charts_points.colours_of(MANY)
     assert list(colours) == ["search", "c", "d", "b"]
     drawn = charts_losses.losses_by_count(MANY, colours)
     scale = encoding(drawn, "color")["scale"]
-    assert scale["domain"] == ["search", "c", "d", "b", charts_losses.OTHERS]
+    assert scale["domain"] == ["search", "c", "d", "b", charts_points.OTHERS]
     assert (scale["range"][0], scale["range"][-1]) == (
         {"expr": "ink"},
         {"expr": "pale"},
     )
     shown = rows_of(drawn)
     assert [row["shown"] for row in shown].count(
-        charts_losses.OTHERS
+        charts_points.OTHERS
     ) == 3 * 3  # a, e and f
-    assert shown[0]["shown"] == charts_losses.OTHERS  # below what has a colour
+    assert shown[0]["shown"] == charts_points.OTHERS  # below what has a colour
     lines = [
         layer for layer in drawn.to_dict()["layer"] if layer["mark"]["type"] == "line"
     ]
@@ -531,13 +534,16 @@ def test_of_many_criteria_the_best_have_colours_and_the_rest_is_grey():
 
 def test_few_criteria_have_a_colour_each():
     points = [point for point in MANY if point.colour in ("search", "a", "b", "c", "f")]
-    colours = charts_losses.colours_of(points)
+    colours = charts_points.colours_of(points)
     assert set(colours) == {"search", "a", "b", "c", "f"}
     assert (
-        charts_losses.OTHERS
+        charts_points.OTHERS
         not in encoding(by_count(points), "color")["scale"]["domain"]
     )
-    assert charts_losses.in_turn(["dense", "a", "dense"])["dense"] is charts_style.INK
+    assert (
+        charts_points.colours_in_turn(["dense", "a", "dense"])["dense"]
+        is charts_style.INK
+    )
 
 
 def test_what_changes_is_logarithmic_and_rounding_is_no_change():

@@ -10,7 +10,7 @@ import math
 import re
 from html import unescape
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +37,7 @@ from api import (
     number,
     print_table,
     render,
+    report,
     results,
     results_of,
     size,
@@ -53,16 +54,16 @@ pytestmark = pytest.mark.any_transformers  # it writes tables, and runs no model
 
 def described():
     """Every tuple of columns of the modules that have some, and where it was found."""
-    for package in (results, experiments):
-        for module in iter_modules(package.__path__):
-            found = import_module(f"{package.__name__}.{module.name}")
+    for package in (results, experiments, report):
+        for module in walk_packages(package.__path__, f"{package.__name__}."):
+            found = import_module(module.name)
             for name, value in vars(found).items():
                 if (
                     isinstance(value, tuple)
                     and value
                     and all(isinstance(one, Column) for one in value)
                 ):
-                    yield f"{module.name}.{name}", value
+                    yield f"{module.name.rpartition('.')[2]}.{name}", value
 
 
 TABLES = {

@@ -16,6 +16,7 @@ from api import (
     Criterion,
     Evaluator,
     Limits,
+    Measuring,
     Provenance,
     Run,
     Setting,
@@ -25,8 +26,10 @@ from api import (
     Workload,
     by_count,
     choose,
+    compare_choosing,
     compare_criteria,
     compare_module,
+    comparison_points,
     comparison_table,
     driver_Subject as Subject,
     evaluate,
@@ -35,6 +38,7 @@ from api import (
     quality,
     read,
     runs_of,
+    silent,
     write_comparison,
 )
 from families import family
@@ -53,12 +57,22 @@ ABOUT = {"model": "tiny"}
 WORKLOAD = Workload(4, 2, rounds=1)
 
 
-def run(model, runs, out, objectives=OBJECTIVES, about=ABOUT, tokenizer=None, **how):
+def run(
+    model,
+    runs,
+    out,
+    objectives=OBJECTIVES,
+    about=ABOUT,
+    tokenizer=None,
+    progress=silent,
+    **how,
+):
     return compare_criteria(
         Subject(model, tokenizer, HELD_OUT, out, Provenance(what=about)),
         runs,
         objectives,
-        **how,
+        Measuring(**how),
+        progress=progress,
     )
 
 
@@ -154,7 +168,7 @@ def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch,
     owner = {
         "score": quality,
         "time_plan": compare_module,
-        "_choose": compare_module._Choosing,
+        "_choose": compare_choosing.Choosing,
     }[stage]
     kept = getattr(owner, stage)
     calls = []
@@ -285,7 +299,7 @@ def groups_of(records):
 
 
 def test_the_figure_holds_every_choice(compared):
-    points = compare_module.drawn_points(compared[1])
+    points = comparison_points(compared[1])
     assert len(points) == len(compared[1])
     assert {point.panel for point in points} == {"attention", "block", "portable"}
     assert "search, kl" in {point.colour for point in points}

@@ -365,10 +365,10 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(
     model, windows, monkeypatch, tmp_path
 ):
     samples = {
-        drafting.DENSE: [10.0, 20.0],
-        drafting.DRAFT: [4.0, 8.0],
-        drafting.CHECK.format(1): [11.0, 22.0],
-        drafting.CHECK.format(2): [12.0, 12.0],
+        drafting.DENSE_STEP: [10.0, 20.0],
+        drafting.DRAFT_STEP: [4.0, 8.0],
+        drafting.CHECK_STEP.format(1): [11.0, 22.0],
+        drafting.CHECK_STEP.format(2): [12.0, 12.0],
     }
     whole = {drafting.ALONE: [300.0, 100.0], drafting.WITH: [200.0, 50.0]}
     expected = [samples, whole]

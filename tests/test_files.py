@@ -98,7 +98,8 @@ def test_an_export_whose_name_leaves_no_room_for_another_beside_it_is_refused(tm
 def test_tables_and_figures_are_written_so():
     folder = Path(notall.__file__).parent
     for file in (
-        *(folder / "experiments").glob("*.py"),
+        *(folder / "experiments").rglob("*.py"),
+        *(folder / "report").glob("*.py"),
         *(folder / "charts").glob("*.py"),
     ):
         assert not re.search(r"\.write_(text|bytes)\(", file.read_text()), file.name

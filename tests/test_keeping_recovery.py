@@ -395,7 +395,7 @@ def test_a_plan_that_loses_a_task_is_of_no_use_however_it_reads():
     plain = Verdict(Plan([1]), quality)
     assert plain.usable
     assert not plain.judged([score(0.4, 0.8)]).usable
-    assert "kept on passkey_256" in plain.judged([score(0.4, 0.8)]).said
+    assert "kept on passkey_256" in plain.judged([score(0.4, 0.8)]).sentence
     assert plain.judged([score(0.9, 1.0)]).usable  # inconclusive
     assert (
         kept_in_words([score(0.4, 0.8), score(0.9, 1.0), score(0.96, 1)])

@@ -43,7 +43,7 @@ from api import (
     student_p_value,
     student_quantile,
     too_few,
-    warn_if_worse,
+    warn,
 )
 from notall import Plan
 
@@ -362,9 +362,9 @@ def claimed(sizes, changed, drop, threshold, draws):
             for size in sizes
         ]
         found.append(
-            paper_module._claim(
-                "", "", "", combined(parts), "points", threshold
-            ).verdict
+            paper_module._Claim("", "", combined(parts), "points", threshold)
+            .judged("")
+            .verdict
         )
     return rate(one == "holds" for one in found), rate(
         one == "does not hold" for one in found
@@ -569,7 +569,7 @@ def test_a_repair_that_changes_nothing(windows, capsys):
                     text="a.txt", model=state, plan=Plan([1]), quality=quality
                 )
             )
-        warn_if_worse(records)
+        warn(records)
         return "makes it worse" in capsys.readouterr().err
 
     assert rate(warned(0.0) for _ in range(1500)) <= MOST

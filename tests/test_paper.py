@@ -55,7 +55,7 @@ from api import (
     facts_Times as Times,
     half,
     paper_grid,
-    paper_module,
+    paper_tables,
     place_of,
     read,
     records_lines as lines,
@@ -666,7 +666,7 @@ def test_a_speed_as_the_papers_is_about_as_fast():
 
 
 def test_margins_are_told_with_the_claims_and_in_the_documentation():
-    told = paper_module.JUDGED
+    told = paper_tables.CLAIM_RULE
     assert "1 point of an average, 0.03 of a speedup" in told
     for claim in claims_of([], board({}), [timed(key, 1, 1) for key in KEYS]):
         assert ("within" in claim.claim) == (claim.threshold not in (0.0,))
@@ -683,7 +683,7 @@ def test_a_speed_of_one_round_is_no_headline(tmp_path):
         times = record.times.model_copy(update={"speedup_decode": quartiles})
         records = (timed(KEYS[0], 1, 1), record.model_copy(update={"times": times}))
         folder = Folder(tmp_path, {TimesRecord.kind_name: records})
-        return shown_paper(folder).message.said
+        return shown_paper(folder).message.sentence
 
     assert "1.30× as fast (95 % interval 1." in said(5)
     assert "it was timed in 1 round, too few to say how fast it is" in said(1)

@@ -24,14 +24,15 @@ from api import (
     VLLM,
     Engine,
     EngineFailed,
+    EngineModel,
     EngineTimesRecord,
     LlamaCpp,
     NotAsSkipped,
+    ParetoPlans,
     ParetoRecord,
     Provenance,
     Quartiles,
     RepairedPlan,
-    Subject,
     Transformers,
     UnknownArchitecture,
     Windows,
@@ -477,13 +478,17 @@ def asked(monkeypatch):
 
 
 def subjects(*more):
-    return [Subject("dense", "m", Plan(), OWN), Subject("less", "m", LESS, OWN), *more]
+    return [
+        EngineModel("dense", "m", Plan(), OWN),
+        EngineModel("less", "m", LESS, OWN),
+        *more,
+    ]
 
 
 def measured(out, *more, plan=LESS, rounds=3, command="", **what):
     models = [
-        Subject("dense", "m", Plan(), OWN),
-        Subject("less", "m", plan, OWN),
+        EngineModel("dense", "m", Plan(), OWN),
+        EngineModel("less", "m", plan, OWN),
         *more,
     ]
     about = Provenance(
@@ -614,7 +619,7 @@ def test_skipping_pays_where_nothing_whole_is_as_good():
 
 def test_models_of_one_shape_share_their_times(asked, tmp_path):
     ANSWERS["again-plain"], ANSWERS["again-small"] = (1.05, 9.6), (1.05, 6.0)
-    found = measured(tmp_path, Subject("again", "m", LESS, OWN))
+    found = measured(tmp_path, EngineModel("again", "m", LESS, OWN))
     for kind, mean in (
         ("plain", (10 / 9 + 10 / 9.6) / 2),
         ("small", (10 / 5 + 10 / 6) / 2),
@@ -628,7 +633,7 @@ def test_models_of_one_shape_share_their_times(asked, tmp_path):
         ("again", "small"),
     ]
     asked.broken = {"again-small"}
-    alone = measured(tmp_path / "broken", Subject("again", "m", LESS, OWN))[
+    alone = measured(tmp_path / "broken", EngineModel("again", "m", LESS, OWN))[
         "less", "small"
     ]
     assert alone.times.speedup_decode.median == 2
@@ -667,7 +672,7 @@ def test_plans_are_measured_in_the_types_that_were_asked_for(asked, tmp_path):
     """The plain weights that a type is made of are neither scored nor timed, and don't
     stay.
     """
-    models = subjects(Subject("other", "n", Plan(), OWN))
+    models = subjects(EngineModel("other", "n", Plan(), OWN))
     about = Provenance(what={"model": "m"})
     found = measure_pareto(
         Fake(1), models, ("small",), Workload(4, 2, rounds=1), tmp_path, about
@@ -790,7 +795,7 @@ def test_a_folder_of_other_work_is_refused(asked, tmp_path):
     with pytest.raises(UsageError, match="results with subject"):
         measured(tmp_path, text="prose", plan=Plan(mlp=[1]))
     with pytest.raises(UsageError, match="two of the models are called less"):
-        measured(tmp_path / "twice", Subject("less", "n", Plan(), OWN))
+        measured(tmp_path / "twice", EngineModel("less", "n", Plan(), OWN))
     with pytest.raises(UsageError, match="give --rounds 1 or more"):
         measured(tmp_path / "none", rounds=0)
 
@@ -802,7 +807,9 @@ def test_another_revision_is_what_is_written_too(asked, monkeypatch, tmp_path):
         "write_plain",
         lambda *given, **how: written.append(how) or write_text(*given),
     )
-    dense = Subject("dense", "m", Plan(), OWN, revision="v2", trust_remote_code=True)
+    dense = EngineModel(
+        "dense", "m", Plan(), OWN, revision="v2", trust_remote_code=True
+    )
     measure_pareto(
         Fake(1),
         [dense],
@@ -824,7 +831,9 @@ def test_what_is_quantised_already_is_measured_as_it_is_stored(
         lambda *given, **how: stored.append(given[4]) or write_text(*given),
     )
     monkeypatch.setitem(ANSWERS, "four-gptq-4-bit", (1.3, 6.0))
-    found = measured(tmp_path, Subject("four", "n", Plan(), OWN, stored="gptq 4-bit"))
+    found = measured(
+        tmp_path, EngineModel("four", "n", Plan(), OWN, stored="gptq 4-bit")
+    )
     assert [kind for model, kind in found if model == "four"] == ["gptq 4-bit"]
     assert found["four", "gptq 4-bit"].delta_nll == pytest.approx(0.3)
     assert stored == [False, False, True]
@@ -832,7 +841,7 @@ def test_what_is_quantised_already_is_measured_as_it_is_stored(
 
 
 def test_other_tokens_are_compared_by_bits_per_byte(asked, tmp_path):
-    found = measured(tmp_path, Subject("other", "n", Plan(), OTHERS))
+    found = measured(tmp_path, EngineModel("other", "n", Plan(), OTHERS))
     other = found["other", "plain"]
     assert math.isnan(other.delta_nll)
     assert other.line()["delta_nll"] is None
@@ -895,7 +904,7 @@ def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     (section,) = shown.sections
     assert len(section.figures) == 1
     assert len(section.table.rows) == 4
-    assert shown.message.said == sentence(folder.of(ParetoRecord))
+    assert shown.message.sentence == sentence(folder.of(ParetoRecord))
     assert shown.message.command.startswith("notall pareto ")
     assert shown.message.command.endswith(
         f" --out {tmp_path} --speedups 1.1,1.2,1.3,1.5"
@@ -1086,7 +1095,7 @@ def test_plans_are_called_as_their_files_and_published_ones_by_their_whole_names
         *(Path(f"published:{name}") for name in names),
         tmp_path / "less 1.5x.json",
     ]
-    assert [*pareto.ParetoPlans(plan=tuple(files)).given()] == [*names, "less 1.5x"]
+    assert [*ParetoPlans(plan=tuple(files)).given()] == [*names, "less 1.5x"]
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/less-plain"])

@@ -18,13 +18,14 @@ from api import (
     Folder,
     Ledger,
     MeasuredRecord,
+    Measuring,
+    PageParts,
     PlanOptions,
     PlanTimesRecord,
     Provenance,
     RefitRecord,
     Replay,
     ScoresRecord,
-    Shown,
     Step,
     SweepRecord,
     Timed,
@@ -39,6 +40,7 @@ from api import (
     kl,
     mend_of,
     paper_grid,
+    parts_of,
     plan_file,
     quality as quality_module,
     read,
@@ -49,7 +51,6 @@ from api import (
     render,
     runs_of,
     scored_as,
-    shown_by,
     sweep,
     table,
     timed_once,
@@ -212,11 +213,13 @@ def given(model, tmp_path_factory):
             subject,
             runs,
             objectives,
-            workload=WORKLOAD,
-            given=plans,
-            prompt_tokens=PROMPT,
-            repairs=["refit"],
-            repair_text=BATCHES,
+            Measuring(
+                workload=WORKLOAD,
+                given=plans,
+                prompt_tokens=PROMPT,
+                repairs=["refit"],
+                repair_text=BATCHES,
+            ),
         )
 
     return folder, plans, compared(), compared
@@ -344,7 +347,7 @@ def page_of(*plans):
         Step(str(number), plan, quality=quality(0.1))
         for number, plan in enumerate(plans)
     )
-    return shown_pages.render(Folder(Path("results"), {}), [Shown(steps=steps)])
+    return shown_pages.render(Folder(Path("results"), {}), [PageParts(steps=steps)])
 
 
 def test_the_page_tells_what_the_prompt_skips_from_what_every_token_does():
@@ -507,14 +510,17 @@ def demo(tmp_path):
 
 def test_a_repair_in_a_folder_leads_its_page(demo):
     folder = read_folder(demo)
-    first, chosen, *_ = shown_by(folder)
+    first, chosen, *_ = parts_of(folder)
     assert first.steps[first.first].plan == PREFILL
     assert (
         "Without 2 blocks in the prompt (it has 12 layers), the repaired tiny: +0.030 ±"
-        " 0.003 nats" in first.message.said
+        " 0.003 nats" in first.message.sentence
     )
-    assert "on t, behind a prompt of 256 tokens" in first.message.said
-    assert "reads a prompt 1.40× as fast (quartiles 1.33 to 1.54)" in first.message.said
+    assert "on t, behind a prompt of 256 tokens" in first.message.sentence
+    assert (
+        "reads a prompt 1.40× as fast (quartiles 1.33 to 1.54)"
+        in first.message.sentence
+    )
     assert [card.title for card in chosen.cards] == [
         "The first token, 512 prompt tokens",
         "t, behind a prompt of 256 tokens",
@@ -538,12 +544,12 @@ def test_times_of_another_plan_are_not_shown(demo):
     Ledger(demo / "plan.bench", BenchRecord).add(
         bench_record(Plan(prefill={"mlp": [1]}), 1.4)
     )
-    first, chosen, *_ = shown_by(read_folder(demo))
-    assert "as fast" not in first.message.said
+    first, chosen, *_ = parts_of(read_folder(demo))
+    assert "as fast" not in first.message.sentence
     assert [card.title for card in chosen.cards] == ["t, behind a prompt of 256 tokens"]
 
 
 def test_a_search_tells_of_its_own_repair(demo):
     (demo / "plan.search").mkdir()
-    first, *_ = shown_by(read_folder(demo))
+    first, *_ = parts_of(read_folder(demo))
     assert PREFILL not in [step.plan for step in first.steps]

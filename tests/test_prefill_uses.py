@@ -158,8 +158,8 @@ def test_long_texts_are_judged_behind_half_of_each_window(model):
 
 
 def test_a_step_of_a_page_says_what_the_prompt_skips():
-    assert Step("one", PLAN).told == "3 sublayers skipped in the prompt."
+    assert Step("one", PLAN).description == "3 sublayers skipped in the prompt."
     assert (
-        Step("one", Plan([1], prefill={"mlp": [2]})).told
+        Step("one", Plan([1], prefill={"mlp": [2]})).description
         == "1 sublayer skipped and 1 sublayer skipped in the prompt."
     )

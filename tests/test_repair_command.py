@@ -19,7 +19,7 @@ from api import (
     quality,
     read,
     streams,
-    warn_if_worse,
+    warn,
 )
 from command_line import FAST, QUICK
 from notall import Plan
@@ -392,7 +392,7 @@ def of(model, lost, error, text="b.txt"):
     ],
 )
 def test_a_repair_that_makes_it_worse_is_told(capsys, before, after, told):
-    warn_if_worse(
+    warn(
         [
             of("skipped", *before),
             of("repaired", *after),

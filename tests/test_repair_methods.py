@@ -14,6 +14,7 @@ from api import (
     CompareOptions,
     ComparisonRecord,
     LinearMap,
+    Measuring,
     Provenance,
     RepairedPlan,
     Replay,
@@ -468,7 +469,7 @@ OBJECTIVES = {"nll": CalibratedObjective(nll(HELD_OUT), HELD_OUT)}
 
 def compared(model, asked, out, **how):
     return compare_criteria(
-        Subject(model, None, HELD_OUT, out, ABOUT), asked, OBJECTIVES, **how
+        Subject(model, None, HELD_OUT, out, ABOUT), asked, OBJECTIVES, Measuring(**how)
     )
 
 

@@ -11,9 +11,9 @@ import typer.testing
 import result_folders
 from api import (
     app,
+    parts_of,
     plan_file,
     results_of,
-    shown_by,
     write_report,
 )
 from notall import Plan
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
 
 def first(folder):
     """What the first verb says of a folder that has a message."""
-    return next(shown for shown in shown_by(results_of(folder)) if shown.message)
+    return next(shown for shown in parts_of(results_of(folder)) if shown.message)
 
 
 def message(folder, *records):
@@ -40,7 +40,7 @@ def test_of_a_sweep_it_is_the_fastest_usable_plan_and_the_search_for_a_better_on
     ]
     shown = first(result_folders.write(tmp_path, *records))
     assert (
-        shown.message.said
+        shown.message.sentence
         == "Without 2 attentions of its 12 layers (attention 25%, last layer kept),"
         " tiny: +0.25 ± 0.03 nats a token (perplexity × 1.28); 50% of the first"
         " choices are the same; decodes 1.12× as fast (quartiles 1.07 to 1.24);"
@@ -100,7 +100,7 @@ def test_where_nothing_is_usable_it_says_so_and_asks_for_less(
     plans = (
         f"None of the {len(useless)} plans here leaves tiny usable: with the mildest, "
     )
-    assert shown.message.said.startswith(plans + mildest)
+    assert shown.message.sentence.startswith(plans + mildest)
     assert shown.message.usable is False
     assert shown.message.command == "notall search tiny --max-nll 0.1 --out plan.json"
     losses = [step.quality.delta_nll for step in shown.steps]
@@ -112,7 +112,8 @@ def test_a_change_of_most_first_choices_is_no_more_usable_than_a_doubled_perplex
 ):
     other = result_folders.all_records(top1_agreement=0.49)
     assert (
-        "over half of its first choices have changed" in message(tmp_path, *other).said
+        "over half of its first choices have changed"
+        in message(tmp_path, *other).sentence
     )
 
 
@@ -125,7 +126,7 @@ def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_
     }  # perplexity more than doubles
     rows[3] = rows[3].model_copy(update=faster)
     found = first(result_folders.write_comparison(tmp_path, rows)).message
-    assert found.said.startswith(
+    assert found.sentence.startswith(
         "Without 4 attentions of its 12 layers (search by kl), tiny: +0.40 ± 0.04 nats"
         " a token (perplexity × 1.49); 50% of the first choices are the same; decodes"
         " 1.40× as fast (quartiles 1.33 to 1.54)"
@@ -165,7 +166,7 @@ def test_of_a_comparison_that_kept_its_plans_it_is_what_to_do_with_the_plan(
     kept.parent.mkdir()
     Plan([1, 2]).save(kept)
     found = first(folder).message
-    assert (found.end, found.command) == (end, command.format(kept))
+    assert (found.purpose, found.command) == (end, command.format(kept))
 
 
 def test_the_command_of_a_comparison_names_its_space_and_its_way_to_choose(tmp_path):
@@ -177,7 +178,7 @@ def test_the_command_of_a_comparison_names_its_space_and_its_way_to_choose(tmp_p
         found.command
         == "notall search tiny --skip portable:2 --criterion cosine --out plan.json"
     )
-    assert found.end == "make that plan, then repair it"
+    assert found.purpose == "make that plan, then repair it"
 
 
 def test_of_a_search_it_is_what_was_chosen_last_and_where_its_plan_is(tmp_path):
@@ -186,7 +187,7 @@ def test_of_a_search_it_is_what_was_chosen_last_and_where_its_plan_is(tmp_path):
     rows = (result_folders.chosen(4), result_folders.chosen(2, **sizes))
     shown = first(result_folders.write(tmp_path / "better.search", *rows))
     assert (
-        shown.message.said
+        shown.message.sentence
         == "Without 2 attentions of its 12 layers, tiny: +0.20 ± 0.02 nats a token"
         " (perplexity × 1.22); 50% of the first choices are the same; runs 1.25× as"
         " fast (quartiles 1.19 to 1.38); weights 2% smaller (3.7 MiB); KV cache 20%"
@@ -226,15 +227,15 @@ def test_a_search_that_wrecked_the_model_says_so_and_one_that_measured_nothing_a
     assert {
         False: "the model is no longer usable",
         None: "what that costs was not measured",
-    }[usable] in found.said
+    }[usable] in found.sentence
 
 
 def test_of_a_search_that_was_repaired_it_is_the_repaired_plan(tmp_path):
     found = message(
         tmp_path / "p.search", result_folders.chosen(3), *result_folders.all_measured()
     )
-    assert "the repaired tiny" in found.said
-    assert "tiny: +0.10 ± 0.01 nats" in found.said
+    assert "the repaired tiny" in found.sentence
+    assert "tiny: +0.10 ± 0.01 nats" in found.sentence
     assert f"--plan {tmp_path / 'p.repaired'}" in found.command
 
 
@@ -244,7 +245,8 @@ def test_a_search_that_missed_its_budget_says_so(tmp_path):
     )
     kept = message(tmp_path / "b", result_folders.chosen(2))
     assert (
-        missed.said == f"{kept.said} Missed what was asked: 1.16x is what was reached."
+        missed.sentence
+        == f"{kept.sentence} Missed what was asked: 1.16x is what was reached."
     )
 
 
@@ -265,7 +267,7 @@ def test_of_a_repair_it_is_its_last_state_and_what_comes_after_that(
     ]
     made = result_folders.looks() if after == "healed" else result_folders.refits()
     found = message(tmp_path / "r", *rows, *made)
-    assert found.said.startswith(
+    assert found.sentence.startswith(
         f"Without 3 attentions of its 12 layers, the {after} tiny: "
     )
     assert found.command == f"notall {command.format(tmp_path / 'r')}"
@@ -315,8 +317,8 @@ def test_of_an_evaluation_it_is_what_was_measured_and_what_it_saves(
     found = message(
         tmp_path, result_folders.measured("prose", "skipped", lost, provenance=about)
     )
-    assert found.said.startswith(f"Without 3 attentions, tiny: {lost:+.2f} ± ")
-    assert ("no longer usable" in found.said) != usable
+    assert found.sentence.startswith(f"Without 3 attentions, tiny: {lost:+.2f} ± ")
+    assert ("no longer usable" in found.sentence) != usable
     assert found.usable is usable
     assert found.command == f"notall {command}"
 
@@ -351,7 +353,7 @@ def test_of_a_bench_it_is_the_last_plan_and_what_its_loss_is(
     shown = first(result_folders.write(tmp_path, *rows))
     found = shown.message
     assert (
-        found.said
+        found.sentence
         == "Without 3 blocks, tiny: what that costs was not measured; decodes 1.40× as"
         " fast (quartiles 1.33 to 1.54); weights 2% smaller (7.5 MiB); KV cache 30%"
         " smaller (700 B a token)."
@@ -372,7 +374,7 @@ def test_of_a_bench_it_is_the_last_plan_and_what_its_loss_is(
 def test_of_the_papers_evaluation_it_is_what_became_of_its_claims(tmp_path):
     shown = first(result_folders.write_paper(tmp_path))
     assert (
-        shown.message.said
+        shown.message.sentence
         == "The paper's 4 claims on tiny (holds: 1, does not hold: 1, inconclusive: 2);"
         " without the deepest 33% of its attentions it decodes 1.17× as fast (95 %"
         " interval 0.85 to 1.48) and the average of 2 benchmarks changes by -20.0 ±"
@@ -389,7 +391,7 @@ def test_an_average_from_a_few_documents_is_not_told_as_one(tmp_path):
     ]
     assert (
         "-20.0 ± 3.5 points, from too few documents to say (29 of a task)."
-        in message(tmp_path, *few).said
+        in message(tmp_path, *few).sentence
     )
 
 
@@ -397,9 +399,9 @@ def test_the_diagnostics_tell_which_of_the_papers_plans_is_usable(tmp_path):
     found = first(result_folders.write_paper(tmp_path / "a", diagnostics=True)).message
     assert (
         "without the deepest 33% of its attentions (the last layer kept) it decodes"
-        " 1.17×" in found.said
+        " 1.17×" in found.sentence
     )
-    assert "long texts take +0.33 nats a token." in found.said
+    assert "long texts take +0.33 nats a token." in found.sentence
     assert found.usable
     assert found.command.endswith("--skip attention:0.33 --keep-last")
     wrecked = [
@@ -408,7 +410,7 @@ def test_the_diagnostics_tell_which_of_the_papers_plans_is_usable(tmp_path):
         *result_folders.checks(delta=5.0),
     ]
     found = message(tmp_path / "b", *wrecked)
-    assert "+5.00 nats a token: it is no longer usable" in found.said
+    assert "+5.00 nats a token: it is no longer usable" in found.sentence
     assert found.usable is False
 
 
@@ -419,7 +421,7 @@ def test_an_evaluation_that_has_only_begun_says_how_to_go_on(tmp_path):
         if one.check == "passkey at 256" and one.variant == "mlp"
     ]
     found = message(tmp_path, *rows)
-    assert found.said == "The evaluation of tiny has only begun."
+    assert found.sentence == "The evaluation of tiny has only begun."
     assert found.command == f"notall paper tiny --out {tmp_path}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import result_folders
 import shown_pages
-from api import Costs, Shown, write_report
+from api import Costs, PageParts, write_report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -474,7 +474,7 @@ def test_cells_of_which_nothing_is_known_are_grey(view, tmp_path):
         for place, cost in shown_pages.costs().found.items()
         if place[0] == "attention"
     }
-    shown = Shown(
+    shown = PageParts(
         steps=shown_pages.steps()[5:6], costs=Costs(known, "KL added", "some text")
     )
     page = view(shown_pages.page(tmp_path, shown))

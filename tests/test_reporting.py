@@ -12,9 +12,9 @@ import shown_pages
 from api import (
     ComparisonRecord,
     Message,
+    PageParts,
     Provenance,
     Section,
-    Shown,
     Step,
     comparison_points,
     flatten,
@@ -123,7 +123,7 @@ def test_parts_that_nothing_is_shown_of_are_left_out(tmp_path):
     assert headings(page) == ["How much each layer changes", "Where this comes from"]
     assert 'id="plan"' not in page
     one = shown_pages.page(
-        tmp_path / "b", Shown(steps=(shown_pages.dense(),))
+        tmp_path / "b", PageParts(steps=(shown_pages.dense(),))
     ).read_text()
     assert list(data_of(one)["specs"]) == ["map", "savings"]
     assert "nothing is skipped; 50.0 ms a token." in one
@@ -132,11 +132,12 @@ def test_parts_that_nothing_is_shown_of_are_left_out(tmp_path):
 def test_a_step_is_told_in_a_sentence():
     step = Step("a", Plan((1, 2)), order=(("attn.2",), ("attn.1", "mlp.1")))
     assert (
-        step.told == "2 sublayers skipped; skipped in this order: attn.2, attn.1+mlp.1."
+        step.description
+        == "2 sublayers skipped; skipped in this order: attn.2, attn.1+mlp.1."
     )
     lost = result_folders.quality(0.4).model_copy(update={"delta_nll": float("nan")})
     assert (
-        Step("a", Plan((1,)), lost).told
+        Step("a", Plan((1,)), lost).description
         == "1 sublayer skipped; +inf ± 0.04 nats a token."
     )
 
@@ -175,7 +176,7 @@ def test_what_a_step_lacks_has_no_bar():
     step = Step(
         "a", Plan((1,)), footprint=shown_pages.DENSE
     )  # of an original model nothing is known
-    page = render(shown_pages.folder(Path("f")), [Shown(steps=(step,))])
+    page = render(shown_pages.folder(Path("f")), [PageParts(steps=(step,))])
     assert list(data_of(page)["specs"]) == ["map"]
     left = shown_pages.DENSE.model_copy(update={"state_bytes": 50})
     both = Step(
@@ -184,7 +185,7 @@ def test_what_a_step_lacks_has_no_bar():
         footprint=left,
         dense=left.model_copy(update={"state_bytes": 100}),
     )
-    page = render(shown_pages.folder(Path("f")), [Shown(steps=(both,))])
+    page = render(shown_pages.folder(Path("f")), [PageParts(steps=(both,))])
     assert "states: 50 B of 100 B" in str(data_of(page)["specs"]["savings"])
     assert "Where the time and the bytes go" in page
 
@@ -221,7 +222,7 @@ def test_of_several_verbs_one_is_stepped_through_and_tables_of_others_find_its_p
 ):
     message = Message("other", True, "go on", "notall eval")
     other = shown_pages.repaired()
-    later = Shown(
+    later = PageParts(
         message=message,
         steps=other.steps,
         sections=(*other.sections, shown_pages.results(other.steps[:0])),
@@ -263,7 +264,7 @@ def test_a_section_may_open_the_page(tmp_path):
     )
     swept = shown_pages.swept()
     page = shown_pages.page(
-        tmp_path, Shown(steps=swept.steps, sections=(*swept.sections, claims))
+        tmp_path, PageParts(steps=swept.steps, sections=(*swept.sections, claims))
     ).read_text()
     assert headings(page)[:2] == ["The claims", "The model, plan by plan"]
 

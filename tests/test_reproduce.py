@@ -514,7 +514,7 @@ def test_the_page_of_a_comparison_has_the_command_of_each_row(place, run):
     place("compared")
     steps = shown_comparison(read_folder(Path("compared"))).steps
     commands = {
-        step.name: shlex.split(step.told.partition("Reproduce with: notall ")[2])
+        step.name: shlex.split(step.description.partition("Reproduce with: notall ")[2])
         for step in steps
     }
     assert len(commands) == 2 * 3 * 3

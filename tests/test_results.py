@@ -10,7 +10,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 import pytest
 
@@ -357,8 +357,8 @@ def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
 
 
 def test_each_kind_has_a_file_and_a_name_of_its_own():
-    for module in iter_modules(experiments.__path__):
-        import_module(f"{experiments.__name__}.{module.name}")
+    for module in walk_packages(experiments.__path__, f"{experiments.__name__}."):
+        import_module(module.name)
     kinds = [kind for kind in KINDS.values() if kind is not HeaderRecord]
     assert len({kind.file for kind in kinds}) == len(kinds) >= 23
     assert {kind.kind_name for kind in kinds} == set(HOMES)

@@ -13,6 +13,7 @@ import typer
 from gguf import GGMLQuantizationType as Kind
 
 from api import (
+    Message,
     Quality,
     Quartiles,
     Verdict,
@@ -115,7 +116,7 @@ def test_a_verdict_on_a_gguf_file_has_the_sizes_of_its_types_too(tmp_path):
     whole = sum(tensor.size for tensor in file.tensors.values())
     left = whole - sum(tensor.size for tensor in file.block(1).values())
     assert verdict.in_numbers()["file_bytes"] == {"dense": whole, "skipped": left}
-    assert f"unpacked, {in_bytes(left)} in the file's types)" in verdict.said
+    assert f"unpacked, {in_bytes(left)} in the file's types)" in verdict.sentence
     assert "file_bytes" not in Verdict.on(net, Plan([1], [1])).in_numbers()
 
 
@@ -298,8 +299,9 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
     ],
 )
 def test_on_a_page_a_verdict_names_the_model(given, says):
-    message = Verdict(PLAN, model="tiny", **given).message("go on", "notall x")
-    assert says in message.said
+    verdict = Verdict(PLAN, model="tiny", **given)
+    message = Message.of(verdict, "go on", "notall x")
+    assert says in message.sentence
     assert message.usable == Verdict(PLAN, **given).usable
 
 

@@ -24,16 +24,13 @@ import notall
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll, task
 from notall.choosing.space import Space, UnitKind
-from notall.experiments.compare import (
-    CalibratedObjective,
-    Run,
-    compare_criteria,
-    write_comparison,
-)
-from notall.experiments.driver import Subject
-from notall.experiments.options import ModelOptions
+from notall.experiments.compare.options import CalibratedObjective, Run
+from notall.experiments.compare.run import compare_criteria
+from notall.experiments.options.model import ModelOptions
+from notall.experiments.subject import Subject
 from notall.models.texts import read_text
 from notall.models.windows import token_batches
+from notall.report.comparison_tables import write_comparison
 from notall.results.terminal import progress_bar
 
 BLOCKS = 30

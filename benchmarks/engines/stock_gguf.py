@@ -25,7 +25,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from notall import Plan
 from notall.engines.llamacpp import FILE_TYPES, PLAIN, LlamaCpp
 from notall.engines.worker import call
-from notall.experiments.pareto import write_plain
+from notall.experiments.pareto.checkpoints import write_plain
 from notall.measuring.speed import cores, machine, speedup
 from notall.results.record import Quartiles
 from notall.results.table import Column, number, size, table, words

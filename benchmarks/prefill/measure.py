@@ -32,7 +32,7 @@ from notall import Plan, RepairedPlan, deepest, evaluate, heal, load, locate, re
 from notall.evaluation.diagnostics import check_passkey
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.tasks import Limits, TaskShelf
-from notall.experiments.options import TextOptions
+from notall.experiments.options.text import TextOptions
 from notall.measuring.speed import machine, time_plans
 from notall.models.texts import fields, read_file
 from notall.options import Workload

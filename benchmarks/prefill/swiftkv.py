@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notall import Plan, RepairedPlan, deepest, evaluate, load, locate, repair
-from notall.experiments.options import TextOptions
+from notall.experiments.options.text import TextOptions
 from notall.exporters.swiftkv import Map, maps_of, one_stream
 from notall.measuring.quality import gather
 from notall.measuring.speed import machine

@@ -32,7 +32,8 @@ from notall.charts.style import INK, LIGHT as THEME, PAPER, save, titled
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Request, Scorer
 from notall.evaluation.tasks import TaskShelf
-from notall.experiments.options import ModelOptions, TextOptions
+from notall.experiments.options.model import ModelOptions
+from notall.experiments.options.text import TextOptions
 from notall.measuring.statistics import mean_and_error, sign_flip_p_value
 from notall.models.texts import fields, read_file
 from notall.plan import KIND_NAMES, Kind

@@ -37,8 +37,9 @@ from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.tasks import Limits, TaskShelf
-from notall.experiments.options import TextOptions, read_plan, space_of
-from notall.experiments.search import WITH_RETRIEVAL
+from notall.experiments.options.plan import read_plan, space_of
+from notall.experiments.options.text import TextOptions
+from notall.experiments.search.options import WITH_RETRIEVAL
 from notall.measuring.speed import machine, time_plans
 from notall.models.names import USE
 from notall.models.texts import fields, read_file

@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from notall import Plan, export
 from notall.engines.llamacpp import LlamaCpp, _complete
 from notall.evaluation.checks import Doc, MadeTask, made
-from notall.experiments.options import read_plan
+from notall.experiments.options.plan import read_plan
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error, recovery_interval
 from notall.models.texts import fields, read_file

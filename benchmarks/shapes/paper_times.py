@@ -26,23 +26,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import notall
 from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
-from notall.experiments.driver import Subject
-from notall.experiments.paper import (
-    ENDINGS,
-    TimesRecord,
-    TimingGrid,
-    half,
-    in_turn,
-    time_figures,
-    time_grid,
-)
+from notall.experiments.paper.records import TimesRecord
+from notall.experiments.paper.timing import TimingGrid, time_grid, time_in_turn
+from notall.experiments.subject import Subject
 from notall.measuring.speed import RoundTimes, compare, machine
-from notall.models.configs import load_config
-from notall.models.devices import resolve_device, resolve_dtype
-from notall.models.weightless import build_empty, build_random
+from notall.models.loading import (
+    build_empty,
+    load_config,
+    resolve_device,
+    resolve_dtype,
+)
+from notall.models.weightless import build_random
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
+from notall.report.paper_tables import ENDINGS, half, time_figures
 from notall.results.facts import CONFIGURED, SPEEDUPS, Configured, Times
 from notall.results.provenance import Provenance
 from notall.results.table import (
@@ -246,7 +244,7 @@ def main() -> None:
     subject = Subject(model, None, [], arguments.out, provenance)
     rows = paper_grid(notall.locate(model), arguments.fractions)
     records, start = [], time.monotonic()
-    measure = one_by_one_compiled if arguments.compile else in_turn
+    measure = one_by_one_compiled if arguments.compile else time_in_turn
     with progress_bar() as progress:
         for prompt in arguments.prompt:
             if time.monotonic() - start > 60 * arguments.minutes:

@@ -13,13 +13,13 @@ from .style import GREY, INK, KIND_COLOURS, PAPER, by_colour, snug
 
 # Hatching of what is skipped for every token, and of what the prompt alone skips:
 # colours that the shades of neither theme have, and lines that lean the other way.
-STRIPES, STRIPE, IN_PROMPT = 7, "#e8731a", "#d02fd0"
+STRIPES, STRIPE, PROMPT_STRIPE = 7, "#e8731a", "#d02fd0"
 UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
 LEAST_SHADE = 1e-9  # where all costs are 0
 LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
 # than the longest bar is the axis: one noisy quartile does not shrink all bars
 WIDER = 1.25
-SHORT = {"attention": "attn", "mlp": "mlp"}
+SHORT_NAMES = {"attention": "attn", "mlp": "mlp"}
 SKIPPED, SKIPPED_IN_PROMPT = "skipped", "skipped in the prompt alone"
 STATE = (
     f"indexof(skipped, datum.name) >= 0 ? '{SKIPPED}' "
@@ -47,28 +47,28 @@ def sublayers(
     """The cells of a model of so many layers; where no `costs` of leaving out each are
     known, 1 − cosine stands in.
     """
-    known = {f"{row.kind}.{row.layer}": row for row in similarity}
-    hybrid = any(row.mixer for row in similarity)
-    return [
-        Sublayer(
-            name=f"{short}.{layer}",
-            layer=layer,
-            row=KIND_NAMES[kind],
-            cosine=row.cosine if row else math.nan,
-            cost=(
-                costs.get((kind, layer), math.nan)
-                if costs
-                else 1 - row.cosine
-                if row
-                else math.nan
-            ),
-            mixer=row.mixer if row else None,
-        )
-        for kind, short in SHORT.items()
-        for layer in range(layers)
-        if (row := known.get(f"{kind}.{layer}"))
-        or not hybrid  # layers of hybrids may lack one of the two
-    ]
+    known: dict[tuple[str, int], Similarity] = {
+        (row.kind, row.layer): row for row in similarity
+    }
+    hybrid = any(row.mixer for row in similarity)  # layers may lack one of the two
+    cells = []
+    for kind, short in SHORT_NAMES.items():
+        for layer in range(layers):
+            row = known.get((kind, layer))
+            if not row and hybrid:
+                continue
+            cosine = row.cosine if row else math.nan
+            cost = costs.get((kind, layer), math.nan) if costs else 1 - cosine
+            cell = Sublayer(
+                name=f"{short}.{layer}",
+                layer=layer,
+                row=KIND_NAMES[kind],
+                cosine=cosine,
+                cost=cost,
+                mixer=row.mixer if row else None,
+            )
+            cells.append(cell)
+    return cells
 
 
 def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
@@ -83,16 +83,11 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         alt.Tooltip("state:N", title="in this plan"),
         alt.Tooltip("cost:Q", title=title, format=".3f"),
         alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
-        *(
-            [alt.Tooltip("mixer:N", title="kind of mixer")]
-            if any(cell.mixer for cell in cells)
-            else []
-        ),
     ]
-    rows, flat = (
-        [KIND_NAMES[kind] for kind in SHORT],
-        alt.Axis(ticks=False, domain=False),
-    )
+    if any(cell.mixer for cell in cells):
+        tips.append(alt.Tooltip("mixer:N", title="kind of mixer"))
+    rows = [KIND_NAMES[kind] for kind in SHORT_NAMES]
+    flat = alt.Axis(ticks=False, domain=False)
     drawn = (
         alt.Chart(alt.Data(values=[cell.model_dump(mode="json") for cell in cells]))
         .transform_calculate(state=STATE)
@@ -120,7 +115,7 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         ).transform_filter(f"datum.state == '{state}'")
         for state, colour, mirrored in (
             (SKIPPED, STRIPE, False),
-            (SKIPPED_IN_PROMPT, IN_PROMPT, True),
+            (SKIPPED_IN_PROMPT, PROMPT_STRIPE, True),
         )
     ]
     layers = [unknown, *([known] if costs else []), *hatched]
@@ -146,7 +141,7 @@ def _stripes(colour: str, mirrored: bool) -> alt.LinearGradient:
 
 
 def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
-    """A shade that tells small costs apart beside a large one; linear near 0, where
+    """A shade that shows small costs apart, whatever the largest; linear near 0, where
     errors are.
     """
     most = max([LEAST_SHADE, *costs])
@@ -175,17 +170,15 @@ class Saving(Fact):
 
 
 def savings(bars: Sequence[Saving]) -> alt.LayerChart:
-    """Bars of the plan that the param `plan` counts, from 0, beside the original
+    """Bars of the plan that the param `plan` counts, from 0, and the original
     model's.
     """
     most = max([1.15, *(WIDER * bar.share for bar in bars)])
     rows = [{**bar.figures(), "to": min(bar.high, most)} for bar in bars]
     base = alt.Chart(alt.Data(values=rows)).transform_filter("datum.plan == plan")
     base = base.encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
-    scale, axis = (
-        alt.Scale(domain=[0, most], nice=False),
-        alt.Axis(format=".0%", tickCount=6),
-    )
+    scale = alt.Scale(domain=[0, most], nice=False)
+    axis = alt.Axis(format=".0%", tickCount=6)
     drawn = base.mark_bar(
         height=20, color=KIND_COLOURS["attention"], yOffset=BAR
     ).encode(
@@ -221,19 +214,14 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
     """How far each layer's features are from the previous layer's, 1 − cosine, by depth
     (after the paper's Fig. 1).
     """
-    data = [
-        (
-            KIND_NAMES[row.kind],
-            row.layer,
-            {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)},
-        )
-        for row in rows
-        if is_number(row.cosine)
-    ]
-    scale, axis = (
-        alt.Scale(type="log", nice=False, padding=16),
-        alt.Axis(format="~g", tickCount=6),
-    )
+    data = []
+    for row in rows:
+        if is_number(row.cosine):
+            changed_by = max(1 - row.cosine, LEAST_CHANGE)
+            figures = {"cosine": row.cosine, "changed": changed_by}
+            data.append((KIND_NAMES[row.kind], row.layer, figures))
+    scale = alt.Scale(type="log", nice=False, padding=16)
+    axis = alt.Axis(format="~g", tickCount=6)
     changed = alt.Y(
         "changed:Q",
         title="1 − cosine similarity, before and after",
@@ -245,18 +233,13 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
 
 def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
     """How much of the error each refit left, by depth; a parallel block's are one."""
-    names = {short: KIND_NAMES[kind] for kind, short in SHORT.items()}
+    names = {short: KIND_NAMES[kind] for kind, short in SHORT_NAMES.items()}
     data = []
     for refit in refits:
         short, _, layer = refit.sublayers[0].partition(".")
         if is_number(refit.left):
-            data.append(
-                (
-                    "block" if len(refit.sublayers) > 1 else names[short],
-                    int(layer),
-                    {"left": refit.left},
-                )
-            )
+            kind = "block" if len(refit.sublayers) > 1 else names[short]
+            data.append((kind, int(layer), {"left": refit.left}))
     left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
     return _lines(data, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
 

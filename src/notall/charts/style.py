@@ -19,11 +19,8 @@ Colours = Mapping[str, Colour]  # by name, in the order of the legend
 
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
-PALER = {
-    "attention": "#56B4E9",
-    "MLP": "#F08A4B",
-    "block": "#2FC79A",
-}  # the same, to be read on black
+# the same, to be read on black
+PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}
 SPECTRUM = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b",
     "#7f7f7f", "#9467bd", "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a",
@@ -36,12 +33,8 @@ LETTERS = 300  # of a text in a figure
 HEIGHT = 440  # pixels of a figure of quality against speed
 VEGALITE = alt.VEGALITE_VERSION.rpartition(".")[0]
 HIDDEN = "\ue000"  # which is printable in no text
-MENU = {
-    "export": True,
-    "source": False,
-    "compiled": False,
-    "editor": False,
-}  # what needs no network
+# what needs no network
+MENU = {"export": True, "source": False, "compiled": False, "editor": False}
 
 
 def theme(
@@ -104,16 +97,17 @@ DARK = theme(
 
 
 def framed(
-    chart: alt.LayerChart, title: str, told: str | Sequence[str]
+    chart: alt.LayerChart, title: str, notes: str | Sequence[str]
 ) -> alt.LayerChart:
     """A figure to be saved: with a title, lines that say how to read it, a theme."""
     return chart.properties(
-        width=640, height=HEIGHT, title=titled(title, told), padding=16
+        width=640, height=HEIGHT, title=titled(title, notes), padding=16
     ).configure(**LIGHT)
 
 
-def titled(title: str, told: str | Sequence[str]) -> alt.TitleParams:
-    lines = told if isinstance(told, str) else [*told]
+def titled(title: str, notes: str | Sequence[str]) -> alt.TitleParams:
+    """A title with lines below it, at the left of the whole figure."""
+    lines = notes if isinstance(notes, str) else [*notes]
     return alt.TitleParams(
         title, subtitle=lines, anchor="start", frame="group", offset=14
     )
@@ -173,10 +167,7 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
             Path(f"{stem}.svg"), vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE)
         )
         # No text in the spec ends the page: each < is written as JSON may write it.
-        hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {
-            "usermeta": {"embedOptions": {"actions": MENU}}
-        }
-        page = vl_convert.vegalite_to_html(
-            hidden, vl_version=VEGALITE, bundle=True
-        ).replace(HIDDEN, r"\u003c")
-        write_whole(Path(f"{stem}.html"), page)
+        hidden = json.loads(json.dumps(spec).replace("<", HIDDEN))
+        hidden["usermeta"] = {"embedOptions": {"actions": MENU}}
+        page = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True)
+        write_whole(Path(f"{stem}.html"), page.replace(HIDDEN, r"\u003c"))

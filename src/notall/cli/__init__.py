@@ -26,16 +26,12 @@ from .app import MISTYPED, Interrupted, app
 # runs a command: loggers, and words of the lines of each that are dropped. transformers
 # imports torchao wherever it is installed.
 DROPPED = {
-    "torchao": (
-        "Failed to load",
-        "Skipping import of cpp extensions",
-    ),  # kernels for another Python or another torch
-    "bitsandbytes.backends.cpu.ops": (
-        "Failed to load CPU",
-    ),  # kernels that it would fetch; transformers imports it
-    "torch.utils._pytree": (
-        "register_constant() on Enum subclasses",
-    ),  # torchao calls it
+    # kernels for another Python or another torch
+    "torchao": ("Failed to load", "Skipping import of cpp extensions"),
+    # kernels that it would fetch; transformers imports it
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU",),
+    # torchao calls it
+    "torch.utils._pytree": ("register_constant() on Enum subclasses",),
 }
 
 
@@ -53,7 +49,7 @@ def main() -> None:
     except UsageError as error:
         _fail(str(error))
     except MISTYPED as error:
-        _fail(_told(error))
+        _fail(_mistake_of(error))
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -81,6 +77,7 @@ def main() -> None:
 
 @cache
 def drop_chatter() -> None:
+    """Drop the lines of `DROPPED` from the logs of this process."""
     for name, words in DROPPED.items():
         logging.getLogger(name).addFilter(partial(_is_news, words))
 
@@ -101,15 +98,16 @@ def _refuse_names(words: Sequence[str]) -> None:
             raise UsageError(f"{shortened(word)} is not UTF-8: {fix}") from None
 
 
-def _told(error: Any) -> str:
-    """What Typer says of a command, an option or a value that it cannot read, and where
+def _mistake_of(error: Any) -> str:
+    """Typer's message on a command, an option or a value that it cannot read, and where
     the right ones are.
     """
-    said = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
+    message = error.format_message().strip().removesuffix(".")
+    message = message.replace("Value error, ", "")
     where = error.ctx.command_path if error.ctx else "notall"
-    if wrong := re.search("'([^']*)' is not one of (.*)", said):
-        said += nearest(wrong[1], re.findall("'([^']*)'", wrong[2]))
-    return f"{shortened(said, 200)}; see `{where} --help`"
+    if wrong := re.search("'([^']*)' is not one of (.*)", message):
+        message += nearest(wrong[1], re.findall("'([^']*)'", wrong[2]))
+    return f"{shortened(message, 200)}; see `{where} --help`"
 
 
 @contextmanager
@@ -124,14 +122,13 @@ def _own_manners() -> Iterator[None]:
     def end(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    is_main = (
-        threading.current_thread() is threading.main_thread()
-    )  # no other may say what signals do
+    # no other thread may say what signals do
+    is_main = threading.current_thread() is threading.main_thread()
     caught = [signal.SIGTERM] if is_main else []
     if is_main and (hangup := getattr(signal, "SIGHUP", None)):
         caught += [hangup] if signal.getsignal(hangup) is not signal.SIG_IGN else []
     before = {number: signal.signal(number, end) for number in caught}
-    told = warnings.formatwarning
+    usual_format = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: (
         f"warning: {' '.join(printable(str(message)).split())}\n"
     )
@@ -140,7 +137,7 @@ def _own_manners() -> Iterator[None]:
             warnings.simplefilter("ignore", SyntaxWarning)  # of code that is no user's
             yield
     finally:
-        warnings.formatwarning = told
+        warnings.formatwarning = usual_format
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -2,17 +2,21 @@
 it is called.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .. import __version__
 from ..errors import UsageError, shortened
+from ..experiments.waiting import SHOWN_BY
 from ..options import Asked
-from ..version import __version__
+from ..progress import Progress
 from .spread import spread
 
 if TYPE_CHECKING:
@@ -62,43 +66,43 @@ COMMANDS = {
     ),
     "bench": (
         MEASURE,
-        "measure",
+        "speed",
         "Time prefill and decode of the original and the pruned model.",
     ),
     "draft": (
         MEASURE,
-        "measure",
+        "speed",
         "Measure the speedup of a plan as a draft model in speculative decoding.",
     ),
     "eval": (
         MEASURE,
-        "measure",
+        "evaluate",
         "Measure what a plan costs on a text, and on benchmarks if you name some.",
     ),
     "paper": (
         MEASURE,
-        "measure",
+        "grid",
         "Run the paper's evaluation, and check each of its claims.",
     ),
     "pareto": (
         MEASURE,
-        "measure",
+        "pareto",
         "Compare skipping with quantising in the engine that serves the model.",
     ),
-    "sweep": (MEASURE, "measure", "Run the paper's grid on a text."),
+    "sweep": (MEASURE, "grid", "Run the paper's grid on a text."),
     "tasks": (
         MEASURE,
-        "measure",
+        "results",
         "List the tasks of lm-evaluation-harness that --tasks takes.",
     ),
     "report": (
         SHOW,
-        "measure",
+        "results",
         "Turn a results folder into one page that opens anywhere.",
     ),
     "reproduce": (
         SHOW,
-        "measure",
+        "results",
         "Make a results folder again, and compare every figure.",
     ),
     "export": (
@@ -114,13 +118,8 @@ MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
 # the exit code of a command that did its work and did not reach what was asked for, or
 # recorded
 MISSED = 3
-WITHOUT_MODEL = {
-    "criteria",
-    "report",
-    "tasks",
-    "--help",
-    "-h",
-}  # words of commands that need no model
+# words of commands that need no model
+WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}
 
 FIRST_STEPS = """\
 notall removes sublayers of a language model, and measures the loss and the
@@ -141,11 +140,15 @@ class Interrupted(BaseException):
 
 
 class Listed(TyperCommand):
+    """A command of the list, whose file is imported once it is needed."""
+
     def loaded(self) -> Any:
+        """The command itself, as Typer parses it."""
         import_module(f".{COMMANDS[str(self.name)][1]}", __package__)
         return typer.main.get_command(_LOADED[str(self.name)])
 
     def make_context(self, *given: Any, **how: Any) -> Any:
+        """That of the command itself."""
         return self.loaded().make_context(*given, **how)
 
 
@@ -155,13 +158,14 @@ class Tour(TyperGroup):
     def __init__(self, **given: Any) -> None:
         listed = {
             name: Listed(
-                name, help=told, rich_help_panel=panel, rich_markup_mode="rich"
+                name, help=summary, rich_help_panel=panel, rich_markup_mode="rich"
             )
-            for name, (panel, _, told) in COMMANDS.items()
+            for name, (panel, _, summary) in COMMANDS.items()
         }
         super().__init__(**given | {"commands": listed})
 
     def invoke(self, context: Any) -> Any:
+        """Run a command; Ctrl-C leaves as `Interrupted`."""
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
@@ -174,6 +178,7 @@ class OnRay(TyperCommand):
     """
 
     def parse_args(self, context: Any, words: list[str]) -> list[str]:
+        """Read `--ray` without an address as `--ray any`."""
         alone = (
             word == "--ray" and after.startswith("-")
             for word, after in zip(words, [*words[1:], "-"])
@@ -198,9 +203,8 @@ app = typer.Typer(
         " colours off; --json prints any table as JSON."
     ),
 )
-_LOADED: dict[
-    str, typer.Typer
-] = {}  # by the names of COMMANDS, once their files are imported
+# by the names of COMMANDS, once their files are imported
+_LOADED: dict[str, typer.Typer] = {}
 
 
 def options_in(words: Sequence[str]) -> list[Asked]:
@@ -214,24 +218,20 @@ def options_in(words: Sequence[str]) -> list[Asked]:
     try:
         values, others, order = parsed.make_parser(context).parse_args([*rest])
     except MISTYPED as error:
-        said: str = error.format_message()  # type: ignore[attr-defined]
-        raise UsageError(shortened(said, 200)) from None
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        raise UsageError(shortened(message, 200)) from None
     if others:
         raise UsageError(f"notall {name} takes no {shortened(others[0])}")
     found = list[Asked]()
     for one in dict.fromkeys(order):
         is_argument = one.param_type_name == "argument"
-        for value in (
-            values[one.name]
-            if isinstance(values[one.name], list)
-            else [values[one.name]]
-        ):
-            if isinstance(value, str):
-                found.append(Asked(one.name, "" if is_argument else one.opts[0], value))
-            elif (
-                not is_argument
-            ):  # an absent argument has no value, and a flag none of its own
-                found.append(Asked(one.name, one.opts[0], None))
+        flag = "" if is_argument else one.opts[0]
+        value = values[one.name]
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str):
+                found.append(Asked(one.name, flag, each))
+            elif not is_argument:  # an absent one has no value, and a flag none
+                found.append(Asked(one.name, flag, None))
     return sorted(found, key=lambda one: one.flag != "")
 
 
@@ -249,14 +249,14 @@ def command(
             rich_markup_mode="rich",
             pretty_exceptions_enable=False,
         )
-        panel, epilog, told = (
-            COMMANDS[called][0],
-            f"Example:  {example}",
-            _unbroken(function.__doc__ or ""),
+        add_to = alone.command(
+            name=called,
+            cls=OnRay,
+            rich_help_panel=COMMANDS[called][0],
+            epilog=f"Example:  {example}",
+            help=_unbroken(function.__doc__ or ""),
         )
-        alone.command(
-            name=called, cls=OnRay, rich_help_panel=panel, epilog=epilog, help=told
-        )(spread(function))
+        add_to(spread(function))
         _LOADED[called] = alone
         return function
 
@@ -281,6 +281,7 @@ def notall(
     What can go while your tasks stay:  [bold]notall search MODEL --recovery 0.95
     --tasks passkey,answers[/bold]
     """
+    show_work()
     if version:
         typer.echo(f"notall {__version__}")
         raise typer.Exit
@@ -293,6 +294,40 @@ def notall(
             import transformers  # noqa: F401
 
 
+def warn(measured: "Sequence[MeasuredRecord]") -> None:
+    """Print a warning on stderr for each text that a repair has made worse."""
+    from ..experiments.evaluate import repair_warnings
+
+    for warning in repair_warnings(measured):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+class OnStderr(logging.Handler):
+    """Prints what the package logs, word for word, on what is stderr at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of a record."""
+        print(record.getMessage(), file=sys.stderr)
+
+
+ON_STDERR = OnStderr()
+
+
+def show_work() -> None:
+    """Show notes of the package on stderr, and bars where it loads or reads."""
+    logger = logging.getLogger("notall.experiments")
+    logger.addHandler(ON_STDERR)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    SHOWN_BY.set(_bar)
+
+
+def _bar(doing: str) -> AbstractContextManager[Progress]:
+    from ..results.terminal import progress_bar
+
+    return progress_bar(doing)
+
+
 def conclude(
     verdict: "Verdict",
     tables: "Mapping[str, Table] | None" = None,
@@ -301,10 +336,9 @@ def conclude(
     also: "Mapping[str, Verdict] | None" = None,
     as_json: bool,
 ) -> None:
-    """Show tables, and say what a plan comes to, and others by name. Leave with
+    """Show tables, and verdicts on a plan and on others by name. Leave with
     `MISSED` where a budget was missed.
     """
-    from ..experiments.evaluate import warn_if_worse
     from ..results.terminal import say, show
 
     if tables:
@@ -312,7 +346,7 @@ def conclude(
             f"verdict_{name}": one.in_numbers() for name, one in (also or {}).items()
         }
         show(tables, as_json=as_json, also={"verdict": verdict.in_numbers(), **others})
-    warn_if_worse(measured)
+    warn(measured)
     verdicts = [verdict, *(also or {}).values()]
     for one in verdicts:
         if not as_json:

@@ -4,35 +4,31 @@ from pathlib import Path
 from typing import Annotated
 
 from ..errors import shortened
-from ..experiments import compare as comparing
-from ..experiments.driver import Subject
+from ..experiments.compare import run as comparing
+from ..experiments.compare.options import CompareOptions, check_runs
 from ..experiments.folder import check_folder
-from ..experiments.options import (
-    LAST_TOKENS,
-    PHASE,
-    HeldOutOptions,
-    KeepLast,
-    ModelOptions,
-    PlanOptions,
-    Split,
-    TaskOptions,
-    refuse_judging,
-)
-from ..experiments.recovery import RecoveryOptions, scores_table
+from ..experiments.options.model import ModelOptions
+from ..experiments.options.plan import LAST_TOKENS, PHASE, KeepLast, PlanOptions
+from ..experiments.options.tasks import TaskOptions, refuse_judging
+from ..experiments.options.text import HeldOutOptions, Split
+from ..experiments.recovery import RecoveryOptions
 from ..experiments.repair import RepairOptions
-from ..experiments.search import (
-    COLUMNS,
-    BudgetOptions,
-    ObjectiveOptions,
-    Search,
-    Searched,
-    SpaceOptions,
-)
+from ..experiments.search.options import BudgetOptions, ObjectiveOptions, SpaceOptions
+from ..experiments.search.run import Search, Searched
+from ..experiments.subject import Subject
 from ..experiments.verdict import prompt_in_words
 from ..models.gguf_sizes import size_notes
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Phase, Plan, several
+from ..report.comparison_tables import (
+    TIMED_ONCE,
+    columns_of,
+    timed_once,
+    write_comparison,
+)
+from ..report.plans import scores_table
+from ..report.search import COLUMNS
 from ..results.facts import FOOTPRINT, Footprint
 from ..results.provenance import Provenance, behind, place_of, windows_in_words
 from ..results.record import Fact
@@ -50,7 +46,7 @@ from .app import command, conclude
 )
 def compare(
     model: ModelOptions,
-    how: comparing.CompareOptions,
+    how: CompareOptions,
     tasks: TaskOptions,
     run: RunOptions,
     text: HeldOutOptions = HeldOutOptions(sequences=16, length=512, batch_size=2),
@@ -67,15 +63,12 @@ def compare(
     check_folder(out, "compare")
     text.check()
     choice = tasks.check(objectives=how.check())
-    refuse_judging(
-        choice,
-        [text.text],
-        how.prompts if any("answers" in one for one in how.objective) else None,
-    )
+    by_answers = any("answers" in one for one in how.objective)
+    refuse_judging(choice, [text.text], how.prompts if by_answers else None)
     net, tokenizer = model.load()
     timed = workload if workload.rounds else None
     runs = how.runs(net)
-    comparing.check_runs(net, runs, timed)
+    check_runs(net, runs, timed)
     comparing.check_given(net, how.given.values())
     prompt = how.prompt_of(text.length)
     split = text.split(net, tokenizer, seed=run.seed)
@@ -85,46 +78,41 @@ def compare(
             Subject(net, tokenizer, split.evaluation, out, about, run.seed),
             runs,
             how.objectives(net, tokenizer, batches, choice),
-            tasks=choice,
-            workload=timed,
-            repairs=how.repair,
-            repair_text=batches,
-            given=how.given,
-            prompt_tokens=prompt,
+            comparing.Measuring(
+                tasks=choice,
+                workload=timed,
+                repairs=how.repair,
+                repair_text=batches,
+                given=how.given,
+                prompt_tokens=prompt,
+            ),
             progress=progress,
         )
     title = (
         f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
     )
-    comparing.write_comparison(records, out, title, _made(about, split, timed, prompt))
-    tables = {
-        "comparison": table(
-            f"{several(len(records), 'choice')} in {out}",
-            comparing.columns_of(records),
-            records,
-        )
-    }
+    write_comparison(records, out, title, _made(about, split, timed, prompt))
+    title = f"{several(len(records), 'choice')} in {out}"
+    tables = {"comparison": table(title, columns_of(records), records)}
     where = (
         f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in"
         f" {out / 'plans'}."
     )
-    once = [comparing.TIMED_ONCE] if comparing.timed_once(records) else []
+    once = [TIMED_ONCE] if timed_once(records) else []
     show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
 
 
 def _made(
     about: Provenance, split: Split, timed: Workload | None, prompt: int | None
 ) -> str:
-    others = (
-        "as many other ones"
-        if split.is_same
-        else f"as many of {split.held_out.text.name}"
-    )
+    """By what plans are chosen, on what they are measured, and how they are timed."""
+    others = "as many other ones"
+    if not split.is_same:
+        others = f"as many of {split.held_out.text.name}"
     made = (
         f"Chosen by {windows_in_words(split.described)}, measured on"
-        f" {others}{behind(prompt)}"
+        f" {others}{behind(prompt)}, in {about.what['dtype']}."
     )
-    made += f", in {about.what['dtype']}."
     if timed is None:
         return made
     place = place_of(about.where["machine"], versions=False)
@@ -179,23 +167,19 @@ def search(
 
 
 def _tables_of(done: Searched) -> dict[str, Table]:
-    tables = {
-        "search": table(
-            f"{done.out}: {done.budget}, skip {done.record.plan}",
-            COLUMNS,
-            [done.record],
-        )
-    }
+    title = f"{done.out}: {done.budget}, skip {done.record.plan}"
+    tables = {"search": table(title, COLUMNS, [done.record])}
     if done.measured:
-        tables["quality"] = table(
-            "before the repair, and after it", MEASURED, done.measured
-        )
+        quality = table("before the repair, and after it", MEASURED, done.measured)
+        tables["quality"] = quality
     if done.scores:
         tables["tasks"] = scores_table(done.scores)
     return tables
 
 
 class Weighed(Fact):
+    """A model and what it weighs: a row of the table."""
+
     model: str
     footprint: Footprint
 
@@ -233,7 +217,8 @@ def plan(
     from ..running.skipping import footprint
     from ..structure.locating import locate
 
-    net, asked = model.empty(), PlanOptions(None, skip, keep_last, phase, last_tokens)
+    net = model.empty()
+    asked = PlanOptions(None, skip, keep_last, phase, last_tokens)
     asked.check()
     chosen = asked.of(net)
     chosen.save(out)
@@ -253,6 +238,8 @@ def plan(
 
 
 class CriterionFact(Fact):
+    """An importance criterion: what it chooses among, and by what."""
+
     criterion: str
     of: str
     goes_by: str

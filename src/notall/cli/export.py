@@ -6,33 +6,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from ..experiments.evaluate import warn_if_worse
-from ..experiments.options import (
-    ModelOptions,
-    TaskChoice,
-    TextOptions,
-    read_plan,
-    refuse_judging,
-)
-from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
+from ..experiments.options.model import ModelOptions
+from ..experiments.options.plan import read_plan
+from ..experiments.options.tasks import TaskChoice, refuse_judging
+from ..experiments.options.text import TextOptions
+from ..experiments.recovery import RecoveryOptions, judge, last_state
 from ..experiments.repair import RepairOptions
-from ..experiments.search import uses_of
-from ..experiments.used import Use, windows_of
+from ..experiments.used import Use, uses_of, windows_of
 from ..experiments.verdict import Verdict
 from ..exporters import Source, check_export, export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
+from ..report.plans import scores_table
 from ..results.facts import DELTA_NLL, KL, PERPLEXITY, RECOVERED, TOP1, State
 from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord
 from ..results.table import Column, in_bytes, size, table, words
 from ..results.terminal import progress_bar, show
 from ..strict_json import Settings
-from .app import command, conclude
+from .app import command, conclude, warn
 
 BROKEN = (
     "kinds of layers no longer come again every {} layers; an engine that counts them"
@@ -42,6 +38,8 @@ BROKEN = (
 
 
 class FileFact(Fact):
+    """A file of an export."""
+
     file: str
     bytes: Count
 
@@ -111,11 +109,11 @@ def export(
     with progress_bar() as progress:
         wanted, measured = _repaired(model, plan, wanted, repair, kept, progress)
         used = uses_of(wanted, plan)
-        card, verdict = (
-            _measured(model, wanted, measure, used, choice, progress)
-            if measure or choice
-            else (None, None)
-        )
+        card, verdict = None, None
+        if measure or choice:
+            card, verdict = _measure_plan(
+                model, wanted, measure, used, choice, progress
+            )
         how |= {"measured": card, "verify": verify, "progress": progress}
         export_model(model.model, wanted, to, out, **how)
     files = [
@@ -127,11 +125,8 @@ def export(
     if verdict and verdict.scores:
         tables = {"tasks": scores_table(verdict.scores)} | tables
     if measured:
-        tables = {
-            "quality": table(
-                f"skip {wanted}: before the repair and after it", MEASURED, measured
-            )
-        } | tables
+        title = f"skip {wanted}: before the repair and after it"
+        tables = {"quality": table(title, MEASURED, measured)} | tables
     also: dict[str, object] = {name.lower(): line for name, line in ending.items()}
     also |= {"verdict": verdict.in_numbers()} if verdict else {}
     show(tables, as_json=as_json, also=also)
@@ -140,7 +135,7 @@ def export(
             f"note: the plan skips nothing, so {out} is the original model",
             file=sys.stderr,
         )
-    warn_if_worse(measured)
+    warn(measured)
     if verdict:
         conclude(verdict, as_json=as_json)
     for name, line in ending.items():
@@ -173,54 +168,51 @@ def _repaired(
 
 
 def _conclusion(out: Path, to: str) -> dict[str, str]:
-    """What one wants to know of an export: was it checked, how small is it, how is it
-    run and served.
-    """
+    """Whether an export was verified, how small it is, and how it is run and served."""
     manifest, config = read_manifest(out), out / "config.json"
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
-    told = (
-        json.loads(config.read_bytes()) if config.is_file() else {}
-    )  # a GGUF has types for each tensor
-    dtype = told.get("dtype") or told.get("torch_dtype")
-    weights = (
-        f"{in_bytes(written)}, {written / dense:.0%} of the original model's"
-        f" {in_bytes(dense)}"
-    )
-    said = {
-        "Check": str(verdict_of(manifest)),
-        "Weights": weights + (f" in {dtype}" if dtype else ""),
-    }
+    weights = f"{in_bytes(written)}, {written / dense:.0%} of the original model's"
+    weights += f" {in_bytes(dense)}"
+    # a GGUF has types for each tensor
+    settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    if dtype := settings.get("dtype") or settings.get("torch_dtype"):
+        weights += f" in {dtype}"
+    lines = {"Check": str(verdict_of(manifest)), "Weights": weights}
     if period := manifest.get("breaks_period"):
-        said["Period"] = BROKEN.format(period)
+        lines["Period"] = BROKEN.format(period)
+    return lines | _how_to_run(out, to, manifest)
+
+
+def _how_to_run(out: Path, to: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The commands that run and serve an export; none of a target of someone's own,
+    whose model card has them.
+    """
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
+    in_prompts = "prefill" in manifest["plan"]
     if to == "gguf":
-        run = f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"
-        return said | {
-            "Next": f"{run}, {PATCHED}" if "prefill" in manifest["plan"] else run
-        }
+        file = shlex.quote(str(next(out.glob("*.gguf"))))
+        run = f"llama-cli -m {file} -fa on"
+        return {"Next": f"{run}, {PATCHED}" if in_prompts else run}
     if to == "nemotron-nas":
-        return {**said, "Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+        return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
     if to == "swiftkv":
-        return {
-            **said,
-            "Serve": f"ARCTIC_INFERENCE_ENABLED=1 vllm serve {folder}   # with a GPU",
-        }
-    if to != "hf":  # a target of someone's own; its model card says how it is run
-        return said
-    if "prefill" in manifest["plan"]:
-        return said | {"Next": IN_PROMPTS}
-    said |= {
+        serve = f"ARCTIC_INFERENCE_ENABLED=1 vllm serve {folder}   # with a GPU"
+        return {"Serve": serve}
+    if to != "hf":
+        return {}
+    if in_prompts:
+        return {"Next": IN_PROMPTS}
+    lines = {
         "Next": f"notall generate {folder} {prompt}",
         "Serve": f"vllm serve {folder}",
     }
-    if manifest["model_type"].startswith(
-        "notall_"
-    ):  # with notall beside vLLM, and with vLLM alone
-        said["Alone"] = f"vllm serve {folder} --trust-remote-code"
-    return said
+    # served with notall next to vLLM, and by vLLM alone
+    if manifest["model_type"].startswith("notall_"):
+        lines["Alone"] = f"vllm serve {folder} --trust-remote-code"
+    return lines
 
 
-def _measured(
+def _measure_plan(
     model: ModelOptions,
     plan: Plan,
     text: str | None,
@@ -240,32 +232,22 @@ def _measured(
     plans: dict[State, Plan] = {"skipped": plan.unrepaired, plan.state: plan}
     card, quality, named = dict[str, str](), None, ""
     if text:
-        length, apart = (
-            int(min(256, positions_of(net))),
-            windows_of(used, net, tokenizer, [text]),
-        )
-        batches, described = TextOptions(text, 8, length).windows(
-            net, tokenizer, apart=apart
-        )
+        length = int(min(256, positions_of(net)))
+        apart = windows_of(used, net, tokenizer, [text])
+        windows = TextOptions(text, 8, length)
+        batches, described = windows.windows(net, tokenizer, apart=apart)
         dense, *unrepaired, quality = evaluate(net, [Plan(), *plans.values()], batches)
         named = described["text"]
-        card |= {
-            "text": f"{named}, 8 windows of {length} tokens",
-            f"{PERPLEXITY.heading} of the original model": PERPLEXITY.text(dense),
-            **{
-                column.titled: column.text(quality)
-                for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)
-            },
-            **{
-                f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one)
-                for one in unrepaired
-            },
-        }
+        card["text"] = f"{named}, 8 windows of {length} tokens"
+        card[f"{PERPLEXITY.heading} of the original model"] = PERPLEXITY.text(dense)
+        for column in (PERPLEXITY, DELTA_NLL, KL, TOP1):
+            card[column.titled] = column.text(quality)
+        for one in unrepaired:
+            card[f"{DELTA_NLL.titled}, before the repair"] = DELTA_NLL.text(one)
     scores = judge(net, tokenizer, plans, tasks.jobs(), tasks, None, progress)
-    recovered = [one for one in last_state(scores) if one.recovery]
-    card |= {
-        f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one)
-        for one in recovered
-    }
+    for score in last_state(scores):
+        if score.recovery:
+            name = f"Recovery, {score.task} ({score.usual_metric})"
+            card[name] = RECOVERED.text(score)
     verdict = Verdict.on(net, plan, quality, named, spec=model.model)
     return card, verdict.judged(scores, tasks.recovery)

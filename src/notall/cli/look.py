@@ -14,14 +14,16 @@ from rich.table import Column as RichColumn, Table
 from rich.text import Text
 
 from ..encodings import printable
-from ..experiments.driver import write_similarity
-from ..experiments.options import ModelOptions, PlanOptions, TextOptions
+from ..experiments.options.model import ModelOptions
+from ..experiments.options.plan import PlanOptions
+from ..experiments.options.text import TextOptions
 from ..extras import FIGURES, need
 from ..files import contents, refuse_others
 from ..models.gguf_sizes import size_notes
 from ..options import Json, Option, RunOptions, Seed
 from ..plan import Plan, bound_to_prompt
 from ..progress import tracked
+from ..report.similarity import write_similarity
 from ..results.facts import SIMILARITY
 from ..results.lines import refuse_unwritable
 from ..results.provenance import windows_in_words
@@ -32,6 +34,8 @@ from .app import command
 
 
 class SublayerFact(Fact):
+    """A sublayer, and its share of the model."""
+
     sublayer: str
     kind: Literal["attention", "mlp"]
     index: Count
@@ -90,20 +94,14 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
         )
         for part in structure.sublayers
     ]
-    shape = (
-        "parallel blocks"
-        if any(block.parallel for block in structure.blocks)
-        else "blocks"
-    )
-    states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
+    parallel = any(block.parallel for block in structure.blocks)
+    blocks = f"{len(structure.blocks)} {'parallel blocks' if parallel else 'blocks'}"
     sizes = (
-        f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a"
-        f" token{states}"
+        f"{total.params:,} parameters, {total.kv_bytes_per_token:,} KV bytes a token"
     )
-    title = (
-        f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {sizes} in"
-        f" {dtype_name(net)}"
-    )
+    if total.state_bytes:
+        sizes += f", {total.state_bytes:,} bytes of states"
+    title = f"{structure.fingerprint}: {blocks}, {sizes} in {dtype_name(net)}"
     show(
         {"sublayers": table(title, COLUMNS, found)},
         as_json=as_json,
@@ -128,18 +126,7 @@ def similarity(
 
     if out:
         need(*FIGURES)
-        refuse_unwritable(out.parent)
-        refuse_others(
-            Path(f"{out}.csv"),
-            lambda csv: b"layer,kind," in contents(csv),
-            "table of similarities",
-        )
-        for suffix in (
-            () if Path(f"{out}.csv").exists() else (".tex", ".png", ".svg", ".html")
-        ):
-            refuse_others(
-                Path(f"{out}{suffix}"), lambda _: False, "figure of similarities"
-            )
+        _check_writable(out)
     text.check()
     net, tokenizer = model.load()
     batches, described = text.windows(net, tokenizer, seed=run.seed)
@@ -147,21 +134,33 @@ def similarity(
         found = measure_similarity(
             net, tracked(batches, "comparing the layers", progress)
         )
-    written = (
-        write_similarity(found, out, model.model, windows_in_words(described))
-        if out
-        else []
-    )
-    shown = {
+    tables = {
         "similarity": table(
             "cosine of the residual stream before and after", SIMILARITY, found
         )
     }
-    show(
-        shown,
-        as_json=run.as_json,
-        then=[f"Written: {', '.join(map(str, written))}"] if written else [],
+    then = []
+    if out:
+        text_in_words = windows_in_words(described)
+        written = write_similarity(found, out, model.model, text_in_words)
+        then = [f"Written: {', '.join(map(str, written))}"]
+    show(tables, as_json=run.as_json, then=then)
+
+
+def _check_writable(out: Path) -> None:
+    """Raise `UsageError` where the files of a similarity cannot be written, or others'
+    are in their place.
+    """
+    refuse_unwritable(out.parent)
+    csv = Path(f"{out}.csv")
+    refuse_others(
+        csv, lambda file: b"layer,kind," in contents(file), "table of similarities"
     )
+    if not csv.exists():
+        for suffix in (".tex", ".png", ".svg", ".html"):
+            refuse_others(
+                Path(f"{out}{suffix}"), lambda _: False, "figure of similarities"
+            )
 
 
 @command(example='notall generate smollm2 "The capital of France is" --plan plan.json')
@@ -177,7 +176,7 @@ def generate(
     chat: Annotated[
         bool, Option("put the prompt into the model's chat template", ("--chat",))
     ] = False,
-    beside: Annotated[
+    with_original: Annotated[
         bool, Option("show the original model's answer too", ("--beside",))
     ] = False,
     seed: Seed = 0,
@@ -185,7 +184,7 @@ def generate(
     """Continue a prompt with the skipped model. The text is printed as it comes."""
     from ..running.generating import Streamer, generate_text
 
-    plan.check(needed=beside, model=model.model)
+    plan.check(needed=with_original, model=model.model)
     model.check_plan(plan.named)
     net, tokenizer = model.load()
     write_text = partial(
@@ -193,7 +192,7 @@ def generate(
     )
     write_text = partial(write_text, temperature=temperature, chat=chat, seed=seed)
     wanted = plan.of(net)
-    if not beside:
+    if not with_original:
         write_text(plan=wanted, streamer=Streamer(tokenizer, _write))
         print()
         return
@@ -221,21 +220,25 @@ def side_by_side(names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
             columns = Table(
                 *(RichColumn(name, ratio=1) for name in written), expand=True
             )
-            columns.add_row(*(Text(_lines(text, console)) for text in written.values()))
+            columns.add_row(
+                *(Text(_printable_lines(text, console)) for text in written.values())
+            )
             live.update(columns, refresh=True)
 
     with live or nullcontext():
         yield write
     if not live:
         for name, text in written.items():
-            console.print(Text(f"{name}:\n{_lines(text, console)}\n"), soft_wrap=True)
+            console.print(
+                Text(f"{name}:\n{_printable_lines(text, console)}\n"), soft_wrap=True
+            )
 
 
 def _write(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), end="", flush=True)
 
 
-def _lines(text: str, console: Console) -> str:
+def _printable_lines(text: str, console: Console) -> str:
     """What a model says keeps its lines, and steers no terminal."""
     return "\n".join(
         printable(line, console.encoding) for line in text.strip("\n").split("\n")

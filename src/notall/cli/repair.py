@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import UsageError
 from ..experiments import repair as repairs
 from ..experiments.folder import check_folder
-from ..experiments.options import ModelOptions, TaskChoice, read_plan, refuse_judging
-from ..experiments.recovery import RecoveryOptions, judged, scores_table
+from ..experiments.next_commands import what_next
+from ..experiments.options.model import ModelOptions
+from ..experiments.options.plan import read_plan
+from ..experiments.options.tasks import TaskChoice, refuse_judging
+from ..experiments.recovery import RecoveryOptions, judged
 from ..experiments.repair import METHODS, REFIT, FitOptions
-from ..experiments.search import uses_of
-from ..experiments.verdict import Verdict, what_next
+from ..experiments.used import uses_of
+from ..experiments.verdict import Verdict
 from ..options import Option, RunOptions
 from ..plan import Plan
+from ..report.measured import refits_table
+from ..report.plans import scores_table
 from ..results.facts import State
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
@@ -87,24 +92,17 @@ def repair(
         how = asked.settings, progress, offload
         if minutes:
             fit = texts.together(text.batch_size, None if text.sequences else SEQUENCES)
-            training = Training(
-                asked.plan,
-                texts.together(repairs.STEP),
-                texts.stop(repairs.STEP),
-                config,
-            )
+            train, stop = texts.together(repairs.STEP), texts.stop(repairs.STEP)
+            training = Training(asked.plan, train, stop, config)
             plans["repaired"], plans["healed"] = recover(
                 out, repair, net, training, fit, *how
             )
         else:
-            plans["repaired"] = repair_into(
-                out, repair, net, asked.plan, texts.together(text.batch_size), *how
-            )
-    tables = (
-        {"refits": repairs.refits_table(plans["repaired"], out)}
-        if repair == REFIT
-        else {}
-    )
+            fit = texts.together(text.batch_size)
+            plans["repaired"] = repair_into(out, repair, net, asked.plan, fit, *how)
+    tables = {}
+    if repair == REFIT:
+        tables["refits"] = refits_table(plans["repaired"], out)
     asked.end({"skipped": asked.plan, **plans}, out, tables, run.as_json)
 
 
@@ -135,25 +133,25 @@ def heal(
     from ..repairing.texts import sampled
 
     check_folder(out, "heal")
-    config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
+    config = how.config(run.seed)
+    workers = cluster.workers(model, text.batch_size)
     asked = _begun(model, plan, text, tasks, run.seed, training=True)
-    asked = (
-        replace(asked, settings=Provenance.of(asked.settings, sampled=True))
-        if text.sample
-        else asked
-    )
+    if text.sample:
+        settings = Provenance.of(asked.settings, sampled=True)
+        asked = replace(asked, settings=settings)
     with progress_bar() as progress:
-        fit, stop = (
-            asked.texts.together(text.batch_size),
-            asked.texts.stop(text.batch_size),
-        )
+        fit = asked.texts.together(text.batch_size)
+        stop = asked.texts.stop(text.batch_size)
         if text.sample:
             fit = sampled(
                 asked.net, fit, out, asked.settings, seed=run.seed, progress=progress
             )
-        given = (asked.net, asked.plan, fit, stop, config)
         healed = heal_plan(
-            *given,
+            asked.net,
+            asked.plan,
+            fit,
+            stop,
+            config,
             out=out,
             provenance=asked.settings,
             workers=workers,
@@ -181,7 +179,7 @@ class Asked:
         tables: dict[str, Table],
         as_json: bool,
     ) -> None:
-        """Measure the states of the plan whose weights are in `out`, and say it, and
+        """Measure the states of the plan whose weights are in `out`, and report it, and
         what to do with them.
         """
         from ..repairing.texts import measure
@@ -208,9 +206,8 @@ class Asked:
         )
         if scores:
             tables["tasks"] = scores_table(scores)
-        first, *others = (
-            one for one in measured if one.model == measured[-1].model
-        )  # a text each
+        # a text each
+        first, *others = (one for one in measured if one.model == measured[-1].model)
         verdict = Verdict.on(
             self.net, first.plan, first.quality, first.text, first.model, self.spec
         )

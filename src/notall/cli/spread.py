@@ -26,9 +26,7 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     }
     given = signature(function).parameters
     options: dict[str, Parameter] = {}
-    owners: dict[
-        str, str
-    ] = {}  # of an option, the parameter that it is, or is a field of
+    owners: dict[str, str] = {}  # of an option, the parameter of which it is a field
     for name, parameter in given.items():
         how = hints[name], parameter.default
         for option in _fields(*how) if name in classes else [_option(name, *how)]:
@@ -39,19 +37,15 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(**values: Any) -> None:
-        mine: dict[str, dict[str, Any]] = {name: {} for name in given}
+        by_owner: dict[str, dict[str, Any]] = {name: {} for name in given}
         for name, value in values.items():
-            mine[owners[name]][name] = (
-                tuple(value) if isinstance(value, list) else value
-            )
-        function(
-            **{
-                name: (
-                    classes[name](**mine[name]) if name in classes else mine[name][name]
-                )
-                for name in given
-            }
-        )
+            fixed = tuple(value) if isinstance(value, list) else value
+            by_owner[owners[name]][name] = fixed
+        arguments = {
+            name: classes[name](**own) if name in classes else own[name]
+            for name, own in by_owner.items()
+        }
+        function(**arguments)
 
     command.__signature__ = Signature([*options.values()])  # type: ignore[attr-defined]
     command.__annotations__ = {
@@ -82,25 +76,23 @@ def _option(
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     option = option or next((one for one in more if isinstance(one, Option)), None)
     assert option, f"{name} has no Option to explain it"
-    told: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    words: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
     if option.argument:
-        info = typer.Argument(**told)
+        info = typer.Argument(**words)
     else:
-        flags = option.flags or (f"--{name.replace('_', '-')}",)
-        told |= {
-            "min": option.least,
-            "callback": _at_most(option.most),
-            "rich_help_panel": option.panel or panel,
-        }
-        info = typer.Option(*flags, **told)
-    kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
-    default = (
-        REQUIRED
-        if default is ...
-        else list(default)
-        if isinstance(default, tuple)
-        else default
-    )
+        info = typer.Option(
+            *(option.flags or (f"--{name.replace('_', '-')}",)),
+            **words,
+            min=option.least,
+            callback=_at_most(option.most),
+            rich_help_panel=option.panel or panel,
+        )
+    if get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+    if default is ...:
+        default = REQUIRED
+    elif isinstance(default, tuple):
+        default = list(default)
     return Parameter(
         name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )

@@ -4,7 +4,6 @@ parts, and measured as a whole.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,12 @@ from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
 from ..options import Workload, option
-from ..plan import Plan, refuse_prefill, several
+from ..plan import Plan, refuse_prefill
 from ..progress import Progress, Stages, silent, tracked
-from ..results.facts import SIGNIFICANT, Decoding
+from ..results.facts import Decoding
 from ..results.ledger import Ledger, working_in
-from ..results.lines import finite
 from ..results.provenance import Provenance
 from ..results.record import Count, Positive, Quartiles, Record, Share, Skips, Unsigned
-from ..results.table import Column, number, table, with_error, with_quartiles, words
-from ..strict_json import Settings
-from .folder import Folder, Section, Shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +28,15 @@ if TYPE_CHECKING:
 
     from ..measuring.acceptance import Accepted
 
+
 MOST_DRAFTED = 64
 Samples = Mapping[str, Sequence[float]]  # milliseconds, a round each, by what was timed
-DENSE, DRAFT, CHECK = "a decode step", "a draft step", "the check of {}"
-ALONE, WITH = "generating", "generating with a draft"
-NOTE = (
-    "The plan's model drafts tokens, and the original checks them in one step: the text"
-    " is the original model's. Below 1, drafting is slower. Predicted: what a round"
-    " gives over what its steps take. Measured: transformers' own generate, greedy, at"
-    " the number of tokens that is best."
-)
+# what is timed: steps, and ways to generate
+DENSE_STEP = "a decode step"
+DRAFT_STEP = "a draft step"
+CHECK_STEP = "the check of {}"
+ALONE = "generating"
+WITH = "generating with a draft"
 
 
 class DraftRecord(Record, Skips, kind="draft"):
@@ -99,33 +93,6 @@ class DraftRecord(Record, Skips, kind="draft"):
         return self
 
 
-COLUMNS: tuple[Column[DraftRecord], ...] = (
-    words("decoding", lambda one: one.decoding),
-    number("drafted", lambda one: one.drafted, "d", unit="tokens a round"),
-    with_quartiles("predicted speedup", lambda one: one.predicted, ".2f"),
-    with_quartiles("measured speedup", lambda one: one.measured, ".2f"),
-    with_error(
-        "tokens a round",
-        lambda one: (one.tokens_per_round, one.tokens_per_round_se),
-        ".2f",
-    ),
-    with_error(
-        "the last accepted", lambda one: (one.acceptance, one.acceptance_se), ".2f"
-    ),
-    number("draft ms", lambda one: one.draft_ms, ".1f"),
-    number("check ms", lambda one: one.check_ms, ".1f"),
-    number("dense ms", lambda one: one.dense_ms, ".1f"),
-    words(
-        "same texts",
-        lambda one: (
-            "" if one.same_texts is None else f"{one.same_texts} of {one.texts}"
-        ),
-    ),
-    words("model", lambda one: one.model),
-    words("skipped", lambda one: one.plan.in_words()),
-)
-
-
 @dataclass(frozen=True)
 class DraftOptions:
     """Prompts are continued, with 1 to `most` tokens drafted a round; all is timed in
@@ -142,6 +109,9 @@ class DraftOptions:
     rounds: int = option(5, "timed rounds; each times all models in turn")
 
     def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` for counts that the model, or a check of drafts, has no
+        room for.
+        """
         if not 1 <= self.most <= MOST_DRAFTED:
             raise UsageError(
                 f"--most must be 1 to {MOST_DRAFTED}, got {shortened(self.most)}"
@@ -150,11 +120,11 @@ class DraftOptions:
             model
         )
         if self.generation_tokens <= self.most:
-            told = (
+            raise UsageError(
                 f"--generation-tokens {self.generation_tokens} is fewer than the check"
+                f" of {self.most} drafted ones reads: give at least {self.most + 1}, or"
+                " draft fewer"
             )
-            fix = f"give at least {self.most + 1}, or draft fewer"
-            raise UsageError(f"{told} of {self.most} drafted ones reads: {fix}")
 
 
 class Drafted(NamedTuple):
@@ -195,11 +165,8 @@ def measure_draft(
         "generation_tokens": how.generation_tokens,
     }
     source = Provenance.of(provenance, seed=seed, **asked)
-    stages, draft, prompts = (
-        Stages(progress, 10),
-        draft_model(model, plan),
-        windows[:, : how.prompt_tokens],
-    )
+    stages, draft = Stages(progress, 10), draft_model(model, plan)
+    prompts = windows[:, : how.prompt_tokens]  # (texts, prompt)
     with working_in(out, "draft"):
         kept = Ledger(out, DraftRecord) if out else None
         judged: dict[Decoding, list[Accepted]] = {}
@@ -217,15 +184,15 @@ def measure_draft(
             ]
         step = partial(step_ms, tokens=windows[:1], prompt=how.prompt_tokens)
         steps = {
-            DENSE: partial(step, model, width=1),
-            DRAFT: partial(step, draft, width=1),
+            DENSE_STEP: partial(step, model, width=1),
+            DRAFT_STEP: partial(step, draft, width=1),
         }
         steps |= {
-            CHECK.format(drafted): partial(step, model, width=drafted + 1)
+            CHECK_STEP.format(drafted): partial(step, model, width=drafted + 1)
             for drafted in range(1, how.most + 1)
         }
         times = interleaved(steps, how.rounds, progress=stages.stage(4))
-        said = partial(
+        record = partial(
             DraftRecord,
             plan=plan,
             model=plan.state,
@@ -233,13 +200,12 @@ def measure_draft(
             provenance=source,
         )
         records = [
-            _record(partial(said, decoding=decoding), drafted, texts, times)
+            _record(partial(record, decoding=decoding), drafted, texts, times)
             for decoding, texts in judged.items()
             for drafted in range(1, how.most + 1)
         ]
-        best = max(
-            range(how.most), key=lambda place: records[place].predicted.median
-        )  # greedy ones come first
+        greedy = records[: how.most]  # they come first
+        best = max(range(how.most), key=lambda place: greedy[place].predicted.median)
         measured, same, refused = generated(
             model, draft, prompts, how, records[best].drafted, stages.stage(4)
         )
@@ -253,7 +219,10 @@ def measure_draft(
 
 
 def _record(
-    said: partial[DraftRecord], drafted: int, texts: Sequence[Accepted], times: Samples
+    record: partial[DraftRecord],
+    drafted: int,
+    texts: Sequence[Accepted],
+    times: Samples,
 ) -> DraftRecord:
     """A round takes so many draft steps and a check; the same tokens took the original
     model a step each.
@@ -263,9 +232,10 @@ def _record(
 
     accepted, accepted_se = acceptance(texts, drafted)
     tokens, tokens_se = tokens_per_round(texts, drafted)
-    dense, draft, check = times[DENSE], times[DRAFT], times[CHECK.format(drafted)]
+    dense, draft = times[DENSE_STEP], times[DRAFT_STEP]
+    check = times[CHECK_STEP.format(drafted)]
     taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
-    return said(
+    return record(
         drafted=drafted,
         acceptance=accepted,
         acceptance_se=accepted_se,
@@ -294,10 +264,12 @@ def generated(
     from ..models.load_errors import quiet
     from ..running.generating import greedy
 
-    settings, said = draft.generation_config, dict[str, list[list[int]]]()
+    settings = draft.generation_config
     settings.num_assistant_tokens = drafted
     settings.num_assistant_tokens_schedule = "constant"
     settings.assistant_confidence_threshold = 0.0  # or it ends drafts early
+
+    texts: dict[str, list[list[int]]] = {}  # token ids, by the way to generate
 
     def go_on(prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
         with (
@@ -312,7 +284,7 @@ def generated(
 
     def timed(way: str, **assistant: PreTrainedModel) -> float:
         start = time.perf_counter()
-        said[way] = [go_on(prompt, **assistant) for prompt in prompts.split(1)]
+        texts[way] = [go_on(prompt, **assistant) for prompt in prompts.split(1)]
         return 1e3 * (time.perf_counter() - start)
 
     try:
@@ -324,78 +296,5 @@ def generated(
         WITH: partial(timed, WITH, assistant_model=draft),
     }
     times = interleaved(ways, how.rounds, progress=progress)
-    return (
-        speedup(times[ALONE], times[WITH]),
-        sum(map(list.__eq__, said[WITH], said[ALONE])),
-        "",
-    )
-
-
-def verdict(found: Drafted) -> Settings:
-    """If it makes decoding faster, at how many tokens a round it is best, and what
-    transformers made of it.
-
-    That is `said` in words; `best` has the figures by the way to decode, those at the
-    best speedup that is predicted.
-    """
-    figures, phrases = dict[str, Settings](), list[str]()
-    for decoding in get_args(Decoding):
-        some = [one for one in found.records if one.decoding == decoding]
-        if not some:
-            continue
-        best = max(some, key=lambda one: one.predicted.median)
-        predicted, measured = (
-            best.predicted,
-            (best.measured.median if best.measured else math.nan),
-        )
-        times = {
-            "predicted": predicted.median,
-            "measured": measured,
-            "tokens_per_round": best.tokens_per_round,
-        }
-        figures[decoding] = {"drafted": best.drafted, **times}
-        pace = _pace(best, len(some))
-        told = (
-            f"at best {predicted.median:.2f}x predicted, with"
-            f" {several(best.drafted, 'token')} a round"
-        )
-        told += f"; measured in transformers: {measured:.2f}x" if best.measured else ""
-        phrases.append(f"{pace} {decoding} ({told})")
-    said = f"Drafting with it would be {', and '.join(phrases)}."
-    if found.refused:
-        said += f" Nothing was measured: {found.refused}."
-    return finite({"said": said, "best": figures, "refused": found.refused or None})
-
-
-def _pace(best: DraftRecord, tried: int) -> str:
-    """Whether drafting is faster, by the best of so many numbers of tokens that were
-    `tried`.
-
-    By the 95 % interval of what is predicted, of the rounds and of the texts, made
-    wider as the best of several is looked at (Bonferroni); and slower where what was
-    measured says so.
-    """
-    from ..measuring.statistics import Estimate, combined, of_rounds
-
-    share = best.tokens_per_round_se / best.tokens_per_round
-    of_texts = Estimate(0.0, share * best.predicted.median, best.texts - 1)
-    low, high = combined([(1.0, of_rounds(best.predicted)), (1.0, of_texts)]).ends(
-        1 - SIGNIFICANT / tried
-    )
-    if high < 1 or (best.measured and of_rounds(best.measured).ends()[1] < 1):
-        return "slower"
-    return "faster" if low > 1 else "inconclusive"
-
-
-def shown(folder: Folder) -> Shown:
-    records = folder.of(DraftRecord)
-    return Shown(
-        sections=(
-            Section(
-                "drafts",
-                "As a draft model",
-                table=table("drafts", COLUMNS, records),
-                note=NOTE,
-            ),
-        )
-    )
+    same = sum(map(list.__eq__, texts[WITH], texts[ALONE]))
+    return speedup(times[ALONE], times[WITH]), same, ""

@@ -1,5 +1,5 @@
 """What is kept of what the original model can do, by tasks: what is asked for,
-measured, kept, and said.
+measured and kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,20 @@ from ..options import option
 from ..plan import Plan, several
 from ..progress import Progress, silent
 from ..results import lines
-from ..results.facts import PLAN_SCORES, RECOVERY, PlanScore, Recovered, State
+from ..results.facts import RECOVERY, PlanScore, Recovered, State
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.record import Record, Skips
-from ..results.table import Table, table
-from .driver import run_choice
-from .folder import Folder
-from .options import TaskChoice, TaskOptions
+from .benchmarks import run_choice
+from .options.tasks import TaskChoice, TaskOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..evaluation.tasks import Job
 
-TASKS = "needles", "answers"  # by which recovery is told, where none are named
+
+TASKS = "needles", "answers"  # by which recovery is measured, where none are named
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class RecoveryOptions(TaskOptions):
 class JudgedRecord(
     Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")
 ):
-    """A plan, with its weights if it has any, on a task, beside the original model on
-    the same items.
+    """A plan, with its weights if it has any, on a task, compared with the original
+    model on the same items.
     """
 
 
@@ -92,7 +91,7 @@ def judged(
     progress: Progress = silent,
 ) -> list[PlanScore]:
     """What the plans score on the tasks that are asked for, kept in `folder`, with
-    their answers in one beside it.
+    their answers in a folder of it.
     """
     scores = judge(
         model, tokenizer, plans, tasks.jobs(), tasks, folder / "answers", progress
@@ -110,32 +109,13 @@ def keep_scores(
     """Write down what plans score, unless it is there."""
     records = []
     for score in scores:
-        plan, about = (
-            plans[score.model],
-            Provenance.of(settings, weights=plans[score.model].digest),
-        )
+        plan = plans[score.model]
+        about = Provenance.of(settings, weights=plan.digest)
         records.append(
             JudgedRecord(**dict(score), plan=plan.unrepaired, provenance=about)
         )
     with lines.lock(folder):
         Ledger(folder, JudgedRecord).renew(records)
-
-
-def scores_of(folder: Folder, plan: Plan | None) -> list[JudgedRecord]:
-    """What a folder holds of a plan, in each of its states."""
-    return [
-        one
-        for one in folder.of(JudgedRecord)
-        if plan and one.plan.indices == plan.indices
-    ]
-
-
-def scores_table(scores: Sequence[PlanScore]) -> Table:
-    return table(
-        "benchmarks, differences paired by document; worse: p < 0.05",
-        PLAN_SCORES,
-        scores,
-    )
 
 
 def last_state(scores: Sequence[PlanScore]) -> list[PlanScore]:
@@ -146,7 +126,7 @@ def last_state(scores: Sequence[PlanScore]) -> list[PlanScore]:
 
 
 def verdict_on(score: PlanScore, least: float) -> Recovered:
-    """Where the original model scores nothing, nothing can be told."""
+    """Whether enough is kept; inconclusive where the original model scores nothing."""
     return score.recovery.is_kept(least) if score.recovery else "inconclusive"
 
 
@@ -155,14 +135,12 @@ def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str |
     verdicts = [verdict_on(one, least) for one in last_state(scores)]
     if not verdicts:
         return None
-    rest = [
-        f"{verdicts.count(word)} {word}"
-        for word in ("lost", "inconclusive")
-        if word in verdicts
-    ]
     kept = f"{verdicts.count('kept')} of {several(len(verdicts), 'score')}"
-    told = f"Recovery: {kept} at {least:g} or more of the original model's"
-    return f"{told}{''.join(f', {one}' for one in rest)}."
+    counts = [f"Recovery: {kept} at {least:g} or more of the original model's"]
+    for word in ("lost", "inconclusive"):
+        if word in verdicts:
+            counts.append(f"{verdicts.count(word)} {word}")
+    return f"{', '.join(counts)}."
 
 
 def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
@@ -172,32 +150,27 @@ def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
     Every metric counts of which more is better; where the original model scores
     nothing, it is inconclusive.
     """
-    last, short = last_state(scores), []
-    for one in last:
-        name, verdict = f"{one.task} ({one.usual_metric})", verdict_on(one, least)
-        if one.recovery is None:
-            short.append(
-                f"{name} {verdict}, as the original model scores"
-                f" {one.value - one.delta:.2f}"
-            )
-        elif verdict != "kept":
-            share, low, high = one.recovery.interval
-            more = one.recovery.items_to_tell(least)
-            tell = (
-                f"; about {more:,} would tell"
-                if verdict == "inconclusive" and more
-                else ""
-            )
-            interval = f"{share:.2f} [{low:.2f}, {high:.2f}]"
-            short.append(
-                f"{name} {verdict}, {interval} on"
-                f" {several(one.documents, 'item')}{tell}"
-            )
+    last = last_state(scores)
     if not last:
         return f"a recovery of {least:g}: no task has a score of which more is better"
-    return (
-        f"a recovery of {least:g} on {len(short)} of {several(len(last), 'score')}:"
-        f" {'; '.join(short)}"
-        if short
-        else None
-    )
+    short = [one for one in last if verdict_on(one, least) != "kept"]
+    if not short:
+        return None
+    count = f"{len(short)} of {several(len(last), 'score')}"
+    details = "; ".join(_shortage(one, least) for one in short)
+    return f"a recovery of {least:g} on {count}: {details}"
+
+
+def _shortage(score: PlanScore, least: float) -> str:
+    """What is known of a score that is not seen to keep enough."""
+    verdict = verdict_on(score, least)
+    name = f"{score.task} ({score.usual_metric}) {verdict}"
+    if score.recovery is None:
+        return f"{name}, as the original model scores {score.value - score.delta:.2f}"
+    share, low, high = score.recovery.interval
+    items = several(score.documents, "item")
+    found = f"{name}, {share:.2f} [{low:.2f}, {high:.2f}] on {items}"
+    more = score.recovery.items_to_tell(least)
+    if verdict == "inconclusive" and more:
+        return f"{found}; about {more:,} would tell"
+    return found

@@ -1,29 +1,26 @@
-"""Repair what a plan keeps, in closed form or by another method, or heal it by a short
-distillation.
-"""
+"""Options of repair and heal: the method, the texts to fit to, and the training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import UsageError, shortened
 from ..models.names import USE
 from ..options import check_sizes, option
-from ..plan import Plan, several
+from ..plan import Plan
 from ..progress import Progress
 from ..results.provenance import Provenance
-from ..results.repairs import LITTLE, REFITS
-from ..results.table import Table, table
-from ..results.terminal import progress_bar
 from ..strict_json import Settings
-from .evaluate import shown_measured
-from .folder import Folder, Shown, check_folder
-from .options import ClusterOptions, ModelOptions, Words, check_texts
+from .folder import check_folder
+from .options.cluster import ClusterOptions
+from .options.model import ModelOptions
+from .options.text import check_texts
+from .options.words import Words
 from .used import Use, windows_of
-from .verdict import what_next
+from .waiting import waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,11 +29,12 @@ if TYPE_CHECKING:
     from ..repairing.healing import Spread
     from ..repairing.students import TrainConfig
     from ..repairing.texts import RepairTexts
-    from ..running.repaired import RepairedPlan
+
 
 REFIT = "refit"  # the method that is the default
 NONE = "none"  # no repair, where one is the default
-TOKENS, STEP = 131_072, 4  # that a healing trains on, and windows of each step
+TOKENS = 131_072  # that a healing trains on
+STEP = 4  # windows of each training step
 METHODS = (
     f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
 )
@@ -44,6 +42,8 @@ METHODS = (
 
 @dataclass(frozen=True)
 class RepairOptions:
+    """Whether and how a plan is repaired first."""
+
     PANEL: ClassVar = "Repair"
 
     repair: str | None = option(None, f"repair first: {METHODS}", metavar="METHOD")
@@ -164,14 +164,15 @@ class FitOptions:
         """
         from ..repairing.texts import RepairTexts
 
-        texts, most = self.text or (USE,), TOKENS // self.length if training else None
+        texts = self.text or (USE,)
+        most = TOKENS // self.length if training else None
         how: Settings = {
             "sequences": self.windows,
             "most": most,
             "length": self.length,
             "seed": seed,
         }
-        with progress_bar("reading the texts") as progress:
+        with waiting("reading the texts") as progress:
             how |= {
                 "used": windows_of(used, model, tokenizer, self.held_out or texts),
                 "training": training,
@@ -223,6 +224,8 @@ class HealTexts(FitOptions):
 
 @dataclass(frozen=True)
 class HealOptions:
+    """What is trained, how fast, and for how long."""
+
     PANEL: ClassVar = "Training"
 
     train: Literal["outputs", "all", "lora"] = option(
@@ -248,6 +251,7 @@ class HealOptions:
     )
 
     def config(self, seed: int) -> TrainConfig:
+        """As the training takes it. Raises `UsageError` for numbers of no use."""
         from ..repairing.students import TrainConfig
 
         if not 0 < self.rate < 1:
@@ -259,15 +263,18 @@ class HealOptions:
                 f"--rank {shortened(self.rank)} is of no use here: give 1 or more, with"
                 " --train lora"
             )
-        return TrainConfig(
-            **{name: value for name, value in vars(self).items() if value is not None},
-            seed=seed,
-        )
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return TrainConfig(**given, seed=seed)
 
 
 @dataclass(frozen=True)
 class HealRayOptions(ClusterOptions):
+    """On which Ray cluster a training is spread."""
+
     def workers(self, model: ModelOptions, batch_size: int) -> Spread | None:
+        """The workers that share each step of `batch_size` windows; None without a
+        cluster.
+        """
         if self.ray is None:
             return None
         from ..repairing.healing import Spread
@@ -285,39 +292,11 @@ def check_method(name: str, offload: Path | None = None) -> None:
 
     adds = method(name).adds
     if adds != "nothing":
-        told = (
-            f"{shortened(name)} keeps {adds} at run time, which no checkpoint has"
-            " room for"
-        )
-        fix = (
-            f"measure it with `notall compare --repair {shortened(name)}`, or give"
+        method_name = shortened(name)
+        raise UsageError(
+            f"{method_name} keeps {adds} at run time, which no checkpoint has room for:"
+            f" measure it with `notall compare --repair {method_name}`, or give"
             f" --repair {REFIT}"
         )
-        raise UsageError(f"{told}: {fix}")
     if offload and name != REFIT:
         raise UsageError(f"--offload goes with --repair {REFIT}, the default")
-
-
-def refits_table(repaired: RepairedPlan, out: Path) -> Table:
-    """What became of each sublayer, shown where much did; its facts are all of it."""
-    shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
-    refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
-    total = sum(len(one.sublayers) for one in repaired.refits)
-    in_vain = any(one.ridge is None and not one.why for one in repaired.refits)
-    helped = (
-        "; refitting others did not help on held-out text (more text may)"
-        if in_vain
-        else ""
-    )
-    kept = f"{refit} of {several(total, 'kept sublayer')}"
-    if repaired.prefill:
-        kept = f"keys and values of {refit} of {several(total, 'skipped attention')}"
-    told = f"{out}: {kept} refit{helped}"
-    title = f"{told}; shown are those that mend over {LITTLE:.0%}"
-    return replace(table(title, REFITS, shown), facts=repaired.refits)
-
-
-def shown(folder: Folder) -> Shown:
-    return shown_measured(
-        folder, lambda verdict: what_next(verdict, folder.model, folder.path)
-    )

@@ -4,112 +4,85 @@ figure.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shlex
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from ..encodings import printable
 from ..entry_points import PERMITTED, Permitted
 from ..errors import UsageError, shortened
 from ..options import Asked
-from ..plan import several
 from ..results.facts import SPEEDUPS
 from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
 from ..results.record import Fact, Key, Record, Scalar
 from ..results.repairs import MeasuredRecord
-from ..results.table import Column, words
-from . import bench, draft, driver, recovery, search, sweep
-from .compare import ComparisonRecord
-from .options import read_plan
+from .bench import BenchRecord
+from .compare.records import ComparisonRecord
+from .draft import DraftRecord
+from .options.plan import read_plan
+from .recovery import JudgedRecord
+from .search.records import SearchRecord
+from .similarity import SimilarityRecord
+from .sweep import SweepRecord
 
-COMMANDS = tuple(
-    map(
-        "notall {}".format,
-        ("compare", "sweep", "search", "eval", "repair", "heal", "bench", "draft"),
-    )
+logger = logging.getLogger(__name__)
+
+RUN_AGAIN = (
+    "compare",
+    "sweep",
+    "search",
+    "eval",
+    "repair",
+    "heal",
+    "bench",
+    "draft",
 )
-GIVEN = (
-    MeasuredRecord,
-    recovery.JudgedRecord,
-    bench.BenchRecord,
-    draft.DraftRecord,
-)  # records of a plan that is given
-CHOSEN = (ComparisonRecord, sweep.SweepRecord, search.SearchRecord)
+REPRODUCIBLE = tuple(f"notall {name}" for name in RUN_AGAIN)
+# records of a plan that is given, and of plans that are chosen
+GIVEN_KINDS = (MeasuredRecord, JudgedRecord, BenchRecord, DraftRecord)
+CHOSEN_KINDS = (ComparisonRecord, SweepRecord, SearchRecord)
 # Without those of sublayers left out alone, whose errors are of two windows.
-KINDS: tuple[type[Record], ...] = (*CHOSEN, *GIVEN, driver.SimilarityRecord)
+KINDS: tuple[type[Record], ...] = (*CHOSEN_KINDS, *GIVEN_KINDS, SimilarityRecord)
 # The options that a record may ask for, by name. What is absent is refused: code and
 # machines of others, such as trust_remote_code, attn_implementation, task_path and ray,
 # and files elsewhere than in --out, such as offload.
 ALLOWED = {
-    *("model", "revision", "dtype", "device", "device_map", "shape", "dummy_weights"),
-    *(
-        "text",
-        "sequences",
-        "length",
-        "batch_size",
-        "held_out",
-        "held_out_sequences",
-        "prompts",
-    ),
-    *(
-        "sample",
-        "tokens",
-        "skip",
-        "keep_first",
-        "keep_last",
-        "phase",
-        "last_tokens",
-        "plan",
-    ),
-    *("criterion", "objective", "patience", "max_minutes"),
-    *("params", "weights", "kv", "speedup", "max_nll", "max_kl", "recovery"),
-    *("tasks", "limit", "num_fewshot", "truncate", "task_batch_size", "diagnostics"),
-    *(
-        "repair",
-        "repair_text",
-        "repair_sequences",
-        "train",
-        "rank",
-        "rate",
-        "warm_up",
-        "minutes",
-    ),
-    *("prompt_tokens", "generation_tokens", "concurrency", "rounds", "most"),
-    *("seed", "as_json", "out"),
-}
-FOUND = (
-    "plan",
-    "weights",
-)  # among settings what a run chose or fitted, which is compared as figures are
+    "model", "revision", "dtype", "device", "device_map", "shape", "dummy_weights",
+    "text", "sequences", "length", "batch_size", "held_out", "held_out_sequences",
+    "prompts", "sample", "tokens",
+    "skip", "keep_first", "keep_last", "phase", "last_tokens", "plan",
+    "criterion", "objective", "patience", "max_minutes",
+    "params", "weights", "kv", "speedup", "max_nll", "max_kl", "recovery",
+    "tasks", "limit", "num_fewshot", "truncate", "task_batch_size", "diagnostics",
+    "repair", "repair_text", "repair_sequences",
+    "train", "rank", "rate", "warm_up", "minutes",
+    "prompt_tokens", "generation_tokens", "concurrency", "rounds", "most",
+    "seed", "as_json", "out",
+}  # fmt: skip
+# among settings what a run chose or fitted, which is compared as figures are
+FOUND = ("plan", "weights")
 # No figures of a plan: times, what depends on which draft is the fastest, and what
 # follows from other figures.
 UNJUDGED = re.compile(
     r"(^|_)(ms|seconds|speedup|predicted|measured|same|peak|p_value)(_|$)"
 )
-OF_OTHERS = {
-    "behind",
-    "behind_se",
-    "evaluations",
-    "executions",
-    "forwards",
-}  # depend on the rows made in the same run
-OF_ERROR, OF_VALUE = (
-    0.5,
-    0.05,
-)  # the tolerance: of a figure's standard error, or of a figure without one
+# what depends on the rows made in the same run
+OF_OTHERS = {"behind", "behind_se", "evaluations", "executions", "forwards"}
+OF_ERROR = 0.5  # the tolerance: of a figure's standard error,
+OF_VALUE = 0.05  # or of a figure without one
+DTYPES = ("float32", "bfloat16", "float16")
 Agreement = Literal["equal", "within tolerance", "differs", "not made"]
+Line = tuple[str, tuple[Asked, ...]]  # a command and its options
 
 
 class Remade(Fact):
-    """A record and its like, by the figure that differs most; a speedup is shown, and
-    not judged.
+    """A record and the same one made again, by the figure that differs most; a speedup
+    is shown, and not judged.
     """
 
     row: str
@@ -119,11 +92,6 @@ class Remade(Fact):
     made_again: str = ""
     speedup_recorded: str = ""
     speedup_again: str = ""
-
-
-COLUMNS: tuple[Column[Remade], ...] = tuple(
-    words(name.replace("_", " "), attrgetter(name)) for name in Remade.model_fields
-)
 
 
 class CommandLine(NamedTuple):
@@ -151,36 +119,26 @@ def reproduce(
         raise UsageError(
             f"{out} is what is to be made again: choose another folder (--out)"
         )
-    if wrong := [swap for swap in swaps if "=" not in swap]:
-        raise UsageError(
-            f"--replace {shortened(wrong[0])} has no other word: write"
-            " wiki.txt=data/wiki.txt"
-        )
+    swapped = _swapped_words(swaps)
     asked = [
         one
         for one in _records(folder)
         if not rows or _name(one).startswith(tuple(rows))
     ]
     if not asked:
-        raise UsageError(
-            f"{folder} has no {f'row {shortened(rows[0])}' if rows else 'records'} to"
-            " make again"
-        )
-    swapped = dict(swap.split("=", 1) for swap in swaps)
-    lines: dict[tuple[str, tuple[Asked, ...]], list[Record]] = {}
+        wanted = f"row {shortened(rows[0])}" if rows else "records"
+        raise UsageError(f"{folder} has no {wanted} to make again")
+    lines: dict[Line, list[Record]] = {}
     for record in asked:
         command, own = _line(
             record, folder, swapped, commands.read, narrowed=bool(rows)
         )
         place = str(out / "plan.json" if command == "search" else out)
-        lines.setdefault((command, (*own, Asked("out", "--out", place))), []).append(
-            record
-        )
+        options = (*own, Asked("out", "--out", place))
+        lines.setdefault((command, options), []).append(record)
     for (command, options), records in lines.items():
         line = [command, *(word for one in options for word in one.words)]
-        print(
-            f"making again: {printable(shlex.join(['notall', *line]))}", file=sys.stderr
-        )
+        logger.info("making again: %s", printable(shlex.join(["notall", *line])))
         with _made_again(records[0], folder, functions):
             _check_plans(options, records, folder)
             commands.run(line)
@@ -189,11 +147,25 @@ def reproduce(
         for place in (out, out / "plan.search")
         for one in _records(place)
     }
-    every, unfit = (
-        (one for records in lines.values() for one in records),
-        (OF_OTHERS if rows else set()),
-    )
-    return [_compared(one, made.get(_identity(one)), folder, unfit) for one in every]
+    unfit = OF_OTHERS if rows else set[str]()
+    return [
+        _compared(record, made.get(_identity(record)), folder, unfit)
+        for records in lines.values()
+        for record in records
+    ]
+
+
+def _swapped_words(swaps: Sequence[str]) -> dict[str, str]:
+    """By a word of the recorded command the other one. Raises `UsageError` for one
+    without.
+    """
+    for swap in swaps:
+        if "=" not in swap:
+            raise UsageError(
+                f"--replace {shortened(swap)} has no other word: write"
+                " wiki.txt=data/wiki.txt"
+            )
+    return dict(swap.split("=", 1) for swap in swaps)
 
 
 @contextmanager
@@ -202,10 +174,8 @@ def _made_again(record: Record, folder: Path, functions: Path | None) -> Iterato
     functions.
     """
     known = record.provenance.functions if record.provenance else {}
-    recorded, permitted = (
-        RECORDED.set((record, folder)),
-        PERMITTED.set(Permitted(functions, known)),
-    )
+    recorded = RECORDED.set((record, folder))
+    permitted = PERMITTED.set(Permitted(functions, known))
     try:
         yield
     except UsageError as error:
@@ -215,26 +185,6 @@ def _made_again(record: Record, folder: Path, functions: Path | None) -> Iterato
     finally:
         RECORDED.reset(recorded)
         PERMITTED.reset(permitted)
-
-
-def conclusion(found: Sequence[Remade], folder: Path) -> str:
-    counts = Counter(one.agreement for one in found)
-    told = ", ".join(
-        f"{counts[name]} {name}" for name in get_args(Agreement) if counts[name]
-    )
-    rule = (
-        "Equal: to the last digit. Tolerance: half of a figure's standard error, or 5 %"
-        " of a figure without one."
-    )
-    timed = (
-        " Times are shown, and not judged."
-        if any(one.speedup_recorded for one in found)
-        else ""
-    )
-    return (
-        f"{several(len(found), 'record')} of {folder}, made again: {told}."
-        f" {rule}{timed}"
-    )
 
 
 def _records(folder: Path) -> list[Record]:
@@ -253,10 +203,10 @@ def _line(
     `UsageError` for one of others.
     """
     given = record.provenance.command if record.provenance else []
-    if " ".join(given[:2]) not in COMMANDS:
+    if " ".join(given[:2]) not in REPRODUCIBLE:
         made = shortened(shlex.join(given), 60) or "what it does not say"
         raise UsageError(
-            f"{folder} was made by {made}: give a folder of {', '.join(COMMANDS)}"
+            f"{folder} was made by {made}: give a folder of {', '.join(REPRODUCIBLE)}"
         )
     try:
         line = read(given[1:])
@@ -266,27 +216,25 @@ def _line(
             " command yourself"
         ) from None
     if unsafe := [one for one in line if one.name not in ALLOWED or one.is_ambiguous]:
-        told = f"{folder} was made with {shortened(unsafe[0].flag or unsafe[0].value)}"
+        word = shortened(unsafe[0].flag or unsafe[0].value)
         raise UsageError(
-            f"{told}, which no record may ask for: run its command yourself"
+            f"{folder} was made with {word}, which no record may ask for: run its"
+            " command yourself"
         )
     own = dict[str, str]()
-    if record.what.get("dtype") in (
-        "float32",
-        "bfloat16",
-        "float16",
-    ):  # whatever suits this machine
+    if record.what.get("dtype") in DTYPES:  # whatever suits this machine
         own["dtype"] = str(record.what["dtype"])
     if narrowed and isinstance(record, ComparisonRecord):
-        own |= {"skip": f"{record.space}:{record.count}", "criterion": record.criterion}
-        own |= {"objective": record.objective, "repair": record.repair}
+        own["skip"] = f"{record.space}:{record.count}"
+        own["criterion"] = record.criterion
+        own["objective"] = record.objective
+        own["repair"] = record.repair
     kept = [one for one in line if one.name not in {*own, "out"}]
     swapped = [
         one._replace(value=swaps.get(one.value or "", one.value)) for one in kept
     ]
-    return given[1], swapped + [
-        Asked(name, f"--{name}", value) for name, value in own.items()
-    ]
+    added = [Asked(name, f"--{name}", value) for name, value in own.items()]
+    return given[1], swapped + added
 
 
 def _check_plans(
@@ -295,20 +243,15 @@ def _check_plans(
     """Raise `UsageError` where a plan file of the command is missing, or not that of
     the records.
     """
-    planned = [one for one in records if isinstance(one, GIVEN)]
-    weights = {
-        digest
-        for one in planned
-        for name in ("weights", "repair")
-        if (digest := one.what.get(name))
-    }
-    for path in (
-        Path(one.value) for one in options if one.name == "plan" and one.value
-    ):
-        plan = read_plan(path)
-        if any(one.plan.indices != plan.indices for one in planned) or (
-            weights and plan.digest not in weights
-        ):
+    planned = [one for one in records if isinstance(one, GIVEN_KINDS)]
+    digests = [one.what.get(name) for one in planned for name in ("weights", "repair")]
+    weights = {digest for digest in digests if digest}
+    for option in options:
+        if option.name != "plan" or not option.value:
+            continue
+        plan = read_plan(path := Path(option.value))
+        others = any(one.plan.indices != plan.indices for one in planned)
+        if others or (weights and plan.digest not in weights):
             raise UsageError(
                 f"{path} skips {plan}, and {folder} holds records of another plan;"
                 f" {AS_IT_WAS}"
@@ -327,31 +270,38 @@ def _compared(
         )
     check_same(held, made, folder, AS_IT_WAS, FOUND)
     old, new = held.figures(), made.figures()
-    fit = [name for name in old if not UNJUDGED.search(name) and name not in unfit]
-    errors = {
-        name: old.get(name if name.endswith("_se") else f"{name}_se") for name in fit
+    apart = {
+        name: _tolerances(value, new.get(name), _error_of(name, old))
+        for name, value in old.items()
+        if not UNJUDGED.search(name) and name not in unfit
     }
-    apart = {name: _tolerances(old[name], new.get(name), errors[name]) for name in fit}
     worst = max(apart, key=apart.__getitem__)
-    agreement: Agreement = (
-        "differs"
-        if apart[worst] > 1
-        else "within tolerance"
-        if apart[worst]
-        else "equal"
-    )
-    told = {
-        "differs_most": worst,
-        "recorded": str(old[worst]),
-        "made_again": str(new.get(worst)),
-    }
-    speedups = {"speedup_recorded": _speedup(held), "speedup_again": _speedup(made)}
-    return Remade(
+    found = Remade(
         row=_name(held),
-        agreement=agreement,
-        **(told if apart[worst] else {}),
-        **speedups,
+        agreement=_agreement(apart[worst]),
+        speedup_recorded=_speedup(held),
+        speedup_again=_speedup(made),
     )
+    if not apart[worst]:
+        return found
+    return found.model_copy(
+        update={
+            "differs_most": worst,
+            "recorded": str(old[worst]),
+            "made_again": str(new.get(worst)),
+        }
+    )
+
+
+def _error_of(name: str, figures: Mapping[str, Scalar]) -> Scalar:
+    """The standard error of a figure, where it has one; of an error itself that."""
+    return figures.get(name if name.endswith("_se") else f"{name}_se")
+
+
+def _agreement(tolerances: float) -> Agreement:
+    if tolerances > 1:
+        return "differs"
+    return "within tolerance" if tolerances else "equal"
 
 
 def _tolerances(old: Scalar, new: Scalar, error: Scalar) -> float:
@@ -362,30 +312,28 @@ def _tolerances(old: Scalar, new: Scalar, error: Scalar) -> float:
         return 0.0
     if not isinstance(old, float) or not isinstance(new, float):
         return math.inf
-    tolerance = (
-        OF_ERROR * error if isinstance(error, float) and error else OF_VALUE * abs(old)
-    )
+    tolerance = OF_VALUE * abs(old)
+    if isinstance(error, float) and error:
+        tolerance = OF_ERROR * error
     return abs(new - old) / tolerance if tolerance else math.inf
 
 
 def _identity(record: Record) -> Key:
-    """What was asked for, and not what was found; drafts, which have no key, are told
-    apart by two fields.
+    """What was asked for, and not what was found; drafts, which have no key, differ by
+    two fields.
     """
     names = ["plan", "decoding", "drafted", *record.key_fields]
-    given = (name for name in names if name != "plan" or isinstance(record, GIVEN))
+    given = (
+        name for name in names if name != "plan" or isinstance(record, GIVEN_KINDS)
+    )
     return (record.kind_name, *(getattr(record, name, None) for name in given))
 
 
 def _name(record: Record) -> str:
-    if isinstance(record, ComparisonRecord | sweep.SweepRecord):
+    if isinstance(record, ComparisonRecord | SweepRecord):
         return record.name
-    return " ".join(
-        map(
-            str,
-            (record.kind_name, *(getattr(record, name) for name in record.key_fields)),
-        )
-    )
+    key = (getattr(record, name) for name in record.key_fields)
+    return " ".join(map(str, (record.kind_name, *key)))
 
 
 def _speedup(record: Record) -> str:

@@ -1,66 +1,50 @@
 """The paper's experiment: three variants, three fractions, with and without the last
-layer, beside the original.
+layer, and the original model.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ..digests import digest_of
 from ..errors import UsageError
-from ..extras import FIGURES, installed
-from ..files import write_whole
 from ..options import WORKLOAD, Workload
-from ..plan import KIND_NAMES, Plan, several
+from ..plan import Plan
 from ..progress import Progress, Stages, reading, silent, writing
-from ..results.facts import (
-    CONFIGURED,
-    DELTA_NLL,
-    FOOTPRINT,
-    GRID,
-    PEAK,
-    QUALITY,
-    SPEEDUPS,
-    Configured,
-    Times,
-)
+from ..results.facts import GRID, Configured, Times
 from ..results.ledger import Ledger, working_in
-from ..results.provenance import Provenance, behind, place_of, windows_in_words
-from ..results.record import Count, Fact, Number, Record, Unsigned, is_number
-from ..results.table import Column, as_latex, inherited, table, with_error, within
-from ..strict_json import Settings
-from .driver import (
-    HeldScores,
-    LeaveOneOutRecord,
-    SimilarityRecord,
-    Subject,
-    scored_as,
-    similarities,
-    time_plan,
+from ..results.provenance import Provenance
+from ..results.record import (
+    Count,
+    Fact,
+    Number,
+    Record,
+    SublayerName,
+    Unsigned,
+    is_number,
 )
-from .folder import Figure, Folder, Sample, Shown
-from .pages import MeasuredPlan, points_of, results, shown_plans, similarity_section
-from .verdict import next_command, on_the_text
+from ..strict_json import Settings
+from .held_scores import HeldScores, scored_as
+from .similarity import similarities
+from .subject import MeasuredPlan, Subject, time_plan
 
 if TYPE_CHECKING:
-    from altair import LayerChart
     from torch import Tensor
 
     from ..structure.model_structure import ModelStructure
 
 
-PROMPTS = (
-    "The capital of France is",
-    "To make a good cup of tea, first",
-)  # for the examples of what a plan says
+# whose continuations by some plans are kept
+PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 SAMPLE_TOKENS = 32
-FEW_SEQUENCES = (
-    2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
-)
+# for what leaving out each sublayer costs: a plan for each is a lot of plans
+FEW_SEQUENCES = 2
 
 
 class InPrompt(Fact):
@@ -81,13 +65,6 @@ class InPrompt(Fact):
     in_prompt_kl_se: Unsigned = Field(description="nats per token")
 
 
-IN_PROMPT: Column[InPrompt] = with_error(
-    "NLL added in the prompt alone",
-    lambda one: (one.in_prompt_delta_nll, one.in_prompt_delta_nll_se),
-    unit=DELTA_NLL.unit,
-)
-
-
 class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
     """One configuration, measured."""
 
@@ -100,21 +77,20 @@ class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
     )
 
 
-class SaidRecord(Record, Configured, kind="samples", key=(*GRID, "plan")):
-    """How one plan continues prompts."""
+class ContinuationsRecord(Record, Configured, kind="samples", key=(*GRID, "plan")):
+    """How one plan continues prompts; the field is called `said` on disk."""
 
-    said: dict[str, str] = Field(description="by prompt")
+    model_config = ConfigDict(populate_by_name=True)
 
+    continuations: dict[str, str] = Field(alias="said", description="by prompt")
 
-COLUMNS: tuple[Column[SweepRecord], ...] = (
-    *inherited(SweepRecord, CONFIGURED),
-    *within((DELTA_NLL,), lambda one: one.quality),
-    *within((IN_PROMPT,), lambda one: one.in_prompt),
-    *within(SPEEDUPS, lambda one: one.times),
-    *within(QUALITY[1:4], lambda one: one.quality),
-    *within(FOOTPRINT, lambda one: one.footprint),
-    *within((PEAK,), lambda one: one.times),
-)
+    def line(self) -> Settings:
+        """As it is on disk."""
+        line = super().line()
+        return {
+            "said" if name == "continuations" else name: value
+            for name, value in line.items()
+        }
 
 
 def sweep(
@@ -139,7 +115,7 @@ def sweep(
     }
     about = Provenance.of(subject.provenance, **asked)
     prompt = subject.batches[0].shape[1] // 2
-    twins = {
+    in_prompt = {
         row.configuration: in_prompt_alone(subject.structure, row.plan, prompt)
         for row in rows
     }
@@ -153,29 +129,30 @@ def sweep(
         done = Ledger(subject.out, SweepRecord, about)
         held = HeldScores(subject, about)
         plans = {scored_as(row.plan): row.plan for row in rows}
-        in_prompt = [twin for twin in twins.values() if twin]
-        behind_it = [Plan(), *in_prompt] if in_prompt else []
-        plans |= {scored_as(one, prompt_tokens=prompt): one for one in behind_it}
+        behind_prompt = [plan for plan in in_prompt.values() if plan]
+        if behind_prompt:
+            behind_prompt.insert(0, Plan())
+        plans |= {scored_as(one, prompt_tokens=prompt): one for one in behind_prompt}
         held.measure(plans, "evaluating all configurations", stages.stage(scoring))
         for row in rows:
-            telling, twin = stages.stage(timing), twins[row.configuration]
+            report, counterpart = stages.stage(timing), in_prompt[row.configuration]
             known = next((one for one in done if row.describes(one)), None)
-            if known is None or (
-                twin and not known.in_prompt
-            ):  # which folders of before lack
-                times = (
-                    known.times
-                    if known
-                    else time_plan(subject, row.plan, workload, telling, row.name)
+            # folders of earlier releases have no figures of the prompt alone
+            lacks_prompt = counterpart and not (known and known.in_prompt)
+            if known is None or lacks_prompt:
+                times = known.times if known else None
+                times = times or time_plan(
+                    subject, row.plan, workload, report, row.name
                 )
-                quality, left = (
-                    held.quality(scored_as(row.plan)),
-                    footprint(subject.model, row.plan),
-                )
-                more = {"in_prompt": _behind(held, twin, prompt)} if twin else {}
-                facts = {"quality": quality, "times": times, "footprint": left, **more}
+                facts: Settings = {
+                    "quality": held.quality(scored_as(row.plan)),
+                    "times": times,
+                    "footprint": footprint(subject.model, row.plan),
+                }
+                if counterpart:
+                    facts["in_prompt"] = _behind(held, counterpart, prompt)
                 done.add(SweepRecord.from_fact(row, **facts, provenance=about))
-            telling(1, 1, f"timed {row.name}")
+            report(1, 1, f"timed {row.name}")
         records = [done[row.configuration] for row in rows]
         similarities(subject, about, stages.stage(subject.tokens))
         leave_one_out(subject, about, stages.stage(leaving_out))
@@ -185,20 +162,22 @@ def sweep(
 
 
 def in_prompt_alone(
-    structure: "ModelStructure", plan: Plan, prompt_tokens: int
+    structure: ModelStructure, plan: Plan, prompt_tokens: int
 ) -> Plan | None:
     """The same sublayers, skipped in a prompt of so many tokens alone; None where they
     cannot be.
     """
-    twin = Plan(prefill={"attention": plan.attention, "mlp": plan.mlp})
+    in_prompt = Plan(prefill={"attention": plan.attention, "mlp": plan.mlp})
+    if not in_prompt or prompt_tokens <= in_prompt.prefill.last_tokens:
+        return None
     with suppress(UsageError):
-        twin.check(structure)
-        return twin if twin and prompt_tokens > twin.prefill.last_tokens else None
+        in_prompt.check(structure)
+        return in_prompt
     return None
 
 
-def _behind(held: HeldScores, twin: Plan, prompt_tokens: int) -> InPrompt:
-    found = held.quality(scored_as(twin, prompt_tokens=prompt_tokens))
+def _behind(held: HeldScores, plan: Plan, prompt_tokens: int) -> InPrompt:
+    found = held.quality(scored_as(plan, prompt_tokens=prompt_tokens))
     return InPrompt(
         prompt_tokens=prompt_tokens,
         in_prompt_delta_nll=found.delta_nll,
@@ -239,19 +218,21 @@ def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> No
 def continuations(
     subject: Subject, rows: Sequence[Configured], about: Provenance, progress: Progress
 ) -> None:
+    """How the plans of `rows` continue `PROMPTS`, greedily, kept in the folder."""
     from ..running.generating import continue_prompts
 
     assert subject.tokenizer
-    held = Ledger(subject.out, SaidRecord, about)
+    held = Ledger(subject.out, ContinuationsRecord, about)
     for number, row in enumerate(rows):
         progress(number, len(rows), f"generating, {row.variant}")
         if (*row.configuration, row.plan) not in held:
-            said = continue_prompts(
+            texts = continue_prompts(
                 subject.model, subject.tokenizer, row.plan, PROMPTS, SAMPLE_TOKENS
             )
+            by_prompt = dict(zip(PROMPTS, texts))
             held.add(
-                SaidRecord.from_fact(
-                    row, said=dict(zip(PROMPTS, said)), provenance=about
+                ContinuationsRecord.from_fact(
+                    row, continuations=by_prompt, provenance=about
                 )
             )
     progress(1, 1, "generated examples")
@@ -259,137 +240,24 @@ def continuations(
 
 def least_lost(records: Sequence[SweepRecord]) -> list[SweepRecord]:
     """Of each variant the record with the smallest loss, in the order of the grid."""
+
+    def loss(record: SweepRecord) -> float:
+        return record.quality.nll if is_number(record.quality.nll) else 1e300
+
     best: dict[str, SweepRecord] = {}
-    for record in sorted(
-        records,
-        key=lambda record: (
-            record.quality.nll if is_number(record.quality.nll) else 1e300
-        ),
-    ):
+    for record in sorted(records, key=loss):
         best.setdefault(record.variant, record)
     return [record for record in records if record is best[record.variant]]
 
 
-def in_prompt_note(records: Sequence[SweepRecord]) -> str:
-    """What the column of the prompt's skips says; "" without one."""
-    prompt = next(
-        (one.in_prompt.prompt_tokens for one in records if one.in_prompt), None
+class LeaveOneOutRecord(Record, kind="leave_one_out", key=("sublayer",)):
+    """One sublayer left out, on a few sequences."""
+
+    sublayer: SublayerName
+    delta_nll: Number = Field(
+        description="nll less the original model's, nats per token"
     )
-    if not prompt:
-        return ""
-    told = (
-        "the same sublayers skipped for the prompt's tokens alone, keys and values"
-        " kept, nothing repaired"
+    delta_nll_se: Unsigned = Field(
+        math.nan, description="of the paired differences, nats per token"
     )
-    return f"In the prompt alone: {told}{behind(prompt)} of each window. "
-
-
-HOW_TO_READ = (
-    (
-        "Lower right is better. Labels: share of the layers skipped. Bars: standard"
-        " error; quartiles of the speedup."
-    ),
-    "Grey line: the front, where nothing measured is both faster and better.",
-)
-
-
-def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
-    """Its table as table.md, .tex and .csv, which has every digit; and with the extra
-    `report` the trade-off drawn.
-    """
-    lines, about = table("sweep", COLUMNS, records), records[0].provenance
-    assert about
-    work = about.what["workload"]
-    counts = {
-        "prompt_tokens": "prompt token",
-        "generation_tokens": "new token",
-        "rounds": "round",
-    }
-    timed = ", ".join(several(work[name], one) for name, one in counts.items())
-    place = place_of(about.where.get("machine"), versions=False)
-    caption = (
-        f"{model} without its deepest attentions, MLPs or blocks, beside the original"
-        f" model: quality on {windows_in_words(about.what)}. Fraction: of the layers;"
-        " where nothing is said, the last layer is skipped too. NLL and KL in nats a"
-        f" token. {lines.legend} {in_prompt_note(records)}Times of {timed};"
-        f" {about.what['dtype']} on {place}."
-    )
-    tex = as_latex(lines, caption=caption, label="sweep")
-    for suffix, content in {
-        "csv": lines.csv,
-        "tex": tex,
-        "md": f"{caption}\n\n{lines.markdown()}",
-    }.items():
-        write_whole(out / f"table.{suffix}", content)
-    if installed(*FIGURES):
-        from ..charts.style import framed, save
-
-        save(
-            framed(
-                _drawn(records),
-                f"Quality lost against decode speedup, {model}",
-                HOW_TO_READ,
-            ),
-            out / "tradeoff",
-        )
-
-
-def _drawn(records: Sequence[SweepRecord]) -> "LayerChart":
-    """A point for each configuration with a loss, but for the dense one."""
-    from ..charts.losses import tradeoff
-    from ..charts.style import KIND_COLOURS
-
-    def look(one: SweepRecord) -> Settings:
-        last = "kept" if one.keep_last else "skipped too"
-        share = {"count": one.fraction, "label": f"{one.fraction:.0%}"}
-        return {"colour": KIND_NAMES[one.variant], "shape": last, **share}
-
-    points = [
-        point for point in points_of(records, look) if point.colour in KIND_COLOURS
-    ]
-    return tradeoff(
-        points,
-        KIND_COLOURS,
-        colour="skipped",
-        shape="last layer",
-        lost=DELTA_NLL.titled,
-        paths=True,
-    )
-
-
-def shown(folder: Folder) -> Shown:
-    from ..charts.style import on_page
-
-    records, similarity = folder.of(SweepRecord), folder.of(SimilarityRecord)
-    sections = [similarity_section(similarity)] if similarity else []
-    if not records:
-        return Shown(sections=tuple(sections), similarity=similarity)
-    dense = next(
-        (record.footprint for record in records if record.variant == "dense"), None
-    )
-    figures = []
-    if len(records) > 1:  # one point is no figure
-        drawn = on_page(_drawn(records))
-        figures.append(
-            Figure(
-                drawn, "quality lost against decode speedup", note=" ".join(HOW_TO_READ)
-            )
-        )
-    note = in_prompt_note(records).strip()
-    sections.insert(0, results(records, COLUMNS, range(len(records)), figures, note))
-    prompts: dict[str, list[tuple[str, str]]] = {}
-    for record in folder.of(SaidRecord):
-        for prompt, said in record.said.items():
-            prompts.setdefault(prompt, []).append((record.name, said.strip()))
-    samples = tuple(Sample(prompt, tuple(said)) for prompt, said in prompts.items())
-    found = shown_plans(folder, records, sections, _found_better, dense)
-    return replace(found, similarity=similarity, samples=samples)
-
-
-def _found_better(folder: Folder, record: SweepRecord) -> tuple[str, str]:
-    kind, text = record.variant, on_the_text(folder.provenance)
-    count = len(record.plan.mlp if kind == "mlp" else record.plan.attention)
-    command = next_command(
-        "search", folder.model, skip=f"{kind}:{count}", **text, out="plan.json"
-    )
-    return "look for a better set of that size", command
+    sequences: Count | None = Field(None, description="on how many")

@@ -4,19 +4,28 @@ from what records say of them.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..errors import shortened
+from ..errors import UsageError, shortened
 from ..models.names import USE
+from ..plan import Plan
+from ..results.ledger import read
+from ..results.repairs import RepairStep
+from .search.records import SearchRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..models.texts import Text
     from ..models.windows import Drawn
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,12 @@ class Use:
         from ..models.windows import draw
 
         if not (self.sequences and self.length):
-            note = (
-                f"note: the plan was {self.how} {shortened(text.name)}, where it looks"
-                " better than it is"
+            logger.info(
+                "note: the plan was %s %s, where it looks better than it is; measure on"
+                " another --text",
+                self.how,
+                shortened(text.name),
             )
-            print(f"{note}; measure on another --text", file=sys.stderr)
             return []
         return [
             draw(
@@ -97,3 +107,39 @@ def _versions(
     source = next((one for one in sources if name_of(one) == use.text), use.text)
     if source in sources or source in (*MIX, USE):
         yield from kept_texts(model, tokenizer, source)
+
+
+def uses_of(plan: Plan, path: Path | None = None) -> list[Use]:
+    """What a plan, maybe read from `path`, was chosen by, and what its weights were
+    fitted to.
+    """
+    found = [use for step in getattr(plan, "history", ()) for use in _uses_in(step)]
+    chosen = path.with_suffix(".search") / SearchRecord.file if path else None
+    if chosen and chosen.is_file():
+        with suppress(UsageError):  # a damaged file is nothing to stop for
+            records = [
+                record
+                for record in read(chosen, SearchRecord)
+                if record.plan.indices == plan.indices
+            ]
+            found += [_use("chosen by", record.what, record.what) for record in records]
+    return found
+
+
+def _uses_in(step: RepairStep) -> Iterator[Use]:
+    """The texts of a repair, or of a training, each of which has as many windows."""
+    about = step.model_dump()
+    texts = about["texts"] or [about]
+    size = {"sequences": -(-step.sequences // len(texts))} if step.sequences else {}
+    return (
+        _use("repaired with", text, about | size)
+        for text in texts
+        if "text_sha256" in text
+    )
+
+
+def _use(how: str, text: Mapping[str, Any], about: Mapping[str, Any]) -> Use:
+    numbers = {
+        name: about[name] for name in ("sequences", "length", "seed") if name in about
+    }
+    return Use(how, text["text"], text["text_sha256"], **numbers)

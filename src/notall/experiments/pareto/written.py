@@ -5,9 +5,9 @@ nobody else's.
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError, shortened
-from ..files import remove
-from ..results import lines
+from ...errors import UsageError, shortened
+from ...files import remove
+from ...results import lines
 
 FIX = "move it away, or choose a new --out"
 
@@ -38,9 +38,8 @@ class Written:
             raise UsageError(f"{shortened(self.folder)} is a file: {FIX}")
         held = [*self.folder.iterdir()] if self.folder.is_dir() else []
         listed = lines.read(self._list) if self._list in held else []
-        if held and not (
-            listed and all(line.keys() == {"checkpoint"} for line in listed)
-        ):
+        is_list = listed and all(line.keys() == {"checkpoint"} for line in listed)
+        if held and not is_list:
             raise UsageError(
                 f"{shortened(min(held))} is there, and notall did not write it: {FIX}"
             )
@@ -54,8 +53,9 @@ class Written:
         if not checkpoint.exists():
             return False
         if {"checkpoint": checkpoint.name} not in lines.read(self._list):
-            told = f"{shortened(checkpoint)} is there, and notall did not write it"
-            raise UsageError(f"{told}: {FIX}")
+            raise UsageError(
+                f"{shortened(checkpoint)} is there, and notall did not write it: {FIX}"
+            )
         return True
 
     def make_way(self, checkpoint: Path) -> None:
@@ -69,8 +69,7 @@ class Written:
 
     def _refuse_link(self, path: Path) -> None:
         if path.is_symlink():
-            told = (
+            raise UsageError(
                 f"{shortened(path)} is a link, or holds one: what it leads to may be"
-                " others'"
+                " others'; choose a new --out"
             )
-            raise UsageError(f"{told}; choose a new --out")

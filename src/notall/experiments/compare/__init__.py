@@ -1,0 +1,1 @@
+"""Importance criteria compared on held-out text."""

@@ -1,0 +1,3 @@
+"""Skipping against quantising in the engine that serves a model."""
+
+from .run import measure_pareto as measure_pareto
