@@ -21,7 +21,8 @@ import notall
 from notall.measuring.speed import machine
 from notall.models.configs import load_config
 from notall.models.weightless import build_random
-from notall.structure.locating import forget
+from notall.structure.locating import LOCATED
+from notall.structure.model_structure import base_model
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -67,7 +68,7 @@ def main() -> None:
             model(input_ids=tokens, use_cache=False)
 
     def locate() -> None:
-        forget(model)
+        LOCATED.pop(base_model(model), None)
         notall.locate(model)
 
     forward()

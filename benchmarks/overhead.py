@@ -28,7 +28,8 @@ from notall.options import Workload
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words
 from notall.results.terminal import print_table
-from notall.structure.locating import forget
+from notall.structure.locating import LOCATED
+from notall.structure.model_structure import base_model
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def enter_and_leave(model: Any, plan: notall.Plan) -> None:
 
 
 def locate_anew(model: Any) -> None:
-    forget(model)
+    LOCATED.pop(base_model(model), None)
     notall.locate(model)
 
 
