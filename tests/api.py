@@ -149,7 +149,7 @@ NAMES = {
         "ONE_IN",
         "RIDGES as after_repair_RIDGES",
     ],
-    "choosing.in_prompts": ["PromptRepair", "running_last", "with_last_tokens"],
+    "choosing.in_prompts": ["PromptRepair", "last_tokens_of"],
     "choosing.latency": [
         "SublayerTimes",
         "_alike",

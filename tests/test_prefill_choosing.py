@@ -22,16 +22,14 @@ from api import (
     by_speedup,
     choose_as_fast,
     evaluate,
-    in_prompts,
     kl,
+    last_tokens_of,
     latency,
     measure_times,
     nll,
     outcomes,
     read,
-    running_last,
     searching,
-    with_last_tokens,
 )
 from command_line import QUICK
 from families import TRANSFORMERS_5, family
@@ -542,53 +540,32 @@ def test_a_set_of_mlps_alone_is_compared_too(model):
 # --------------------------------------------------------------------------------------
 
 
-def test_last_tokens_are_as_many_as_lower_the_kl_by_more_than_its_error(
-    model, monkeypatch
-):
-    plan = space(model, "block").plan(["attn.0", "mlp.0", "attn.1", "mlp.1"])
-    tried, windows = (1, 2, 4), BATCHES + HELD
-    found = with_last_tokens(model, plan, tried, windows, PROMPT)
-    kls = [
-        evaluate(model, [running_last(plan, count)], windows, PROMPT)[0].kl
-        for count in tried
-    ]
-    assert kls[tried.index(found.prefill.last_tokens)] <= kls[0]
-    monkeypatch.setattr(
-        in_prompts, "mean_and_error", lambda falls: (sum(falls) / len(falls), 0.0)
-    )
-    found = with_last_tokens(model, plan, tried, windows, PROMPT)
-    assert found.prefill.last_tokens == tried[kls.index(min(kls))] > 1
-    slower = with_last_tokens(
-        model, plan, tried, windows, PROMPT, lambda one: one.prefill.last_tokens < 2
-    )
-    assert slower.prefill.last_tokens == 1
-    monkeypatch.setattr(in_prompts, "mean_and_error", lambda falls: (1.0, 1.0))
-    assert (
-        with_last_tokens(model, plan, tried, windows, PROMPT).prefill.last_tokens == 1
-    )
+@pytest.mark.parametrize(
+    ("prompt", "whole"), [(2048, 64), (256, 64), (100, 25), (12, 3), (3, 1)]
+)
+def test_last_tokens_are_64_or_a_quarter_of_the_prompt(prompt, whole):
+    assert last_tokens_of(prompt) == whole
 
 
-def test_what_the_last_block_leaves_out_asks_for_no_more_last_tokens(model):
-    found = choose_plan(
-        model,
-        "search",
-        space(model),
-        by_count(space(model), 1),
-        BATCHES,
-        last_tokens=(1, 2),
-    )
-    assert found.plan == Plan(prefill={"attention": [3], "mlp": [3]})
-
-
-def test_a_plan_with_more_last_tokens_costs_what_is_said(model, monkeypatch):
-    monkeypatch.setattr(in_prompts, "mean_and_error", lambda falls: (1.0, 0.0))
-    among = space(model)
-    found = choose_plan(
-        model, "search", among, by_count(among, 2), BATCHES, last_tokens=(1, 2, 32)
-    )
-    assert found.plan.prefill.last_tokens == 2  # 32 are more than the prompt has
-    (quality,) = evaluate(model, [found.plan], BATCHES, PROMPT)
-    assert found.cost == pytest.approx(quality.kl, abs=1e-6)
+@pytest.mark.usefixtures("short_prose")
+@pytest.mark.parametrize(
+    ("more", "whole"),
+    [
+        (["--skip", "block:2"], 3),  # of 12 tokens ahead of those that are scored
+        (
+            ["--speedup", "1.01", "--prompt-tokens", 8]
+            + ["--generation-tokens", 2, "--rounds", 1],
+            2,
+        ),
+        (["--skip", "block:2", "--last-tokens", 1], 1),
+    ],
+)
+def test_a_search_runs_the_end_of_the_prompt_whole(run, folder, tmp_path, more, whole):
+    plan = tmp_path / "plan.json"
+    words = ["--phase", "prefill", "--sequences", 2, "--length", 24, "-o", plan]
+    code, _, err = run("search", folder, *words, *more)
+    assert code in (0, 3), err
+    assert json.loads(plan.read_text())["prefill"]["last_tokens"] == whole
 
 
 # --- by what is kept of tasks

@@ -27,9 +27,9 @@ from .budget import Budget
 from .criteria import CriterionLike, Setting, criterion as criterion_of
 from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
-from .in_prompts import WIDER, PromptRepair, fitting, with_last_tokens
+from .in_prompts import WIDER, PromptRepair
 from .objective import Objective, kl
-from .outcomes import Outcome, choose_within, outcome_of
+from .outcomes import choose_within
 from .recovering import Recovering, recovered
 from .space import Space, Unit
 
@@ -95,7 +95,6 @@ def choose_plan(
     held_out: Sequence[Tensor] = (),
     after_repair: bool = False,
     recovering: Recovering | None = None,
-    last_tokens: Sequence[int] = (),
     progress: Progress = silent,
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a
@@ -111,8 +110,7 @@ def choose_plan(
     saves most within the limit (`missed`). With `recovering` it is the one that keeps
     enough. Sets that a prompt alone skips are judged by what follows half of each
     sequence, or the prompt of the `objective`; `after_repair` then compares the best of
-    them by the KL after a refit of keys and values, to which a limit applies, and of
-    `last_tokens` so many last tokens of the prompt run whole as lower the KL. The
+    them by the KL after a refit of keys and values, to which a limit applies. The
     windows `held_out` measure it in the end.
 
     Raises `UsageError` for a folder that holds other work or is in use, a criterion
@@ -167,11 +165,6 @@ def choose_plan(
             outcome, addition = recovered(recovering, outcome, setting, budget)
             note += addition
         skipped = outcome.choice.skipped
-        tried = fitting(last_tokens, prompt) if prompt and skipped else []
-        if len(tried) > 1:
-            space, outcome = _running_last(outcome, setting, budget, tried, repairing)
-        if space is not setting.space:
-            evaluator = plain(space=space)
         plan = space.plan(skipped, note)
         return ChosenPlan(
             plan=plan,
@@ -197,40 +190,3 @@ def _measured(
     """
     dense, skipped = evaluate(model, [Plan(), plan], held_out, objective.prompt_tokens)
     return dense, skipped
-
-
-def _running_last(
-    found: Outcome,
-    setting: Setting,
-    budget: Budget,
-    tried: Sequence[int],
-    repairing: PromptRepair | None,
-) -> tuple[Space, Outcome]:
-    """As many last tokens as are worth it run whole: the space with that number, and
-    what was found, timed with it where it is to be fast.
-    """
-    space, objective = setting.space, setting.evaluator.objective
-    outcomes: dict[int, Outcome] = {}  # by the number of last tokens
-
-    def is_reached(plan: Plan) -> bool:
-        last = plan.prefill.last_tokens
-        setting_of_it = replace(setting, space=replace(space, last_tokens=last))
-        outcomes[last] = outcome_of(found.choice, setting_of_it, budget, {})
-        return outcomes[last].met
-
-    plan = space.plan(found.choice.skipped)
-    if repairing:
-        plan = repairing.repaired(plan)
-    assert objective.prompt_tokens
-    best = with_last_tokens(
-        setting.model,
-        plan,
-        tried,
-        objective.windows,
-        objective.prompt_tokens,
-        is_reached,
-    )
-    last = best.prefill.last_tokens
-    if last != space.last_tokens:
-        space = replace(space, last_tokens=last)
-    return space, outcomes.get(last, found)

@@ -2,26 +2,20 @@
 how many last tokens run whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..measuring.quality import evaluate, score
-from ..measuring.statistics import mean_and_error
+from ..measuring.quality import evaluate
 from ..plan import Plan
 from ..repairing.refitting import repair
 from .objective import Objective, kl
 
-LAST_TOKENS = (1, 8, 32)  # of a prompt, to try to run whole
-# times as long as these the prompt is to be, so that it still saves what was asked for,
-# about
-LEAST_EARLY = 4
+LAST_TOKENS = 64  # of a prompt that run whole: a question has about as many
+LEAST_EARLY = 4  # times as long as these the prompt is to be, so that skipping saves
 # as many nats as a limit are looked at, since a refit leaves a third of the KL or less
 WIDER = 3.0
 
@@ -72,43 +66,10 @@ class PromptRepair:
         return -quality.kl
 
 
-def fitting(last_tokens: Sequence[int], prompt_tokens: int) -> list[int]:
-    """Those that leave most of a prompt to skip in, the fewest first."""
-    return sorted(one for one in last_tokens if one * LEAST_EARLY <= prompt_tokens)
+def last_tokens_of(prompt_tokens: int) -> int:
+    """How many last tokens of a prompt run whole where nobody names a number.
 
-
-@torch.no_grad()
-def with_last_tokens(
-    model: PreTrainedModel,
-    plan: Plan,
-    last_tokens: Sequence[int],
-    windows: Sequence[Tensor],
-    prompt_tokens: int,
-    reached: Callable[[Plan], bool] = lambda _: True,
-) -> Plan:
-    """`plan` with as few last tokens run whole as `windows`, (batch, tokens) ids each,
-    ask for.
-
-    More are taken where they lower the KL behind the prompt by more than the error of
-    that, and `reached` still holds.
+    Loss on text does not show what fewer cost: a question at the end of a prompt needs
+    them (`benchmarks/prefill`).
     """
-    plans = [running_last(plan, count) for count in last_tokens]
-    scored = [score(model, plans, tokens, prompt_tokens) for tokens in windows]
-    _, *found = (
-        reduce(add, some).kl for some in zip(*scored)
-    )  # KLs of the sequences, of the original first
-    best = 0
-    for place in range(1, len(plans)):
-        falls, error = mean_and_error(
-            [before - after for before, after in zip(found[best], found[place])]
-        )
-        if falls > error and reached(plans[place]):
-            best = place
-    return plans[best]
-
-
-def running_last(plan: Plan, last_tokens: int) -> Plan:
-    """`plan` of which so many last tokens of the prompt run whole."""
-    return plan.model_copy(
-        update={"prefill": plan.prefill.model_copy(update={"last_tokens": last_tokens})}
-    )
+    return max(1, min(LAST_TOKENS, prompt_tokens // LEAST_EARLY))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ...choosing.space import Space
     from ...repairing.texts import RepairTexts
     from ...structure.model_structure import ModelStructure
+    from .options import BudgetChoice
     from .run import Search
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class OnePhase:
         """
         asked = self.asked
         wanted = asked.check()
-        space = asked.space.of(self.model)
+        space = self._space(wanted)
         wanted.check(self.model, space, asked.workload)
         split, texts = self._texts()
         settings, not_deciding = self._provenance(split)
@@ -95,6 +96,20 @@ class OnePhase:
         return Searched(
             record, budget.description, measured, scores, verdict, asked.out
         )
+
+    def _space(self, wanted: BudgetChoice) -> Space:
+        """What is chosen among; a prompt's last tokens run whole, as many as suit the
+        prompts that are scored and timed.
+        """
+        from ...choosing.in_prompts import last_tokens_of
+
+        space = self.asked.space.of(self.model)
+        if self.prompt_tokens is None or self.asked.space.last_tokens is not None:
+            return space
+        prompts = [self.prompt_tokens]
+        if wanted.is_timed:
+            prompts.append(self.asked.workload.prompt_tokens)
+        return replace(space, last_tokens=last_tokens_of(min(prompts)))
 
     @property
     def prompt_tokens(self) -> int | None:
@@ -158,10 +173,8 @@ class OnePhase:
         settings: Provenance,
     ) -> ChosenPlan:
         from ...choosing.choice import choose_plan
-        from ...choosing.in_prompts import LAST_TOKENS
 
         asked = self.asked
-        tries_last = asked.of_prompt and asked.space.last_tokens is None
         recovering = self._recovering(texts, settings) if self.tasks.recovery else None
         return choose_plan(
             self.model,
@@ -178,7 +191,6 @@ class OnePhase:
             held_out=split.evaluation,
             after_repair=bool(asked.repair),
             recovering=recovering,
-            last_tokens=LAST_TOKENS if tries_last else (),
             progress=self.progress,
         )
 

@@ -52,7 +52,10 @@ class SpaceOptions:
         None, f"{PHASE} (default: all; of a search by --recovery alone both)"
     )
     last_tokens: int | None = option(
-        None, f"{LAST_TOKENS} (default: 1, or of a search what lowers the KL)", least=1
+        None,
+        f"{LAST_TOKENS} (default: 64, or a quarter of the prompts that are scored"
+        " and timed, if that is less)",
+        least=1,
     )
 
     @property
@@ -147,6 +150,11 @@ class BudgetChoice:
     saving: tuple[str, float] | None
     limit: tuple[str, float] | None = None
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether a time is to be saved."""
+        return self.saving is not None and self.saving[0] == "speedup"
+
     def objective(self, text: str) -> str:
         """The one that is limited, else KL, which tells more of as much text; on the
         mix retrieval counts, too.
@@ -159,7 +167,7 @@ class BudgetChoice:
         """Raise `UsageError` for what cannot be saved, as far as that is known without
         timing the model.
         """
-        if self.saving and self.saving[0] == "speedup":
+        if self.is_timed:
             workload.check(model)
         else:
             self.of(model, space, workload)
