@@ -357,7 +357,7 @@ def test_code_in_a_cache_is_neither_run_nor_copied(working, own_cache, monkeypat
     file.parent.mkdir(parents=True)
     file.write_text(marking(working, source))
     monkeypatch.setattr(
-        remote_code, "keep", lambda *_: None
+        remote_code, "write_cached", lambda *_: None
     )  # root may write everywhere
     module = remote_code.load_modeling(remote_code._folder_with("llama"), "llama")
     assert not ran(working)

@@ -245,7 +245,7 @@ def test_it_runs_on_gpus_where_there_are_some_unless_told_otherwise(
     monkeypatch.setattr(cluster, "joined", nullcontext)
     monkeypatch.setattr(cluster, "room", lambda: (2, has_gpus))
     monkeypatch.setattr(cluster.ray, "put", lambda asked: asked)
-    monkeypatch.setattr(healing.repaired, "read_tensors", lambda path: ({}, {}))
+    monkeypatch.setattr(healing.tensor_files, "read_tensors", lambda path: ({}, {}))
     trainer = mock.Mock()
     monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
     Spread({"device": device}).train(
