@@ -17,7 +17,7 @@ import pytest
 import typer
 
 import notall
-from api import ModelOptions, RayOptions, cli, compare_module, errors, extras
+from api import ModelOptions, RayOptions, cli, compare_module, extras
 from command_line import MLPS, QUICK, TIMED
 from notall import Plan, UsageError
 
@@ -231,7 +231,7 @@ def test_an_extra_that_lacks_is_named_before_any_work(
     run, folder, tmp_path, monkeypatch, lacks, command
 ):
     monkeypatch.setattr(
-        errors, "find_spec", lambda name: None if name == lacks else find_spec(name)
+        extras, "find_spec", lambda name: None if name == lacks else find_spec(name)
     )
     name, *options = [tmp_path / "out" if word == "OUT" else word for word in command]
     code, out, err = run(name, folder, *options)
@@ -251,7 +251,7 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(
         raise UsageError(" ".join(one.criterion for one in runs))
 
     monkeypatch.setattr(
-        errors, "find_spec", lambda name: None if name == lacks else find_spec(name)
+        extras, "find_spec", lambda name: None if name == lacks else find_spec(name)
     )
     monkeypatch.setattr(compare_module, "compare_criteria", stop)
     code, _, err = run(

@@ -410,30 +410,28 @@ def test_answers_are_kept_and_not_computed_again(
 
 def test_what_is_written_is_held_against_what_the_dense_model_wrote():
     dense = 'So {"a": 1, "b": 2} is it.'
-    assert checks.beside_dense({}, (dense, dense)) == {
+    assert checks.compared({}, (dense, dense)) == {
         "same_beginning": 1.0,
         "words": 7.0,
         "same_number": 1.0,
         "valid_json": 1.0,
     }
     assert (
-        checks.beside_dense({}, ('So {"b": 1, "a": 2} it is.', dense))["valid_json"]
-        == 1.0
+        checks.compared({}, ('So {"b": 1, "a": 2} it is.', dense))["valid_json"] == 1.0
     )
     assert (
-        checks.beside_dense({}, ('So {"a": 1, "b": 2 is it.', dense))["valid_json"]
-        == 0.0
+        checks.compared({}, ('So {"a": 1, "b": 2 is it.', dense))["valid_json"] == 0.0
     )
     dense = "One two three 3."
-    assert checks.beside_dense({}, (dense, dense)).keys() == {
+    assert checks.compared({}, (dense, dense)).keys() == {
         "same_beginning",
         "words",
         "same_number",
     }
-    assert checks.beside_dense({}, ("One two 4 and 3", dense))["same_number"] == 1.0
-    found = checks.beside_dense({}, ("One two 3 and 4", dense))
+    assert checks.compared({}, ("One two 4 and 3", dense))["same_number"] == 1.0
+    found = checks.compared({}, ("One two 3 and 4", dense))
     assert found == {"same_beginning": 0.5, "words": 5.0, "same_number": 0.0}
-    assert checks.beside_dense({}, ("", "")) == {"same_beginning": 0.0, "words": 0.0}
+    assert checks.compared({}, ("", "")) == {"same_beginning": 0.0, "words": 0.0}
 
 
 def test_the_dense_model_keeps_all_that_it_writes(model, tokenizer, tmp_path):
