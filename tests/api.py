@@ -206,9 +206,9 @@ NAMES = {
         "packed",
         "plain as packing_plain",
     ],
+    "evaluation.limits": ["Limits"],
     "evaluation.tasks": [
         "Job",
-        "Limits",
         "OPENLLM",
         "TaskShelf",
         "_complaint",

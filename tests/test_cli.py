@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import typer
 
 import notall
-from api import ModelOptions, RayOptions, cli, compare_module, extras
+from api import CRITERIA, ModelOptions, RayOptions, cli, compare_module, extras
 from command_line import MLPS, QUICK, TIMED
 from notall import Plan, UsageError
 
@@ -205,7 +206,6 @@ def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, c
         ("vl_convert", ["report", "-o", "OUT"]),
         ("lm_eval", ["paper", "--out", "OUT"]),
         ("lm_eval", ["eval", "--skip", "mlp", "--tasks", "arc_easy", "--out", "OUT"]),
-        ("scipy", ["eval", "--skip", "mlp", "--diagnostics", "--out", "OUT"]),
         (
             "lm_eval",
             [
@@ -219,11 +219,6 @@ def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, c
             ],
         ),
         ("lm_eval", ["compare", "--tasks", "arc_easy", "-o", "OUT"]),
-        (
-            "scipy",
-            ["search", "--skip", "mlp:1", "--criterion", "quadratic", "-o", "OUT"],
-        ),
-        ("scipy", ["compare", "--criterion", "quadratic", "-o", "OUT"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -243,7 +238,7 @@ def test_an_extra_that_lacks_is_named_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("lacks", ["scipy", None])
+@pytest.mark.parametrize("lacks", ["vl_convert", None])
 def test_all_criteria_are_compared_but_those_whose_extra_lacks(
     run, folder, tmp_path, monkeypatch, lacks
 ):
@@ -252,6 +247,9 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(
 
     monkeypatch.setattr(
         extras, "find_spec", lambda name: None if name == lacks else find_spec(name)
+    )
+    monkeypatch.setitem(
+        CRITERIA, "quadratic", replace(CRITERIA["quadratic"], needs=("vl_convert",))
     )
     monkeypatch.setattr(compare_module, "compare_criteria", stop)
     code, _, err = run(

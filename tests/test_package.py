@@ -27,7 +27,6 @@ OPTIONAL = (
     "vl_convert",
     "jinja2",
     "lm_eval",
-    "scipy",
     "datasets",
     "ray",
     "zensical",

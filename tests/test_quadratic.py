@@ -21,7 +21,6 @@ from api import (
     by_footprint,
     by_limit,
     choose,
-    extras,
     kl,
     nll,
     quadratic_measure as measure,
@@ -311,13 +310,3 @@ def test_nothing_to_save_is_nothing_skipped_and_too_much_is_refused(model):
     only = setting(family("llama").build(num_hidden_layers=1), "attention")
     with pytest.raises(UsageError, match="saves so much: ask for less"):
         choose("quadratic", only, Budget({"attn.0": 1.0}, 1, "so much"))
-
-
-def test_without_its_solver_it_says_what_to_install(model, monkeypatch):
-    asked = setting(model)
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(
-        UsageError, match=r"this needs scipy: pip install 'notall\[solver\]'"
-    ):
-        choose("quadratic", asked, by_count(asked.space, 1))
-    assert asked.evaluator.spent.evaluations == 0

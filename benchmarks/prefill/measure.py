@@ -31,7 +31,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from notall import Plan, RepairedPlan, deepest, evaluate, heal, load, locate, repair
 from notall.evaluation.diagnostics import check_passkey
 from notall.evaluation.harness import run_tasks
-from notall.evaluation.tasks import Limits, TaskShelf
+from notall.evaluation.limits import Limits
+from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options.text import TextOptions
 from notall.measuring.speed import machine, time_plans
 from notall.models.texts import fields, read_file

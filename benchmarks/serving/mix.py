@@ -36,7 +36,8 @@ from notall import Plan, RepairedPlan, choose_plan, evaluate, heal, load, repair
 from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
-from notall.evaluation.tasks import Limits, TaskShelf
+from notall.evaluation.limits import Limits
+from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options.plan import read_plan, space_of
 from notall.experiments.options.text import TextOptions
 from notall.experiments.search.options import WITH_RETRIEVAL

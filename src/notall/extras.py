@@ -7,7 +7,7 @@ from .errors import UsageError
 FIGURES = ("altair", "vl_convert")
 # Which extra brings a module that not every command needs.
 EXTRAS = dict.fromkeys((*FIGURES, "jinja2"), "report")
-EXTRAS |= {"lm_eval": "eval", "scipy": "solver", "reasoning_gym": "reasoning"}
+EXTRAS |= {"lm_eval": "eval", "reasoning_gym": "reasoning"}
 
 
 def installed(*modules: str) -> bool:

@@ -56,9 +56,8 @@ def compare(
     """Compare ways to choose on held-out text: each criterion at each budget, and what
     it took to find the plan.
 
-    Plans are timed where --rounds says how often. The criterion `quadratic` needs the
-    extra `solver`; without it, the others are compared. If you interrupt it, the same
-    command continues where it stopped.
+    Plans are timed where --rounds says how often. If you interrupt it, the
+    same command continues where it stopped.
     """
     check_folder(out, "compare")
     text.check()

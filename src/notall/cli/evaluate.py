@@ -11,7 +11,6 @@ from ..experiments.recovery import RecoveryOptions
 from ..experiments.repair import RepairOptions
 from ..experiments.used import uses_of, windows_of
 from ..experiments.verdict import Verdict
-from ..extras import need
 from ..options import RunOptions
 from ..report.measured import tables_of
 from ..results.provenance import behind
@@ -48,8 +47,6 @@ def evaluate(
     plan.check(needed=True, model=model.model)
     text.check()
     repair.check(kept)
-    if how.diagnostics:
-        need("scipy")
     model.check_plan(plan.named)
     asked = tasks.check()
     refuse_judging(asked, repair.sources if repair else ())

@@ -1,9 +1,8 @@
 """Errors of means, and what so few items allow to say: tests of paired differences, and
 intervals.
 
-It needs no scipy, which a base install has not: the tests compare each function with
-it. Items of one document are no independent witnesses: where `documents` names the
-document of each item, errors, tests and intervals count documents.
+Items of one document are no independent witnesses: where `documents` names the document
+of each item, errors, tests and intervals count documents.
 """
 
 import math
@@ -14,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import bdtr, stdtr, stdtrit
 
 from ..results.facts import SIGNIFICANT
 from ..results.record import Quartiles
@@ -128,8 +128,7 @@ def sign_flip_p_value(
 def _sign_test(above: int, of: int) -> float:
     """Two-sided: how likely so few, or so many, of them are above by chance."""
     fewer = min(above, of - above)
-    ways = sum(math.comb(of, count) for count in range(fewer + 1))
-    return min(1.0, 2 * ways / 2**of)
+    return min(1.0, 2 * float(bdtr(fewer, of, 0.5)))
 
 
 def too_few(could_fall: int, items: int) -> int | None:
@@ -155,8 +154,8 @@ def student_p_value(difference: float, error: float, degrees: float) -> float:
         return math.nan
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    square = (difference / error) ** 2
-    return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + square))
+    t = abs(difference) / error
+    return 2 * float(stdtr(degrees, -t))
 
 
 @cache
@@ -167,31 +166,7 @@ def student_quantile(degrees: float, level: float = LEVEL) -> float:
     if not degrees > 0:
         return math.inf
 
-    def too_likely(reach: float) -> float:
-        return student_p_value(reach, 1.0, degrees) - (1 - level)
-
-    return _crossing(too_likely, 0.0, 1.0)
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function, as a continued fraction (Abramowitz and
-    Stegun 26.5.8).
-    """
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # the fraction of the other tail converges faster
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    value = 1.0
-    for step in range(30 + round(2 * math.sqrt(max(a, b))), 0, -1):
-        half, place = step // 2, a + step
-        odd = -(a + half) * (a + b + half)
-        even = half * (b - half)
-        factor = odd if step % 2 else even
-        value = 1 + factor * x / ((place - 1) * place) / value
-    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    logarithm += a * math.log(x)
-    logarithm += b * math.log1p(-x)
-    return math.exp(logarithm) / (a * value)
+    return float(stdtrit(degrees, (1 + level) / 2))
 
 
 def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
@@ -244,11 +219,12 @@ def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
     """
     value = sum(weight * one.value for weight, one in parts)
     squares = [(weight * one.error) ** 2 for weight, one in parts]
+    degrees_of = [one.degrees for _, one in parts]
     total = sum(squares)
-    if not math.isfinite(total) or any(one.degrees <= 0 for _, one in parts):
+    if not math.isfinite(total) or min(degrees_of) <= 0:
         return Estimate(value, math.nan, 0)
-    spread = sum(square**2 / one.degrees for square, (_, one) in zip(squares, parts))
-    degrees = total**2 / spread if spread else min(one.degrees for _, one in parts)
+    spread = sum(square**2 / degrees for square, degrees in zip(squares, degrees_of))
+    degrees = total**2 / spread if spread else min(degrees_of)
     return Estimate(value, math.sqrt(total), degrees)
 
 
@@ -264,10 +240,13 @@ def paired_difference(
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
     mean, error = mean_and_error(differences, documents)
     count = len(summed(differences, documents))
-    if are_right_or_wrong(ours, theirs) and documents is None and count > 1:
-        apart, total = sum(map(abs, differences)) + 1, count + 2
+    are_answers = are_right_or_wrong(ours, theirs)
+    if are_answers and documents is None and count > 1:
+        total = count + 2
+        differ = sum(map(abs, differences)) + 1
         shift = math.fsum(differences) / total
-        error = math.sqrt(max(0.0, apart / total - shift**2) / total)
+        variance = differ / total - shift**2
+        error = math.sqrt(max(0.0, variance) / total)
     return Estimate(mean, error, count - 1)
 
 
@@ -318,30 +297,28 @@ def recovery_interval(
     which is wider. An interval ends at infinity where `theirs` may have no mean above
     zero; then the ratio may be nan.
     """
-    mine, base = (
-        np.array(summed(values, documents), dtype=np.float64)
-        for values in (ours, theirs)
-    )
-    if not (base.sum() > 0 and len(base) > 1):
-        return (
-            float(mine.sum() / base.sum()) if base.sum() > 0 else math.nan,
-            0.0,
-            math.inf,
-        )
-    ratio, differ = float(mine.sum() / base.sum()), int((mine != base).sum())
-    whole = np.stack([mine, base]).min() >= 0 and (
-        len(base) < FEW_SCORES or differ < FEWEST
-    )
-    if documents is None and are_right_or_wrong(ours, theirs):
-        whole = True
+    mine = np.array(summed(ours, documents), dtype=np.float64)
+    base = np.array(summed(theirs, documents), dtype=np.float64)
+    count = len(base)
+    if not base.sum() > 0:
+        return math.nan, 0.0, math.inf
+    ratio = float(mine.sum() / base.sum())
+    if count < 2:
+        return ratio, 0.0, math.inf
+    are_answers = documents is None and are_right_or_wrong(ours, theirs)
+    is_positive = min(mine.min(), base.min()) >= 0
+    differ = int((mine != base).sum())
+    has_no_skew = count < FEW_SCORES or differ < FEWEST
+    is_whole = are_answers or (is_positive and has_no_skew)
 
     def evidence(least: float) -> float:
         """For a ratio above `least`: how far the test is beyond its threshold, on
         either side.
         """
-        if whole:
+        if is_whole:
             return _score(mine, base, least) / NORMAL
-        return _skewed_t(mine - least * base) / student_quantile((len(base) - 1) / 2)
+        threshold = student_quantile((count - 1) / 2)
+        return _skewed_t(mine - least * base) / threshold
 
     low = _crossing(lambda least: evidence(least) - 1, 0.0, ratio or 1.0)
     high = _crossing(lambda least: evidence(least) + 1, ratio, 2 * ratio or 1.0)
@@ -356,32 +333,42 @@ def _score(ours: Floats, theirs: Floats, ratio: float) -> float:
     Values are shares of the most.
     """
     most = max(ours.max(), theirs.max())
-    both, change = np.minimum(ours, theirs).sum() / most, (ours - theirs) / most
-    lost, gained = -change[change < 0].sum(), change[change > 0].sum()
+    change = (ours - theirs) / most
+    both = np.minimum(ours, theirs).sum() / most
+    lost = -change[change < 0].sum()
+    gained = change[change > 0].sum()
     count = both + lost + gained
+
+    # The likeliest share that is lost at this ratio is the larger root.
     a = count * (1 + ratio)
     b = (both + lost) * ratio**2 - (both + gained + 2 * lost)
     c = lost * (1 - ratio)
-    least_lost = (-b + math.sqrt(max(0.0, b * b - 4 * a * c))) / (
-        2 * a
-    )  # the likeliest share that is lost at this ratio
-    variance = count * ((1 + ratio) * least_lost + ratio - 1)
+    root = math.sqrt(max(0.0, b * b - 4 * a * c))
+    likeliest_lost = (root - b) / (2 * a)
+
+    variance = count * ((1 + ratio) * likeliest_lost + ratio - 1)
     more = both + gained - ratio * (both + lost)
-    more = min(0.0, more + 0.5) if more < 0 else more
-    if variance <= 1e-12 * count:
-        return math.copysign(math.inf, more) if abs(more) > 1e-9 * count else 0.0
-    return more / math.sqrt(variance)
+    if more < 0:
+        more = min(0.0, more + 0.5)
+    if variance > 1e-12 * count:
+        return more / math.sqrt(variance)
+    is_none = abs(more) <= 1e-9 * count
+    return 0.0 if is_none else math.copysign(math.inf, more)
 
 
 def _skewed_t(values: Floats) -> float:
     """Student's t of the mean, corrected for the values' skew. Source: Hall 1992, J. R.
     Statist. Soc. B 54, 221.
     """
-    n, mean = len(values), float(values.mean())
+    n = len(values)
+    mean = float(values.mean())
     apart = values - mean
     spread = float(np.sqrt((apart**2).mean()))
     if spread <= 1e-12 * abs(mean):
         return math.copysign(math.inf, mean) if mean else 0.0
-    skew = float((apart**3).mean()) / spread**3 * math.sqrt(n * (n - 1)) / (n - 2)
-    t = mean / (spread * math.sqrt(n / (n - 1)))  # in standard deviations
-    return math.sqrt(n) * (t + skew * t**2 / 3 + skew**2 * t**3 / 27 + skew / (6 * n))
+    biased_skew = float((apart**3).mean()) / spread**3
+    skew = biased_skew * math.sqrt(n * (n - 1)) / (n - 2)
+    deviation = spread * math.sqrt(n / (n - 1))
+    t = mean / deviation
+    corrected = t + skew * t**2 / 3 + skew**2 * t**3 / 27 + skew / (6 * n)
+    return math.sqrt(n) * corrected

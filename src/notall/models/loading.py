@@ -165,10 +165,10 @@ def _load_plain(
             f"the {quantisation_name(quantised)} weights of {shortened(str(spec))} as they"
             " are stored"
         )
-        lacks = f"{len(missing)} are missing, first {shortened(missing[0])}"
+        which = f"{len(missing)} are missing, first {shortened(missing[0])}"
         fix = "give another checkpoint; notall inspect, plan and export take this one"
         raise UsageError(
-            f"transformers {transformers.__version__} does not read {of} ({lacks}):"
+            f"transformers {transformers.__version__} does not read {of} ({which}):"
             f" {fix}"
         )
     check_weights(spec, report)

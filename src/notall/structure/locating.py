@@ -5,7 +5,7 @@ There is no table of architectures: what `observation` reads each layer as is ru
 from its parts (`proving`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, expect
-from ..plan import Kind
-from .branches import Branch
 from .calls import child, first
 from .in_place import DummyLayer, Stubs, halves, whole
-from .lines import lines_of
 from .model_structure import (
     Block,
     ModelStructure,
-    Sublayer,
     base_model,
     fingerprint,
     name_of,
@@ -34,10 +30,11 @@ from .model_structure import (
 )
 from .observation import PROBE_BATCH, PROBE_TOKENS, Watch, watching
 from .proving import Alone, prove, prove_apart, prove_causal, run_probe
+from .reading import block_of, mixer_of, read_block, sublayer_of
 from .slicing import LAYER_INDICES
 from .traces import LayerTrace, Place
 from .undoing import Undo
-from .weights import is_weightless, running_weightless, weights_of
+from .weights import is_weightless, running_weightless
 
 Probe = Callable[
     ..., None
@@ -211,7 +208,7 @@ def _found(
                 f"layers of {config.model_type} depend on each other by more than a"
                 " residual stream"
             )
-        blocks = tuple(_read(config, trace) for trace in watch.traces)
+        blocks = tuple(read_block(config, trace) for trace in watch.traces)
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
@@ -312,9 +309,9 @@ def _block_in_place(
             if kind == "mlp"
             else "layer"
             if stub.is_layer
-            else _mixer(config, trace)
+            else mixer_of(config, trace)
         )
-        part = _sublayer(trace, kind, mixer, stub.modules)
+        part = sublayer_of(trace, kind, mixer, stub.modules)
         parts.append(replace(part, stub=stub, read_by=tuple(sorted(read_by))))
     modules = [module for part in parts for module in part.modules]
     own = all(
@@ -322,7 +319,7 @@ def _block_in_place(
         for name, _ in trace.layer.named_parameters()
     )
     bare = own and "" not in modules and not any(part.read_by for part in parts)
-    return _block(trace, parts, parallel=False, bare=bare)
+    return block_of(trace, parts, parallel=False, bare=bare)
 
 
 def _is_handed_on(answer: object, given: Tensor) -> bool:
@@ -337,117 +334,3 @@ def _is_handed_on(answer: object, given: Tensor) -> bool:
         ]
         return views[0] == views[1]
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
-
-
-def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
-    """The block of a layer: a mixer and an MLP, in either order or side by side, or one
-    of the two alone.
-    """
-    lines = lines_of(trace)
-    mixing = [line for line in lines if any(branch.is_attention for branch in line)]
-    others = [line for line in lines if any(not branch.is_attention for branch in line)]
-    mixers = tuple(branch for line in mixing for branch in line if branch.is_attention)
-    mlps = tuple(
-        branch for line in others for branch in line if not branch.is_attention
-    )
-    names = {name for branch in mixers for name in branch.modules}
-    elsewhere = [write for write in trace.cache_writes if write.module not in names]
-    if len(mixing) > 1 or elsewhere:
-        writers = ", ".join(
-            dict.fromkeys(
-                write.module or "the layer itself" for write in trace.cache_writes
-            )
-        )
-        problem = (
-            "expected one sublayer that writes to the cache, found"
-            f" {len(mixing) + len(elsewhere)} ({writers})"
-        )
-        raise UnsupportedModel(
-            f"{trace}: {problem}. It cannot be skipped by halves; choose another model"
-        )
-    if len(others) > 1:
-        problem = (
-            "expected a mixer that writes to the cache and one MLP, found"
-            f" {len(mixing)} and {len(others)}"
-        )
-        fix = (
-            "if sublayers were removed from this model for good, start from the"
-            " original model"
-        )
-        raise UnsupportedModel(
-            f"{trace}: {problem}. It cannot be skipped by halves; {fix}"
-        )
-    parts = (
-        [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)]
-        if mixing
-        else []
-    )
-    if mlps:  # a norm that both have weighs with the mixer
-        own = {name for branch in mlps for name in branch.modules} - names
-        parts.insert(
-            0 if mixing != lines[:1] else 1, _sublayer(trace, "mlp", None, own, mlps)
-        )
-    return _block(trace, parts, parallel=len(lines) < len(parts))
-
-
-def _block(
-    trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True
-) -> Block:
-    scaled_by = trace.unscaled(trace.result)[1] if trace.result else None
-    number = getattr(trace.layer, scaled_by) if scaled_by else None
-    scale = 1.0 if number is None or number.is_meta else float(number)
-    answer = None
-    if isinstance(trace.answer, tuple):
-        given = (
-            trace.attention_answer if isinstance(trace.attention_answer, tuple) else ()
-        )
-        places = [
-            [at for at, one in enumerate(given) if one is value]
-            for value in trace.answer[1:]
-        ]
-        # at the same place if it is there too
-        answer = tuple(
-            at if at in found else next(iter(found), None)
-            for at, found in enumerate(places, start=1)
-        )
-    return Block(trace.index, tuple(parts), parallel, answer, scaled_by, scale, bare)
-
-
-def _mixer(config: PretrainedConfig, trace: LayerTrace) -> str:
-    """What transformers calls the mixer of a layer."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds and len(kinds) > trace.index:
-        return str(kinds[trace.index])
-    return (
-        "full_attention"
-        if any(write.bytes_per_token for write in trace.cache_writes)
-        else "linear_attention"
-    )
-
-
-def _sublayer(
-    trace: LayerTrace,
-    kind: Kind,
-    mixer: str | None,
-    names: Iterable[str],
-    branches: tuple[Branch, ...] = (),
-) -> Sublayer:
-    """Of the branches of a layer, or of none; it weighs what its modules of these
-    `names` do.
-    """
-    modules = (child(trace.layer, name) for name in names)
-    weights = {
-        key: one for module in modules for key, one in weights_of(module).items()
-    }.values()
-    return Sublayer(
-        kind,
-        trace.index,
-        branches,
-        parameters=sum(weight.elements for weight in weights),
-        weight_bytes=sum(weight.bytes for weight in weights),
-        kv_bytes_per_token=(
-            sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0
-        ),
-        state_bytes=trace.state_bytes if mixer else 0,
-        mixer=mixer,
-    )

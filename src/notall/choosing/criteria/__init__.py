@@ -81,7 +81,6 @@ _ALL = (
         choose=choose_quadratic,
         reads="objective",
         passes=lambda n, _: n**2 / 24,
-        needs=("scipy",),
     ),
     Criterion("search", choose=search.search, reads="objective"),
 )

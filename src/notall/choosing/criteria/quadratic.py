@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UsageError
-from ...extras import need
 from ..budget import Budget
 from ..space import Choice, Unit, names_in
 from .search import SCREENED
@@ -24,14 +23,13 @@ WORST = 1e3  # nats: what a model that overflows loses; a sum has no use for mor
 
 
 def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
-    """The least sum of single and pairwise effects (after 2602.00161; extra: solver).
+    """The least sum of single and pairwise effects (after 2602.00161).
 
     a[i] over the units, what the objective rises by without i, and b[i, j] over each
     two, what it rises by without both, less a[i] and a[j], or 0 where that is negative.
     The source's binary program takes both from a Taylor expansion in a gate on each
     block; a gate that closes is too far away for that, so here they are measured.
     """
-    need("scipy")
     if budget.met(frozenset()):
         return Choice(frozenset(), ())
     # a portable set is a union of pairs that follow each other, so these are its units

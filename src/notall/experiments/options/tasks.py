@@ -16,7 +16,8 @@ from ..waiting import waiting
 from .words import Words, words_of
 
 if TYPE_CHECKING:
-    from ...evaluation.tasks import Job, Limits, TaskShelf
+    from ...evaluation.limits import Limits
+    from ...evaluation.tasks import Job, TaskShelf
 
 
 QUESTIONS = 100  # of a task that is an objective, by default
@@ -104,7 +105,8 @@ class TaskOptions:
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
         with waiting("reading the harness's tasks"):
-            from ...evaluation.tasks import Limits, TaskShelf
+            from ...evaluation.limits import Limits
+            from ...evaluation.tasks import TaskShelf
 
             limits = Limits.parse(words_of(self.limit))
             shelf = TaskShelf(self.task_path)

@@ -9,7 +9,7 @@ from typing import Any
 from ...engines import Engine, weight_bytes, worker
 from ...exporters import export
 from ...exporters.manifest import NotVerified, read_manifest, verdict_of
-from ...files import temporary as beside
+from ...files import temporary
 from ...plan import Plan
 
 
@@ -34,7 +34,7 @@ def write_plain(
     verified is not measured.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with beside(out) as scratch:
+    with temporary(out) as scratch:
         scratch.mkdir()
         source = engine.source(spec, scratch)
         if stored and Path(source).is_dir():

@@ -15,7 +15,7 @@ from statistics import fmean, median
 from ...engines import Engine, weight_bytes, worker
 from ...errors import UsageError
 from ...exporters.manifest import NotAsSkipped
-from ...files import temporary as beside
+from ...files import temporary
 from ...integrity import check_manifest
 from ...measuring.statistics import mean_and_error
 from ...options import Workload
@@ -230,7 +230,7 @@ class _Run:
             )
             return checkpoint
         plain = self._source_of(variant)
-        with beside(checkpoint) as scratch:
+        with temporary(checkpoint) as scratch:
             worker.call(
                 self.engine, "quantise", plain=plain, kind=variant.type, out=scratch
             )
