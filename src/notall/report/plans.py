@@ -8,7 +8,7 @@ from ..experiments.next_commands import asking_for_less
 from ..experiments.recovery import JudgedRecord
 from ..experiments.subject import MeasuredPlan
 from ..experiments.verdict import NAME_LETTERS, Verdict, faults_of, in_nats, is_usable
-from ..plan import Plan
+from ..plan import Plan, several
 from ..results.facts import DELTA_NLL, PLAN_SCORES, Footprint, PlanScore
 from ..results.record import is_number
 from ..results.table import Column, Table, table, words
@@ -101,7 +101,7 @@ def _none_usable(folder: Folder, records: Sequence[P], mild: P) -> Message:
     count = sum(bool(one.plan) for one in records)
     plans = "The one plan here does not leave"
     if count > 1:
-        plans = f"None of the {count} plans here leaves"
+        plans = f"None of the {several(count, 'plan')} here leaves"
     model, name = (shortened(one, NAME_LETTERS) for one in (folder.model, mild.name))
     faults = " and ".join(faults_of(mild.quality))
     sentence = (
