@@ -78,7 +78,7 @@ def check_minutes(most: float | None) -> None:
         )
 
 
-def choose_plan(
+def choose_plan(  # noqa: PLR0913  documented by name
     model: PreTrainedModel,
     criterion: CriterionLike,
     space: Space,

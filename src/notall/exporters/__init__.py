@@ -98,7 +98,7 @@ def target_named(name: str) -> type[Export]:
     return class_named(name, TARGETS, "notall.targets", "export target", Export)  # type: ignore[type-abstract]
 
 
-def export(
+def export(  # noqa: PLR0913  documented by name
     model: "PreTrainedModel | str | Path",
     plan: Plan,
     target: str,

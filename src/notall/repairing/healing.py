@@ -30,7 +30,7 @@ from .training import Training as Training, settings_of
 from .training_loop import processes_of
 
 
-def heal(
+def heal(  # noqa: PLR0913  documented by name
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Tensor],

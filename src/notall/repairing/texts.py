@@ -54,7 +54,7 @@ class RepairTexts:
     stops: list[Tensor]
 
     @classmethod
-    def draw(
+    def draw(  # noqa: PLR0913  documented by name
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,

@@ -67,6 +67,7 @@ def read_block(config: PretrainedConfig, trace: LayerTrace) -> Block:
 def block_of(
     trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True
 ) -> Block:
+    """A block of these sublayers, with what its layer answers and is scaled by."""
     scaled_by = trace.unscaled(trace.result)[1] if trace.result else None
     number = getattr(trace.layer, scaled_by) if scaled_by else None
     scale = 1.0 if number is None or number.is_meta else float(number)
