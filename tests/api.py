@@ -98,6 +98,7 @@ MODULES = {
     "regrouped": "running.regrouped",
     "skipping": "running.skipping",
     "locating": "structure.locating",
+    "reading": "structure.reading",
     "branches": "structure.branches",
     "observation": "structure.observation",
     "proving": "structure.proving",

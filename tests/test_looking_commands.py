@@ -132,7 +132,8 @@ def test_generate_shows_both_answers_side_by_side(run, folder):
     assert (code, err) == (0, "")
     shown = re.fullmatch("dense:\n(.*)\n\nskipped:\n(.*)\n\n", out, re.S)
     assert shown.groups() == tuple(
-        side_by_side._lines(text, side_by_side.Console()) for text in (dense, skipped)
+        side_by_side._printable_lines(text, side_by_side.Console())
+        for text in (dense, skipped)
     )
     code, _, err = run(*command, "--beside")
     assert (code, "say what to leave out" in err) == (2, True)

