@@ -65,6 +65,7 @@ MODULES = {
     "extras": "extras",
     "cache": "cache",
     "files": "files",
+    "tensor_files": "tensor_files",
     "quality": "measuring.quality",
     "speed": "measuring.speed",
     "token_scores": "measuring.token_scores",
@@ -371,6 +372,7 @@ NAMES = {
     "options": ["Workload", "Workload as options_Workload"],
     "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill", "several_of"],
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
+    "repairing.checkpoints": ["Checkpoints"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
     "repairing.methods.published": [

@@ -417,7 +417,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(working, monkeypatch):
     steps.clear()
     write_tensors(Path("w.safetensors"), {"w": torch.ones(2)})
     assert steps[1:] == ["renamed", str(working)]
-    assert Path(steps[0]).name.startswith(".w.safetensors.")
+    assert Path(steps[0]).parent.name.startswith(".w.safetensors.")
 
 
 # --- files beside a manifest, and headers that count wrongly

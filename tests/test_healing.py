@@ -13,6 +13,7 @@ import torch
 
 import forked
 from api import (
+    Checkpoints,
     HealRecord,
     RepairedPlan,
     Replay,
@@ -21,6 +22,7 @@ from api import (
     read,
     silent,
     states_of,
+    tensor_files,
     training,
     training_loop,
 )
@@ -666,6 +668,23 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
         RepairedPlan.load(folder)
     assert same(run_heal(folder), whole)
     assert same(RepairedPlan.load(folder), whole)
+
+
+def test_what_safetensors_leaves_when_killed_is_ours(tmp_path, monkeypatch):
+    """Of 0.8: it writes a file of its own beside the one to write, and renames it."""
+    checkpoints, save_file = Checkpoints.of(tmp_path), tensor_files.save_file
+    saved = []
+
+    def save(tensors, file, notes):
+        (file.parent / ".tmpW6aE4p").write_bytes(b"")
+        checkpoints.refuse_others()
+        save_file(tensors, file, notes)
+        saved.append(file)
+
+    monkeypatch.setattr(tensor_files, "save_file", save)
+    tensor_files.write_tensors(checkpoints.last, {"weight": torch.ones(2)})
+    assert len(saved) == 1
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["last.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ def write_tensors(
     digest = digest_of_tensors(held, notes or {})
     with writing(shortened(path), "make room, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path) as part:
+        with temporary(path) as scratch:
+            # safetensors has a temporary file beside it, which a killed run leaves.
+            scratch.mkdir()
+            part = scratch / path.name
             with saving():
                 save_file(held, part, {**(notes or {}), DIGEST: digest})
             open_to_others(part)  # safetensors lets only the owner read it
