@@ -33,7 +33,8 @@ def engine_named(name: str) -> "type[Engine]":
     """That of `ENGINES`, of an installed package, or `module:Class`. Raises
     `UsageError` where there is none.
     """
-    return class_named(name, ENGINES, "notall.engines", "engine", Engine)  # type: ignore[type-abstract]
+    abstract: type[Engine] = Engine  # type: ignore[type-abstract]
+    return class_named(name, ENGINES, "notall.engines", "engine", abstract)
 
 
 @dataclass(frozen=True)

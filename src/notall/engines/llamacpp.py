@@ -47,7 +47,8 @@ NARROWER = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Matrices that llama.cpp never quantises.
 KEPT = re.compile(
-    r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b|ssm_conv1d|shortconv\.conv"
+    r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b"
+    r"|ssm_conv1d|shortconv\.conv"
 )
 
 AT_ONCE = 8  # windows that are scored together

@@ -95,7 +95,8 @@ def target_named(name: str) -> type[Export]:
     """That of `TARGETS`, of an installed package, or `module:Class`. Raises
     `UsageError` where there is none.
     """
-    return class_named(name, TARGETS, "notall.targets", "export target", Export)  # type: ignore[type-abstract]
+    abstract: type[Export] = Export  # type: ignore[type-abstract]
+    return class_named(name, TARGETS, "notall.targets", "export target", abstract)
 
 
 def export(  # noqa: PLR0913  documented by name

@@ -209,10 +209,10 @@ def measure_similarity(
         for kind, (before, after) in (
             {"block": (passage.before, passage.after)} | passage.around
         ).items():
-            cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(
-                dim=-1
-            )  # (batch,)
-            found.setdefault((passage.block.index, kind), []).append(cosine)  # type: ignore[arg-type]
+            # (batch, tokens)
+            cosine = cosine_similarity(before.float(), after.float(), dim=-1)
+            at = passage.block.index, kind
+            found.setdefault(at, []).append(cosine.mean(-1))  # type: ignore[arg-type]
 
     with torch.no_grad():
         for tokens in checked(batches, model):

@@ -27,7 +27,9 @@ PROMPT_SKIPS = (  # what an export that skips in the prompt alone begins with
 SWIFTKV = "llama_swiftkv"  # which ArcticInference alone runs
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
 TENSOR = re.compile(
-    r"(?P<start>.*\blayers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)"
+    r"(?P<start>.*\blayers\.)(?P<layer>\d+)\."
+    r"(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?"
+    r"(?P<end>.*)"
 )
 REDONE = "export it anew from the original model"
 

@@ -44,7 +44,8 @@ class OutputProjection:
     def matrix(self, layer: nn.Module) -> Tensor:
         """(outputs, features), as it is in the model."""
         module = layer.get_submodule(self.path)
-        return module.weight.T if isinstance(module, Conv1D) else module.weight  # type: ignore[return-value]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.T if isinstance(module, Conv1D) else weight
 
     def bias(self, layer: nn.Module) -> Tensor | None:
         """(outputs,)"""
