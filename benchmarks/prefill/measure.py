@@ -165,16 +165,18 @@ def texts(asked: argparse.Namespace) -> tuple[list[str], list[Path]]:
     ]
 
 
-def tails(
-    model: PreTrainedModel, counts: list[int], last_tokens: int
-) -> dict[int, Plan]:
-    """The deepest blocks, by their count, skipped in the prompt alone."""
+def tails(model: PreTrainedModel, asked: argparse.Namespace) -> dict[int, Plan]:
+    """The deepest blocks, or their MLPs, by their count, skipped in the prompt alone."""
     structure = locate(model)
     return {
         count: deepest(
-            structure, "block", count=count, phase="prefill", last_tokens=last_tokens
+            structure,
+            asked.kind,
+            count=count,
+            phase="prefill",
+            last_tokens=asked.last_tokens,
         )
-        for count in counts
+        for count in asked.blocks
     }
 
 
@@ -194,11 +196,13 @@ def states(
         training=bool(asked.minutes),
     )
     structure, found = locate(model), dict[tuple[int, str], Plan]()
-    for count, plan in tails(model, asked.blocks, asked.last_tokens).items():
+    for count, plan in tails(model, asked).items():
         found[count, EVERY_TOKEN] = deepest(
-            structure, "block", count=count, keep_last=True
+            structure, asked.kind, count=count, keep_last=True
         )
         found[count, SKIPPED] = plan
+        if asked.kind == "mlp":  # its attention runs: no keys and values to refit
+            continue
         folder = asked.out / f"{count}-refit"
         if not (folder / "plan.json").is_file():
             repair(model, plan, drawn.together(4), out=folder, progress=telling)
@@ -353,7 +357,7 @@ def times(asked: argparse.Namespace) -> None:
     """
     model, _ = load(asked.model)
     plans = {}
-    for count, plan in tails(model, asked.blocks, asked.last_tokens).items():
+    for count, plan in tails(model, asked).items():
         folder = asked.out / f"{count}-refit"
         is_refit = (folder / "plan.json").is_file()
         plans[str(count)] = (
@@ -401,6 +405,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument(
         "--blocks", nargs="+", type=int, required=True, help="how many of the deepest"
+    )
+    parser.add_argument(
+        "--kind", choices=["block", "mlp"], default="block", help="what of a block"
     )
     parser.add_argument("--last-tokens", type=int, default=1)
     parser.add_argument(
