@@ -51,7 +51,10 @@ def main(words: list[str]) -> int:
         if word != "seen":
             missed.append(fault)
         seconds = time.monotonic() - start
-        print(f"{number:3} of {len(chosen)} {word:8} {seconds:3.0f} s  {fault}", flush=True)
+        print(
+            f"{number:3} of {len(chosen)} {word:8} {seconds:3.0f} s  {fault}",
+            flush=True,
+        )
     print(f"{len(chosen) - len(missed)} of {len(chosen)} faults seen")
     for fault in missed:
         print(f"not seen: {fault}: {fault.wrong!r} for {fault.right!r}")
@@ -64,7 +67,9 @@ def outcome(fault: Fault | None, tests: str, select: str) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "src"
-        shutil.copytree(SOURCE, copy / "notall", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            SOURCE, copy / "notall", ignore=shutil.ignore_patterns("__pycache__")
+        )
         if fault:
             file = copy / "notall" / fault.file
             file.write_text(fault.planted(file.read_text("utf-8")), "utf-8")

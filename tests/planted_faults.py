@@ -374,7 +374,12 @@ REPAIRING = [
     ),
     *_of(
         "repairing/key_values.py",
-        ("counts[:, 0] = SINK", "counts[:, -1] = SINK", "test_prefill_repair.py", "ridge"),
+        (
+            "counts[:, 0] = SINK",
+            "counts[:, -1] = SINK",
+            "test_prefill_repair.py",
+            "ridge",
+        ),
     ),
     *_of(
         "repairing/training_loop.py",
@@ -421,8 +426,18 @@ CHOOSING = [
     ),
     *_of(
         "choosing/criteria/data_free.py",
-        ("return {unit: -float(place)", "return {unit: float(place)", "test_criteria.py", "deepest"),
-        ("layers[last - count : last]", "layers[last - count :]", "test_criteria.py", "papers_rule"),
+        (
+            "return {unit: -float(place)",
+            "return {unit: float(place)",
+            "test_criteria.py",
+            "deepest",
+        ),
+        (
+            "layers[last - count : last]",
+            "layers[last - count :]",
+            "test_criteria.py",
+            "papers_rule",
+        ),
         (
             "keys = heads.repeat_interleave(shared_by, dim=0)",
             "keys = heads.repeat(shared_by, 1, 1)",
@@ -432,7 +447,12 @@ CHOOSING = [
     ),
     *_of(
         "choosing/budget.py",
-        ("rise / worth if rise > 0", "rise * worth if rise > 0", "test_searching.py", "saves_more"),
+        (
+            "rise / worth if rise > 0",
+            "rise * worth if rise > 0",
+            "test_searching.py",
+            "saves_more",
+        ),
     ),
     *_of(
         "choosing/evaluator.py",
@@ -473,7 +493,12 @@ EXPORTING = [
     ),
     *_of(
         "exporters/config_cuts.py",
-        ("settings[depth] = len(layers)", "pass", "test_export_files.py", "lists_by_layer"),
+        (
+            "settings[depth] = len(layers)",
+            "pass",
+            "test_export_files.py",
+            "lists_by_layer",
+        ),
         (
             "sum(index < count for index in sources.mlps)",
             "count",
@@ -517,7 +542,11 @@ EXPORTING = [
     ),
     *_of(
         "exporters/hf.py",
-        ('manifest | {"breaks_period": structure.period}', "manifest", "test_hybrid_choosing.py"),
+        (
+            'manifest | {"breaks_period": structure.period}',
+            "manifest",
+            "test_hybrid_choosing.py",
+        ),
     ),
 ]
 
@@ -532,7 +561,12 @@ RECORDING = [
     ),
     *_of(
         "results/columns.py",
-        ("        value /= 1024\n", "        value /= 1000\n", "test_columns.py", "bytes"),
+        (
+            "        value /= 1024\n",
+            "        value /= 1000\n",
+            "test_columns.py",
+            "bytes",
+        ),
     ),
     *_of(
         "results/record.py",
@@ -565,12 +599,26 @@ RECORDING = [
     ),
     *_of(
         "models/retrieval.py",
-        ("sentences.insert(place + shift,", "sentences.insert(0,", "test_own_checks.py test_keeping_recovery.py"),
+        (
+            "sentences.insert(place + shift,",
+            "sentences.insert(0,",
+            "test_own_checks.py test_keeping_recovery.py",
+        ),
     ),
     *_of(
         "experiments/paper/claims.py",
-        ("-record.prompt_tokens, record.concurrency", "record.prompt_tokens, record.concurrency", "test_paper.py", "longest_prompt"),
-        ('return "does not hold" if high <', 'return "does not hold" if low <', "test_paper.py", "claims_that_hold"),
+        (
+            "-record.prompt_tokens, record.concurrency",
+            "record.prompt_tokens, record.concurrency",
+            "test_paper.py",
+            "longest_prompt",
+        ),
+        (
+            'return "does not hold" if high <',
+            'return "does not hold" if low <',
+            "test_paper.py",
+            "claims_that_hold",
+        ),
     ),
     *_of(
         "experiments/paper/scoreboard.py",
@@ -587,4 +635,12 @@ RECORDING = [
     ),
 ]
 
-FAULTS = [*RUNNING, *STRUCTURE, *MEASURING, *REPAIRING, *CHOOSING, *EXPORTING, *RECORDING]
+FAULTS = [
+    *RUNNING,
+    *STRUCTURE,
+    *MEASURING,
+    *REPAIRING,
+    *CHOOSING,
+    *EXPORTING,
+    *RECORDING,
+]
