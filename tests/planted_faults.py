@@ -49,7 +49,13 @@ RUNNING = [
             "test_prefill.py",
             "one_pass",
         ),
-        ("call.attention = ending.attention", "pass", "test_prefill.py", "one_pass"),
+        # what is added to of a parallel block
+        (
+            "added(branch, holder, end, total[:, rows], ending)",
+            "added(branch, holder, end, end, ending)",
+            "test_prefill.py",
+            "one_pass",
+        ),
         # without last tokens nothing is written
         (
             "        if not last:\n            _write(written, slot, attention)\n",
@@ -71,7 +77,7 @@ RUNNING = [
             "declared.end, declared.whole = around, None",
             "declared.whole = None",
             "test_prefill.py",
-            "answers_are_whole or generate_declares",
+            "ends_with_its_with",
         ),
     ),
     *_of(
@@ -92,11 +98,12 @@ RUNNING = [
             "test_skipping.py",
             "config_counts or skipping_changes",
         ),
+        # inside a skip the model is looked at anew
         (
-            'undo.put(model.__dict__, "_cache", ABSENT)',
-            "pass",
+            "undo.put(LOCATED, model, (layers_in(model, structure), structure))",
+            "undo.put(LOCATED, model, ABSENT)",
             "test_skipping.py",
-            "static_cache",
+            "locate_inside",
         ),
         # weights of a repair that are removed with stay another model's
         (
@@ -112,12 +119,13 @@ RUNNING = [
             "layer.mlp = layer.after.pop(0)",
             "layer.mlp = layer.after.pop()",
             "test_plan.py",
-            "regrouping",
+            "several_mlps",
         ),
         (
             "late = math.prod(scales[: layer.attention]) if number == 0 else 1.0",
             "late = 1.0",
-            "test_scaled_stream.py",
+            "test_mixer_exports.py",
+            "multiply_by",
         ),
     ),
     *_of(
@@ -336,8 +344,8 @@ REPAIRING = [
     *_of(
         "repairing/refitting.py",
         (
-            "self.ahead * (gone / whole - left / own)",
-            "self.ahead * (gone - aim)",
+            "self.ahead * (end / to_end - start / to_start)",
+            "self.ahead * (end - here)",
             "test_repairing.py",
             "slow_twin",
         ),
@@ -360,7 +368,7 @@ REPAIRING = [
             "share = change[:, -1] / (one.scale * self.biases)",
             "share = change[:, -1] / self.biases",
             "test_repairing.py",
-            "slow_twin",
+            "bias_is_shared",
         ),
     ),
     *_of(
@@ -386,8 +394,8 @@ REPAIRING = [
         (
             "order[number * self.size :][: self.size]",
             "order[: self.size]",
-            "test_healing.py",
-            "plain_loss or nearer_to_the_dense",
+            "test_minutes.py",
+            "another_order",
         ),
         # waiting begins in the warm-up
         (
@@ -409,6 +417,7 @@ REPAIRING = [
             "apart=[*fitted, *used], fewer",
             "apart=[*fitted], fewer",
             "test_repair_texts.py",
+            "used_before",
         ),
     ),
 ]
@@ -461,7 +470,7 @@ CHOOSING = [
             'return skipped, "all" if numbers == self.all else len(numbers)',
             'return skipped, "all"',
             "test_searching.py",
-            "part_of",
+            "guess_is_never",
         ),
     ),
     *_of(
@@ -470,7 +479,7 @@ CHOOSING = [
             'about["attention"] = text_config(model)._attn_implementation',
             "pass",
             "test_latency.py",
-            "measured",
+            "another_attention",
         ),
         (
             "[prefill + tokens * decode for",
@@ -488,7 +497,7 @@ EXPORTING = [
             'f"{start}{place}.{slot}."',
             'f"{start}{place}.{len(indices) - 1 - slot}."',
             "test_export_hf.py",
-            "slow_twin",
+            "keep_their_order",
         ),
     ),
     *_of(
@@ -595,7 +604,7 @@ RECORDING = [
     *_of(
         "models/windows.py",
         ("places * width, width)", "places, width)", "test_windows.py"),
-        ("half = -(-min(", "half = (min(", "test_windows.py"),
+        ("half = -(-min(", "half = (min(", "test_windows.py", "larger_half"),
     ),
     *_of(
         "models/retrieval.py",
