@@ -3,7 +3,8 @@ and runs the tests that must notice each: `python tests/plant_faults.py [WORD ..
 
 With words only the faults whose file or selection of tests has one of them. Each run is
 a fork of this process, which has imported what is slow to import; what escapes, or was
-never tested, is named at the end, with exit code 1.
+never tested, is named at the end, with exit code 1. With SHOW=1 in the environment the
+end of what each run prints is shown.
 """
 
 from __future__ import annotations
