@@ -382,7 +382,7 @@ NAMES = {
         "prune_and_comp",
         "replaceme",
     ],
-    "repairing.projections": ["Projections"],
+    "repairing.projections": ["OutputProjection", "Projections"],
     "repairing.refitting": [
         "Kept",
         "RIDGES as refitting_RIDGES",

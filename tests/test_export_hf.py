@@ -153,6 +153,16 @@ def test_regrouped_answers_as_the_slow_twin(exported, name, plan):
     engines.works("transformers", "transformers", "hf", name, "any", REGROUPED_HOW)
 
 
+def test_several_mlps_that_ride_along_keep_their_order(tmp_path):
+    model, plan = build("llama"), Plan(attention=[1, 2])
+    export(model, plan, "hf", tmp_path / "out", verify=False)
+    found = load(tmp_path / "out")
+    with torch.no_grad(), silenced(model, family("llama"), plan.attention, plan.mlp):
+        assert_close(
+            found(**PROMPT).logits[MASK.bool()], model(**PROMPT).logits[MASK.bool()]
+        )
+
+
 GENERATION = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},

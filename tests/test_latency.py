@@ -272,6 +272,13 @@ def test_another_dtype_is_measured_anew(model, clock):
     assert len(clock) == 2
 
 
+def test_another_attention_is_measured_anew(model, clock):
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        measure_times(model, WORK)
+    assert clock == [["0", "1", "dense"]] * 2
+
+
 def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(
     model, clock, monkeypatch
 ):

@@ -253,6 +253,14 @@ def test_regrouping_gives_each_layer_one_attention(structure):
     ]
 
 
+def test_of_several_mlps_behind_an_attention_the_first_is_its_own(structure):
+    plan = Plan(attention=[1, 2], mlp=[0])
+    assert regroup(structure.kinds, plan, lambda *_: True) == [
+        Layer(0, 1, after=[2]),
+        Layer(3, 3),
+    ]
+
+
 def test_portable_is_an_even_length_of_every_skipped_run(structure):
     # Sublayers in order, A0 M0 A1 M1 ...: each maximal run of skipped ones has even
     # length, or it ends the list.

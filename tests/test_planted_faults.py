@@ -1,25 +1,17 @@
 """Faults about devices, planted one by one in a copy of the package: the tests see
-each.
+each. `plant_faults.py` does so with those of all else.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 import forked
+from planted_faults import FAULTS as OTHERS, SOURCE, TESTS, Fault
 
-TESTS = Path(__file__).parent
-SOURCE = TESTS.parent / "src" / "notall"
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.devices,  # skipped where none can be simulated
-    pytest.mark.any_transformers,
-]
+pytestmark = pytest.mark.any_transformers
 
 # In a fork of a process that has imported the package as it is, and all that is slow to
 # import.
@@ -41,73 +33,67 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *s
 """
 
 
-@dataclass(frozen=True)
-class Fault:
-    file: str  # below the package
-    right: str  # a piece of it, once
-    wrong: str
-    seen_by: str  # tests of the file, as for pytest -k
-    tests: str = "test_devices.py"
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.seen_by}"
+def of_devices(file, right, wrong, seen_by, tests="test_devices.py"):
+    return Fault(file, right, wrong, tests, seen_by)
 
 
 REPLAY, RECORDING = "running/replay.py", "running/recording.py"
 MLP_AHEAD = "in self.before:\n            hidden = holder(scaled(hidden), call){}"
 FAULTS = [
-    Fault(
+    of_devices(
         "models/texts.py",
         "yield batch.to(device=device)",
         "yield batch",
         "one-similarity",
     ),
-    Fault(
+    of_devices(
         REPLAY,
         "hidden.to(recording.devices[step.block.index])",
         "hidden",
         "llama-two-evaluate",
     ),
-    Fault(RECORDING, "value.to(inputs_device(inner))", "value", "llama-one-score"),
-    Fault(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
-    Fault(
+    of_devices(RECORDING, "value.to(inputs_device(inner))", "value", "llama-one-score"),
+    of_devices(REPLAY, "step.map = step.map.like(hidden)", "pass", "matrices"),
+    of_devices(
         "measuring/heads.py",
         "expected.to(found.device)",
         "expected",
         "two-evaluate",
     ),
-    Fault(
+    of_devices(
         "measuring/token_scores.py",
         "one.to(here)",
         "one.to(likely.device)",
         "two and guesses",
     ),
-    Fault(
+    of_devices(
         "structure/observation.py",
         "self.sharing.hand_on(args[0], result)",
         "pass",
         "two-locate",
     ),
-    Fault(
+    of_devices(
         "running/regrouped.py",
         MLP_AHEAD.format(".to(here)"),
         MLP_AHEAD.format(""),
         "llama-two-skip",
     ),
-    Fault(
+    of_devices(
         "running/cutting.py",
         " and runs_on(one) == runs_on(other)",
         "",
         "llama-two-remove",
     ),
-    Fault("running/generating.py", "inputs_device(model)", "model.device", "embedding"),
-    Fault(
+    of_devices(
+        "running/generating.py", "inputs_device(model)", "model.device", "embedding"
+    ),
+    of_devices(
         "running/generating.py", "fork_rng(devices)", "fork_rng(())", "random_numbers"
     ),
-    Fault(
+    of_devices(
         "measuring/speed.py", 'if device.type != "cpu"]', "if False]", "llama-one-times"
     ),
-    Fault(
+    of_devices(
         "engines/__init__.py",
         "not torch.cuda.is_initialized()",
         "torch",
@@ -124,7 +110,7 @@ ON_DEVICE, LIKE_FEATURES = (
     "self.features[0].new_empty(0)",
 )
 FAULTS += [
-    Fault(file, right, wrong, seen_by, "test_repair_devices.py")
+    of_devices(file, right, wrong, seen_by, "test_repair_devices.py")
     for file, right, wrong, seen_by in (
         (STREAMS, "hidden.to(recording.devices[index])", "hidden", "llama-two-repair"),
         (
@@ -202,6 +188,19 @@ def copied(folder):
     )
 
 
+@pytest.mark.parametrize("fault", [*FAULTS, *OTHERS], ids=str)
+def test_is_planted_where_it_is_written_once(fault):
+    content = (SOURCE / fault.file).read_text(encoding="utf-8")
+    assert fault.planted(content) != content
+
+
+def test_one_that_is_written_in_another_way_now_is_told():
+    with pytest.raises(AssertionError, match="0 times"):
+        OTHERS[0].planted("")
+
+
+@pytest.mark.slow
+@pytest.mark.devices  # skipped where none can be simulated
 @pytest.mark.parametrize("tests", ["test_devices.py", "test_repair_devices.py"])
 def test_without_a_fault_the_same_tests_pass(tests, tmp_path):
     copied(tmp_path)
@@ -210,14 +209,13 @@ def test_without_a_fault_the_same_tests_pass(tests, tmp_path):
     assert run.returncode == pytest.ExitCode.OK, run.stdout[-2000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.devices
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_is_seen(fault, tmp_path):
     file = copied(tmp_path) / fault.file
     content = file.read_text(encoding="utf-8")
-    assert content.count(fault.right) == 1, (
-        "it is written in another way now: plant the fault there"
-    )
-    file.write_text(content.replace(fault.right, fault.wrong), encoding="utf-8")
+    file.write_text(fault.planted(content), encoding="utf-8")
     run = forked.run(PROGRAM, tmp_path, TESTS / fault.tests, "-k", fault.seen_by)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, (
         run.stdout[-2000:] + run.stderr[-2000:]

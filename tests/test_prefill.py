@@ -229,6 +229,18 @@ def test_generate_declares_its_prompt():
     assert close(torch.stack(found.logits), torch.stack(steps))
 
 
+@torch.no_grad()
+def test_a_declaration_ends_with_its_with():
+    model, (ids, mask) = tiny(), ids_and_mask()
+    whole = model(ids, attention_mask=mask).logits
+    with skip(model, deep(model)):
+        with prompt(model, ids.shape[1]):
+            declared = model(ids, attention_mask=mask).logits
+        after = model(ids, attention_mask=mask).logits
+    assert not close(declared, whole)
+    assert close(after, whole)
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -56,6 +56,20 @@ def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(
     assert torch.equal(torch.cat(together)[:2], torch.stack(first))  # in turn
 
 
+def test_what_it_is_measured_on_was_not_used_before(model, sources):
+    tokenizer = byte_tokenizer()
+
+    def drawn(**how):
+        return RepairTexts.draw(model, tokenizer, sources, length=LENGTH, **how)
+
+    used = drawn(sequences=1000, seed=1).fitted
+    seen = rows_in(one.rows for one in used)
+    for used_before, shares in (([], True), (used, False)):
+        texts = drawn(sequences=10, used=used_before)
+        other = rows_in(row for rows in texts.other.values() for row in rows)
+        assert bool(other & seen) == shares
+
+
 def test_each_text_is_tokenised_once(model, sources):
     tokenizer, asked = byte_tokenizer(), []
     count(tokenizer, asked)

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 import forked
 from api import (
@@ -16,6 +17,7 @@ from api import (
     Fit,
     Kept,
     Moments,
+    OutputProjection,
     Projections,
     Replay,
     held_out,
@@ -119,6 +121,24 @@ def test_it_comes_to_what_the_slow_twin_comes_to(hand, plan):
             assert (found.weights[path] - weight).norm() <= (
                 1e-5 if hand.behind else 1e-6
             ) * weight.norm(), path
+
+
+def test_a_bias_is_shared_and_counts_as_its_projection_is_scaled():
+    """Two projections side by side, each added times its scale, whose answers are to
+    rise by a number for each channel: half of it by the bias of each.
+    """
+    layer = nn.ModuleDict({"one": nn.Linear(3, 4), "other": nn.Linear(2, 4)})
+    scales, rise = {"one": 2.0, "other": 0.5}, torch.arange(1.0, 5.0)
+    projections = tuple(OutputProjection(*pair) for pair in scales.items())
+    states = [torch.zeros(2, 3, 4)]
+    features, held = [torch.zeros(6, 5)], [torch.tensor([True, False])]
+    fit = Fit(layer, projections, states, states, states, features, held, torch.ones(4))
+    change = torch.cat([torch.zeros(4, 5), rise[:, None]], 1)
+    new = fit.weights(change, 1.0)
+    for name, scale in scales.items():
+        rose = scale * (new[f"{name}.bias"] - layer[name].bias)
+        assert torch.allclose(rose, rise / 2, atol=1e-6)
+        assert torch.equal(new[f"{name}.weight"], layer[name].weight)
 
 
 def test_no_ridge_is_plain_least_squares():

@@ -507,6 +507,13 @@ def test_a_part_of_the_text_is_the_first_batches_of_each_term(model):
     assert both.spent.executions == pytest.approx(15 * 4 / 12, rel=0.01)
 
 
+def test_a_guess_is_never_taken_for_what_all_of_the_text_says(model):
+    evaluator, skipped = Evaluator(model, nll(BATCHES)), frozenset(["attn.3"])
+    guess, whole = evaluator.cost(skipped, 0.25), evaluator.cost(skipped)
+    assert whole == Evaluator(model, nll(BATCHES)).cost(skipped) != guess
+    assert evaluator.cost(skipped, 0.25) == guess
+
+
 @pytest.mark.parametrize("objective", [nll, kl])
 def test_a_part_of_a_few_long_batches_is_a_part(model, objective, monkeypatch):
     """Sequences are judged a few at a time, however many run together elsewhere, and

@@ -54,7 +54,7 @@ def test_without_an_error_there_is_no_p_value_and_no_end():
 
 
 def test_right_and_wrong_answers_have_mcnemars_exact_test():
-    for gained, lost in ((0, 5), (0, 6), (3, 9), (40, 71), (0, 0)):
+    for gained, lost in ((0, 5), (6, 0), (3, 9), (9, 3), (40, 71), (0, 0)):
         differences = [1.0] * gained + [-1.0] * lost + [0.0] * 7
         expected = (
             stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0

@@ -64,6 +64,13 @@ def test_runs_are_found_as_by_looking_at_every_place(
     ]
 
 
+@pytest.mark.parametrize(("shared", "overlap"), [(32, False), (33, True)])
+def test_half_of_an_odd_window_is_the_larger_half(shared, overlap):
+    one = torch.arange(65)
+    other = torch.cat([one[:shared], torch.arange(100, 165 - shared)])
+    assert overlapping(one[None], [other[None]]).tolist() == [overlap]
+
+
 def test_windows_of_texts_without_a_run_in_common_do_not_overlap():
     rows = torch.arange(512).view(2, 256)
     other = torch.arange(1000, 1512).view(2, 256)

@@ -61,10 +61,10 @@ class Budget:
             if self.read_by
             else self.saved(unit)
         )
-        worth = min(more, max(self.target - self.saved(skipped), 0.0)) or 1e-12
-        return (
-            rise / worth if rise > 0 else rise * worth
-        )  # where it falls, saving more makes it better still
+        missing = max(self.target - self.saved(skipped), 0.0)
+        worth = min(more, missing) or 1e-12  # it is divided by
+        # where the objective falls, saving more makes it better still
+        return rise / worth if rise > 0 else rise * worth
 
 
 def by_count(space: Space, count: float) -> Budget:

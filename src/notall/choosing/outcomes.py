@@ -101,6 +101,7 @@ def choose_as_fast(
             progress = _with_last_speed(stages.stage(share), budget, tried)
             asked = replace(asked, progress=progress)
             choice = choose(criterion, asked, following)
+            # it was timed already, and is fast enough: no swap gained
             if any(one.met and one.choice.skipped == choice.skipped for one in tried):
                 break
             timing = replace(asked, progress=stages.stage(TIMING))

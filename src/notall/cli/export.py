@@ -59,6 +59,8 @@ COLUMNS: tuple[Column[FileFact], ...] = (
     size("size", lambda one: one.bytes),
 )
 
+BATCHES = 8  # of a text that a repair is measured on, at most
+
 
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
@@ -92,9 +94,9 @@ def export(
 
     OUT appears whole or not at all. `hf upload` puts it on the hub.
     """
-    kept = out.with_name(f"{out.name}.repaired")
+    repair_folder = out.with_name(f"{out.name}.repaired")
     wanted = read_plan(plan)
-    repair.check(kept)
+    repair.check(repair_folder)
     if measure:
         TextOptions(text=measure).check()
     how: Settings = {
@@ -107,7 +109,9 @@ def export(
     if repair or measure or choice:
         check_export(Source(model.model, **how), wanted, to, out)
     with progress_bar() as progress:
-        wanted, measured = _repaired(model, plan, wanted, repair, kept, progress)
+        wanted, measured = _repaired(
+            model, plan, wanted, repair, repair_folder, progress
+        )
         used = uses_of(wanted, plan)
         card, verdict = None, None
         if measure or choice:
@@ -147,24 +151,25 @@ def _repaired(
     path: Path,
     plan: Plan,
     repair: RepairOptions,
-    kept: Path,
+    folder: Path,
     progress: Progress,
 ) -> tuple[Plan, list[MeasuredRecord]]:
-    """The plan after a repair, which is in the folder `kept`, and what it costs before
-    and after; none without one.
+    """The plan after a repair, which is in `folder`, and what it costs before and
+    after; none without one.
     """
     from ..repairing.texts import measure
 
     if not repair or not plan or plan.state == "repaired":
         return plan, []
+    # as its files have it: `--dtype` is that of the export
     net, tokenizer = replace(model, dtype="auto").load()
     settings = model.provenance(net)
     used = windows_of(uses_of(plan, path), net, tokenizer, repair.sources)
     texts = repair.texts(net, tokenizer, progress, used=used)
-    repaired = repair.apply(net, plan, texts, kept, settings, progress)
-    others = {name: rows[:8] for name, rows in texts.other.items()}
+    repaired = repair.apply(net, plan, texts, folder, settings, progress)
+    others = {name: batches[:BATCHES] for name, batches in texts.other.items()}
     plans: dict[State, Plan] = {"skipped": plan, "repaired": repaired}
-    return repaired, measure(net, plans, others, kept, settings, progress)
+    return repaired, measure(net, plans, others, folder, settings, progress)
 
 
 def _conclusion(out: Path, to: str) -> dict[str, str]:
@@ -236,6 +241,7 @@ def _measure_plan(
         apart = windows_of(used, net, tokenizer, [text])
         windows = TextOptions(text, 8, length)
         batches, described = windows.windows(net, tokenizer, apart=apart)
+        # of one plan without a repair, of two with one
         dense, *unrepaired, quality = evaluate(net, [Plan(), *plans.values()], batches)
         named = described["text"]
         card["text"] = f"{named}, 8 windows of {length} tokens"

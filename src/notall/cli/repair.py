@@ -87,19 +87,34 @@ def repair(
         refuse_unwritable(offload)
     repairs.check_method(repair, offload)
     asked = _begun(model, plan, text, tasks, run.seed, training=bool(minutes))
-    net, texts, plans = asked.net, asked.texts, dict[State, RepairedPlan]()
+    texts = asked.texts
+    plans: dict[State, RepairedPlan] = {}
     with progress_bar() as progress:
-        how = asked.settings, progress, offload
         if minutes:
-            fit = texts.together(text.batch_size, None if text.sequences else SEQUENCES)
+            # of the windows of a training as many as a repair has by default
+            most = None if text.sequences else SEQUENCES
             train, stop = texts.together(repairs.STEP), texts.stop(repairs.STEP)
-            training = Training(asked.plan, train, stop, config)
             plans["repaired"], plans["healed"] = recover(
-                out, repair, net, training, fit, *how
+                out,
+                repair,
+                asked.net,
+                Training(asked.plan, train, stop, config),
+                texts.together(text.batch_size, most),
+                asked.settings,
+                progress,
+                offload,
             )
         else:
-            fit = texts.together(text.batch_size)
-            plans["repaired"] = repair_into(out, repair, net, asked.plan, fit, *how)
+            plans["repaired"] = repair_into(
+                out,
+                repair,
+                asked.net,
+                asked.plan,
+                texts.together(text.batch_size),
+                asked.settings,
+                progress,
+                offload,
+            )
     tables = {}
     if repair == REFIT:
         tables["refits"] = refits_table(plans["repaired"], out)
@@ -206,14 +221,16 @@ class Asked:
         )
         if scores:
             tables["tasks"] = scores_table(scores)
-        # a text each
-        first, *others = (one for one in measured if one.model == measured[-1].model)
+        # of the last state of the plan, a record for each text
+        last_state = measured[-1].model
+        first, *others = (one for one in measured if one.model == last_state)
         verdict = Verdict.on(
             self.net, first.plan, first.quality, first.text, first.model, self.spec
         )
         verdict = replace(verdict, also={one.text: one.quality for one in others})
         verdict = verdict.judged(scores, self.tasks.recovery)
-        verdict = replace(verdict, next=what_next(verdict, self.spec, out)[1])
+        _, command = what_next(verdict, self.spec, out)
+        verdict = replace(verdict, next=command)
         conclude(verdict, tables, measured, as_json=as_json)
 
 

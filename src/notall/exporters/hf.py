@@ -2,7 +2,6 @@
 with its own modeling file.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +38,7 @@ from .remote_code import (
     run_source,
     source_of,
 )
-from .tensors import check_copies, read_notes
+from .tensors import Notes, check_copies, read_notes
 
 # of each layer, as config.json has them
 SUBLAYERS = ("attention", "mlp", "before", "after")
@@ -96,7 +95,7 @@ class HFExport(CheckpointExport):
         layers = layers_of(dense.structure, plan)
         settings = cut_settings(dense, layers)
         files: dict[str, str] = {}
-        notes: dict[str, str] = {}
+        notes: Notes = {}
         if dense.quantisation is not None:
             moved = moved_modules(dense, layers)
             quantised = cut_quantisation(dense.quantisation, moved, dense.prefix)
@@ -176,7 +175,7 @@ class HFExport(CheckpointExport):
         skips = self.plan.prefill
         if skips:
             return _generated_logits(model, skips.last_tokens)
-        return _logits_of(model)
+        return _padded_logits(model)
 
     @property
     def manifest(self) -> Settings:
@@ -208,6 +207,7 @@ def _regrouped_settings(base: str, layers: Sequence[Layer]) -> Settings:
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
+    """Raise `UsageError` where the architecture has no regrouped form of a plan."""
     base, blocks = dense.config.model_type, dense.structure.blocks
     if blocks[0].parallel:
         raise UsageError(
@@ -233,7 +233,7 @@ def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
         )
 
 
-def _logits_of(model: PreTrainedModel) -> Tensor:
+def _padded_logits(model: PreTrainedModel) -> Tensor:
     """(unpadded tokens of the prompts and the two that follow, vocabulary)."""
     tokens = probe_tokens(model, TOKENS + 1)
     mask = torch.ones_like(tokens)
@@ -260,15 +260,15 @@ def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
 
     The prompt is longer than the tokens of it that run whole.
     """
-    most = (
-        int(positions_of(model)) - STEPS if positions_of(model) < math.inf else math.inf
-    )
-    width = int(min(last_tokens + TOKENS, most))
+    width = int(min(last_tokens + TOKENS, positions_of(model) - STEPS))
     tokens = probe_tokens(model, width + STEPS)
     mask = torch.ones_like(tokens[:, :width])
     mask[0, :PADDING] = 0
 
     def following(row: int, before: Tensor) -> list[int]:
+        """The one token that is allowed behind those before, so that both models'
+        logits are of the same text.
+        """
         return [int(tokens[row, len(before)])]
 
     how = GenerationConfig(

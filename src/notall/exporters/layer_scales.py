@@ -50,7 +50,7 @@ def _scale(dense: DenseModel, index: int) -> float:
     stored = dense.layers[index].get(name)
     scale = math.nan
     if stored is not None and stored.dtype in FLOATS:
-        scale = float(stored.read().double().sum())
+        scale = float(stored.read().double().sum())  # of one number, in any shape
     if not 0 < abs(scale) < math.inf:
         raise UsageError(
             f"files of {dense.origin.model} have {scale} for {name} of layer {index};"

@@ -173,10 +173,9 @@ class Refitting:
         )
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
         # the gap behind the following step, part of which a step aims at already
-        self.gaps_ahead = [
-            step if step and step.gap and self.ahead else None
-            for step in [*self.steps[1:], None]
-        ]
+        following = self.steps[1:] if self.ahead else []
+        self.gaps_ahead = [step if step.gap else None for step in following]
+        self.gaps_ahead += [None] * (len(self.steps) - len(following))
         near_gaps = [
             step.gap or gap is not None
             for step, gap in zip(self.steps, self.gaps_ahead)
@@ -190,9 +189,9 @@ class Refitting:
             is_near or (apart and not self.near)
             for is_near, apart in zip(near_gaps, self.apart)
         ]
-        # a step, and where it is refit those that follow and have a say in how
+        # a step, and where it is refit those that read it, by whose gains it is weighed
         self.hangs_on = [
-            self.steps[at : at + 1 + READERS * is_refit]
+            self.steps[at : at + 1 + (READERS if is_refit else 0)]
             for at, is_refit in enumerate(self.is_refit)
         ]
         self.made: list[tuple[RefitRecord, dict[str, Tensor]]] = []
@@ -208,6 +207,7 @@ class Refitting:
         with.
         """
         (self.states,) = self.text.before(0)
+        # itself, which has passed none yet, where there are no others
         other = max(others, key=self.shared_with, default=self)
         self.passed = other.passed[: self.shared_with(other)]
         if self.passed:
@@ -252,31 +252,43 @@ class Refitting:
         """
         if not ahead:
             return self.text.before(step.behind)[0]
-        here, by, to = self.text.before(step.behind, step.behind + 1, ahead.behind)
-        whole, own = ahead.scale, ahead.own_scale
+        # the dense stream in front of the step `ahead`, behind it, and behind its gap
+        streams = self.text.before(step.behind, step.behind + 1, ahead.behind)
+        to_end, to_start = ahead.scale, ahead.own_scale
+        # `end / to_end - start / to_start` is what the gap adds, before scales
         return [
-            self.text.keep(aim + self.ahead * (gone / whole - left / own))
-            for aim, left, gone in zip(here, by, to)
+            self.text.keep(here + self.ahead * (end / to_end - start / to_start))
+            for here, start, end in zip(*streams)
         ]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
+        """The stream behind a step, (batch, tokens, hidden) a batch, with new weights
+        that bring it near `target`.
+        """
         if self.kept is None:
             refit, weights = self._solve(step, target)
             self.made.append((refit, weights))
         else:
-            if (step.names,) not in self.kept.refits:
-                refit, weights = self._solve(step, target)
-                self.kept.add(refit, RepairedPlan(weights=weights), self.text.model)
-            refit, weights = self.kept.refits[(step.names,)], {}
-            self.made.append((refit, {}))
-            if refit.ridge is not None:
-                # from the file, so that those of all steps are never in memory together
-                file = refit_file(refit)
-                weights = repair_folder.read_weights(
-                    self.kept.folder, file, refit.sha256
-                ).weights
+            weights = self._refit_in_folder(self.kept, step, target)
         with weight_swaps.with_weights(self.text.model, weights):
             return self._run(step)
+
+    def _refit_in_folder(
+        self, kept: Kept, step: LiveStep, target: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The new weights of a step, which are in a file, so that those of all steps
+        are never in memory together.
+        """
+        key = (step.names,)  # of the record, whose one field that is
+        if key not in kept.refits:
+            refit, weights = self._solve(step, target)
+            kept.add(refit, RepairedPlan(weights=weights), self.text.model)
+        refit = kept.refits[key]
+        self.made.append((refit, {}))
+        if refit.ridge is None:
+            return {}
+        file = refit_file(refit)
+        return repair_folder.read_weights(kept.folder, file, refit.sha256).weights
 
     def _solve(
         self, step: LiveStep, target: list[Tensor]

@@ -37,9 +37,8 @@ def offloaded(tensor: Tensor, folder: Path | None) -> Tensor:
     with writing(f"to {shortened(folder)}", "make room, or name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(
-                flat.data
-            )  # a full disk is an error here, and not a crash in reading
+            # a full disk is an error here, and not a crash in reading
+            file.write(flat.data)
             file.flush()
             held = np.memmap(file, dtype=np.uint8, mode="r+", shape=flat.shape)
     return torch.from_numpy(held).view(tensor.dtype).view(tensor.shape)

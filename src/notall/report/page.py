@@ -48,6 +48,7 @@ def write_report(
         raise UsageError(
             f"{shortened(path)} is no name of a page: choose one that ends in .html"
         )
+    # a link stays, and the page is written where it leads
     with writing(shortened(path), "choose another -o"):
         refuse_others(
             path.resolve(), lambda page: MARK in contents(page), "page of notall"
@@ -101,6 +102,7 @@ def _runtime() -> str:
     bundle = vl_convert.javascript_bundle(
         "window.vegaEmbed = vegaEmbed;", vl_version=VEGALITE
     )
+    # a string of the bundle would end the page's element
     return str(bundle).replace("</script", r"<\/script")
 
 
@@ -239,6 +241,7 @@ class Page:
         first = {
             name: about.get(name) or "not written down" for name in ("command", "date")
         }
+        # the first two sets the order, the last the values
         return list(flatten(first | about | first))
 
     @property
@@ -261,7 +264,8 @@ class Page:
         message = self.whole.message
         return {
             "next": message.command if message else "",
-            "specs": lines.finite(specs),  # sums of what is very large
+            # sums of what is very large overflow, and JSON has no infinity
+            "specs": lines.finite(specs),
             "themes": {"light": LIGHT, "dark": DARK},
             "plans": plans,
             "csv": csv,

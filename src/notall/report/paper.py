@@ -135,12 +135,16 @@ def _headline(
     def pace(key: Configuration) -> tuple[float, float]:
         return timed[key].times.speedup_decode.median, -lost[key]
 
+    def size(key: Configuration) -> tuple[float, bool]:
+        _, fraction, keep_last = key
+        return fraction, not keep_last
+
     usable = [key for key, nats in lost.items() if nats <= MOST_NATS and key in timed]
     usable = [key for key in usable if _rounds(timed[key]) >= LEAST_ROUNDS]
     if usable:
         return max(usable, key=pace)
     known = [key for key in (*averages, *timed) if key[0] == "attention"]
-    return max(known, key=lambda key: (key[1], not key[2]), default=None)
+    return max(known, key=size, default=None)
 
 
 def _rounds(timed: TimesRecord) -> int:

@@ -115,11 +115,10 @@ class Figure:
     title: str = ""  # over it, where a section has several
     csv: str = ""  # its data, where that is not what the section's table has
     note: str = ""  # how to read it
-    # what follows is the page's: its name there, as which CSV it is copied, if it marks
-    # the step
-    id: str = ""
-    copied: str = ""
-    follows: bool = False
+    # the page sets these, and no command
+    id: str = ""  # of its element
+    copied: str = ""  # the name of the CSV that its button copies
+    follows: bool = False  # whether it marks the step that is chosen
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def parts_of(folder: Folder) -> list[PageParts]:
     found = [verbs[0].page_parts(folder) for verbs in present if verbs]
     found = found or [PageParts()]
     for chosen in _chosen_in(folder.path):
+        # the page opens on the step that was chosen; its sections come behind the first
         first, *others = found
         opened = replace(
             first,

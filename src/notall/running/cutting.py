@@ -149,7 +149,7 @@ def apply_plan(
 
 def _install_hooks(decoder: nn.Module) -> None:
     """Hook the layers for `output_hidden_states`, as transformers 5 does once, at the
-    first use.
+    first use: inside a `skip` it would hook layers that go when it is left.
     """
     with suppress(ImportError):
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -186,10 +186,12 @@ def cut_out(
     if structure.in_place:
         layers = _stubbed_layers(dense, structure, plan)
         running = structure.running(plan)
+        # what is skipped and yet runs is read by other layers, from its cache
         freed = [index for index in plan.attention if f"attn.{index}" not in running]
         for config in configs if freed else ():
             free_cache_slots(config, freed)
     else:
+        # into ordinary layers, which `save_pretrained` writes: of no use for a while
         merges = for_good and not structure.scaled
         groups = layers_of(
             structure, plan, lambda i, j: merges and _are_alike(dense[i], dense[j])
@@ -216,6 +218,7 @@ def _stubbed_layers(
         skipped = [
             part for part in block.sublayers if block.index in getattr(plan, part.kind)
         ]
+        # times zero where it runs for others, None where it doesn't run
         scales = {
             part.stub: torch.zeros_like if part.name in running else None
             for part in skipped

@@ -88,7 +88,7 @@ def _unmask(
     there are tokens.
     """
     is_sdpa = _attention_implementation(holder) == "sdpa"
-    is_unmasked = call.arguments.get("attention_mask", call) is None
+    is_unmasked = call.arguments.get("attention_mask", ...) is None  # given as None
     if is_sdpa and is_unmasked and (last > 1 or keys > tokens):
         device = next(holder.parameters()).device
         seen = torch.ones(last, keys, dtype=torch.bool, device=device)

@@ -196,7 +196,9 @@ def regrouped_layer(
         return Holder(dense[index], structure.blocks[index].mlp, skipped.get(index))
 
     def number_of(index: int) -> Tensor:
-        return getattr(dense[index], structure.blocks[index].scaled_by or "")
+        name = structure.blocks[index].scaled_by
+        assert name is not None  # `_scaling_blocks` has no others
+        return getattr(dense[index], name)
 
     made.before = nn.ModuleList(map(holder_of, layer.before))
     made.after = nn.ModuleList(map(holder_of, after))
@@ -221,5 +223,7 @@ def _scaling_blocks(
     for index in [*layer.before, layer.attention, *after, layer.end]:
         between = range(here, index)
         ways.append([one for one in between if structure.blocks[one].scaled_by])
-        here = index + (layer.whole and index == layer.attention)
+        # a whole block has multiplied its stream itself
+        is_whole = layer.whole and index == layer.attention
+        here = index + 1 if is_whole else index
     return ways

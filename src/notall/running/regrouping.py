@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from ..plan import Plan
 
 if TYPE_CHECKING:
-    from ..structure.model_structure import (
-        ModelStructure,
-    )  # it needs torch, and this does not
+    # it needs torch, and this does not
+    from ..structure.model_structure import ModelStructure
 
 
 @dataclass
@@ -24,15 +23,15 @@ class Layer:
     """
 
     attention: int
-    mlp: (
-        int | None
-    )  # the same, where the dense layer is kept as it is, also one of a single sublayer
+    # equal to `attention` where the dense layer is kept as it is, also one of a single
+    # sublayer; None without an MLP of its own
+    mlp: int | None
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
-    start: int = field(
-        default=0, compare=False
-    )  # the stream goes in as this dense block is given it,
-    end: int = field(default=0, compare=False)  # and comes out as this one is
+    # the dense block whose input is the layer's input
+    start: int = field(default=0, compare=False)
+    # the dense block whose input is the layer's output; past the last one at the end
+    end: int = field(default=0, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -62,16 +61,16 @@ def regroup(
     ahead: list[int] = []  # MLPs before the first live attention
     for index, held in enumerate(kinds):
         kept = [kind for kind in held if index not in getattr(plan, kind)]
-        if "attention" in kept or (kept and "attention" not in held):
-            layers.append(
-                Layer(index, index if len(kept) == len(held) else None, before=ahead)
-            )
+        has_only_mlp = "attention" not in held
+        if "attention" in kept or (kept and has_only_mlp):
+            own_mlp = index if len(kept) == len(held) else None
+            layers.append(Layer(index, own_mlp, before=ahead))
             ahead = []
         elif kept:
             (layers[-1].after if layers else ahead).append(index)
-    ends = [min([layer.attention, *layer.before]) for layer in layers[1:]] + [
-        len(kinds)
-    ]
+    # a layer's stream ends where the next one's first sublayer begins
+    firsts = [min([layer.attention, *layer.before]) for layer in layers[1:]]
+    ends = [*firsts, len(kinds)]
     for layer, start, end in zip(layers, [0, *ends], ends):
         layer.start, layer.end = start, end
         if layer.mlp is None and layer.after and fits(layer.attention, layer.after[0]):

@@ -89,7 +89,9 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     inner = base_model(model)
-    with (mine := _Skip(_ACTIVE.setdefault(inner, []), plan)), mine:
+    mine = _Skip(_ACTIVE.setdefault(inner, []), plan)
+    # left twice, as an exception may come ahead of the first line of leaving
+    with mine, mine:
         with _ENTERING:
             around = mine.active.copy()
             if around and around[-1].thread != mine.thread:
@@ -103,13 +105,13 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
                 )
             mine.active.append(mine)
         structure = locate(inner)
-        plan.check(structure)
+        plan.check(structure)  # alone, so that a message names what was given
         mine.plan = around[-1].plan | plan if around else plan
         mine.plan.check(structure)
-        for place, name, dense in [
-            entry for other in around for entry in other.entries
-        ][::-1]:  # from the original
-            mine.put(place, name, dense)
+        # begin with the original model: undo outer changes, the latest first
+        changes = [entry for other in around for entry in other.entries]
+        for place, name, original in reversed(changes):
+            mine.put(place, name, original)
         apply_plan(inner, structure, mine.plan, mine)
         yield model
         mine.expect_innermost()

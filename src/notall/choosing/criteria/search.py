@@ -55,6 +55,7 @@ def search(
         if one.space.kind == "block":
             one.start_from_a_run()
         if one.space.phase == "prefill":
+            # the last unit first, as what little is behind it sees it least
             one.start_from(one.deepest()[::-1])
         if setting.late:
             break
@@ -64,7 +65,8 @@ def search(
         looking.go_on_from(best, stages.stage(1 + setting.patience))
         looking.settle()
     setting.progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
-    setting.evaluator.cost(looking.skipped)  # late it is not known yet
+    # what was completed late by guesses is evaluated, so that its cost is known
+    setting.evaluator.cost(looking.skipped)
     return Choice(looking.skipped, tuple(looking.order))
 
 
@@ -221,7 +223,9 @@ class _Search:
             if not guesses:
                 break
             back, unit = min(guesses, key=guesses.__getitem__)
-            if guesses.pop((back, unit)) > 0 and self.setting.grown_on < 1.0:
+            rise = guesses.pop((back, unit))
+            # a set that grew on a part of the text trusts what that part says
+            if rise > 0 and self.setting.grown_on < 1.0:
                 continue
             spent += 1
             swapped = self.skipped.difference(back).union(unit)
@@ -251,6 +255,7 @@ class _Search:
             swapped = self.skipped.difference(back).union(unit)
             tried.add(swapped)
             guesses[swap] = more = self._more(swapped)
+            # over the set without `back`, which costs less by its fall
             self.rises[unit] = self.falls[back] + more
             if more < 0:
                 return

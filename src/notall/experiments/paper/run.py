@@ -83,6 +83,8 @@ def run_paper(
     generating = None
     if not generate_all:
         generating = [row for row in rows if row.fraction in (0.0, most)]
+    # progress counts tokens that the model runs; `benchmark` adds its own, which are
+    # known once the tasks are read
     timed = sum(workload.steps for workload in timing.workloads) * len(rows)
     checking = checking_steps(windows, len(rows)) if windows else 0
     stages = Stages(progress, subject.tokens + checking + timed)
@@ -93,7 +95,8 @@ def run_paper(
         )
     checks = []
     if windows:
-        checks = diagnose(subject, rows[1:], windows, stages.stage(checking))
+        _, *skipping = rows  # the original model comes first, and is in each check
+        checks = diagnose(subject, skipping, windows, stages.stage(checking))
     times = time_grid(subject, rows, timing, progress=stages.stage(timed))
     claims = claims_of(similarity, Scoreboard(benchmarks), times)
     found = PaperResults(similarity, benchmarks, times, checks, claims)

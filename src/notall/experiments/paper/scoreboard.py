@@ -141,6 +141,7 @@ class Scoreboard:
 def is_share(record: TaskScore) -> bool:
     """Whether a score is a share of 0 to 1, of the task and of each document."""
     shares = [record.value] if record.values is None else _shares(record)
+    # fewer where a value of some document is no number
     known = is_number(record.value) and (
         record.values is None or len(shares) >= record.documents
     )

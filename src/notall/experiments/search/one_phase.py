@@ -131,6 +131,7 @@ class OnePhase:
             seed=asked.seed,
             used=[split.own],
         )
+        # other windows of the same text were drawn apart from what is fitted to
         if asked.text.held_out:
             split = split.apart_from(texts.fitted)
         return split, texts
@@ -269,6 +270,7 @@ class OnePhase:
         self, plans: Mapping[State, Plan], settings: Provenance
     ) -> list[PlanScore]:
         """What the plan scores on tasks, kept in the folder."""
+        # where no tasks were asked for
         tasks = self.tasks or self._retrieval(plans["skipped"])
         jobs, answers = tasks.jobs(), self.asked.answers
         scores = judge(
@@ -285,6 +287,7 @@ class OnePhase:
 
         may_lose = may_lose_retrieval(locate(self.model), plan)
         tasks = ("passkey",) if may_lose and find_spec("lm_eval") else ()
+        # few, as they were not asked for
         asked = replace(self.asked.tasks, tasks=tasks, limit=("16",), truncate=True)
         return asked.check()
 
@@ -329,7 +332,8 @@ class OnePhase:
         if locate(self.model).stubbed:
             return next_command("bench", spec, plan=made)
         text = None if asked.text.text == USE else asked.text.text
-        return what_next(verdict, spec, made, text)[1]
+        _, command = what_next(verdict, spec, made, text)
+        return command
 
 
 def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
