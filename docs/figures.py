@@ -22,6 +22,7 @@ Python's (`.1f`, `,d`, `.0%`, `s`), or
 
     ±.2f     a value and its standard error, FIELD_se
     [.2f     an interval, of a field that has a share, a median or a value, low and high
+    to.2f    the lowest and the highest median of several runs: RECORD is a pattern
     right    items answered rightly, of all rows that match: FIELD is a share of recovery.items
     minutes  of seconds
     MB, GB   of bytes
@@ -46,6 +47,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -117,20 +119,40 @@ def is_key(word: str) -> bool:
     return "=" in word
 
 
-def figure(expression: str) -> str:
-    """What an expression asks for. Raises `Unknown`."""
+def parsed(expression: str) -> tuple[str, str, str, dict[str, str]]:
+    """Record, field, format and keys of an expression."""
     record, path, form, *keys = shlex.split(expression)
-    wanted = dict(key.split("=", 1) for key in keys)
-    rows = [
+    return record, path, form, dict(key.split("=", 1) for key in keys)
+
+
+def records_of(pattern: str) -> list[Path]:
+    """The files of a record, of which a pattern names several runs."""
+    return sorted(ROOT.glob(pattern)) or [ROOT / pattern]
+
+
+def matching(record: Path, path: str, wanted: dict[str, str]) -> list[Any]:
+    """The rows of a record that have a field, and keys as they are wanted."""
+    return [
         row
-        for row in rows_of(ROOT / record)
+        for row in rows_of(record)
         if field(row, path) is not None
         and all(fnmatchcase(str(field(row, k)), v) for k, v in wanted.items())
     ]
+
+
+def figure(expression: str) -> str:
+    """What an expression asks for. Raises `Unknown`."""
+    pattern, path, form, wanted = parsed(expression)
+    records = records_of(pattern)
+    rows = [row for record in records for row in matching(record, path, wanted)]
     if form == "right" and rows:
         right = (field(row, path) * field(row, "recovery.items") for row in rows)
         return str(sum(map(round, right)))
-    if len(rows) != 1:
+    if form.startswith("to") and len(rows) == len(records) > 1:
+        medians = sorted(field(row, path)["median"] for row in rows)
+        form = form.removeprefix("to")
+        return f"{medians[0]:{form}} to {medians[-1]:{form}}"
+    if len(rows) != 1 or len(records) != 1:
         raise Unknown(f"{len(rows)} rows match: {expression}")
     return shown(rows[0], path, form)
 
@@ -157,28 +179,33 @@ def shown(row: Any, path: str, form: str) -> str:
 
 def table(spec: dict[str, Any]) -> str:
     """Its lines of markdown. Raises `Unknown`."""
-    columns = spec["columns"]
     lines = [
-        line(title for title, *_ in columns),
-        line(SIDES[side] for _, side, *_ in columns),
+        line(title for title, *_ in spec["columns"]),
+        line(SIDES[side] for _, side, *_ in spec["columns"]),
     ]
+    for texts, of in cells(spec):
+        lines.append(line(filled_cell(text, *of) for text in texts))
+    return "\n".join(lines)
+
+
+def cells(spec: dict[str, Any]) -> Iterator[tuple[list[str], tuple[str, str]]]:
+    """The texts of each row of a table, and what their figures are of."""
+    columns = spec["columns"]
     for row in spec["rows"]:
-        of = (row.get("of", ""), spec.get("of", ""))
         own = row["cells"] + [None] * (len(columns) - len(row["cells"]))
         texts = [
             cell if cell is not None else (column[2] if len(column) > 2 else "")
             for cell, column in zip(own, columns)
         ]
-        lines.append(line(filled_cell(text, *of) for text in texts))
-    return "\n".join(lines)
+        yield texts, (row.get("of", ""), spec.get("of", ""))
 
 
 def filled_cell(text: str, *of: str) -> str:
     return IN_CELL.sub(lambda found: figure(joined(found[1], *of)), text)
 
 
-def line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
+def line(texts: Any) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 # --------------------------------------------------------------------------------------
@@ -203,6 +230,18 @@ def filled(page: Path) -> str:
 
     content = page.read_text(encoding="utf-8")
     return TABLE.sub(of_name, FIGURE.sub(of_id, content))
+
+
+def expressions() -> Iterator[tuple[Path, str]]:
+    """Every figure of every page, as an expression."""
+    ids = specs(ROOT / "docs/figures.yaml")
+    for page in PAGES:
+        for found in FIGURE.finditer(page.read_text(encoding="utf-8")):
+            yield page, ids[found["id"]]
+        for spec in specs(tables_of(page)).values():
+            for texts, of in cells(spec):
+                for found in IN_CELL.finditer(" ".join(texts)):
+                    yield page, joined(found[1], *of)
 
 
 @cache
