@@ -224,7 +224,7 @@ def searched(model, tokenizer, how):
     elif how == "footprint":
         budget, more = (
             by_footprint(model, space, "params", 0.1),
-            {"held_out": windows(1, seed=4)},
+            {"config": notall.SearchConfig(held_out=windows(1, seed=4))},
         )
     elif how == "speedup":
         times = measure_times(model, SHORT)

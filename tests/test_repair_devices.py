@@ -24,6 +24,7 @@ from hybrid_families import HYBRIDS
 from notall import (
     Plan,
     RepairedPlan,
+    SearchConfig,
     Space,
     TrainConfig,
     UnsupportedModel,
@@ -190,9 +191,8 @@ def saved(model):
 
 def chosen_after_repair(model):
     space = Space(locate(model), "sublayer", keep_last=1)
-    found = choose_plan(
-        model, "search", space, by_count(space, 1), TEXT, after_repair=True
-    )
+    config = SearchConfig(after_repair=True)
+    found = choose_plan(model, "search", space, by_count(space, 1), TEXT, config=config)
     return found.plan.indices, found.cost
 
 

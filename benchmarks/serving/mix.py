@@ -32,7 +32,16 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notall import Plan, RepairedPlan, choose_plan, evaluate, heal, load, repair
+from notall import (
+    Plan,
+    RepairedPlan,
+    SearchConfig,
+    choose_plan,
+    evaluate,
+    heal,
+    load,
+    repair,
+)
 from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
@@ -183,12 +192,11 @@ def chosen(
     goal = build_objective(
         WITH_RETRIEVAL if USE in text.split("+") else "kl", model, tokenizer, windows
     )
-    kept = {
-        "out": path.with_suffix(".search"),
-        "provenance": {"text": text, "objective": goal.name},
-    }
+    budget = by_count(space, int(count))
+    config = SearchConfig(provenance={"text": text, "objective": goal.name})
+    folder = path.with_suffix(".search")
     found = choose_plan(
-        model, "search", space, by_count(space, int(count)), windows, goal, **kept
+        model, "search", space, budget, windows, goal, config, out=folder
     )
     tokens = sum(batch.inputs["input_ids"].numel() for batch in goal.batches)
     told = {

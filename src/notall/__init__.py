@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan as choose_plan
     from .choosing.criteria.data_free import deepest as deepest
+    from .choosing.search_config import SearchConfig as SearchConfig
     from .choosing.space import Space as Space
     from .errors import UnsupportedModel as UnsupportedModel, UsageError as UsageError
     from .exporters import export as export
@@ -47,6 +48,7 @@ _HOMES = {
     "Block ModelStructure Sublayer": "structure.model_structure",
     "Plan": "plan",
     "RepairedPlan": "running.repaired",
+    "SearchConfig": "choosing.search_config",
     "Space": "choosing.space",
     "TrainConfig": "repairing.students",
     "UnsupportedModel UsageError": "errors",

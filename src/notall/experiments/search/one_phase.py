@@ -176,6 +176,13 @@ class OnePhase:
 
         asked = self.asked
         recovering = self._recovering(texts, settings) if self.tasks.recovery else None
+        config = replace(
+            asked.by.config(asked.seed),
+            after_repair=bool(asked.repair),
+            recovering=recovering,
+            held_out=split.evaluation,
+            provenance=settings,
+        )
         return choose_plan(
             self.model,
             asked.by.criterion,
@@ -183,14 +190,8 @@ class OnePhase:
             budget,
             split.calibration,
             goal,
+            config,
             out=asked.folder,
-            provenance=settings,
-            max_minutes=asked.by.max_minutes,
-            patience=asked.by.patience,
-            seed=asked.seed,
-            held_out=split.evaluation,
-            after_repair=bool(asked.repair),
-            recovering=recovering,
             progress=self.progress,
         )
 
