@@ -282,7 +282,6 @@ NAMES = {
     "experiments.waiting": ["SHOWN_BY", "waiting"],
     "exporters": [
         "Export",
-        "Source",
         "TARGETS",
         "appearing",
         "check_export",

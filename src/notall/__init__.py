@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .choosing.search_config import SearchConfig as SearchConfig
     from .choosing.space import Space as Space
     from .errors import UnsupportedModel as UnsupportedModel, UsageError as UsageError
-    from .exporters import export as export
+    from .exporters import Source as Source, export as export
     from .exporters.remote_code import register as register
     from .measuring.quality import (
         evaluate as evaluate,
@@ -49,6 +49,7 @@ _HOMES = {
     "Plan": "plan",
     "RepairedPlan": "running.repaired",
     "SearchConfig": "choosing.search_config",
+    "Source": "exporters",
     "Space": "choosing.space",
     "TrainConfig": "repairing.students",
     "UnsupportedModel UsageError": "errors",

@@ -4,7 +4,7 @@ people.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +102,7 @@ def describe(
     folder: Path,
     export: "Export",
     verdict: Verification,
-    measured: Settings | None = None,
+    measured: Mapping[str, object] | None = None,
 ) -> None:
     """Write the manifest, with what is known now that the weights are written, and the
     card.
@@ -221,7 +221,9 @@ def check_verified(spec: str | Path) -> None:
         )
 
 
-def _card(export: "Export", verdict: Verification, measured: Settings | None) -> str:
+def _card(
+    export: "Export", verdict: Verification, measured: Mapping[str, object] | None
+) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the
     original model's licence.
     """
