@@ -372,7 +372,8 @@ NAMES = {
     "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill", "several_of"],
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
     "repairing.checkpoints": ["Checkpoints"],
-    "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
+    "repairing.fit_texts": ["FitTexts"],
+    "repairing.healing": ["Spread as healing_Spread", "Training", "heal", "heal_by"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
     "repairing.methods.published": [
         "gaps_of",

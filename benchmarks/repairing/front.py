@@ -45,7 +45,7 @@ from notall.measuring.speed import compare, machine, speedup
 from notall.options import Workload
 from notall.repairing.healing import heal
 from notall.repairing.methods import kept_repair
-from notall.repairing.students import TrainConfig
+from notall.repairing.train_config import TrainConfig
 from notall.results import lines
 from notall.results.facts import Quality
 from notall.results.ledger import read

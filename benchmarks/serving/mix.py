@@ -54,8 +54,9 @@ from notall.measuring.speed import machine, time_plans
 from notall.models.names import USE
 from notall.models.texts import fields, read_file
 from notall.options import Workload
-from notall.repairing.students import TrainConfig
+from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
+from notall.repairing.train_config import TrainConfig
 from notall.results.facts import DELTA_NLL, KL, SPEEDUPS, Quality, Recovery, Times
 from notall.results.record import Fact
 from notall.results.table import Column, number, table, with_interval, within, words
@@ -286,8 +287,7 @@ def main() -> None:
             drawn = RepairTexts.draw(
                 model,
                 tokenizer,
-                sources,
-                sequences=asked.windows,
+                FitTexts(sources, sequences=asked.windows),
                 training=bool(asked.minutes),
             )
             batches = drawn.together(8)

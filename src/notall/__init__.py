@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .repairing.healing import heal as heal
     from .repairing.refitting import repair as repair
-    from .repairing.students import TrainConfig as TrainConfig
+    from .repairing.train_config import TrainConfig as TrainConfig
     from .running.generating import generate_text as generate_text
     from .running.prefill import prompt as prompt
     from .running.repaired import RepairedPlan as RepairedPlan
@@ -51,7 +51,7 @@ _HOMES = {
     "SearchConfig": "choosing.search_config",
     "Source": "exporters",
     "Space": "choosing.space",
-    "TrainConfig": "repairing.students",
+    "TrainConfig": "repairing.train_config",
     "UnsupportedModel UsageError": "errors",
     "choose_plan": "choosing.choice",
     "deepest": "choosing.criteria.data_free",
