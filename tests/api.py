@@ -337,6 +337,7 @@ NAMES = {
         "summarize",
         "walk",
     ],
+    "measuring.recovery": ["recovery_interval"],
     "measuring.speed": ["RoundTimes", "time_plans"],
     "measuring.statistics": [
         "LEAST_DOCUMENTS",
@@ -350,7 +351,6 @@ NAMES = {
         "of_ranks",
         "of_rounds",
         "paired_difference",
-        "recovery_interval",
         "sign_flip_p_value",
         "student_p_value",
         "student_quantile",

@@ -91,7 +91,7 @@ class Block:
     bare: bool = True
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """Of its sublayers: attention, mlp."""
         return tuple(sublayer.kind for sublayer in self.sublayers)
 
