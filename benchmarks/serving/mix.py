@@ -51,7 +51,7 @@ from notall.experiments.options.plan import read_plan, space_of
 from notall.experiments.options.text import TextOptions
 from notall.experiments.search.options import WITH_RETRIEVAL
 from notall.measuring.speed import machine, time_plans
-from notall.models.names import USE
+from notall.models.names import USAGE_MIX
 from notall.models.texts import fields, read_file
 from notall.options import Workload
 from notall.repairing.fit_texts import FitTexts
@@ -191,7 +191,10 @@ def chosen(
     kind, _, count = wanted.partition(":")
     space = space_of(model, kind)
     goal = build_objective(
-        WITH_RETRIEVAL if USE in text.split("+") else "kl", model, tokenizer, windows
+        WITH_RETRIEVAL if USAGE_MIX in text.split("+") else "kl",
+        model,
+        tokenizer,
+        windows,
     )
     budget = by_count(space, int(count))
     config = SearchConfig(provenance={"text": text, "objective": goal.name})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import UsageError, shortened
-from ..models.names import USE
+from ..models.names import USAGE_MIX
 from ..options import check_sizes, option
 from ..plan import Plan
 from ..progress import Progress
@@ -68,7 +68,7 @@ class RepairOptions:
     @property
     def sources(self) -> Words:
         """The texts to fit to."""
-        return self.repair_text or (USE,)
+        return self.repair_text or (USAGE_MIX,)
 
     def texts(
         self,
@@ -159,7 +159,7 @@ class FitOptions:
         """
         from ..repairing.texts import RepairTexts
 
-        texts = self.text or (USE,)
+        texts = self.text or (USAGE_MIX,)
         most = TOKENS // self.length if training else None
         wanted = FitTexts(texts, self.held_out, self.windows, most, self.length, seed)
         with waiting("reading the texts") as progress:

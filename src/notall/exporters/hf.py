@@ -65,7 +65,7 @@ REGROUPED_USE = (
     " `notall.register()`:\n\n" + LOADED
 )
 
-PROMPT_USE = (
+HOW_TO_RUN_PREFILL = (
     "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and"
     " their keys and values are written all the same; the last ones and all that is"
     " generated run whole. This saves time to the first token, and neither memory nor"
@@ -126,7 +126,7 @@ class HFExport(CheckpointExport):
         tensors = code.tensors(dense, plan)
         notes = read_notes(dense.folder / dense.origin.weights)
         vllm = IN_VLLM if code.base in NATIVE else ""
-        use = PROMPT_USE.format(last=plan.prefill.last_tokens, vllm=vllm)
+        use = HOW_TO_RUN_PREFILL.format(last=plan.prefill.last_tokens, vllm=vllm)
         files = {code.file: code.source}
         return cls(dense, plan, settings, tensors, use, files, notes)
 

@@ -15,7 +15,7 @@ from ..files import expanded
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan, several
-from ..results.repairs import LITTLE
+from ..results.repairs import LEAST_REFIT_GAIN
 from ..strict_json import Settings
 from ..version import __version__
 
@@ -281,14 +281,14 @@ def _on_repair(repair: Settings, own_keys: str | None) -> Iterator[str]:
             f" model's.{made}"
         )
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
-    mended = [one for one in refit if one["left"] <= 1 - LITTLE]
+    mended = [one for one in refit if one["left"] <= 1 - LEAST_REFIT_GAIN]
     rows = [
         (literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in mended
     ]
     if refit:
         yield (
             f"{len(rows)} of {several(len(refit), 'refit step')} left at most"
-            f" {1 - LITTLE:.0%} of the error."
+            f" {1 - LEAST_REFIT_GAIN:.0%} of the error."
         )
     if rows:
         yield _table(

@@ -14,7 +14,7 @@ from ..errors import UsageError, expect, shortened
 from ..files import contents, expanded
 from ..strict_json import read_json
 from ..structure.model_structure import inputs_device
-from .names import DEFAULT_TEXT, USE
+from .names import DEFAULT_TEXT, USAGE_MIX
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
 # before a file of prompts, the first, third ... of which a model answers
@@ -24,7 +24,7 @@ MOST_BYTES = 1 << 30  # of a file
 
 def is_made(source: str) -> bool:
     """Whether a text of that name is made here, and read from no file."""
-    return source in (*MIX, USE) or source.startswith(ANSWERS_TO)
+    return source in (*MIX, USAGE_MIX) or source.startswith(ANSWERS_TO)
 
 
 @dataclass(frozen=True)

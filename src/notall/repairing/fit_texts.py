@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..models.names import USE
+from ..models.names import USAGE_MIX
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 
@@ -18,7 +18,7 @@ class FitTexts:
     Without a `held_out` text, other windows of the same ones are measured on.
     """
 
-    texts: Sequence[str] = (USE,)
+    texts: Sequence[str] = (USAGE_MIX,)
     held_out: Sequence[str] = ()
     sequences: int | None = None
     most: int | None = None

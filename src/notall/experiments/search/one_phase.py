@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import UsageError
-from ...models.names import USE
+from ...models.names import USAGE_MIX
 from ...plan import Plan
 from ...progress import Progress
 from ...results.facts import PlanScore
@@ -329,7 +329,7 @@ class OnePhase:
         # layers that stay are neither cut out of a checkpoint nor repaired
         if locate(self.model).stubbed:
             return next_command("bench", spec, plan=made)
-        text = None if asked.text.text == USE else asked.text.text
+        text = None if asked.text.text == USAGE_MIX else asked.text.text
         return what_next(verdict, spec, made, text)[1]
 
 

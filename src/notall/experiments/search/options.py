@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...choosing.search_config import SearchConfig
 from ...errors import UsageError
 from ...extras import need
-from ...models.names import USE
+from ...models.names import USAGE_MIX
 from ...options import Workload, option
 from ...plan import Phase
 from ...progress import Progress, silent
@@ -162,7 +162,7 @@ class BudgetChoice:
         """
         if self.limit and self.limit[0] in ("max_nll", "max_kl"):
             return self.limit[0].removeprefix("max_")
-        return WITH_RETRIEVAL if text == USE else "kl"
+        return WITH_RETRIEVAL if text == USAGE_MIX else "kl"
 
     def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
         """Raise `UsageError` for what cannot be saved, as far as that is known without
