@@ -125,7 +125,8 @@ class ExecuTorchExport(CheckpointExport):
             sdpa,
         )
 
-        args, rotary = self.settings["args"], self.dense.empty.base_model.rotary_emb
+        args = self.settings["args"]
+        rotary: Any = self.dense.empty.base_model.rotary_emb
         with torch.device("meta"):
             model = llama_transformer.construct_transformer(
                 model_args.ModelArgs(**args)

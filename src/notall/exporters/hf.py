@@ -283,5 +283,6 @@ def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
         "pad_token_id": 0,
     }
     with torch.inference_mode(), quiet():
-        found = model.generate(tokens[:, :width], attention_mask=mask, **options)
+        generating: Any = model
+        found = generating.generate(tokens[:, :width], attention_mask=mask, **options)
     return torch.stack(found.logits, dim=1)

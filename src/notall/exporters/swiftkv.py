@@ -164,8 +164,9 @@ def maps_of(model: PreTrainedModel, plan: Plan) -> dict[int, dict[str, Map]]:
         layer = layers.get_submodule(str(index))
         path = f"{structure.layers}.{index}.self_attn.{name}"
         module = layer.get_submodule(f"self_attn.{name}")
-        weight = repaired.get(f"{path}.weight", module.weight)
-        bias = repaired.get(f"{path}.bias", module.bias)
+        own = dict(module.named_parameters())
+        weight = repaired.get(f"{path}.weight", own["weight"])
+        bias = repaired.get(f"{path}.bias", own.get("bias"))
         norm = layer.get_submodule("input_layernorm")
         return lambda hidden: linear(norm(hidden), *_like(hidden, weight, bias))
 

@@ -70,8 +70,8 @@ def judge(
     def logits_of(one: PreTrainedModel) -> Tensor:
         """Of the tokens of the text, (tokens, vocabulary)."""
         last = last_logits(one, count)
-        answer = one(input_ids=tokens, use_cache=False, **last)
-        return answer.logits[0, -count:].float()
+        logits: Tensor = one(input_ids=tokens, use_cache=False, **last).logits
+        return logits[0, -count:].float()
 
     with torch.inference_mode():
         p = logits_of(model)

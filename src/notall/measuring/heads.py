@@ -67,7 +67,8 @@ class Head:
         device = inputs_device(self.model)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
         with handing(self.model, self.structure, hidden):
-            return self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     @torch.no_grad()
     def _probe(self) -> Projection | None:

@@ -98,7 +98,7 @@ def _score(ours: Floats, theirs: Floats, ratio: float) -> float:
     if more < 0:
         more = min(0.0, more + 0.5)
     if variance > 1e-12 * count:
-        return more / math.sqrt(variance)
+        return float(more / math.sqrt(variance))
     is_none = abs(more) <= 1e-9 * count
     return 0.0 if is_none else math.copysign(math.inf, more)
 

@@ -91,7 +91,8 @@ def build_random(
                 placed = nn.Parameter(dummy, requires_grad=weight.requires_grad)
                 setattr(module, name, placed)
         model.tie_weights()
-        return model.to(device).eval()
+        model.to(device)  # type: ignore[arg-type]  # a decorator of it hides `self`
+        return model.eval()
 
 
 def _from_config(

@@ -69,7 +69,7 @@ class ModelOptions:
         """Whether the model's config has the layers and the shape of a plan, or there
         is no config that is readable.
         """
-        from ...models.loading import load_config
+        from ...models.configs import load_config
         from ...structure.model_structure import fingerprint
 
         try:

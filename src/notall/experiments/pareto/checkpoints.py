@@ -36,6 +36,7 @@ def write_plain(
     with temporary(out) as scratch:
         scratch.mkdir()
         spec = original.model
+        assert isinstance(spec, str | Path), "an engine reads files"
         source = engine.source(spec, scratch)
         if stored and Path(source).is_dir():
             source = shutil.copytree(source, scratch / "copy")

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...choosing.budget import Budget
-    from ...choosing.choice import ChosenPlan, Recovering
+    from ...choosing.choice import ChosenPlan
     from ...choosing.objective import Objective
+    from ...choosing.recovering import Recovering
     from ...choosing.space import Space
     from ...repairing.texts import RepairTexts
     from ...structure.model_structure import ModelStructure
@@ -204,7 +205,7 @@ class OnePhase:
         The items are few, and none of those that judge it, so that it is to keep half
         of what it may lose.
         """
-        from ...choosing.choice import Recovering
+        from ...choosing.recovering import Recovering
         from ...evaluation.checks import is_check
 
         assert self.tasks.shelf
