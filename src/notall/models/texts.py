@@ -58,13 +58,6 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     return Text(path.name, digest_of([content]), content)
 
 
-def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
-    """How many windows of `length` tokens a text has, each with the model's first tokens."""
-    return len(token_ids(tokenizer, text)) // max(
-        1, length - len(start_tokens(tokenizer))
-    )
-
-
 _TOKENISED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Tensor]] = (
     WeakKeyDictionary()
 )
