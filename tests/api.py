@@ -282,7 +282,6 @@ NAMES = {
     "experiments.waiting": ["SHOWN_BY", "waiting"],
     "exporters": [
         "Export",
-        "Source",
         "TARGETS",
         "appearing",
         "check_export",
@@ -338,6 +337,7 @@ NAMES = {
         "summarize",
         "walk",
     ],
+    "measuring.recovery": ["recovery_interval"],
     "measuring.speed": ["RoundTimes", "time_plans"],
     "measuring.statistics": [
         "LEAST_DOCUMENTS",
@@ -351,7 +351,6 @@ NAMES = {
         "of_ranks",
         "of_rounds",
         "paired_difference",
-        "recovery_interval",
         "sign_flip_p_value",
         "student_p_value",
         "student_quantile",
@@ -373,7 +372,8 @@ NAMES = {
     "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill", "several_of"],
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
     "repairing.checkpoints": ["Checkpoints"],
-    "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
+    "repairing.fit_texts": ["FitTexts"],
+    "repairing.healing": ["Spread as healing_Spread", "Training", "heal", "heal_by"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],
     "repairing.methods.published": [
         "gaps_of",

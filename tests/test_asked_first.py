@@ -9,9 +9,8 @@ import shutil
 import pytest
 import typer
 
-from api import app, by_count, texts_mix
-from families import family
-from notall import Plan, Space, TrainConfig, UsageError, choose_plan, locate
+from api import app, texts_mix
+from notall import Plan, SearchConfig, TrainConfig, UsageError
 
 pytestmark = pytest.mark.any_transformers  # of words and exit codes
 
@@ -199,7 +198,5 @@ def test_a_time_that_is_none_says_of_which_clock_it_would_be():
         UsageError, match="-1 minutes of CPU time are none to train for"
     ):
         TrainConfig(minutes=-1)
-    model = family("llama").build()
-    space = Space(locate(model), "mlp")
     with pytest.raises(UsageError, match="cannot end after -1 minutes by the clock"):
-        choose_plan(model, "deepest", space, by_count(space, 1), [], max_minutes=-1)
+        SearchConfig(max_minutes=-1)

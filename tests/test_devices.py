@@ -224,7 +224,7 @@ def searched(model, tokenizer, how):
     elif how == "footprint":
         budget, more = (
             by_footprint(model, space, "params", 0.1),
-            {"held_out": windows(1, seed=4)},
+            {"config": notall.SearchConfig(held_out=windows(1, seed=4))},
         )
     elif how == "speedup":
         times = measure_times(model, SHORT)
@@ -550,7 +550,8 @@ def test_a_live_model_is_exported_as_from_the_cpu(place, tmp_path):
             own = 2 * model.get_parameter(path).detach()
             repaired = RepairedPlan.of(plan, weights={path: own})
             out = tmp_path / f"{name} {number}"
-            notall.export(model, repaired, "hf", out, tokenizer=byte_tokenizer())
+            source = notall.Source(model, byte_tokenizer())
+            notall.export(source, repaired, "hf", out)
         written = [
             load_file(tmp_path / f"{name} {number}" / "model.safetensors")
             for name in NAMES

@@ -12,7 +12,7 @@ import torch
 import engines
 from api import VLLM, call, weight_bytes
 from families import family
-from notall import Plan, TrainConfig, export, heal, repair, skip
+from notall import Plan, Source, TrainConfig, export, heal, repair, skip
 from programs import program
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -54,11 +54,10 @@ def written(tmp_path):
     def write(name, plan, target="hf", **changes):
         model = family(name).build(**SIZES | changes)
         out = export(
-            model,
+            Source(model, byte_tokenizer()),
             plan,
             target,
             tmp_path / "out",
-            tokenizer=byte_tokenizer(),
             verify=False,
         )
         return model, out
@@ -226,7 +225,7 @@ def test_repaired_and_healed_weights_are_served(plan, tmp_path):
         "input_layernorm",
     }
     out = export(
-        model, healed, "hf", tmp_path / "out", tokenizer=byte_tokenizer(), verify=False
+        Source(model, byte_tokenizer()), healed, "hf", tmp_path / "out", verify=False
     )
     llm = start(out)
     assert_same_answers(llm, model, healed)
@@ -283,7 +282,7 @@ def test_the_server_bears_many_requests_at_once_as_it_does_of_the_dense_model(tm
     found = {}
     for name, plan in {"dense": Plan(), "export": MIXED}.items():
         out = export(
-            model, plan, "hf", tmp_path / name, tokenizer=tokenizer, verify=False
+            Source(model, tokenizer), plan, "hf", tmp_path / name, verify=False
         )
         with load.serving(
             sys.executable, out, tmp_path / f"{name}.log", 8, 512, "--enforce-eager"

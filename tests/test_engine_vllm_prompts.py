@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import engines
 from api import VLLM, vllm_plugin, weight_bytes
 from families import family
-from notall import Plan, UsageError, export, prompt, repair, skip
+from notall import Plan, Source, UsageError, export, prompt, repair, skip
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 pytestmark = [engines.needs("vllm"), pytest.mark.timeout(1800)]
@@ -126,7 +126,7 @@ def written(name, plan, folder):
     return (
         model,
         plan,
-        export(model, plan, "hf", folder, tokenizer=tokenizer, verify=False),
+        export(Source(model, tokenizer), plan, "hf", folder, verify=False),
     )
 
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from api import (
     FLOATS,
-    Source,
     Verified,
     cli,
     export,
@@ -26,7 +25,7 @@ from api import (
     read_header,
 )
 from families import family
-from notall import Plan, UsageError
+from notall import Plan, Source, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
@@ -68,11 +67,10 @@ def test_a_gguf_file_is_written_and_counted_in_the_dtype_it_is_run_in(
     } == {dtype}
     assert f"in {str(dtype).removeprefix('torch.')}" in out
     export(
-        "dense.gguf",
+        Source("dense.gguf", dtype=dict([options] if options else []).get("--dtype")),
         Plan([1]),
         "hf",
         "python",
-        dtype=dict([options] if options else []).get("--dtype"),
     )
     assert {
         weight.dtype for weight in load_file("python/model.safetensors").values()

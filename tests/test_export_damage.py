@@ -24,14 +24,13 @@ from api import (
     Field,
     GGUFTensor,
     LlamaCpp,
-    Source,
     executorch,
     nemotron_nas,
     silent,
     target_named,
 )
 from families import ROPE_FIELD, family
-from notall import Plan, UsageError
+from notall import Plan, Source, UsageError
 from tiny_gguf import WORDS, write_gguf
 
 needs_executorch = engines.needs("executorch", "make test-executorch")

@@ -11,7 +11,7 @@ import torch
 import engines
 from api import executorch, footprint
 from families import ROPE_FIELD, family
-from notall import Plan, UsageError, export, repair, skip
+from notall import Plan, Source, UsageError, export, repair, skip
 
 needs_executorch = engines.needs("executorch", "make test-executorch")
 pytestmark = pytest.mark.timeout(1800)
@@ -172,7 +172,9 @@ def test_the_default_model_says_the_same(default_model, tmp_path):
     """64 tokens, each the likeliest, with 8 attentions left out."""
     model, tokenizer = default_model
     plan = Plan(attention=range(20, 28))
-    out = export("smollm2", plan, "executorch", tmp_path / "out", dtype="float32")
+    out = export(
+        Source("smollm2", dtype="float32"), plan, "executorch", tmp_path / "out"
+    )
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with skip(model, plan), torch.no_grad():
         said = model.generate(

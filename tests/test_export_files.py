@@ -29,7 +29,7 @@ from api import (
     write_shards,
 )
 from families import family
-from notall import Plan, UsageError, export, locate, skip
+from notall import Plan, Source, UsageError, export, locate, skip
 from small_disk import room_for
 
 BLOCK = Plan([1], [1])
@@ -96,7 +96,10 @@ def test_code_beside_the_model_never_takes_the_place_of_ours(
     shutil.copytree(dense, tmp_path / "dense")
     (tmp_path / "dense" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     out = export(
-        tmp_path / "dense", MIXED, target, tmp_path / "out", trust_remote_code=trusted
+        Source(tmp_path / "dense", trust_remote_code=trusted),
+        MIXED,
+        target,
+        tmp_path / "out",
     )
     assert not (tmp_path / "ran").exists()
     assert (out / name).read_text() == ours
@@ -108,11 +111,10 @@ def test_python_goes_along_only_where_it_is_allowed(dense, target, tmp_path):
     (tmp_path / "dense" / "tokenization_own.py").write_text("")
     for trusted in (False, True):
         out = export(
-            tmp_path / "dense",
+            Source(tmp_path / "dense", trust_remote_code=trusted),
             BLOCK,
             target,
             tmp_path / f"{trusted}",
-            trust_remote_code=trusted,
         )
         assert (out / "tokenization_own.py").exists() == trusted
 
@@ -142,7 +144,7 @@ def test_a_model_of_its_own_code_is_exported_where_that_is_allowed(dense, tmp_pa
     )
     with pytest.raises(UsageError, match="allow it with trust_remote_code"):
         export(source, BLOCK, "hf", tmp_path / "out")
-    out = export(source, BLOCK, "hf", tmp_path / "out", trust_remote_code=True)
+    out = export(Source(source, trust_remote_code=True), BLOCK, "hf", tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["auto_map"] == auto_map
     (source / "config.json").write_text(
         json.dumps(config)

@@ -426,8 +426,9 @@ def test_an_interrupt_in_the_code_of_others_is_one(mine, found_by):
 def test_a_criterion_may_choose_less_than_the_budget_when_the_time_is_up(mine):
     model = family("llama").build()
     space = notall.Space(notall.locate(model), "mlp")
+    budget, config = by_count(space, 2), notall.SearchConfig(max_minutes=0)
     found = notall.choose_plan(
-        model, "mine:chooses_too_few", space, by_count(space, 2), BATCHES, max_minutes=0
+        model, "mine:chooses_too_few", space, budget, BATCHES, config=config
     )
     assert (found.plan.mlp, found.in_time) == ((1,), False)
 

@@ -19,6 +19,7 @@ from api import (
     RepairedPlan,
     Training,
     heal,
+    heal_by,
     healing_Spread,
     read,
     recover,
@@ -63,16 +64,8 @@ class Counted:
 
 def healed_for(counted, folder, minutes=2.0, progress=silent, **options):
     config = TrainConfig(rate=3e-3, minutes=minutes, **options)
-    return heal(
-        counted.model,
-        PLAN,
-        TRAINED,
-        HELD_OUT,
-        config,
-        out=folder,
-        progress=progress,
-        clock=counted,
-    )
+    training = Training(PLAN, TRAINED, HELD_OUT, config, clock=counted)
+    return heal_by(training, counted.model, out=folder, progress=progress)
 
 
 def recovered_in(counted, folder, minutes=2.0, progress=silent, name="refit"):

@@ -181,6 +181,10 @@ MISTAKES = {
             r" from"
         ),
     ),
+    "a number for how to search": (
+        lambda m, s: chosen_by(m, s, "deepest", config=12),
+        r"give a notall\.SearchConfig, such as SearchConfig\(seed=1\), not int",
+    ),
     "a choice for its plan": (
         lambda m, s: notall.skip(m, chosen_by(m, s, "deepest")).__enter__(),
         "not ChosenPlan; it is in its .plan",

@@ -66,7 +66,7 @@ from api import (
     write_plain,
 )
 from families import family
-from notall import Plan, UsageError, load, repair, skip
+from notall import Plan, Source, UsageError, load, repair, skip
 from tiny_gguf import WORDS, write_gguf as write_tiny
 
 SIZES = {
@@ -125,7 +125,7 @@ def nll_one_by_one(model, tokens):
 @pytest.mark.parametrize("plan", [Plan(), MIXED], ids=["dense", "mixed"])
 def test_llamacpp_scores_as_the_model_token_by_token(dense, windows, plan, tmp_path):
     engine = LlamaCpp(1)
-    write_plain(engine, dense, plan, tmp_path / "plain.gguf")
+    write_plain(engine, Source(dense), plan, tmp_path / "plain.gguf")
     found = call(
         engine, "score", checkpoint=tmp_path / "plain.gguf", windows=windows.tokens
     )
@@ -150,13 +150,12 @@ def test_llamacpp_scores_the_default_model_as_the_model_does(default_model, tmp_
         )["input_ids"]
     )
     engine = LlamaCpp(1)
-    write_plain(
-        engine, "smollm2", Plan(attention=[10, 20], mlp=[9]), tmp_path / "plain.gguf"
-    )
+    plan = Plan(attention=[10, 20], mlp=[9])
+    write_plain(engine, Source("smollm2"), plan, tmp_path / "plain.gguf")
     (found,) = call(
         engine, "score", checkpoint=tmp_path / "plain.gguf", windows=[rows.tolist()]
     )
-    with skip(model, Plan(attention=[10, 20], mlp=[9])), torch.no_grad():
+    with skip(model, plan), torch.no_grad():
         expected = (
             -model(rows[None])
             .logits[0, :-1]
@@ -169,7 +168,7 @@ def test_llamacpp_scores_the_default_model_as_the_model_does(default_model, tmp_
 @pytest.mark.slow
 def test_transformers_scores_as_the_model_token_by_token(dense, windows, tmp_path):
     engine = Transformers(1)
-    write_plain(engine, str(dense), MIXED, tmp_path / "plain")
+    write_plain(engine, Source(str(dense)), MIXED, tmp_path / "plain")
     found = call(engine, "score", checkpoint=tmp_path / "plain", windows=windows.tokens)
     model, _ = load(dense, dtype="float32", device="cpu")
     with skip(model, MIXED):
@@ -181,7 +180,7 @@ def test_transformers_scores_as_the_model_token_by_token(dense, windows, tmp_pat
 def test_transformers_holds_eight_bits_in_less_room(dense, windows, tmp_path):
     pytest.importorskip("torchao")
     engine, plain, packed = Transformers(1), tmp_path / "plain", tmp_path / "int8"
-    write_plain(engine, str(dense), MIXED, plain)
+    write_plain(engine, Source(str(dense)), MIXED, plain)
     call(engine, "quantise", plain=plain, kind="int8", out=packed)
     sizes = [weight_bytes(folder) for folder in (plain, packed)]
     assert sizes[1] < 0.6 * sizes[0]
@@ -196,7 +195,7 @@ def test_transformers_holds_eight_bits_in_less_room(dense, windows, tmp_path):
 @needs_llamacpp
 def test_an_engine_is_timed_and_its_memory_grows(dense, tmp_path):
     engine = LlamaCpp(1)
-    write_plain(engine, dense, Plan(), tmp_path / "plain.gguf")
+    write_plain(engine, Source(dense), Plan(), tmp_path / "plain.gguf")
     taken = Timing(
         **call(
             engine,
@@ -231,7 +230,7 @@ def test_a_file_that_is_called_like_a_library_is_none(monkeypatch, tmp_path):
 
 def test_eight_bits_for_vllm_are_rounded_a_channel_at_a_time(dense, tmp_path):
     engine = VLLM(1)
-    write_plain(engine, str(dense), MIXED, tmp_path / "plain")
+    write_plain(engine, Source(str(dense)), MIXED, tmp_path / "plain")
     engine.quantise(tmp_path / "plain", "int8", tmp_path / "packed")
     plain, packed = (
         load_file(tmp_path / name / "model.safetensors") for name in ("plain", "packed")
@@ -377,7 +376,7 @@ def test_repaired_weights_are_in_the_plain_file(dense, tmp_path):
     repaired = repair(model, MIXED, [torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3])
     assert repaired.weights
     for name, plan in (("repaired", repaired), ("skipped", MIXED)):
-        write_plain(LlamaCpp(1), dense, plan, tmp_path / f"{name}.gguf")
+        write_plain(LlamaCpp(1), Source(dense), plan, tmp_path / f"{name}.gguf")
     held = [
         read_gguf(tmp_path / f"{name}.gguf").tensors for name in ("repaired", "skipped")
     ]
@@ -753,19 +752,19 @@ def test_a_plain_file_is_verified_before_it_is_measured(dense, monkeypatch, tmp_
         if "q_proj" in name
     }
     changed = RepairedPlan.of(MIXED, weights=queries)
-    write_plain(LlamaCpp(1), dense, changed, tmp_path / "right.gguf")
+    write_plain(LlamaCpp(1), Source(dense), changed, tmp_path / "right.gguf")
     monkeypatch.setattr(gguf_layout, "ROTATES_NEIGHBOURS", set())
     with pytest.raises(
         NotAsSkipped, match="answers differently from the skipped model"
     ):
-        write_plain(LlamaCpp(1), dense, changed, tmp_path / "wrong.gguf")
+        write_plain(LlamaCpp(1), Source(dense), changed, tmp_path / "wrong.gguf")
     monkeypatch.undo()
     monkeypatch.setattr(exporters_gguf.GGUFExport, "_gaps", unreadable)
     with pytest.raises(
         EngineFailed,
         match="not compared with the skipped model: transformers has no mumble",
     ):
-        write_plain(LlamaCpp(1), dense, MIXED, tmp_path / "unseen.gguf")
+        write_plain(LlamaCpp(1), Source(dense), MIXED, tmp_path / "unseen.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["right.gguf"]
 
 
@@ -805,7 +804,9 @@ def test_another_revision_is_what_is_written_too(asked, monkeypatch, tmp_path):
     monkeypatch.setattr(
         pareto,
         "write_plain",
-        lambda *given, **how: written.append(how) or write_text(*given),
+        lambda engine, source, *given: (
+            written.append(source) or write_text(engine, source, *given)
+        ),
     )
     dense = EngineModel(
         "dense", "m", Plan(), OWN, revision="v2", trust_remote_code=True
@@ -818,7 +819,7 @@ def test_another_revision_is_what_is_written_too(asked, monkeypatch, tmp_path):
         tmp_path,
         Provenance(what={}),
     )
-    assert written == [{"revision": "v2", "trust_remote_code": True}]
+    assert written == [Source("m", revision="v2", trust_remote_code=True)]
 
 
 def test_what_is_quantised_already_is_measured_as_it_is_stored(

@@ -33,7 +33,7 @@ from api import (
 )
 from command_line import QUICK
 from families import TRANSFORMERS_5, family
-from notall import Plan, Space, UsageError, choose_plan, locate
+from notall import Plan, SearchConfig, Space, UsageError, choose_plan, locate
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -43,6 +43,7 @@ BATCHES = [
 ]
 HELD = [torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(7))]
 PROMPT = 8
+REPAIRED = SearchConfig(after_repair=True)
 WORK = Workload(prompt_tokens=8, generation_tokens=10, concurrency=2, rounds=1)
 SAVES = {"attn": 1.5, "mlp": 3.0}  # milliseconds of a prompt
 needs_5 = pytest.mark.skipif(
@@ -96,8 +97,9 @@ def test_what_is_kept_of_a_prefix_changes_nothing(model, states_bytes):
 
 def test_the_search_finds_the_last_block_for_nothing(model):
     among = space(model)
+    config = SearchConfig(held_out=HELD)
     found = choose_plan(
-        model, "search", among, by_count(among, 1), BATCHES, held_out=HELD
+        model, "search", among, by_count(among, 1), BATCHES, config=config
     )
     assert found.plan == Plan(prefill={"attention": [3], "mlp": [3]})
     assert abs(found.cost) < 1e-6
@@ -175,7 +177,7 @@ def test_what_is_refused(model):
             lambda: by_footprint(model, among, "params", 0.1)
         ),
         "takes four sequences or more": lambda: choose_plan(
-            model, "search", among, by_count(among, 1), BATCHES[:1], after_repair=True
+            model, "search", among, by_count(among, 1), BATCHES[:1], config=REPAIRED
         ),
         "these times are of the phase all": lambda: by_speedup(
             among, SublayerTimes(WORK, 9.0, {}), 1.1
@@ -191,7 +193,7 @@ def test_what_is_refused(model):
                 by_count(among, 1),
                 BATCHES,
                 kl(BATCHES),
-                after_repair=True,
+                REPAIRED,
             )
         ),
         "leaves nothing to score in windows of 16": lambda: kl(
@@ -479,7 +481,7 @@ def test_of_the_best_sets_the_one_that_a_refit_leaves_closest_is_chosen(model):
         model, "search", among, by_count(among, 3), repairing(model).judged
     )
     found = choose_plan(
-        model, "search", among, by_count(among, 3), BATCHES, after_repair=True
+        model, "search", among, by_count(among, 3), BATCHES, config=REPAIRED
     )
     assert len(found.plan.prefill) == 3
     deepest = among.plan(sum(among.units[-3:], ()))
@@ -503,7 +505,7 @@ def test_a_limit_is_of_what_a_refit_leaves(model):
     )
     assert -repairing(model).kept(plain.plan) > limit
     found = choose_plan(
-        model, "search", among, by_limit(among, limit), BATCHES, after_repair=True
+        model, "search", among, by_limit(among, limit), BATCHES, config=REPAIRED
     )
     assert "as far as the KL after a refit allows" in found.plan.note
     assert -repairing(model).kept(found.plan) <= limit
@@ -523,7 +525,7 @@ def test_sets_that_only_a_refit_brings_below_the_limit_are_looked_at(
         model, "search", among, by_limit(among, limit), repairing(model).judged
     )
     found = choose_plan(
-        model, "search", among, by_limit(among, limit), BATCHES, after_repair=True
+        model, "search", among, by_limit(among, limit), BATCHES, config=REPAIRED
     )
     assert (plain.plan.prefill.blocks, found.plan.prefill.blocks) == ((2, 3), (1, 2, 3))
 
@@ -531,7 +533,7 @@ def test_sets_that_only_a_refit_brings_below_the_limit_are_looked_at(
 def test_a_set_of_mlps_alone_is_compared_too(model):
     among = space(model, "mlp")
     found = choose_plan(
-        model, "search", among, by_count(among, 2), BATCHES, after_repair=True
+        model, "search", among, by_count(among, 2), BATCHES, config=REPAIRED
     )
     assert len(found.plan.prefill.mlp) == 2
 

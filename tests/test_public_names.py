@@ -122,8 +122,9 @@ def test_what_a_choice_comes_to_fits_a_screen():
     )
     space = notall.Space(notall.locate(model), "sublayer")
     budget, objective = by_count(space, 30), nll(batches)
+    config = notall.SearchConfig(held_out=held_out)
     chosen = notall.choose_plan(
-        model, "deepest", space, budget, batches, objective, held_out=held_out
+        model, "deepest", space, budget, batches, objective, config
     )
     for one, most in (
         (chosen, 20),

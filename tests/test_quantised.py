@@ -19,7 +19,6 @@ import engines
 from api import (
     ModelOptions,
     NotVerified,
-    Source,
     Verified,
     cut_quantisation,
     dtype_name,
@@ -37,7 +36,7 @@ from api import (
     verdict_of,
 )
 from families import TRANSFORMERS_5, family, silenced
-from notall import Plan, UsageError, heal, locate, repair, skip
+from notall import Plan, Source, UsageError, heal, locate, repair, skip
 from quantised import KINDS, SIZES
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tokenizer import byte_tokenizer

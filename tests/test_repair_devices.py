@@ -17,13 +17,14 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from api import METHODS, by_count, heal, method
+from api import METHODS, Training, by_count, heal, heal_by, method
 from devices import ONE, TWO, devices_of, on_one, on_two
 from families import FAMILIES, family
 from hybrid_families import HYBRIDS
 from notall import (
     Plan,
     RepairedPlan,
+    SearchConfig,
     Space,
     TrainConfig,
     UnsupportedModel,
@@ -144,10 +145,10 @@ def healed_behind_repair(model):
 def healed_for_a_time(model):
     clock = itertools.count()  # each look at it is a second later
     config = TrainConfig(minutes=1.0, rate=1e-3)
-    found = heal(
-        model, PLAN, TRAINED, HELD_OUT, config, clock=lambda: float(next(clock))
+    training = Training(
+        PLAN, TRAINED, HELD_OUT, config, clock=lambda: float(next(clock))
     )
-    return weights_of(found)
+    return weights_of(heal_by(training, model))
 
 
 def healed_in_two_runs(model, train="outputs"):
@@ -190,9 +191,8 @@ def saved(model):
 
 def chosen_after_repair(model):
     space = Space(locate(model), "sublayer", keep_last=1)
-    found = choose_plan(
-        model, "search", space, by_count(space, 1), TEXT, after_repair=True
-    )
+    config = SearchConfig(after_repair=True)
+    found = choose_plan(model, "search", space, by_count(space, 1), TEXT, config=config)
     return found.plan.indices, found.cost
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import RepairTexts
+from api import FitTexts, RepairTexts
 from families import family
 from notall import UsageError
 from tiny_tokenizer import byte_tokenizer
@@ -41,9 +41,8 @@ def rows_in(batches):
 def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(
     model, sources, sequences
 ):
-    texts = RepairTexts.draw(
-        model, byte_tokenizer(), sources, sequences=sequences, length=LENGTH
-    )
+    wanted = FitTexts(sources, sequences=sequences, length=LENGTH)
+    texts = RepairTexts.draw(model, byte_tokenizer(), wanted)
     own = rows_in(one.rows for one in texts.fitted)
     other = rows_in(row for rows in texts.other.values() for row in rows)
     assert len(own) == (sequences or 128) == texts.described["sequences"]
@@ -74,8 +73,10 @@ def test_each_text_is_tokenised_once(model, sources):
     tokenizer, asked = byte_tokenizer(), []
     count(tokenizer, asked)
     for seed in (0, 1):
-        RepairTexts.draw(model, tokenizer, sources, length=LENGTH, seed=seed)
-    RepairTexts.draw(model, tokenizer, sources[:1], sources[1:], length=LENGTH)
+        RepairTexts.draw(model, tokenizer, FitTexts(sources, length=LENGTH, seed=seed))
+    RepairTexts.draw(
+        model, tokenizer, FitTexts(sources[:1], sources[1:], length=LENGTH)
+    )
     assert sorted(len(text) > 1000 for text in asked if len(text) > 10) == [True, True]
 
 
@@ -91,9 +92,8 @@ def count(tokenizer, asked):
 
 
 def test_held_out_texts_take_the_place_of_other_windows(model, sources):
-    texts = RepairTexts.draw(
-        model, byte_tokenizer(), sources[:1], sources[1:], sequences=4, length=LENGTH
-    )
+    wanted = FitTexts(sources[:1], sources[1:], sequences=4, length=LENGTH)
+    texts = RepairTexts.draw(model, byte_tokenizer(), wanted)
     assert list(texts.other) == ["two.txt"]
     assert len(rows_in(texts.other["two.txt"])) == 16
     assert texts.described["texts"][0]["text"] == "one.txt"
@@ -104,4 +104,4 @@ def test_windows_longer_than_the_model_are_refused(model, sources):
         UsageError,
         match="windows of 65 tokens exceed the model's 64 positions: lower --length",
     ):
-        RepairTexts.draw(model, byte_tokenizer(), sources, length=65)
+        RepairTexts.draw(model, byte_tokenizer(), FitTexts(sources, length=65))

@@ -21,7 +21,6 @@ from api import (
     PrefixCache,
     Replay,
     Seal,
-    Source,
     evaluate,
     live_steps,
     opened,
@@ -35,6 +34,7 @@ from families import TRANSFORMERS_5, family, replayed_logits
 from notall import (
     Plan,
     RepairedPlan,
+    Source,
     UsageError,
     export,
     heal,

@@ -34,7 +34,7 @@ from api import (
     space_plan_of as plan_of,
 )
 from families import family
-from notall import UsageError, choose_plan, locate
+from notall import SearchConfig, UsageError, choose_plan, locate
 
 pytestmark = pytest.mark.any_transformers  # it is about sets of sublayers
 
@@ -668,7 +668,7 @@ def test_the_count_of_a_search_follows_the_time_that_it_is_given(model, monkeypa
         space,
         by_count(space, 3),
         BATCHES,
-        max_minutes=1.0,
+        config=SearchConfig(max_minutes=1.0),
         progress=progress,
     )
     assert all(share >= min(1.0, seconds / 60) - 1e-9 for seconds, share in told)

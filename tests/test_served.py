@@ -11,7 +11,17 @@ import torch
 
 import engines
 from families import family
-from notall import Plan, TrainConfig, UsageError, export, heal, load, repair, skip
+from notall import (
+    Plan,
+    Source,
+    TrainConfig,
+    UsageError,
+    export,
+    heal,
+    load,
+    repair,
+    skip,
+)
 from programs import program
 from tiny_gguf import WORDS, write_gguf as write_tiny
 
@@ -72,7 +82,9 @@ def check(engine, folder, model, plan):
 @pytest.mark.slow
 def test_transformers_loses_the_same(healed, tmp_path):
     dense, model, plan = healed
-    folder = export(dense, plan, "hf", tmp_path / "out", dtype="float32", verify=False)
+    folder = export(
+        Source(dense, dtype="float32"), plan, "hf", tmp_path / "out", verify=False
+    )
     check("transformers", folder, model, plan)
 
 

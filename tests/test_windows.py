@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from api import RUN, Text, by_count, draw, kl, overlapping
 from families import family
-from notall import Plan, Space, UsageError, choose_plan, heal, locate
+from notall import Plan, SearchConfig, Space, UsageError, choose_plan, heal, locate
 from test_texts import TOKENIZER, numbers_tokenizer
 
 pytestmark = pytest.mark.any_transformers  # it cuts texts into tokens, for no model
@@ -199,17 +199,18 @@ def test_heal_and_choose_plan_refuse_to_hold_out_what_they_use(model, held_out):
         heal(model, plan, batches, held_out)
     space = Space(locate(model), "attention")
     given = (model, "deepest", space, by_count(space, 1))
+    config = SearchConfig(held_out=held_out)
     with pytest.raises(
         UsageError,
         match=(
             r"window [01] of held_out overlaps one that the plan is chosen by, by half"
         ),
     ):
-        choose_plan(*given, batches, held_out=held_out)
+        choose_plan(*given, batches, config=config)
     with pytest.raises(
         UsageError, match="chosen by"
     ):  # by another text than that of the criterion
-        choose_plan(*given, [stream(500)], kl(batches), held_out=held_out)
+        choose_plan(*given, [stream(500)], kl(batches), config)
 
 
 def test_heal_and_choose_plan_take_windows_of_other_places(model):
@@ -223,7 +224,6 @@ def test_heal_and_choose_plan_take_windows_of_other_places(model):
     )
     heal(model, Plan([1]), batches, held_out)
     space = Space(locate(model), "attention")
-    chosen = choose_plan(
-        model, "deepest", space, by_count(space, 1), batches, held_out=held_out
-    )
+    config, budget = SearchConfig(held_out=held_out), by_count(space, 1)
+    chosen = choose_plan(model, "deepest", space, budget, batches, config=config)
     assert chosen.held_out

@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 import notall
 from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
-from notall.choosing.criteria.setting import PATIENCE
 from notall.choosing.objective import nll
+from notall.choosing.search_config import SearchConfig
 from notall.choosing.space import Skipped, Space
 from notall.measuring.quality import gather, score
 from notall.measuring.speed import machine
@@ -35,7 +35,7 @@ from notall.results.facts import Quality
 from notall.results.table import Column, number, table, with_error, words
 from notall.results.terminal import print_table, progress_bar
 
-SEARCHES = {"search": PATIENCE, "search --patience 0": 0}
+SEARCHES = {"search": SearchConfig.patience, "search --patience 0": 0}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,13 @@ def main() -> None:
     def search(patience: int) -> tuple[Skipped, float, float]:
         start = time.process_time()
         chosen = choose_plan(
-            model, "search", space, budget, batches, nll(batches), patience=patience
+            model,
+            "search",
+            space,
+            budget,
+            batches,
+            nll(batches),
+            SearchConfig(patience=patience),
         )
         return (
             frozenset(chosen.plan.names),

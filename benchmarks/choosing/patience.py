@@ -22,6 +22,7 @@ import notall
 from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
+from notall.choosing.search_config import SearchConfig
 from notall.choosing.space import Space, UnitKind
 from notall.models.texts import read_text
 from notall.models.windows import token_batches
@@ -81,8 +82,7 @@ def searched(
                 train,
                 nll(train),
                 out=Path(folder),
-                patience=patience,
-                held_out=test,
+                config=SearchConfig(patience=patience, held_out=test),
             )
             assert found.held_out
             own = found.cost - found.dense_cost

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from notall import Plan, RepairedPlan, export, load, repair, skip
 from notall.exporters.executorch import PROGRAM, runner
 from notall.measuring.speed import cores, interleaved, machine, speedup
+from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, size, table, with_quartiles, words
@@ -102,7 +103,7 @@ def plans_of(
     for name in names:
         folder = out / f"{name}-repair"
         if not (folder / "plan.json").is_file():
-            texts = RepairTexts.draw(model, tokenizer, sequences=windows)
+            texts = RepairTexts.draw(model, tokenizer, FitTexts(sequences=windows))
             repair(model, SETS[name], texts.together(8), out=folder)
         plans |= {name: SETS[name], name + REPAIRED: RepairedPlan.load(folder)}
     return plans

@@ -181,7 +181,11 @@ def main() -> None:
         for name in names:
             place = Path(scratch) / name
             folder = notall.export(
-                asked.model, by_name[name], "hf", place, dtype="bfloat16", verify=False
+                notall.Source(asked.model, dtype="bfloat16"),
+                by_name[name],
+                "hf",
+                place,
+                verify=False,
             )
             log = asked.out / f"{name}.log"
             server = serving(

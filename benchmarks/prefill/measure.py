@@ -37,8 +37,9 @@ from notall.experiments.options.text import TextOptions
 from notall.measuring.speed import machine, time_plans
 from notall.models.texts import fields, read_file
 from notall.options import Workload
-from notall.repairing.students import TrainConfig
+from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
+from notall.repairing.train_config import TrainConfig
 from notall.results.facts import Check, Quality, Recovery, Times
 from notall.results.record import Fact
 
@@ -190,9 +191,7 @@ def states(
     drawn = RepairTexts.draw(
         model,
         tokenizer,
-        fitted,
-        sequences=asked.windows,
-        length=asked.window,
+        FitTexts(fitted, sequences=asked.windows, length=asked.window),
         training=bool(asked.minutes),
     )
     structure, found = locate(model), dict[tuple[int, str], Plan]()

@@ -30,6 +30,7 @@ from notall.experiments.options.text import TextOptions
 from notall.exporters.swiftkv import Map, maps_of, one_stream
 from notall.measuring.quality import gather
 from notall.measuring.speed import machine
+from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
 from notall.results.facts import Quality, Scores
 from notall.results.record import Fact
@@ -101,8 +102,8 @@ def plans_of(
             yield count, SKIPPED, plan
         folder = asked.out / f"{count}-refit"
         if not (folder / "plan.json").is_file():
-            how = {"sequences": asked.windows, "length": asked.window}
-            drawn = drawn or RepairTexts.draw(model, tokenizer, fitted, **how)
+            wanted = FitTexts(fitted, sequences=asked.windows, length=asked.window)
+            drawn = drawn or RepairTexts.draw(model, tokenizer, wanted)
             repair(model, plan, drawn.together(4), out=folder, progress=telling)
         yield count, REFIT, RepairedPlan.load(folder)
 

@@ -27,6 +27,7 @@ import notall
 from notall import Plan
 from notall.choosing.budget import by_count
 from notall.choosing.choice import ChosenPlan, choose_plan
+from notall.choosing.search_config import SearchConfig
 from notall.choosing.space import plan_of
 from notall.measuring.quality import score, summarize
 from notall.measuring.statistics import mean_and_error
@@ -165,8 +166,7 @@ def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> Chosen
         return choose_plan(
             *(model, "search", space, by_count(space, count), batches),
             out=asked.out / f"chosen-{of}-{asked.sequences}.search",
-            provenance=about,
-            after_repair=True,
+            config=SearchConfig(after_repair=True, provenance=about),
             progress=bar,
         )
 

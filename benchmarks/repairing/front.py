@@ -38,13 +38,14 @@ from notall.choosing.latency import (
     check_times,
     measure_times,
 )
+from notall.choosing.search_config import SearchConfig
 from notall.choosing.space import Space
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import compare, machine, speedup
 from notall.options import Workload
 from notall.repairing.healing import heal
 from notall.repairing.methods import kept_repair
-from notall.repairing.students import TrainConfig
+from notall.repairing.train_config import TrainConfig
 from notall.results import lines
 from notall.results.facts import Quality
 from notall.results.ledger import read
@@ -360,8 +361,9 @@ class Front:
                     self.rows[: WAYS[way]].split(1),
                 ),
                 out=self.asked.out / f"chosen {way}".replace(" ", "-"),
-                provenance=about,
-                after_repair=way == "after a repair",
+                config=SearchConfig(
+                    after_repair=way == "after a repair", provenance=about
+                ),
                 progress=bar,
             ).plan
 

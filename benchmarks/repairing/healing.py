@@ -28,8 +28,8 @@ from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
 from notall.repairing.healing import heal
 from notall.repairing.methods import kept_repair
-from notall.repairing.students import TrainConfig, Trained
 from notall.repairing.texts import sampled
+from notall.repairing.train_config import TrainConfig, Trained
 from notall.results import lines
 from notall.results.ledger import read
 from notall.results.provenance import Provenance

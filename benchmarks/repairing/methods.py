@@ -32,7 +32,7 @@ from inputs import load_asked, options_of
 
 from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
-from notall.models.texts import Text, read_text, windows_in
+from notall.models.texts import Text, read_text, start_tokens, token_ids
 from notall.models.windows import token_batches
 from notall.repairing.methods import METHODS, kept_repair
 from notall.results import lines
@@ -197,7 +197,8 @@ def texts(
             tokenizer, text, sequences=sequences, length=LENGTH, batch_size=1
         )
 
-    fewer = min(tokens // LENGTH // 2, windows_in(tokenizer, last, LENGTH))
+    own = LENGTH - len(start_tokens(tokenizer))  # of a window; the others are BOS
+    fewer = min(tokens // LENGTH // 2, len(token_ids(tokenizer, last)) // own)
     more = tokens // LENGTH // 2 * 2 - fewer
     kinds = [drawn(_wiki(data, "wiki.train.first1MB.txt"), more), drawn(last, fewer)]
     placed = [

@@ -178,7 +178,11 @@ def main() -> None:
                         "float32" if target == "hf" else None
                     )  # a GGUF file keeps its types
                     notall.export(
-                        asked.model, one, target, folder, dtype=dtype, verify=False
+                        notall.Source(asked.model, dtype=dtype),
+                        one,
+                        target,
+                        folder,
+                        verify=False,
                     )
                 there = asked_of(engine, python, folder, windows)
                 rows.append(compared(engine, name, there, here[name]))

@@ -32,7 +32,16 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notall import Plan, RepairedPlan, choose_plan, evaluate, heal, load, repair
+from notall import (
+    Plan,
+    RepairedPlan,
+    SearchConfig,
+    choose_plan,
+    evaluate,
+    heal,
+    load,
+    repair,
+)
 from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
@@ -42,11 +51,12 @@ from notall.experiments.options.plan import read_plan, space_of
 from notall.experiments.options.text import TextOptions
 from notall.experiments.search.options import WITH_RETRIEVAL
 from notall.measuring.speed import machine, time_plans
-from notall.models.names import USE
+from notall.models.names import USAGE_MIX
 from notall.models.texts import fields, read_file
 from notall.options import Workload
-from notall.repairing.students import TrainConfig
+from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
+from notall.repairing.train_config import TrainConfig
 from notall.results.facts import DELTA_NLL, KL, SPEEDUPS, Quality, Recovery, Times
 from notall.results.record import Fact
 from notall.results.table import Column, number, table, with_interval, within, words
@@ -181,14 +191,16 @@ def chosen(
     kind, _, count = wanted.partition(":")
     space = space_of(model, kind)
     goal = build_objective(
-        WITH_RETRIEVAL if USE in text.split("+") else "kl", model, tokenizer, windows
+        WITH_RETRIEVAL if USAGE_MIX in text.split("+") else "kl",
+        model,
+        tokenizer,
+        windows,
     )
-    kept = {
-        "out": path.with_suffix(".search"),
-        "provenance": {"text": text, "objective": goal.name},
-    }
+    budget = by_count(space, int(count))
+    config = SearchConfig(provenance={"text": text, "objective": goal.name})
+    folder = path.with_suffix(".search")
     found = choose_plan(
-        model, "search", space, by_count(space, int(count)), windows, goal, **kept
+        model, "search", space, budget, windows, goal, config, out=folder
     )
     tokens = sum(batch.inputs["input_ids"].numel() for batch in goal.batches)
     told = {
@@ -278,8 +290,7 @@ def main() -> None:
             drawn = RepairTexts.draw(
                 model,
                 tokenizer,
-                sources,
-                sequences=asked.windows,
+                FitTexts(sources, sequences=asked.windows),
                 training=bool(asked.minutes),
             )
             batches = drawn.together(8)

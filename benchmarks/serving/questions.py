@@ -37,8 +37,9 @@ from notall import Plan, export
 from notall.engines.llamacpp import LlamaCpp, _complete
 from notall.evaluation.checks import Doc, MadeTask, made
 from notall.experiments.options.plan import read_plan
+from notall.measuring.recovery import recovery_interval
 from notall.measuring.speed import machine
-from notall.measuring.statistics import mean_and_error, recovery_interval
+from notall.measuring.statistics import mean_and_error
 from notall.models.texts import fields, read_file
 from notall.results import lines
 from notall.results.facts import Recovery

@@ -15,9 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan as choose_plan
     from .choosing.criteria.data_free import deepest as deepest
+    from .choosing.search_config import SearchConfig as SearchConfig
     from .choosing.space import Space as Space
     from .errors import UnsupportedModel as UnsupportedModel, UsageError as UsageError
-    from .exporters import export as export
+    from .exporters import Source as Source, export as export
     from .exporters.remote_code import register as register
     from .measuring.quality import (
         evaluate as evaluate,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .repairing.healing import heal as heal
     from .repairing.refitting import repair as repair
-    from .repairing.students import TrainConfig as TrainConfig
+    from .repairing.train_config import TrainConfig as TrainConfig
     from .running.generating import generate_text as generate_text
     from .running.prefill import prompt as prompt
     from .running.repaired import RepairedPlan as RepairedPlan
@@ -47,8 +48,10 @@ _HOMES = {
     "Block ModelStructure Sublayer": "structure.model_structure",
     "Plan": "plan",
     "RepairedPlan": "running.repaired",
+    "SearchConfig": "choosing.search_config",
+    "Source": "exporters",
     "Space": "choosing.space",
-    "TrainConfig": "repairing.students",
+    "TrainConfig": "repairing.train_config",
     "UnsupportedModel UsageError": "errors",
     "choose_plan": "choosing.choice",
     "deepest": "choosing.criteria.data_free",

@@ -24,7 +24,7 @@ UNLISTED = (".md", ".py")
 UNREAD = ("__pycache__", "LICENSE", "NOTICE")
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
 # Bytes that are read sooner than it is found out whether they were changed.
-LITTLE = 1 << 20
+SMALL_FILE_BYTES = 1 << 20
 
 
 def sealed(table: bytes) -> bytes:
@@ -56,7 +56,7 @@ def check_files(
             raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {fix}")
         if file.stat().st_size > most:
             continue
-        if file.stat().st_size < LITTLE:
+        if file.stat().st_size < SMALL_FILE_BYTES:
             found = digest_of([file.read_bytes()])
         else:
             found = digest_of_file(file)

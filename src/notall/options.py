@@ -44,7 +44,7 @@ class Option:
 
 
 def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:
-    def option(default: T, *given: P.args, **how: P.kwargs) -> T:
+    def option(default: T, /, *given: P.args, **how: P.kwargs) -> T:
         return field(default=default, metadata={"option": make(*given, **how)})
 
     return option

@@ -5,7 +5,7 @@ asked for is the one measured.
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import UsageError, expect
+from ..errors import expect
 from ..measuring.quality import evaluate
 from ..models.texts import all_checked, checked
 from ..models.windows import refuse_overlap
@@ -21,16 +21,15 @@ from ..plan import Plan
 from ..progress import Progress, by_the_clock, silent
 from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ..results.ledger import working_in
-from ..results.provenance import Provenance
 from ..running.skipping import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, criterion as criterion_of
-from .criteria.setting import PATIENCE
-from .evaluator import STATES_BYTES, AfterRepair, Evaluator
+from .evaluator import AfterRepair, Evaluator
 from .in_prompts import WIDER, PromptRepair
 from .objective import Objective, kl
 from .outcomes import choose_within
 from .recovering import Recovering, recovered
+from .search_config import SearchConfig
 from .space import Space, Unit
 
 
@@ -70,63 +69,46 @@ class ChosenPlan:
         )
 
 
-def check_minutes(most: float | None) -> None:
-    """Raise `UsageError` for a time that is none."""
-    if most is not None and not most >= 0:
-        raise UsageError(
-            f"the search cannot end after {most} minutes by the clock: give 0 or more"
-        )
-
-
-def choose_plan(  # noqa: PLR0913  documented by name
+def choose_plan(
     model: PreTrainedModel,
     criterion: CriterionLike,
     space: Space,
     budget: Budget,
     batches: Sequence[Tensor],
     objective: Objective | None = None,
+    config: SearchConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
-    provenance: Provenance | Mapping[str, object] | None = None,
-    max_minutes: float | None = None,
-    patience: int = PATIENCE,
-    seed: int = 0,
-    states_bytes: int = STATES_BYTES,
-    held_out: Sequence[Tensor] = (),
-    after_repair: bool = False,
-    recovering: Recovering | None = None,
     progress: Progress = silent,
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a
     function or a `Criterion`.
 
     `batches` are token ids, (batch, tokens) each, for criteria such as cosine. Without
-    an `objective`, sets are judged by the KL to the original on `batches`; with
-    `after_repair` by the KL that a cheap repair leaves on half of them, to which it was
-    not fitted. A folder `out` keeps evaluations, and the same call with the same
-    `provenance` resumes. The search ends after `max_minutes` by the clock, or
-    `patience` evaluations that brought nothing. A plan for a speedup is timed, and
-    chosen anew where it is too slow; with a limit too, where both cannot be met, it
-    saves most within the limit (`missed`). With `recovering` it is the one that keeps
-    enough. Sets that a prompt alone skips are judged by what follows half of each
-    sequence, or the prompt of the `objective`; `after_repair` then compares the best of
-    them by the KL after a refit of keys and values, to which a limit applies. The
-    windows `held_out` measure it in the end.
+    an `objective`, sets are judged by the KL to the original on `batches`. `config`
+    says when the search ends, and what else judges what it finds. A folder `out` keeps
+    evaluations, and the same call resumes. A plan for a speedup is timed, and chosen
+    anew where it is too slow; with a limit too, where both cannot be met, it saves most
+    within the limit (`missed`). Sets that a prompt alone skips are judged by what
+    follows half of each sequence, or the prompt of the `objective`; after a repair the
+    best of them are compared by the KL after a refit of keys and values, to which a
+    limit applies.
 
     Raises `UsageError` for a folder that holds other work or is in use, a criterion
     that fails or does not suit the space, a budget that cannot be met, and held-out
     windows that overlap those that it is chosen by.
     """
-    check_minutes(max_minutes)
+    config = config or SearchConfig()
     expect(
         space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')"
     )
     expect(
         budget, Budget, "a budget, such as notall.choosing.budget.by_count(space, 3)"
     )
+    expect(config, SearchConfig, "a notall.SearchConfig, such as SearchConfig(seed=1)")
     chosen_by = criterion_of(criterion)
     batches = all_checked(batches, model)
-    held_out = [*checked(held_out, model)]
+    held_out = [*checked(config.held_out, model)]
     is_of_prompts = space.phase == "prefill"
     if objective is None:
         half = batches[0].shape[1] // 2
@@ -137,11 +119,9 @@ def choose_plan(  # noqa: PLR0913  documented by name
         "an objective, such as notall.choosing.objective.kl(batches)",
     )
     refuse_overlap(held_out, [*batches, *objective.windows], "the plan is chosen by")
-    prompt = objective.prompt_tokens if is_of_prompts else None
-    repairing = None
-    wide = budget
+    after_repair, recovering, wide = config.after_repair, config.recovering, budget
     if is_of_prompts and after_repair:
-        repairing = PromptRepair.of(model, batches, prompt)
+        repairing = PromptRepair.of(model, batches, objective.prompt_tokens)
         objective, after_repair = repairing.objective, False
         recovering = recovering or Recovering.after_repair(repairing, budget)
         if budget.target == math.inf:
@@ -150,13 +130,21 @@ def choose_plan(  # noqa: PLR0913  documented by name
     with working_in(folder, "search"):
         plain = partial(Evaluator, model, objective, space=space)
         make = partial(AfterRepair, model, batches) if after_repair else plain
-        evaluator = make(states_bytes=states_bytes, folder=folder, settings=provenance)
-        deadline = math.inf
-        if max_minutes is not None:
-            deadline = time.monotonic() + 60 * max_minutes
-        timed_progress = by_the_clock(progress, deadline)
+        evaluator = make(
+            states_bytes=config.states_bytes,
+            folder=folder,
+            settings=config.provenance,
+        )
+        deadline = config.deadline_from(time.monotonic())
         setting = Setting(
-            model, space, batches, evaluator, seed, deadline, patience, timed_progress
+            model,
+            space,
+            batches,
+            evaluator,
+            seed=config.seed,
+            deadline=deadline,
+            patience=config.patience,
+            progress=by_the_clock(progress, deadline),
         )
         outcome = choose_within(chosen_by, setting, wide)
         spent = evaluator.spent  # for the choice, and not for the record

@@ -29,9 +29,9 @@ from ..running.steps import PrefixCache
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .objective import Objective, kl
+from .search_config import SearchConfig
 from .space import Skipped, Space, plan_of
 
-STATES_BYTES = 2 * 2**30
 WORDS = 8192  # of a larger vocabulary, for guesses
 RIDGES = (0.01, 0.3, 3.0)  # enough to tell sets apart
 LATEST = 3  # repairs whose streams are kept
@@ -55,7 +55,7 @@ class Evaluator:
         model: PreTrainedModel,
         objective: Objective,
         *,
-        states_bytes: int = STATES_BYTES,
+        states_bytes: int = SearchConfig.states_bytes,
         folder: Path | None = None,
         name: str | None = None,
         settings: Provenance | Mapping[str, object] | None = None,
@@ -258,7 +258,7 @@ class AfterRepair(Evaluator):
         model: PreTrainedModel,
         batches: Sequence[Tensor],
         *,
-        states_bytes: int = STATES_BYTES,
+        states_bytes: int = SearchConfig.states_bytes,
         folder: Path | None = None,
         settings: Provenance | Mapping[str, object] | None = None,
     ) -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .. import __version__
 from ..errors import UsageError, shortened
 from ..experiments.waiting import SHOWN_BY
 from ..options import Asked
 from ..progress import Progress
+from ..version import __version__
 from .spread import spread
 
 if TYPE_CHECKING:

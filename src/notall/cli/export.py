@@ -16,7 +16,7 @@ from ..experiments.recovery import RecoveryOptions, judge, last_state
 from ..experiments.repair import RepairOptions
 from ..experiments.used import Use, uses_of, windows_of
 from ..experiments.verdict import Verdict
-from ..exporters import Source, check_export, export as export_model
+from ..exporters import check_export, export as export_model
 from ..exporters.manifest import read_manifest, verdict_of
 from ..options import Json, Option
 from ..plan import Plan
@@ -27,7 +27,6 @@ from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord
 from ..results.table import Column, in_bytes, size, table, words
 from ..results.terminal import progress_bar, show
-from ..strict_json import Settings
 from .app import command, conclude, warn
 
 BROKEN = (
@@ -99,15 +98,10 @@ def export(
     repair.check(repair_folder)
     if measure:
         TextOptions(text=measure).check()
-    how: Settings = {
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "dtype": model.own_dtype,
-    }
     choice = tasks.check()
     refuse_judging(choice, repair.sources if repair else ())
     if repair or measure or choice:
-        check_export(Source(model.model, **how), wanted, to, out)
+        check_export(model.source, wanted, to, out)
     with progress_bar() as progress:
         wanted, measured = _repaired(
             model, plan, wanted, repair, repair_folder, progress
@@ -118,8 +112,15 @@ def export(
             card, verdict = _measure_plan(
                 model, wanted, measure, used, choice, progress
             )
-        how |= {"measured": card, "verify": verify, "progress": progress}
-        export_model(model.model, wanted, to, out, **how)
+        export_model(
+            model.source,
+            wanted,
+            to,
+            out,
+            measured=card,
+            verify=verify,
+            progress=progress,
+        )
     files = [
         FileFact(file=file.name, bytes=file.stat().st_size)
         for file in sorted(out.iterdir())

@@ -18,6 +18,8 @@ from ..experiments.used import uses_of
 from ..experiments.verdict import Verdict
 from ..options import Option, RunOptions
 from ..plan import Plan
+from ..repairing.fit_texts import SEQUENCES
+from ..repairing.train_config import TrainConfig
 from ..report.measured import refits_table
 from ..report.plans import scores_table
 from ..results.facts import State
@@ -77,8 +79,6 @@ def repair(
     """
     from ..repairing.healing import Training
     from ..repairing.methods import recover, repair_into
-    from ..repairing.students import TrainConfig
-    from ..repairing.texts import SEQUENCES
     from ..running.repaired import RepairedPlan
 
     config = TrainConfig(minutes=minutes, seed=run.seed)

@@ -208,4 +208,5 @@ def allocated_bytes() -> int:
 
 def resident_bytes() -> int:
     """The memory of this process."""
-    return psutil.Process().memory_info().rss
+    held: int = psutil.Process().memory_info().rss
+    return held

@@ -12,9 +12,9 @@ from . import Engine, Timing, Tokens, medians, regrouped_base, resident_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PICKLED = (
-    {"safe_serialization": False} if version("transformers").startswith("4.") else {}
-)  # its torchao needs that
+# torchao on transformers 4 needs that
+IS_4 = version("transformers").startswith("4.")
+PICKLED: dict[str, Any] = {"safe_serialization": False} if IS_4 else {}
 
 
 class Transformers(Engine):

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..measuring.quality import check_prompt
+from ..measuring.recovery import recovery_interval
 from ..measuring.statistics import (
     jackknife_error,
     mean_and_error,
-    recovery_interval,
     sign_flip_p_value,
     student_p_value,
     too_few,

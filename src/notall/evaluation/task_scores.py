@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from ..measuring.recovery import recovery_interval
 from ..measuring.statistics import (
     JACKKNIFED,
     are_right_or_wrong,
     jackknife_error,
     mean_and_error,
-    recovery_interval,
     sign_flip_p_value,
     student_p_value,
     too_few,

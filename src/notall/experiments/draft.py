@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
@@ -271,7 +271,7 @@ def generated(
 
     texts: dict[str, list[list[int]]] = {}  # token ids, by the way to generate
 
-    def go_on(prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
+    def go_on(prompt: Tensor, **assistant: Any) -> list[int]:
         with (
             quiet(),
             raised_by(

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from ..models.names import DEFAULT_TEXT, USE
+from ..models.names import DEFAULT_TEXT, USAGE_MIX
 from ..plan import Plan
 from ..results.provenance import Provenance
 from .options.plan import PlanOptions
@@ -102,7 +102,7 @@ def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
     default; with it its `sizes`.
     """
     what = about.what
-    if what.get("text", USE) in (DEFAULT_TEXT, USE):
+    if what.get("text", USAGE_MIX) in (DEFAULT_TEXT, USAGE_MIX):
         return {}
     return {name: what[name] for name in ("text", *sizes) if name in what}
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import UsageError, shortened
-from ..models.names import USE
+from ..models.names import USAGE_MIX
 from ..options import check_sizes, option
 from ..plan import Plan
 from ..progress import Progress
+from ..repairing.fit_texts import LENGTH, SEQUENCES, FitTexts
+from ..repairing.train_config import TrainConfig, Trained
 from ..results.provenance import Provenance
-from ..strict_json import Settings
 from .folder import check_folder
 from .options.cluster import ClusterOptions
 from .options.model import ModelOptions
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from ..models.windows import Drawn
     from ..repairing.healing import Spread
-    from ..repairing.students import TrainConfig
     from ..repairing.texts import RepairTexts
 
 
@@ -49,7 +49,7 @@ class RepairOptions:
     repair: str | None = option(None, f"repair first: {METHODS}", metavar="METHOD")
     repair_text: Words = option((), "text to fit to; repeat it for more (default: mix)")
     repair_sequences: int | None = option(
-        None, "windows of 512 tokens to fit to (default: up to 128)"
+        None, f"windows of {LENGTH} tokens to fit to (default: up to {SEQUENCES})"
     )
 
     def __bool__(self) -> bool:
@@ -68,7 +68,7 @@ class RepairOptions:
     @property
     def sources(self) -> Words:
         """The texts to fit to."""
-        return self.repair_text or (USE,)
+        return self.repair_text or (USAGE_MIX,)
 
     def texts(
         self,
@@ -84,13 +84,8 @@ class RepairOptions:
         """
         from ..repairing.texts import RepairTexts
 
-        how: Settings = {
-            "sequences": self.repair_sequences,
-            "seed": seed,
-            "used": used,
-            "progress": progress,
-        }
-        return RepairTexts.draw(model, tokenizer, self.sources, **how)
+        wanted = FitTexts(self.sources, sequences=self.repair_sequences, seed=seed)
+        return RepairTexts.draw(model, tokenizer, wanted, used=used, progress=progress)
 
     def apply(
         self,
@@ -131,9 +126,9 @@ class FitOptions:
         " they are of a copy of it, too)",
     )
     sequences: int | None = option(
-        None, "windows to fit to, of all texts together (default: up to 128)"
+        None, f"windows to fit to, of all texts together (default: up to {SEQUENCES})"
     )
-    length: int = option(512, "tokens in each window", least=1)
+    length: int = option(LENGTH, "tokens in each window", least=1)
     batch_size: int = option(8, "windows to run at a time")
 
     def check(self) -> None:
@@ -164,21 +159,18 @@ class FitOptions:
         """
         from ..repairing.texts import RepairTexts
 
-        texts = self.text or (USE,)
+        texts = self.text or (USAGE_MIX,)
         most = TOKENS // self.length if training else None
-        how: Settings = {
-            "sequences": self.windows,
-            "most": most,
-            "length": self.length,
-            "seed": seed,
-        }
+        wanted = FitTexts(texts, self.held_out, self.windows, most, self.length, seed)
         with waiting("reading the texts") as progress:
-            how |= {
-                "used": windows_of(used, model, tokenizer, self.held_out or texts),
-                "training": training,
-            }
+            apart = windows_of(used, model, tokenizer, self.held_out or texts)
             return RepairTexts.draw(
-                model, tokenizer, texts, self.held_out, **how, progress=progress
+                model,
+                tokenizer,
+                wanted,
+                training=training,
+                used=apart,
+                progress=progress,
             )
 
 
@@ -189,7 +181,7 @@ class HealTexts(FitOptions):
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(
         None,
-        "windows to train on, of all texts together (default: up to 131,072 tokens)",
+        f"windows to train on, of all texts together (default: up to {TOKENS:,} tokens)",
     )
     batch_size: int = option(
         STEP, "windows of each training step", ("--per-step", "--batch-size")
@@ -228,32 +220,30 @@ class HealOptions:
 
     PANEL: ClassVar = "Training"
 
-    train: Literal["outputs", "all", "lora"] = option(
-        "outputs",
+    train: Trained = option(
+        TrainConfig.train,
         "outputs (norms and output projections), all weights, or lora (merged in the"
         " end)",
         metavar="WHAT",
     )
     rank: int | None = option(
-        None, "rank of the matrices of --train lora (default: 16)"
+        None, f"rank of the matrices of --train lora (default: {TrainConfig.rank})"
     )
-    rate: float = option(3e-4, "the learning rate to begin with")
+    rate: float = option(TrainConfig.rate, "the learning rate to begin with")
     warm_up: float = option(
-        0.0,
+        TrainConfig.warm_up,
         "share of the training, 0 to 1, that fits each sublayer alone to the original's"
         " stream",
         metavar="SHARE",
     )
     minutes: float | None = option(
-        None,
+        TrainConfig.minutes,
         "minutes of CPU time, of all threads together, to train for, repeating the text"
         " (default: once over it)",
     )
 
     def config(self, seed: int) -> TrainConfig:
         """As the training takes it. Raises `UsageError` for numbers of no use."""
-        from ..repairing.students import TrainConfig
-
         if not 0 < self.rate < 1:
             raise UsageError(
                 f"--rate {self.rate} is no learning rate: give one such as 3e-4"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, shortened
-from ..models.names import USE
+from ..models.names import USAGE_MIX
 from ..plan import Plan
 from ..results.ledger import read
 from ..results.repairs import RepairStep
@@ -105,7 +105,7 @@ def _versions(
     from ..models.texts import MIX
 
     source = next((one for one in sources if name_of(one) == use.text), use.text)
-    if source in sources or source in (*MIX, USE):
+    if source in sources or source in (*MIX, USAGE_MIX):
         yield from kept_texts(model, tokenizer, source)
 
 

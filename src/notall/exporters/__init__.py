@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,13 @@ UNPACKED = "bfloat16"
 
 @dataclass(frozen=True)
 class Source:
-    """The original model of an export, as `export` takes it."""
+    """The original model of an export: what `notall.load` takes, or a live `model` with
+    its `tokenizer`.
+
+    `dtype` (float32, bfloat16, float16) is that of the written weights; without one
+    they keep theirs, and those of a GGUF file, which have no such dtype, become
+    bfloat16. A program of ExecuTorch is in float32 without one.
+    """
 
     model: "PreTrainedModel | str | Path"
     tokenizer: "PreTrainedTokenizerBase | None" = None
@@ -99,17 +105,13 @@ def target_named(name: str) -> type[Export]:
     return class_named(name, TARGETS, "notall.targets", "export target", abstract)
 
 
-def export(  # noqa: PLR0913  documented by name
-    model: "PreTrainedModel | str | Path",
+def export(
+    model: "Source | PreTrainedModel | str | Path",
     plan: Plan,
     target: str,
     out: str | Path,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    measured: Settings | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str | None = None,
+    measured: Mapping[str, object] | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
     progress: Progress = silent,
@@ -117,13 +119,13 @@ def export(  # noqa: PLR0913  documented by name
     """Write `model` without the sublayers of `plan` as files for the engines of
     `target`; returns the folder `out`.
 
-    `model` is what `notall.load` takes, or a live model with its `tokenizer`; `target`
-    is one of `TARGETS`. Weights are copied from file to file, one shard at a time;
-    `verify` needs memory for the dense and for the written model, which it runs, one at
-    a time, and compares. `dtype` (float32, bfloat16, float16) is that of the written
-    weights; without one they keep theirs, and those of a GGUF file, which have no such
-    dtype, become bfloat16. A program of ExecuTorch is in float32 without one.
-    `measured` goes into the model card as a table. `out` appears whole or not at all.
+    `model` is a name, a folder or a file as `notall.load` takes it, a live model, or a
+    `Source`, which also names a revision, a dtype or a tokenizer; `target` is one of
+    `TARGETS`. Weights are copied from file to file, one shard at a time, of about
+    `shard_bytes`; `verify` needs memory for the dense and for the written model, which
+    it runs, one at a time, and compares. `measured` goes into the model card as a
+    table. `out` appears whole or not at all.
+
     Raises `UsageError` for a plan of another model, one that keeps matrices at run
     time, a folder that exists, damaged files, a target that cannot express the plan, a
     full disk, and a model that answers differently.
@@ -133,7 +135,7 @@ def export(  # noqa: PLR0913  documented by name
 
         refuse_maps(plan)
     kind = _target_for(target, plan)
-    source = Source(model, tokenizer, revision, trust_remote_code, dtype)
+    source = model if isinstance(model, Source) else Source(model)
     out = Path(out)
     with appearing(out) as folder, kind.prepared(source, plan) as prepared:
         check_room(folder, prepared.written_bytes)

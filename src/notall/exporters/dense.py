@@ -295,7 +295,7 @@ def opened(source: Source) -> Iterator[DenseModel]:
                 if source.tokenizer is not None:
                     source.tokenizer.save_pretrained(scratch)
             identity = {
-                "model": Path(model.name_or_path).name or model.config.model_type,
+                "model": Path(model.name_or_path or "").name or model.config.model_type,
                 "revision": "in memory",
             }
             yield _read(Path(scratch), identity, source.trust_remote_code)

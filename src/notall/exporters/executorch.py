@@ -34,14 +34,14 @@ from notall.plugins import (
     sparse_layers,
 )
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 BY_LENGTH = ("dynamic", "longrope")  # RoPEs whose angles go by how long a text is
 PROGRAM = "model.pte"
 INSTALL = (
     "install it and notall in an environment of their own (pip install executorch"
     " notall), and run this there"
 )
-USE = (
+HOW_TO_RUN = (
     f"ExecuTorch's runners for language models take `{PROGRAM}` and the tokenizer"
     " beside it. The program reads up to {tokens} tokens, and takes the memory of a"
     " cache for all of them when it is loaded."
@@ -100,7 +100,7 @@ class ExecuTorchExport(CheckpointExport):
         tokens = min(cls.most_tokens, dense.config.max_position_embeddings)
         args = _args(dense, rows, tensors, tokens)
         settings = {"model_type": "executorch", "args": args}
-        use = USE.format(tokens=args["max_context_len"])
+        use = HOW_TO_RUN.format(tokens=args["max_context_len"])
         return cls(dense, plan, settings, tensors, use, files={}, notes={})
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
@@ -125,7 +125,8 @@ class ExecuTorchExport(CheckpointExport):
             sdpa,
         )
 
-        args, rotary = self.settings["args"], self.dense.empty.base_model.rotary_emb
+        args = self.settings["args"]
+        rotary: Any = self.dense.empty.base_model.rotary_emb
         with torch.device("meta"):
             model = llama_transformer.construct_transformer(
                 model_args.ModelArgs(**args)
@@ -258,7 +259,7 @@ def _logits_of(run: Run, tokens: Tensor) -> Tensor:
 
 def _check(dense: DenseModel) -> None:
     config = dense.config
-    problem = dense.unlike_llama(FAMILIES)
+    problem = dense.unlike_llama(MODEL_TYPES)
     rope = getattr(config, "rope_parameters", None)
     rope = rope or getattr(config, "rope_scaling", None) or {}
     in_layers = {name for layer in dense.layers for name in layer}

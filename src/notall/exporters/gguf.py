@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-USE = (
+HOW_TO_RUN = (
     "llama.cpp, and what is built on it, run this file as they do the original model's."
     " Turn flash attention on (`-fa on`): without it, llama.cpp holds a cache for"
     " skipped attentions too."
 )
 PATCH = "docs/upstream/llamacpp-prefill.patch"
-PROMPT_USE = (
+HOW_TO_RUN_PREFILL = (
     "Prefill-only: a prompt's tokens but the last skip these sublayers, and their keys"
     " and values are written all the same; its last token and all that is generated run"
     " whole. This saves time to the first token, and neither memory nor cache nor time"
@@ -67,7 +67,7 @@ class GGUFExport(Export):
         self.dense = dense
         self.plan = plan
         self.name = f"{dense.stem}-notall.gguf"
-        self.use = PROMPT_USE if plan.prefill else USE
+        self.use = HOW_TO_RUN_PREFILL if plan.prefill else HOW_TO_RUN
         self.source = read_gguf(dense)
         # of a repaired plan, whose class would import torch
         weights = getattr(plan, "weights", {})

@@ -64,7 +64,7 @@ REGROUPED_USE = (
     " `notall.register()`:\n\n" + LOADED
 )
 
-PROMPT_USE = (
+HOW_TO_RUN_PREFILL = (
     "Prefill-only: a prompt's tokens but the last {last} skip these sublayers, and"
     " their keys and values are written all the same; the last ones and all that is"
     " generated run whole. This saves time to the first token, and neither memory nor"
@@ -125,7 +125,7 @@ class HFExport(CheckpointExport):
         tensors = code.tensors(dense, plan)
         notes = read_notes(dense.folder / dense.origin.weights)
         vllm = IN_VLLM if code.base in NATIVE else ""
-        use = PROMPT_USE.format(last=plan.prefill.last_tokens, vllm=vllm)
+        use = HOW_TO_RUN_PREFILL.format(last=plan.prefill.last_tokens, vllm=vllm)
         files = {code.file: code.source}
         return cls(dense, plan, settings, tensors, use, files, notes)
 
@@ -283,5 +283,6 @@ def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
         "pad_token_id": 0,
     }
     with torch.inference_mode(), quiet():
-        found = model.generate(tokens[:, :width], attention_mask=mask, **options)
+        generating: Any = model
+        found = generating.generate(tokens[:, :width], attention_mask=mask, **options)
     return torch.stack(found.logits, dim=1)

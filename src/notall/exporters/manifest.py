@@ -4,7 +4,7 @@ people.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from ..files import expanded
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan, several
-from ..results.repairs import LITTLE
+from ..results.repairs import LEAST_REFIT_GAIN
 from ..strict_json import Settings
 from ..version import __version__
 
@@ -102,7 +102,7 @@ def describe(
     folder: Path,
     export: "Export",
     verdict: Verification,
-    measured: Settings | None = None,
+    measured: Mapping[str, object] | None = None,
 ) -> None:
     """Write the manifest, with what is known now that the weights are written, and the
     card.
@@ -221,7 +221,9 @@ def check_verified(spec: str | Path) -> None:
         )
 
 
-def _card(export: "Export", verdict: Verification, measured: Settings | None) -> str:
+def _card(
+    export: "Export", verdict: Verification, measured: Mapping[str, object] | None
+) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the
     original model's licence.
     """
@@ -279,14 +281,14 @@ def _on_repair(repair: Settings, own_keys: str | None) -> Iterator[str]:
             f" model's.{made}"
         )
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
-    mended = [one for one in refit if one["left"] <= 1 - LITTLE]
+    mended = [one for one in refit if one["left"] <= 1 - LEAST_REFIT_GAIN]
     rows = [
         (literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in mended
     ]
     if refit:
         yield (
             f"{len(rows)} of {several(len(refit), 'refit step')} left at most"
-            f" {1 - LITTLE:.0%} of the error."
+            f" {1 - LEAST_REFIT_GAIN:.0%} of the error."
         )
     if rows:
         yield _table(

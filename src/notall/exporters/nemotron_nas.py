@@ -37,7 +37,7 @@ from notall.plugins import (
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = ("llama", "mistral", "qwen2")
 MULTIPLE = 256  # engines round an MLP's width up to one of these
 KEPT = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
@@ -54,7 +54,7 @@ NO_SINK: Settings = {
 }
 ATTENTION = FFN | NO_SINK | {"window_length": None}
 
-USE = (
+HOW_TO_RUN = (
     "MLX-LM, TensorRT-LLM, SGLang and ExLlamaV3 read this checkpoint as it is, and vLLM"
     " with `--trust-remote-code`, for the small configuration file beside the weights."
     " transformers has no such model: export to hf for it."
@@ -73,7 +73,11 @@ class NemotronExport(CheckpointExport):
         """Raises `UsageError` for an architecture that is not Llama's."""
         _check(dense)
         layers = list(sparse_layers(layers_of(dense.structure, plan)))
-        use = USE if layers[0][0] is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
+        use = (
+            HOW_TO_RUN
+            if layers[0][0] is not None
+            else f"{HOW_TO_RUN} {WITHOUT_FIRST_ATTENTION}."
+        )
         files = {"configuration_decilm.py": CONFIGURATION}
         settings = _settings(dense, layers)
         tensors = dict(_named(dense, layers))
@@ -114,7 +118,7 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
 
 def _check(dense: DenseModel) -> None:
     config = dense.config
-    problem = dense.unlike_llama(FAMILIES)
+    problem = dense.unlike_llama(MODEL_TYPES)
     if not problem:
         size = config.hidden_size // config.num_attention_heads
         if getattr(config, "head_dim", None) not in (None, size):

@@ -37,7 +37,7 @@ from .manifest import NotAsSkipped, NotVerified, Verification
 from .prompt_code import PROJECTIONS, own_weights
 from .tensors import Weight, Weights, check_copies, read_tensors
 
-FAMILIES = ("llama", "qwen2")
+MODEL_TYPES = ("llama", "qwen2")
 TOKENS = 13  # of the sequences that are compared
 # What ArcticInference reads, with defaults of other classes than Qwen2's.
 READ = (
@@ -52,7 +52,7 @@ NOT_READ = (
     "max_window_layers",
     "layer_types",
 )
-USE = (
+HOW_TO_RUN = (
     "SwiftKV's checkpoint form: of the last {layers}, keys and values of all tokens,"
     " those of the answer too, are maps of the one stream in front of these layers. A"
     " prompt's tokens but the last end there; the last one, and each token of the"
@@ -92,7 +92,9 @@ class SwiftKVExport(CheckpointExport):
         is_biased = dense.config.model_type == "qwen2" or any(
             name.endswith(".bias") for name in own
         )
-        use = USE.format(layers=several(len(tail), "layer")) + ("" if own else REPAIR)
+        use = HOW_TO_RUN.format(layers=several(len(tail), "layer")) + (
+            "" if own else REPAIR
+        )
         tensors = dict(_named(dense, tail, own, is_biased))
         return cls(dense, plan, _settings(dense, tail, is_biased), tensors, use, {}, {})
 
@@ -162,8 +164,9 @@ def maps_of(model: PreTrainedModel, plan: Plan) -> dict[int, dict[str, Map]]:
         layer = layers.get_submodule(str(index))
         path = f"{structure.layers}.{index}.self_attn.{name}"
         module = layer.get_submodule(f"self_attn.{name}")
-        weight = repaired.get(f"{path}.weight", module.weight)
-        bias = repaired.get(f"{path}.bias", module.bias)
+        own = dict(module.named_parameters())
+        weight = repaired.get(f"{path}.weight", own["weight"])
+        bias = repaired.get(f"{path}.bias", own.get("bias"))
         norm = layer.get_submodule("input_layernorm")
         return lambda hidden: linear(norm(hidden), *_like(hidden, weight, bias))
 
@@ -245,7 +248,7 @@ def one_stream(
 
 
 def _check_model(dense: DenseModel) -> None:
-    problem = dense.unlike_llama(FAMILIES)
+    problem = dense.unlike_llama(MODEL_TYPES)
     if (
         not problem
         and dense.config.model_type == "llama"

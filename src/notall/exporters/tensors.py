@@ -202,18 +202,17 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
     }
     try:
         with quiet():
-            _, report = type(model).from_pretrained(
+            loaded: Any = type(model).from_pretrained(
                 None, config=config, state_dict=values, **how
             )
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # where tensors that it would fuse are not all there, or not alike
+    # where tensors that it would fuse are not all there, or not alike
+    except (RuntimeError, ValueError) as error:
         problem = (
             f"the tensors of {name} are not those of {config.model_type}"
             f" ({shortened(error)})"
         )
         raise UsageError(f"{problem}: fetch it again") from None
+    _, report = loaded
     if is_quantised:
         modules = {
             key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)

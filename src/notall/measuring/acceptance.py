@@ -8,7 +8,6 @@ that the text goes on with with min(p, q) / p. Source: Leviathan et al. 2023, ar
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +27,10 @@ class Accepted:
     its place is accepted.
     """
 
-    expected: tuple[float, ...]  # before it is known which token that is
-    known: tuple[
-        float, ...
-    ]  # given that the text goes on as it does; greedy both are the same, 0 or 1
+    # before it is known which token that is
+    expected: tuple[float, ...]
+    # given that the text goes on as it does; greedy both are the same, 0 or 1
+    known: tuple[float, ...]
 
 
 def write_texts(
@@ -48,10 +47,9 @@ def write_texts(
     if decoding == "greedy":
         rows = greedy(model, prompts, new_tokens)
     else:
-        drawn = sample(model, prompts, new_tokens, seed=seed)[
-            :, prompts.shape[1] :
-        ].tolist()
-        rows = [up_to_end(model, row) for row in drawn]
+        drawn = sample(model, prompts, new_tokens, seed=seed)  # (B, P + new tokens)
+        new = drawn[:, prompts.shape[1] :]
+        rows = [up_to_end(model, row) for row in new.tolist()]
     return [torch.tensor(row, device=prompts.device) for row in rows]
 
 
@@ -65,25 +63,32 @@ def judge(
     """Of each token of `text`, (tokens,), which `model` wrote behind `prompt`, (P,): is
     it accepted from `draft`?
     """
-    tokens, count = torch.cat([prompt, text])[None, :-1], len(text)
+    whole = torch.cat([prompt, text])
+    tokens = whole[None, :-1]  # (1, P + tokens - 1)
+    count = len(text)
+
+    def logits_of(one: PreTrainedModel) -> Tensor:
+        """Of the tokens of the text, (tokens, vocabulary)."""
+        last = last_logits(one, count)
+        logits: Tensor = one(input_ids=tokens, use_cache=False, **last).logits
+        return logits[0, -count:].float()
+
     with torch.inference_mode():
-        answers = (
-            each(input_ids=tokens, use_cache=False, **last_logits(each, count))
-            for each in (model, draft)
-        )
-        p, q = (
-            answer.logits[0, -count:].float() for answer in answers
-        )  # (tokens of the text, vocabulary)
+        p = logits_of(model)
+        q = logits_of(draft)
         if decoding == "greedy":
-            same = tuple((q.argmax(-1) == text).float().tolist())
+            is_same = q.argmax(-1) == text  # (tokens,)
+            same = tuple(is_same.float().tolist())
             return Accepted(same, same)
-        p, q = p.softmax(-1), q.softmax(-1)
-        text_p, text_q = (each.gather(1, text[:, None])[:, 0] for each in (p, q))
-        known = (text_q / text_p).clamp(max=1)  # (tokens,)
-        return Accepted(
-            tuple(torch.minimum(p, q).sum(-1).clamp(max=1).tolist()),
-            tuple(known.tolist()),
-        )
+        p = p.softmax(-1)
+        q = q.softmax(-1)
+        column = text[:, None]
+        text_p = p.gather(1, column)[:, 0]  # (tokens,)
+        text_q = q.gather(1, column)[:, 0]
+        known = (text_q / text_p).clamp(max=1)
+        overlap = torch.minimum(p, q)  # (tokens, vocabulary)
+        expected = overlap.sum(-1).clamp(max=1)  # (tokens,)
+        return Accepted(tuple(expected.tolist()), tuple(known.tolist()))
 
 
 def acceptance(texts: Sequence[Accepted], place: int) -> tuple[float, float]:
@@ -92,21 +97,16 @@ def acceptance(texts: Sequence[Accepted], place: int) -> tuple[float, float]:
     """
 
     def chance(some: Sequence[Accepted]) -> float:
-        starts = [
-            (text, start)
-            for text in some
-            for start in range(len(text.known) - place + 1)
-        ]
-        comes_there = [
-            math.prod(text.known[start : start + place - 1]) for text, start in starts
-        ]
-        accepted = [text.expected[start + place - 1] for text, start in starts]
+        comes_there: list[float] = []
+        both: list[float] = []  # comes there, and is accepted
+        for text in some:
+            for start in range(len(text.known) - place + 1):
+                token = start + place - 1
+                chance_before = math.prod(text.known[start:token])
+                comes_there.append(chance_before)
+                both.append(chance_before * text.expected[token])
         weight = math.fsum(comes_there)
-        return (
-            math.fsum(map(operator.mul, comes_there, accepted)) / weight
-            if weight
-            else math.nan
-        )
+        return math.fsum(both) / weight if weight else math.nan
 
     return chance(texts), jackknife_error(chance, texts)
 
@@ -117,9 +117,9 @@ def tokens_per_round(texts: Sequence[Accepted], drafted: int) -> tuple[float, fl
     """
 
     def mean(some: Sequence[Accepted]) -> float:
-        return sum(len(text.known) for text in some) / math.fsum(
-            rounds(text.known, drafted) for text in some
-        )
+        tokens = sum(len(text.known) for text in some)
+        taken = math.fsum(rounds(text.known, drafted) for text in some)
+        return tokens / taken
 
     return mean(texts), jackknife_error(mean, texts)
 
@@ -128,11 +128,14 @@ def rounds(known: Sequence[float], drafted: int) -> float:
     """How many rounds write a text whose tokens are accepted with these chances; none
     drafts more than is left.
     """
-    begins = [1.0] + [0.0] * len(known)  # the chance that a round begins at each token
-    for start in range(len(known)):
-        alive, last = begins[start], min(start + drafted, len(known) - 1)
+    count = len(known)
+    begins = [1.0] + [0.0] * count  # the chance that a round begins at each token
+    for start in range(count):
+        alive = begins[start]
+        last = min(start + drafted, count - 1)
         for place in range(start, last):
-            begins[place + 1] += alive * (1 - known[place])
-            alive *= known[place]
+            chance = known[place]
+            begins[place + 1] += alive * (1 - chance)
+            alive *= chance
         begins[last + 1] += alive
     return math.fsum(begins[:-1])

@@ -42,21 +42,23 @@ class Head:
         self.structure = locate(self.model)
         self.output: nn.Module | None = self.model.get_output_embeddings()
         known = _PROBED.get(self.model)
-        if known is None or known[0] is not self.output:
-            known = _PROBED[self.model] = self.output, self._probe()
-        self.projection = known[1]  # None where it is no matrix
+        if known is None or known.output is not self.output:
+            known = _Probed(self.output, self._probe())
+            _PROBED[self.model] = known
+        self.projection = known.projection
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocabulary), from rows of the last layer's output, (rows, hidden)."""
-        return self._behind(hidden[:, None]).flatten(0, -2)  # of (rows, 1, vocabulary)
+        logits = self._behind(hidden[:, None])  # (rows, 1, vocabulary)
+        return logits.flatten(0, -2)
 
     def states(self, hidden: Tensor) -> Tensor:
         """What the output projection is given, (rows, width), from rows of the last
         layer's output, (rows, hidden).
         """
-        return states_before_output(
-            self.model, lambda: self._behind(hidden[:, None])
-        ).flatten(0, -2)
+        one_by_one = hidden[:, None]  # (rows, 1, hidden)
+        states = states_before_output(self.model, lambda: self._behind(one_by_one))
+        return states.flatten(0, -2)
 
     def _behind(self, hidden: Tensor) -> Tensor:
         """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is
@@ -65,48 +67,46 @@ class Head:
         device = inputs_device(self.model)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
         with handing(self.model, self.structure, hidden):
-            return self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     @torch.no_grad()
     def _probe(self) -> Projection | None:
         """The head's matrix, where random rows say that it is one."""
-        device = next(
-            self.model.get_submodule(self.structure.layers).parameters()
-        ).device
-        device = (
-            torch.device("cpu") if device.type == "meta" else device
-        )  # accelerate takes them from there
+        layers = self.model.get_submodule(self.structure.layers)
+        device = next(layers.parameters()).device
+        if device.type == "meta":  # accelerate takes them from the CPU
+            device = torch.device("cpu")
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(
-            2, 4, text_config(self.model).hidden_size, generator=generator
-        )
+        width = text_config(self.model).hidden_size
+        hidden = torch.randn(2, 4, width, generator=generator)
         hidden = hidden.to(device, self.model.dtype)
-        expected = self._behind(hidden).flatten(0, 1)
-        rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
-        if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
+        expected = self._behind(hidden).flatten(0, 1)  # (rows, vocabulary)
+        rows = hidden.flatten(0, 1)  # (rows, hidden)
+        rounding = 1e-4 if self._is_exact else 2**-6
+        if not _close(self.logits(rows), expected, rounding):
             problem = (
                 f"the head of {type(self.model).__name__} makes a token's logits from"
                 " more than its own hidden state"
             )
             raise UnsupportedModel(f"{problem}: choose another model")
         output = self.output
-        # quantised or adapted, or offloaded
-        if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {
-            nn.Linear,
-            nn.Parameter,
-        }:
+        if not isinstance(output, nn.Linear) or not _is_plain(output):
             return None
-        if not output.weight.is_floating_point() or output.weight.device.type == "meta":
-            return None
-        if (scale := self._scale(output, hidden[0], generator)) is None:
+        scale = self._scale(output, hidden[0], generator)
+        if scale is None:
             return None
         bias = None if output.bias is None else output.bias.detach().float() * scale
         found = Projection(output.weight.detach(), bias, scale)
-        states = self.states(hidden.flatten(0, 1)).to(found.weight.device)
-        logits = scale * (states @ found.weight.T).float() + (
-            0.0 if bias is None else bias
-        )
+        states = self.states(rows).to(found.weight.device)  # (rows, width)
+        products = (states @ found.weight.T).float()  # (rows, vocabulary)
+        logits = scale * products + (0.0 if bias is None else bias)
         return found if _close(logits, expected, rounding) else None
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the model computes with so many bits that little is rounded."""
+        return self.model.dtype in (torch.float32, torch.float64)
 
     def _scale(
         self, output: nn.Linear, hidden: Tensor, generator: torch.Generator
@@ -114,37 +114,48 @@ class Head:
         """By what the model multiplies what `output` answers; None where it does
         anything else.
         """
-        made = LARGE * torch.randn(
-            len(hidden), output.out_features, generator=generator
-        )
+        shape = len(hidden), output.out_features  # (rows, vocabulary)
+        made = LARGE * torch.randn(shape, generator=generator)
 
         def answer(states: Tensor) -> Tensor:
-            return made.to(states.device).view(*states.shape[:-1], -1)
+            batch = states.shape[:-1]
+            return made.to(states.device).view(*batch, -1)
 
         with Undo() as undo, undo.put(*forward_of(output), answer):
             given = self.logits(hidden).cpu().double()
         if given.shape != made.shape:
             return None
-        scale = float((given * made).sum() / made.double().square().sum())
-        rounding = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2**-7
-        return (
-            scale
-            if (
-                (given - scale * made).abs() <= rounding * abs(scale) * made.abs()
-            ).all()
-            else None
-        )
+        squares = made.double().square().sum()
+        scale = float((given * made).sum() / squares)
+        rounding = 1e-5 if self._is_exact else 2**-7
+        apart = (given - scale * made).abs()  # (rows, vocabulary)
+        allowed = rounding * abs(scale) * made.abs()
+        return scale if (apart <= allowed).all() else None
 
 
-_PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = (
-    WeakKeyDictionary()
-)
+@dataclass(frozen=True)
+class _Probed:
+    """What a probe of a model with this output projection found."""
+
+    output: nn.Module | None
+    projection: Projection | None  # None where it is no matrix
+
+
+_PROBED: WeakKeyDictionary[nn.Module, _Probed] = WeakKeyDictionary()
+
+
+def _is_plain(output: nn.Linear) -> bool:
+    """Whether a matrix is neither quantised, nor adapted, nor offloaded."""
+    weight = output.weight
+    if type(output) is not nn.Linear or type(weight) is not nn.Parameter:
+        return False
+    return weight.is_floating_point() and weight.device.type != "meta"
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
+    """Whether no value is farther off than rounding the largest one could make it."""
     if found.shape != expected.shape:
         return False
     expected = expected.to(found.device).float()
-    return bool(
-        (found.float() - expected).abs().max() <= rounding * expected.abs().max()
-    )
+    apart = (found.float() - expected).abs().max()
+    return bool(apart <= rounding * expected.abs().max())

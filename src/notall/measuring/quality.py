@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from operator import add
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect
 from ..models.texts import IDS, checked
-from ..plan import Plan
+from ..plan import Kind, Plan, Skippable
 from ..results.facts import Quality, Scores, Similarity
 from ..running.recording import Enough, answering, record, standing_in
 from ..running.replay import Replay
@@ -28,7 +27,7 @@ from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import Block, base_model
 from .statistics import mean_and_error
-from .token_scores import TokenScorer
+from .token_scores import Dense, TokenScorer
 
 
 def evaluate(
@@ -49,9 +48,10 @@ def evaluate(
     expect(plans, Sequence, "a list of plans, such as [plan]")
     for plan in plans:
         expect(plan, Plan, "plans, such as notall.Plan(attention=[3])")
-    together = Replay(model, [Plan(), *plans]), TokenScorer(model)
+    replay = Replay(model, [Plan(), *plans])
+    scorer = TokenScorer(model)
     scores = [
-        _scores(*together, tokens, plans, prompt_tokens)
+        _scores(replay, scorer, tokens, plans, prompt_tokens)
         for tokens in checked(batches, model)
     ]
     if not scores:
@@ -68,13 +68,9 @@ def score(
     """Scores of the original model, then of each plan, on one batch of token ids,
     (batch, tokens), as `evaluate`.
     """
-    return _scores(
-        Replay(model, [Plan(), *plans]),
-        TokenScorer(model),
-        tokens,
-        plans,
-        prompt_tokens,
-    )
+    replay = Replay(model, [Plan(), *plans])
+    scorer = TokenScorer(model)
+    return _scores(replay, scorer, tokens, plans, prompt_tokens)
 
 
 def _scores(
@@ -88,31 +84,28 @@ def _scores(
     token ids, (batch, tokens).
     """
     check_prompt(plans, tokens.shape[1], prompt_tokens)
-    start = (
-        prompt_tokens or 1
-    )  # of what is scored: the first token is predicted from nothing
-    targets = tokens[:, start:].flatten()
+    start = prompt_tokens or 1  # nothing predicts the first token
+    targets = tokens[:, start:].flatten()  # (rows,)
     recording = record(replay.model, prompt_tokens, input_ids=tokens)
     found: dict[int, Scores] = {}
-    dense, likeliest = None, targets
+    dense: Dense | None = None
+    likeliest = targets  # until the original model's are known
     with torch.inference_mode():
         for numbers, hidden in replay.hidden_states(recording):
-            rows = hidden[:, start - 1 : -1].flatten(0, 1)
+            predicting = hidden[:, start - 1 : -1]
+            rows = predicting.flatten(0, 1)  # (rows, hidden)
             if dense is None:  # the original model comes first
                 scores, dense = scorer.dense(rows, targets, likeliest=True)
                 likeliest = scores.likeliest
             else:
                 scores = scorer.score(rows, targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.nll)
-            values = torch.stack(
-                [value.to(same.device) for value in (scores.nll, scores.kl, same)]
-            )
-            nll, kl, agreement = map(
-                tuple, values.view(3, len(tokens), -1).mean(-1).tolist()
-            )  # of each sequence
-            found |= dict.fromkeys(
-                numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement)
-            )
+            by_token = [scores.nll, scores.kl, same]  # (rows,) each
+            values = torch.stack([value.to(same.device) for value in by_token])
+            by_sequence = values.view(3, len(tokens), -1).mean(-1)  # (3, batch)
+            nll, kl, agreement = map(tuple, by_sequence.tolist())
+            of_plan = Scores(nll=nll, kl=kl, top1_agreement=agreement)
+            found |= dict.fromkeys(numbers, of_plan)
     return [found[number] for number in range(replay.plans)]
 
 
@@ -120,18 +113,17 @@ def check_prompt(plans: Sequence[Plan], tokens: int, prompt_tokens: int | None) 
     """Raise `UsageError` unless `prompt_tokens` of `tokens` leave something to score,
     and something to skip.
     """
-    needed = max(
-        (plan.prefill.last_tokens for plan in plans if plan.prefill), default=0
-    )
+    whole = [plan.prefill.last_tokens for plan in plans if plan.prefill]
+    needed = max(whole, default=0)
     if prompt_tokens is None:
         if needed:
             problem = (
                 "a plan skips sublayers in the prompt alone, and nothing says which"
                 " tokens are the prompt"
             )
+            half = max(tokens // 2, 1)
             raise UsageError(
-                f"{problem}: give prompt_tokens (--prompt-tokens), such as"
-                f" {max(tokens // 2, 1)}"
+                f"{problem}: give prompt_tokens (--prompt-tokens), such as {half}"
             )
         return
     if not 1 <= prompt_tokens < tokens:
@@ -152,7 +144,8 @@ def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
     """A `Quality` per plan, from the scores of each batch: of the original model first,
     and then of each plan.
     """
-    dense, *rest = (reduce(add, parts) for parts in zip(*batches))
+    by_plan = zip(*batches)
+    dense, *rest = (reduce(add, parts) for parts in by_plan)
     return [summarize(scores, dense) for scores in rest]
 
 
@@ -161,7 +154,8 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
     same sequences.
     """
     found: dict[str, float] = {}
-    differences = [value - base for value, base in zip(scores.nll, dense.nll)]
+    pairs = zip(scores.nll, dense.nll)
+    differences = [value - base for value, base in pairs]
     samples = {
         "nll": scores.nll,
         "delta_nll": differences,
@@ -169,10 +163,13 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
         "top1_agreement": scores.top1_agreement,
     }
     for name, values in samples.items():
-        found[name], found[f"{name}_se"] = mean_and_error(values)
+        mean, error = mean_and_error(values)
+        found[name] = mean
+        found[f"{name}_se"] = error
+    least_overflowing = min(found["nll"], 700.0)
     return Quality(
         **found,
-        perplexity=math.exp(min(found["nll"], 700.0)),
+        perplexity=math.exp(least_overflowing),
         sequences=len(scores.nll),
     )
 
@@ -186,7 +183,8 @@ class Passage:
     block: Block
     before: Tensor
     after: Tensor
-    around: dict[str, tuple[Tensor, Tensor]]  # by kind, before and after that sublayer
+    # by kind, before and after that sublayer
+    around: dict[Kind, tuple[Tensor, Tensor]]
 
 
 Look = Callable[[Passage], None]
@@ -203,34 +201,36 @@ def measure_similarity(
     block's hidden states at a time. Raises `UsageError` for what are no token ids.
     Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
     """
-    found: dict[tuple[int, Literal["block", "attention", "mlp"]], list[Tensor]] = {}
+    found: dict[tuple[int, Skippable], list[Tensor]] = {}
 
     def look(passage: Passage) -> None:
-        for kind, (before, after) in (
-            {"block": (passage.before, passage.after)} | passage.around
-        ).items():
-            # (batch, tokens)
-            cosine = cosine_similarity(before.float(), after.float(), dim=-1)
-            at = passage.block.index, kind
-            found.setdefault(at, []).append(cosine.mean(-1))  # type: ignore[arg-type]
+        whole = passage.before, passage.after
+        parts: list[tuple[Skippable, tuple[Tensor, Tensor]]] = [("block", whole)]
+        parts += passage.around.items()
+        for kind, (before, after) in parts:
+            by_token = cosine_similarity(before.float(), after.float(), dim=-1)
+            of_part = found.setdefault((passage.block.index, kind), [])
+            of_part.append(by_token.mean(dim=-1))  # (batch,)
 
     with torch.no_grad():
         for tokens in checked(batches, model):
             walk(model, look, input_ids=tokens)
-    structure, rows = locate(model), []
-    several = structure.sublayers if len(structure.mixers) > 1 else ()
-    mixers: dict[tuple[int, str], str | None] = {
-        (part.index, part.kind): part.mixer for part in several
-    }
-    for at, values in found.items():
-        mean, error = mean_and_error(torch.cat(values).tolist())
+    structure = locate(model)
+    mixers: dict[tuple[int, str], str | None] = {}  # where they are of several kinds
+    if len(structure.mixers) > 1:
+        for part in structure.sublayers:
+            mixers[part.index, part.kind] = part.mixer
+    rows: list[Similarity] = []
+    for (layer, kind), values in found.items():
+        by_sequence = torch.cat(values)  # (sequences,)
+        mean, error = mean_and_error(by_sequence.tolist())
         rows.append(
             Similarity(
-                layer=at[0],
-                kind=at[1],
+                layer=layer,
+                kind=kind,
                 cosine=mean,
                 cosine_se=error,
-                mixer=mixers.get(at),
+                mixer=mixers.get((layer, kind)),
             )
         )
     return rows
@@ -241,7 +241,8 @@ def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
     without running the head.
     """
     inner = base_model(model)
-    structure, shape = locate(inner), inputs["input_ids"].shape
+    structure = locate(inner)
+    shape = inputs["input_ids"].shape
 
     def seen(passage: Passage) -> None:
         look(passage)
@@ -249,12 +250,9 @@ def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
             raise Enough
 
     def watched(layer: nn.Module, block: Block) -> Callable[..., object]:
-        is_stubbed = any(part.stub for part in block.sublayers)
-        return (
-            _inside(layer, block, shape, seen)
-            if is_stubbed
-            else _one_by_one(layer, block, seen)
-        )
+        if any(part.stub for part in block.sublayers):
+            return _inside(layer, block, shape, seen)
+        return _one_by_one(layer, block, seen)
 
     with suppress(Enough), standing_in(inner, structure, watched):
         inner(**inputs, use_cache=False)
@@ -265,14 +263,13 @@ def _one_by_one(layer: nn.Module, block: Block, look: Look) -> Callable[..., obj
 
     def answer(arguments: Arguments, before: Tensor) -> Tensor:
         after = before
-        around: dict[str, tuple[Tensor, Tensor]] = {}
+        around: dict[Kind, tuple[Tensor, Tensor]] = {}
         for part in block.sublayers:
             start = before if block.parallel else after
             end = run_branches(part.branches, layer, start, LayerCall(arguments))
             around[part.kind] = start, end
-            after = (
-                after + (end - start) if block.parallel and after is not before else end
-            )
+            adds = block.parallel and after is not before
+            after = after + (end - start) if adds else end
         after = scaled(after, block.scale)
         look(Passage(block, before, after, around))
         return after
@@ -287,28 +284,27 @@ def _inside(
     first, with all of them.
     """
     stubs = [part.stub for part in block.sublayers if part.stub]
-    fewer = [
-        stubbed_layer(layer, block.index, dict.fromkeys(stubs[ran:]))
-        for ran in range(len(stubs) + 1)
-    ]
+    fewer = []
+    for ran in range(len(stubs) + 1):
+        missing = dict.fromkeys(stubs[ran:])
+        fewer.append(stubbed_layer(layer, block.index, missing))
 
     def as_stream(state: Tensor) -> Tensor:
         """Any number of streams as one, (batch, tokens, hidden)."""
-        if state.dim() > 3 and state.shape[:2] != tuple(
-            shape
-        ):  # Gemma 3n's streams come first
+        begins = tuple(state.shape[:2])
+        if state.dim() > 3 and begins != tuple(shape):  # Gemma 3n's streams come first
             state = state.movedim(0, 2)
         return state.flatten(2)
 
     def forward(*args: object, **kwargs: object) -> object:
-        before = as_stream(called_with(layer, args, kwargs)[1]).clone()
+        _, given = called_with(layer, args, kwargs)
+        before = as_stream(given).clone()
         states = []
         for twin in fewer:  # the dense layer comes last: others read what it makes
             answer = twin(*args, **kwargs)
             states.append(as_stream(first(answer)))
-        look(
-            Passage(block, before, states[-1], dict(zip(block.kinds, pairwise(states))))
-        )
+        around = dict(zip(block.kinds, pairwise(states)))
+        look(Passage(block, before, states[-1], around))
         return answer
 
     return forward

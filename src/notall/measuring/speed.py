@@ -71,12 +71,14 @@ def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, 
             output = model(input_ids=prompt, use_cache=True, **last_only)
         token = output.logits[:, -1:].argmax(-1)  # (B, 1)
         prefilled = _now(devices)
+        prefill_ms = 1e3 * (prefilled - start)
         name = cache_name(output)
         for _ in range(new):
             cache = {name: output[name]}
             output = model(input_ids=token, use_cache=True, **cache, **last_only)
             token = output.logits[:, -1:].argmax(-1)  # (B, 1)
-        return 1e3 * (prefilled - start), 1e3 * (_now(devices) - prefilled) / new
+        decode_ms = 1e3 * (_now(devices) - prefilled)
+        return prefill_ms, decode_ms / new
 
 
 def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
@@ -93,17 +95,20 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
     `tokens` (B, P) behind a `prompt`.
     """
     devices = _accelerators(model)
-    last_only, all_of_them = last_logits(model, 1), last_logits(model, width)
+    last_only = last_logits(model, 1)
+    all_of_them = last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
     with torch.inference_mode():
         output = model(input_ids=tokens[:, :prompt], use_cache=True, **last_only)
         name = cache_name(output)
+        checked = tokens[:, prompt : prompt + steps * width]  # (B, steps x width)
         start = _now(devices)
-        for step in tokens[:, prompt : prompt + steps * width].split(width, dim=1):
+        for step in checked.split(width, dim=1):
             cache = {name: output[name]}
             output = model(input_ids=step, use_cache=True, **cache, **all_of_them)
             output.logits.argmax(-1)
-        return 1e3 * (_now(devices) - start) / steps
+        all_ms = 1e3 * (_now(devices) - start)
+        return all_ms / steps
 
 
 def interleaved(
@@ -115,9 +120,13 @@ def interleaved(
     that turns: drift cancels.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
+    total = (1 + rounds) * len(measures)
     for index in range(1 + rounds):
-        for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
-            done, total = index * len(measures) + place, (1 + rounds) * len(measures)
+        in_turn = list(measures)
+        if index % 2:
+            in_turn.reverse()
+        for place, name in enumerate(in_turn):
+            done = index * len(measures) + place
             progress(done, total, f"timing {name}")
             samples[name].append(measures[name]())
     return {name: found[1:] for name, found in samples.items()}
@@ -140,23 +149,25 @@ def compare(
     shape = workload.concurrency, workload.prompt_tokens  # (B, P)
     prompt = torch.randint(vocabulary, shape, generator=generator)
     prompt = prompt.to(inputs_device(model))
-    gpus = [device for device in _accelerators(model) if device.type == "cuda"]
+    accelerators = _accelerators(model)
+    gpus = [device for device in accelerators if device.type == "cuda"]
 
     def measured(name: str) -> tuple[float, float, int]:
         with variants[name]():
             for gpu in gpus:
                 torch.cuda.reset_peak_memory_stats(gpu)
             times = time_once(model, prompt, workload.generation_tokens)
-            return *times, sum(map(torch.cuda.max_memory_allocated, gpus))
+            peak = sum(map(torch.cuda.max_memory_allocated, gpus))
+            return *times, peak
 
-    samples = interleaved(
-        {name: partial(measured, name) for name in variants}, workload.rounds, progress
-    )
-    columns = {name: tuple(zip(*rows)) for name, rows in samples.items()}
-    return {
-        name: RoundTimes(prefill, decode, max(peaks) if gpus else None)
-        for name, (prefill, decode, peaks) in columns.items()
-    }
+    measures = {name: partial(measured, name) for name in variants}
+    samples = interleaved(measures, workload.rounds, progress)
+    found: dict[str, RoundTimes] = {}
+    for name, rows in samples.items():
+        prefill, decode, peaks = zip(*rows)
+        peak = max(peaks) if gpus else None
+        found[name] = RoundTimes(prefill, decode, peak)
+    return found
 
 
 def time_plans(
@@ -170,11 +181,10 @@ def time_plans(
     """The times of the original and of each of `plans` by name, `dense` first. Raises
     as `skip` and `compare` do.
     """
-    check_prompt([*plans.values()], workload.prompt_tokens + 1, workload.prompt_tokens)
-    variants = {
-        name: partial(skip, model, plan)
-        for name, plan in {"dense": Plan(), **plans}.items()
-    }
+    prompt = workload.prompt_tokens
+    check_prompt([*plans.values()], prompt + 1, prompt)
+    every = {"dense": Plan(), **plans}
+    variants = {name: partial(skip, model, plan) for name, plan in every.items()}
     timings = compare(model, variants, workload, seed=seed, progress=progress)
     dense = timings["dense"]
     return {name: one.compared_with(dense) for name, one in timings.items()}
@@ -184,9 +194,8 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
     """How many times faster `other` is than `baseline` (above 1: faster), by samples of
     the same rounds, paired.
     """
-    return Quartiles.of(
-        [slow / fast for slow, fast in zip(baseline, other, strict=True)]
-    )
+    pairs = zip(baseline, other, strict=True)
+    return Quartiles.of([slow / fast for slow, fast in pairs])
 
 
 def machine(*devices: torch.device | str) -> Settings:
@@ -194,19 +203,21 @@ def machine(*devices: torch.device | str) -> Settings:
     devices (or the CPU).
     """
     cpu = _cpu_model()
-    names = {str(device): _name_of(device, cpu) for device in devices or ("cpu",)}
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    used = devices or ("cpu",)
+    names = {str(device): _name_of(device, cpu) for device in used}
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "notall": __version__,
+    }
     return {
         "cpu": cpu,
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": ", ".join(names),
         "device_name": ", ".join(dict.fromkeys(names.values())),
-        "versions": {
-            **versions,
-            "transformers": transformers.__version__,
-            "notall": __version__,
-        },
+        "versions": versions,
     }
 
 
@@ -223,10 +234,10 @@ def _now(devices: Iterable[torch.device]) -> float:
 
 def devices_of(model: PreTrainedModel) -> list[torch.device]:
     """Where its weights are, by name: those that accelerate fetches are on the CPU."""
+    cpu = torch.device("cpu")
     found = {weight.device for weight in model.parameters()}
-    return sorted(
-        {torch.device("cpu") if one.type == "meta" else one for one in found}, key=str
-    )
+    computing = {cpu if one.type == "meta" else one for one in found}
+    return sorted(computing, key=str)
 
 
 def _accelerators(model: PreTrainedModel) -> list[torch.device]:
@@ -258,14 +269,12 @@ def cores() -> int:
 def _cpu_model() -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        return answer.stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (
-        line.partition(":")[2].strip()
-        for line in lines
-        if line.startswith("model name")
-    )
-    return next(names, platform.processor() or platform.machine())
+    known = cpuinfo.read_text() if cpuinfo.exists() else ""
+    for line in known.splitlines():
+        if line.startswith("model name"):
+            _, _, name = line.partition(":")
+            return name.strip()
+    return platform.processor() or platform.machine()

@@ -8,23 +8,18 @@ of each item, errors, tests and intervals count documents.
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from statistics import NormalDist
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy.special import bdtr, stdtr, stdtrit
 
 from ..results.facts import SIGNIFICANT
 from ..results.record import Quartiles
 
 Item = TypeVar("Item")
-Floats = NDArray[np.float64]
 # Of each item its document; None where each has its own.
 Documents = Sequence[Hashable] | None
 # Of intervals: each end misses as often as a one-sided test at half of `SIGNIFICANT`.
 LEVEL = 1 - SIGNIFICANT
-NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 JACKKNIFED = 100  # parts, at most, of which one is left out at a time
 MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
 # Terms, all above or all below zero, that an exact test tells from chance: 2 / 2^6 < 0.05.
@@ -32,7 +27,6 @@ FEWEST = math.ceil(math.log2(2 / SIGNIFICANT))
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # of times
 LEAST_WINDOWS = 8  # of text
-FEW_SCORES = 12  # scores from which a skew can be estimated
 
 
 def mean_and_error(
@@ -53,7 +47,8 @@ def mean_and_error(
         if count < 2:
             return mean, math.nan
         squares = math.fsum(one**2 for one in apart)
-        return mean, math.sqrt(count / (count - 1) * squares) / n
+        variance_of_sum = count / (count - 1) * squares
+        return mean, math.sqrt(variance_of_sum) / n
     except OverflowError:
         return math.inf, math.inf
 
@@ -87,12 +82,14 @@ def jackknife_error(
         return math.nan
 
     def without(part: int) -> float:
-        return statistic([one for i, one in enumerate(items) if i % groups != part])
+        others = [one for i, one in enumerate(items) if i % groups != part]
+        return statistic(others)
 
     values = list(map(without, range(groups)))
     average = math.fsum(values) / groups
     squares = math.fsum((value - average) ** 2 for value in values)
-    return math.sqrt(squares * (groups - 1) / groups)
+    variance = squares * (groups - 1) / groups
+    return math.sqrt(variance)
 
 
 # --- tests
@@ -113,22 +110,31 @@ def sign_flip_p_value(
     terms = [value for value in summed(differences, documents) if value]
     if not all(map(math.isfinite, terms)):
         return math.nan
-    if len(set(map(abs, terms))) == 1:
-        return _sign_test(sum(value > 0 for value in terms), len(terms))
+    sizes = set(map(abs, terms))
+    if len(sizes) == 1:
+        above = sum(value > 0 for value in terms)
+        return _sign_test(above, len(terms))
     observed = abs(math.fsum(terms))
-    spread = math.sqrt(math.fsum(value**2 for value in terms))
+    squares = math.fsum(value**2 for value in terms)
+    spread = math.sqrt(squares)
     if len(terms) > MOST_FLIPPED:
-        return math.erfc(observed / spread / math.sqrt(2))
-    sums = [0.0]
+        deviations = observed / spread
+        return math.erfc(deviations / math.sqrt(2))
+    sums = [0.0]  # of all signs of the terms so far
     for value in terms:
-        sums = [total + value for total in sums] + [total - value for total in sums]
-    return sum(abs(total) >= observed - 1e-9 * spread for total in sums) / len(sums)
+        higher = [total + value for total in sums]
+        lower = [total - value for total in sums]
+        sums = higher + lower
+    least = observed - 1e-9 * spread  # up to rounding
+    as_far = sum(abs(total) >= least for total in sums)
+    return as_far / len(sums)
 
 
 def _sign_test(above: int, of: int) -> float:
     """Two-sided: how likely so few, or so many, of them are above by chance."""
     fewer = min(above, of - above)
-    return min(1.0, 2 * float(bdtr(fewer, of, 0.5)))
+    one_sided = float(bdtr(fewer, of, 0.5))
+    return min(1.0, 2 * one_sided)
 
 
 def too_few(could_fall: int, items: int) -> int | None:
@@ -155,7 +161,8 @@ def student_p_value(difference: float, error: float, degrees: float) -> float:
     if error == 0:
         return 1.0 if difference == 0 else 0.0
     t = abs(difference) / error
-    return 2 * float(stdtr(degrees, -t))
+    one_sided = float(stdtr(degrees, -t))
+    return 2 * one_sided
 
 
 @cache
@@ -165,22 +172,8 @@ def student_quantile(degrees: float, level: float = LEVEL) -> float:
     """
     if not degrees > 0:
         return math.inf
-
-    return float(stdtrit(degrees, (1 + level) / 2))
-
-
-def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses zero, from `low` on; looked for beyond `high`
-    too, and inf where it does not.
-    """
-    while falling(high) > 0:
-        low, high = high, 2 * high
-        if high > 1e9:
-            return math.inf
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
-    return (low + high) / 2
+    below = (1 + level) / 2
+    return float(stdtrit(degrees, below))
 
 
 # --- estimates with their errors
@@ -200,8 +193,10 @@ class Estimate(NamedTuple):
         """Of its interval, by Student's t; infinitely far where there are too few items
         for an error.
         """
-        reach = student_quantile(self.degrees, level) * self.error
-        reach = reach if reach >= 0 else math.inf  # nan
+        errors = student_quantile(self.degrees, level)
+        reach = errors * self.error
+        if math.isnan(reach):
+            reach = math.inf
         return self.value - reach, self.value + reach
 
     def less(self, other: "Estimate") -> "Estimate":
@@ -220,11 +215,13 @@ def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
     value = sum(weight * one.value for weight, one in parts)
     squares = [(weight * one.error) ** 2 for weight, one in parts]
     degrees_of = [one.degrees for _, one in parts]
+    fewest = min(degrees_of)
     total = sum(squares)
-    if not math.isfinite(total) or min(degrees_of) <= 0:
+    if not math.isfinite(total) or fewest <= 0:
         return Estimate(value, math.nan, 0)
-    spread = sum(square**2 / degrees for square, degrees in zip(squares, degrees_of))
-    degrees = total**2 / spread if spread else min(degrees_of)
+    pairs = zip(squares, degrees_of)
+    spread = sum(square**2 / of for square, of in pairs)
+    degrees = total**2 / spread if spread else fewest
     return Estimate(value, math.sqrt(total), degrees)
 
 
@@ -240,13 +237,13 @@ def paired_difference(
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
     mean, error = mean_and_error(differences, documents)
     count = len(summed(differences, documents))
-    are_answers = are_right_or_wrong(ours, theirs)
-    if are_answers and documents is None and count > 1:
+    are_answers = documents is None and are_right_or_wrong(ours, theirs)
+    if are_answers and count > 1:
         total = count + 2
         differ = sum(map(abs, differences)) + 1
         shift = math.fsum(differences) / total
-        variance = differ / total - shift**2
-        error = math.sqrt(max(0.0, variance) / total)
+        variance = max(0.0, differ / total - shift**2)
+        error = math.sqrt(variance / total)
     return Estimate(mean, error, count - 1)
 
 
@@ -257,7 +254,8 @@ def of_rounds(found: Quartiles) -> Estimate:
     A simulation in the tests has the rates: at 5 rounds and more an interval's end
     misses in 2 to 3.5 % of cases.
     """
-    return Estimate(found.median, found.error, (found.n - 1) / 2)
+    degrees = (found.n - 1) / 2
+    return Estimate(found.median, found.error, degrees)
 
 
 def of_ranks(correlation: float, count: int) -> Estimate:
@@ -271,104 +269,11 @@ def of_ranks(correlation: float, count: int) -> Estimate:
     if degrees < 1:
         return Estimate(correlation, math.nan, 0)
     reach = student_quantile(degrees)
-    farthest = reach / math.sqrt(degrees + reach**2)
+    length = math.sqrt(degrees + reach**2)
+    farthest = reach / length
     return Estimate(correlation, farthest / reach, degrees)
-
-
-# --- recovery
-# --------------------------------------------------------------------------------------
 
 
 def are_right_or_wrong(*columns: Sequence[float]) -> bool:
     """Whether all values are 1 or 0."""
     return all(value in (0, 1) for values in columns for value in values)
-
-
-def recovery_interval(
-    ours: Sequence[float], theirs: Sequence[float], documents: Documents = None
-) -> tuple[float, float, float]:
-    """The mean of `ours` over that of `theirs`, on the same items, and the ends of its
-    interval at the level 0.95.
-
-    The interval has every ratio that a test does not reject. Right and wrong answers (1
-    and 0) have the score test of Tang, Tang and Chan 2003 (Statistics in Medicine 22,
-    1217), other scores Student's t, corrected for their skew. Of few scores, or few
-    that differ, the skew is unknown: they are tested as if each was all or nothing,
-    which is wider. An interval ends at infinity where `theirs` may have no mean above
-    zero; then the ratio may be nan.
-    """
-    mine = np.array(summed(ours, documents), dtype=np.float64)
-    base = np.array(summed(theirs, documents), dtype=np.float64)
-    count = len(base)
-    if not base.sum() > 0:
-        return math.nan, 0.0, math.inf
-    ratio = float(mine.sum() / base.sum())
-    if count < 2:
-        return ratio, 0.0, math.inf
-    are_answers = documents is None and are_right_or_wrong(ours, theirs)
-    is_positive = min(mine.min(), base.min()) >= 0
-    differ = int((mine != base).sum())
-    has_no_skew = count < FEW_SCORES or differ < FEWEST
-    is_whole = are_answers or (is_positive and has_no_skew)
-
-    def evidence(least: float) -> float:
-        """For a ratio above `least`: how far the test is beyond its threshold, on
-        either side.
-        """
-        if is_whole:
-            return _score(mine, base, least) / NORMAL
-        threshold = student_quantile((count - 1) / 2)
-        return _skewed_t(mine - least * base) / threshold
-
-    low = _crossing(lambda least: evidence(least) - 1, 0.0, ratio or 1.0)
-    high = _crossing(lambda least: evidence(least) + 1, ratio, 2 * ratio or 1.0)
-    return ratio, low, high
-
-
-def _score(ours: Floats, theirs: Floats, ratio: float) -> float:
-    """The standardised score for a larger ratio than this, from how much both have, was
-    lost and was gained.
-
-    Below zero with a continuity correction, as the few losses have the long tail there.
-    Values are shares of the most.
-    """
-    most = max(ours.max(), theirs.max())
-    change = (ours - theirs) / most
-    both = np.minimum(ours, theirs).sum() / most
-    lost = -change[change < 0].sum()
-    gained = change[change > 0].sum()
-    count = both + lost + gained
-
-    # The likeliest share that is lost at this ratio is the larger root.
-    a = count * (1 + ratio)
-    b = (both + lost) * ratio**2 - (both + gained + 2 * lost)
-    c = lost * (1 - ratio)
-    root = math.sqrt(max(0.0, b * b - 4 * a * c))
-    likeliest_lost = (root - b) / (2 * a)
-
-    variance = count * ((1 + ratio) * likeliest_lost + ratio - 1)
-    more = both + gained - ratio * (both + lost)
-    if more < 0:
-        more = min(0.0, more + 0.5)
-    if variance > 1e-12 * count:
-        return more / math.sqrt(variance)
-    is_none = abs(more) <= 1e-9 * count
-    return 0.0 if is_none else math.copysign(math.inf, more)
-
-
-def _skewed_t(values: Floats) -> float:
-    """Student's t of the mean, corrected for the values' skew. Source: Hall 1992, J. R.
-    Statist. Soc. B 54, 221.
-    """
-    n = len(values)
-    mean = float(values.mean())
-    apart = values - mean
-    spread = float(np.sqrt((apart**2).mean()))
-    if spread <= 1e-12 * abs(mean):
-        return math.copysign(math.inf, mean) if mean else 0.0
-    biased_skew = float((apart**3).mean()) / spread**3
-    skew = biased_skew * math.sqrt(n * (n - 1)) / (n - 2)
-    deviation = spread * math.sqrt(n / (n - 1))
-    t = mean / deviation
-    corrected = t + skew * t**2 / 3 + skew**2 * t**3 / 27 + skew / (6 * n)
-    return math.sqrt(n) * corrected

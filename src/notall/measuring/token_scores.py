@@ -10,6 +10,7 @@ matrix product, so that a dtype of few bits rounds what counts least of all. Hea
 are no matrix are run as they are, some rows at a time, by the model.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -96,13 +97,13 @@ class TokenScorer:
         would_save_half = 2 * words <= len(self.weight)
         if not self.is_matrix or not would_save_half:
             return self
-        mass = torch.stack([self._mass(rows) for rows in hidden]).sum(
-            0
-        )  # (vocabulary,)
+        masses = [self._mass(rows) for rows in hidden]  # (vocabulary,) each
+        mass = torch.stack(masses).sum(0)  # (vocabulary,)
         likely = mass.topk(words).indices  # (words,)
         here = self.weight.device
+        tokens = [one.to(here) for one in (likely, *targets)]
         part = copy(self)
-        part.words = torch.cat([one.to(here) for one in (likely, *targets)]).unique()
+        part.words = torch.cat(tokens).unique()
         part.weight = self.weight[part.words]
         part.bias = None if self.bias is None else self.bias[part.words]
         return part
@@ -119,9 +120,10 @@ class TokenScorer:
             zeros = hidden.new_zeros(len(hidden), dtype=exact)  # (rows,)
             scores = self._by_logits(hidden, targets, None, likeliest)
             return replace(scores, kl=zeros), Dense(hidden, None)
-        states, wanted = self._read(hidden, targets)
+        states, wanted = self._read(hidden, targets)  # (rows, width), (rows,)
         sums, dense = self._dense(states, wanted, likeliest)
-        return _scores(sums, wanted, torch.zeros_like(sums.about), likeliest), dense
+        no_kl = torch.zeros_like(sums.about)  # (rows,)
+        return _scores(sums, wanted, no_kl, likeliest), dense
 
     @torch.no_grad()
     def score(
@@ -144,7 +146,9 @@ class TokenScorer:
             "give targets, the original model's distributions, or both"
         )
         sums = self._sums(states, about, likeliest)
-        kl = None if alike is None else sums.log_sums + (sums.about - alike)
+        kl = None
+        if alike is not None:
+            kl = sums.log_sums + (sums.about - alike)  # (rows,)
         return _scores(sums, wanted, kl, likeliest)
 
     @torch.no_grad()
@@ -160,8 +164,9 @@ class TokenScorer:
                 f"the head of {type(self.head.model).__name__} is no matrix, and cannot"
                 " be aimed at"
             )
-        _, dense = self._dense(dense_states.to(self.weight), None, False)
+        aimed_at = dense_states.to(self.weight)  # (rows, width)
         given = states.to(self.weight)
+        _, dense = self._dense(aimed_at, None, False)
         alike = self._alike(given, dense)  # (rows,)
         sums = self._sums(given, alike, mean=True)
         nats = sums.log_sums + (sums.about - alike)  # (rows,)
@@ -170,11 +175,13 @@ class TokenScorer:
 
     def _mass(self, hidden: Tensor) -> Tensor:
         """The probability of each token, (vocabulary,), summed over the rows."""
-        at_once = LOGITS[hidden.device.type == "cpu"] // len(self.weight)
+        on_cpu = hidden.device.type == "cpu"
+        at_once = max(1, LOGITS[on_cpu] // len(self.weight))
         sums: list[Tensor] = []  # (vocabulary,) each
-        for few in hidden.split(max(1, at_once)):
+        for few in hidden.split(at_once):
             logits = self.head.logits(few).to(self.exact)  # (few, vocabulary)
-            sums.append(logits.softmax(-1).sum(0))
+            probabilities = logits.softmax(-1)
+            sums.append(probabilities.sum(0))
         return torch.stack(sums).sum(0)
 
     def _dense(
@@ -182,9 +189,11 @@ class TokenScorer:
     ) -> tuple[_Sums, Dense]:
         about = states.new_zeros(len(states)) if wanted is None else wanted
         near = self._sums(states, about)
-        sums = self._sums(states, near.about + near.log_sums, likeliest, mean=True)
+        logsumexp = near.about + near.log_sums  # (rows,)
+        sums = self._sums(states, logsumexp, likeliest, mean=True)
         kept = sums.mean * self.scale  # (rows, width)
-        anchor = sums.about + sums.log_sums - self._products(states, kept)  # (rows,)
+        own_product = self._products(states, kept)  # (rows,)
+        anchor = sums.about + sums.log_sums - own_product
         return sums, Dense(kept, anchor)
 
     def _read(
@@ -193,20 +202,25 @@ class TokenScorer:
         """What the matrix is given, (rows, width), and the logits of the targets,
         (rows,).
         """
-        states = self.head.states(hidden).to(self.weight.device)
+        states = self.head.states(hidden)
+        states = states.to(self.weight.device)
         if targets is None:
             return states, None
         targets = targets.to(states.device)
         if self.words is not None:
             targets = torch.searchsorted(self.words, targets)
-        wanted = self._products(states, self.weight[targets]) * self.scale
-        return states, wanted if self.bias is None else wanted + self.bias[targets]
+        rows = self.weight[targets]  # (rows, width)
+        wanted = self._products(states, rows) * self.scale  # (rows,)
+        if self.bias is not None:
+            wanted = wanted + self.bias[targets]
+        return states, wanted
 
     def _products(self, states: Tensor, rows: Tensor) -> Tensor:
         """The product of each state with a row of its own: (rows, width) twice to
         (rows,).
         """
-        return (states.to(self.exact) * rows).sum(-1)
+        products = states.to(self.exact) * rows  # (rows, width)
+        return products.sum(-1)
 
     def _alike(self, states: Tensor, dense: Dense) -> Tensor:
         """The logsumexp that states would have without any KL, (rows,)."""
@@ -218,9 +232,11 @@ class TokenScorer:
     ) -> _Sums:
         """As `_summed`, and once more where `about` was far from the largest logits."""
         sums = self._summed(states, about, largest, mean)
-        is_near = sums.log_sums.isfinite() & (sums.log_sums > NOTHING / 2)  # (rows,)
+        log_sums = sums.log_sums  # (rows,)
+        is_near = log_sums.isfinite() & (log_sums > NOTHING / 2)
         if not is_near.all():
-            about = about + self._summed(states, about, True, False).largest
+            first = self._summed(states, about, True, False)
+            about = about + first.largest
             sums = self._summed(states, about, largest, mean)
         return sums
 
@@ -231,7 +247,8 @@ class TokenScorer:
         less `about`, (rows,).
         """
         about = about.to(states.dtype)
-        totals, shares = states.new_zeros(2, len(states), dtype=self.exact)  # (rows,)
+        totals = states.new_zeros(len(states), dtype=self.exact)  # (rows,)
+        shares = torch.zeros_like(totals)
         top = torch.full_like(totals, -torch.inf)  # (rows,)
         place = torch.zeros_like(totals, dtype=torch.long)  # (rows,)
         shape = states.shape if mean else (0,)
@@ -244,10 +261,12 @@ class TokenScorer:
                 tile.clamp_(min=NOTHING)
             if largest:
                 values = tile.amax(-1)  # (some rows,)
+                so_far = top[rows]
                 # few: a maximum with its place takes four times as long
-                better = (values > top[rows]).nonzero()[:, 0]
-                place[rows.start + better] = tile[better].argmax(-1) + columns.start
-                top[rows] = torch.maximum(top[rows], values)
+                better = (values > so_far).nonzero()[:, 0]
+                in_tile = tile[better].argmax(-1)
+                place[rows.start + better] = in_tile + columns.start
+                top[rows] = torch.maximum(so_far, values)
             totals[rows] += tile.exp_().sum(-1)
             if mean:
                 # rounded as they are in the product
@@ -266,9 +285,12 @@ class TokenScorer:
         """Logits less `about` by rows and columns; each tile may be written to, and is
         gone when the next one comes.
         """
-        most_rows, most_columns = TILES.get(states.device.type, TILES["cuda"])
-        room = min(most_rows, len(states)) * min(most_columns, len(self.weight))
-        rounded = torch.empty(room, dtype=self.weight.dtype, device=states.device)
+        device = states.device
+        most_rows, most_columns = TILES.get(device.type, TILES["cuda"])
+        tile_rows = min(most_rows, len(states))
+        tile_columns = min(most_columns, len(self.weight))
+        room = tile_rows * tile_columns
+        rounded = torch.empty(room, dtype=self.weight.dtype, device=device)
         exact = rounded
         if self.weight.dtype != self.exact:
             exact = torch.empty_like(rounded, dtype=self.exact)
@@ -277,9 +299,10 @@ class TokenScorer:
             less = about[rows, None]  # (some rows, 1)
             for columns in _slices(len(self.weight), most_columns):
                 part = self.weight[columns]  # (columns, width)
-                size = len(given) * len(part)
-                out = rounded[:size].view(len(given), len(part))
-                tile = exact[:size].view(len(given), len(part))
+                shape = len(given), len(part)
+                size = math.prod(shape)
+                out = rounded[:size].view(shape)
+                tile = exact[:size].view(shape)
                 torch.addmm(less, given, part.T, beta=-1, alpha=self.scale, out=out)
                 if exact is not rounded:
                     tile.copy_(out)
@@ -297,31 +320,38 @@ class TokenScorer:
         """As `score`, of a head that is no matrix: some rows of logits at a time."""
         parts: list[TokenScores] = []
         on_cpu = hidden.device.type == "cpu"
-        at_once = max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size)
+        vocabulary = text_config(self.head.model).vocab_size
+        at_once = max(1, LOGITS[on_cpu] // vocabulary)
         for rows in _slices(len(hidden), at_once):
             logits = self.head.logits(hidden[rows])  # (some rows, vocabulary)
             base = None if dense is None else self.head.logits(dense.kept[rows])
             wanted = None if targets is None else targets[rows].to(logits.device)
-            for few in _slices(len(logits), CACHED if on_cpu else len(logits)):
+            cached = CACHED if on_cpu else len(logits)
+            for few in _slices(len(logits), cached):
                 aims = None if wanted is None else wanted[few]
                 dense_logits = None if base is None else base[few]
                 parts.append(_from_logits(logits[few], aims, dense_logits, likeliest))
-        columns = [
-            torch.cat([getattr(part, one.name) for part in parts])
-            for one in fields(TokenScores)
-        ]
-        return TokenScores(*columns)
+        names = [one.name for one in fields(TokenScores)]
+        columns = {
+            name: torch.cat([getattr(part, name) for part in parts])  # (rows,)
+            for name in names
+        }
+        return TokenScores(**columns)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        yield slice(start, end)
 
 
 def _scores(
     sums: _Sums, wanted: Tensor | None, kl: Tensor | None, likeliest: bool
 ) -> TokenScores:
     nothing = sums.about[:0]  # (0,)
-    nll = nothing if wanted is None else sums.log_sums + (sums.about - wanted)
+    nll = nothing
+    if wanted is not None:
+        nll = sums.log_sums + (sums.about - wanted)  # (rows,)
     divergence = nothing if kl is None else kl
     if not likeliest:
         return TokenScores(nll, divergence, nothing.long(), nothing)
@@ -338,12 +368,15 @@ def _from_logits(
     exact = torch.promote_types(logits.dtype, torch.float32)
     log_q = logits.to(exact).log_softmax(-1)  # (rows, vocabulary)
     nothing = log_q.new_empty(0)
-    nll, kl, top, place = nothing, nothing, nothing, nothing.long()
+    nll = kl = top = nothing
+    place = nothing.long()
     if targets is not None:
-        nll = -log_q.gather(1, targets[:, None])[:, 0]  # (rows,)
+        log_of_targets = log_q.gather(1, targets[:, None])  # (rows, 1)
+        nll = -log_of_targets[:, 0]  # (rows,)
     if dense is not None:
         log_p = dense.to(exact).log_softmax(-1)  # (rows, vocabulary)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (rows,)
+        terms = log_p.exp() * (log_p - log_q)  # (rows, vocabulary)
+        kl = terms.sum(-1)  # (rows,)
     if likeliest:
         top, place = log_q.max(-1)  # (rows,) each
     return TokenScores(nll, kl, place, top.exp())

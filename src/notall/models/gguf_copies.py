@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -100,11 +101,11 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, and save the model as if it had never been
     one.
     """
-    tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
+    own = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
     refuse_kv_only(gguf, open_gguf(gguf).fields)
     with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):
         read = _read(gguf)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = own or AutoTokenizer.from_pretrained(
             gguf.parent, **_source(gguf)
         )
         with torch.device("meta"):
@@ -122,13 +123,14 @@ def _read(gguf: Path) -> PreTrainedModel:
     unpacked = (
         {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
     )
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         **_source(gguf),
         **unpacked,
         dtype=torch.float32,
         output_loading_info=True,
     )
+    model, report = loaded
     check_weights(gguf, report)
     if hasattr(model.config, "quantization_config"):  # with it, save_pretrained refuses
         del model.config.quantization_config

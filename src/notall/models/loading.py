@@ -4,7 +4,7 @@ and where it comes from.
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -141,7 +141,7 @@ def _load_plain(
     source = model_source(spec, revision)
     options = options_of(source, revision, trust_remote_code)
     where = {name: options[name] for name in ("revision", "local_files_only")}
-    refuse_adapter(spec, find_adapter_config_file(source, **where))
+    refuse_adapter(spec, find_adapter_config_file(str(source), **where))
     with quiet():
         config = AutoConfig.from_pretrained(source, **options)
     _refuse_pickles(source, named_weights(spec, config), revision)
@@ -207,9 +207,10 @@ def _load_export(
             folder, config=export.config, **options_of(folder, None, False)
         )
         tokenizer("a")
-        model, report = type(build_empty(export.config)).from_pretrained(
+        loaded: Any = type(build_empty(export.config)).from_pretrained(
             None, config=export.config, state_dict=export.weights(folder), **how
         )
+        model, report = loaded
     structure = without(model.eval(), Plan(**export.missing))
     held = {name for name, _ in model.named_parameters()}
     ours = [

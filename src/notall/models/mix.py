@@ -35,7 +35,7 @@ from ..running.generating import (
 )
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
-from .names import USE
+from .names import USAGE_MIX
 from .prompts import openings, prompts
 from .retrieval import FITTED, episode
 from .texts import ANSWERS_TO, MIX, Text, is_made, read_prompts, read_text
@@ -133,7 +133,7 @@ class _Author:
             return self.answers(
                 read_prompts(Path(source.removeprefix(ANSWERS_TO)))[::2], LONGER
             )
-        if source != USE:
+        if source != USAGE_MIX:
             return (
                 self.completions()
                 if source == "completions"

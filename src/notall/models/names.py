@@ -14,7 +14,7 @@ DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation
 # text like what a model is used for, by which sublayers are chosen, and to which
 # weights are fitted
-USE = "mix"
+USAGE_MIX = "mix"
 _LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _SIZES = (
     "hidden_size",

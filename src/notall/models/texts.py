@@ -14,7 +14,7 @@ from ..errors import UsageError, expect, shortened
 from ..files import contents, expanded
 from ..strict_json import read_json
 from ..structure.model_structure import inputs_device
-from .names import DEFAULT_TEXT, USE
+from .names import DEFAULT_TEXT, USAGE_MIX
 
 MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
 # before a file of prompts, the first, third ... of which a model answers
@@ -24,7 +24,7 @@ MOST_BYTES = 1 << 30  # of a file
 
 def is_made(source: str) -> bool:
     """Whether a text of that name is made here, and read from no file."""
-    return source in (*MIX, USE) or source.startswith(ANSWERS_TO)
+    return source in (*MIX, USAGE_MIX) or source.startswith(ANSWERS_TO)
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,6 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     if not content.strip():
         raise UsageError(f"the text {name} is empty: give one with words in it")
     return Text(path.name, digest_of([content]), content)
-
-
-def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
-    """How many windows of `length` tokens a text has, each with the model's first tokens."""
-    return len(token_ids(tokenizer, text)) // max(
-        1, length - len(start_tokens(tokenizer))
-    )
 
 
 _TOKENISED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Tensor]] = (

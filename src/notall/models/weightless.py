@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from ..files import expanded
-from ..integrity import LITTLE, check_manifest
+from ..integrity import SMALL_FILE_BYTES, check_manifest
 from ..plan import Plan
 from ..running.missing import without
 from .configs import (
@@ -39,7 +39,7 @@ def load_empty(
     quantised or not; see `load`.
     """
     with explained(spec):
-        check_manifest(expanded(spec), most=LITTLE)
+        check_manifest(expanded(spec), most=SMALL_FILE_BYTES)
         settings = settings_of_export(spec, revision)
         if settings is None:
             config = load_config(
@@ -91,7 +91,8 @@ def build_random(
                 placed = nn.Parameter(dummy, requires_grad=weight.requires_grad)
                 setattr(module, name, placed)
         model.tie_weights()
-        return model.to(device).eval()
+        model.to(device)  # type: ignore[arg-type]  # a decorator of it hides `self`
+        return model.eval()
 
 
 def _from_config(

@@ -3,9 +3,9 @@ on accelerate.
 """
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,12 +25,12 @@ from ..structure.model_structure import base_model
 from .checkpoints import Checkpoints
 from .refitting import about_weights
 from .spread import Spread as Spread
-from .students import TrainConfig
+from .train_config import TrainConfig
 from .training import Training as Training, settings_of
 from .training_loop import processes_of
 
 
-def heal(  # noqa: PLR0913  documented by name
+def heal(
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Tensor],
@@ -41,8 +41,6 @@ def heal(  # noqa: PLR0913  documented by name
     provenance: Provenance | Mapping[str, object] | None = None,
     workers: Spread | None = None,
     progress: Progress = silent,
-    spent: float = 0.0,
-    clock: Callable[[], float] = time.process_time,
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the
     original model.
@@ -51,8 +49,7 @@ def heal(  # noqa: PLR0913  documented by name
     ends early where the KL on the batches `held_out` no longer falls, and keeps the
     best weights, possibly the initial ones. With a folder `out` the result is kept, and
     an interrupted run resumed. Several processes may share each batch, and need the
-    folder: `workers`, or those of `accelerate launch`. After a repair of `spent` CPU
-    seconds the record begins with the skipped model.
+    folder: `workers`, or those of `accelerate launch`.
 
     Needs room for what is trained, and for its gradients and moments. Raises
     `UsageError` for a plan that does not fit or skips nothing, held-out windows that
@@ -60,15 +57,36 @@ def heal(  # noqa: PLR0913  documented by name
     in use, a full disk, `lora` without peft, workers that fail or are given `minutes`,
     and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
+    training = Training(plan, batches, held_out, config or TrainConfig())
+    return heal_by(
+        training,
+        model,
+        out=out,
+        provenance=provenance,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def heal_by(
+    training: Training,
+    model: PreTrainedModel,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    provenance: Provenance | Mapping[str, object] | None = None,
+    workers: Spread | None = None,
+    progress: Progress = silent,
+) -> RepairedPlan:
+    """As `heal`; of a training whose plan took a repair, the record begins with the
+    skipped model.
+    """
+    plan = training.plan
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     inner = base_model(model)
-    training = Training(
-        plan,
-        [*checked(batches, model)],
-        [*checked(held_out, model)],
-        config or TrainConfig(),
-        spent,
-        clock,
+    training = replace(
+        training,
+        batches=[*checked(training.batches, model)],
+        held_out=[*checked(training.held_out, model)],
     )
     training.check(inner)
     processes = processes_of(inner)

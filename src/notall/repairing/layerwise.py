@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..plan import Plan
 from ..running.recording import Recording
-from ..structure.model_structure import ModelStructure
+from ..structure.model_structure import ModelStructure, layer_modules
 from .projections import reading_gains
 from .streams import DenseStream, steps_of
 
@@ -28,7 +28,7 @@ class Layerwise:
     ) -> None:
         self.model, self.layers = model, layers
         self.steps = steps_of(structure, plan)
-        dense: nn.ModuleList = model.get_submodule(structure.layers)
+        dense = layer_modules(model, structure)
         self.metrics = reading_gains(model, dense, [step.parts for step in self.steps])
 
     @torch.no_grad()

@@ -17,7 +17,12 @@ from ..measuring.heads import Head
 from ..running.recording import record
 from ..structure.calls import LayerCall, child, forward_of
 from ..structure.locating import locate
-from ..structure.model_structure import Sublayer, inputs_device, text_config
+from ..structure.model_structure import (
+    Sublayer,
+    inputs_device,
+    layer_modules,
+    text_config,
+)
 from ..structure.undoing import Undo
 
 PROBED = 16  # tokens to find a projection with
@@ -66,7 +71,7 @@ class Projections:
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
-        self.layers: nn.ModuleList = model.get_submodule(locate(model).layers)
+        self.layers = layer_modules(model, locate(model))
         self.probe = record(model, input_ids=tokens[:1, :PROBED])
         every = model.named_parameters(remove_duplicate=False)
         uses = Counter(id(one) for _, one in every)
@@ -219,7 +224,7 @@ def _factor(found: Tensor, made: Tensor, rounding: float) -> float | None:
     return 1.0 if abs(factor - 1) < 1e-3 else factor
 
 
-def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Whether it is a plain matrix, an `nn.Linear` or a `Conv1D`: not quantised, and
     not adapted.
     """

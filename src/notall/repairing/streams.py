@@ -21,7 +21,7 @@ from ..running.steps import live_steps
 from ..structure.branches import run_branches, scaled
 from ..structure.calls import LayerCall
 from ..structure.locating import locate
-from ..structure.model_structure import Block, ModelStructure, Sublayer
+from ..structure.model_structure import Block, ModelStructure, Sublayer, layer_modules
 from .projections import Projections
 
 HELD = 8  # one sequence in so many chooses the ridge
@@ -131,7 +131,7 @@ class DenseStream:
         offload: Path | None = None,
     ) -> None:
         self.model, self.structure, self.keep_all = model, locate(model), keep_all
-        self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
+        self.layers = layer_modules(model, self.structure)
         self.keep = partial(offloaded, folder=offload)
         self.tokens = batches[0]
         self.held = held_out(batches, one_in)

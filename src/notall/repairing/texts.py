@@ -15,7 +15,6 @@ from ..digests import digest_of
 from ..errors import UsageError
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
-from ..models.names import USE
 from ..models.texts import Text
 from ..models.windows import Drawn, draw
 from ..plan import Plan
@@ -29,8 +28,8 @@ from ..strict_json import Settings
 from ..structure.locating import locate
 from ..structure.model_structure import positions_of
 from ..tensor_files import TensorsAndNotes, cached_tensors
+from .fit_texts import LENGTH, SEQUENCES, FitTexts
 
-SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
 # windows of each text that a training stops by, and by which its best weights are
 # chosen
@@ -54,37 +53,25 @@ class RepairTexts:
     stops: list[Tensor]
 
     @classmethod
-    def draw(  # noqa: PLR0913  documented by name
+    def draw(
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[str] = (USE,),
-        held_out: Sequence[str] = (),
+        wanted: FitTexts | None = None,
         *,
-        sequences: int | None = None,
-        most: int | None = None,
-        length: int | None = None,
-        seed: int = 0,
         training: bool = False,
         used: Sequence[Drawn] = (),
         progress: Progress = silent,
     ) -> "RepairTexts":
-        """As many of each text, `sequences` together, else what there is, up to `most`,
-        and others to measure on.
+        """As many windows of each text as are `wanted`, and others to measure on.
 
-        Those are of the `held_out` texts, or, without any, of the same. They overlap
-        none that is fitted to, none that a `training` stops by, and none of those
-        `used` before, such as to choose the plan. Windows have `length` tokens, else as
-        many as the model reads, up to 512. Raises `UsageError` for a text that is
-        missing or has too few windows, and for too long ones.
+        The others overlap none that is fitted to, none that a `training` stops by, and
+        none of those `used` before, such as to choose the plan. Raises `UsageError` for
+        a text that is missing or has too few windows, and for too long ones.
         """
-        positions = positions_of(model)
-        length = int(min(LENGTH, positions)) if length is None else length
-        if length > positions:
-            raise UsageError(
-                f"windows of {length} tokens exceed the model's {positions} positions:"
-                " lower --length"
-            )
+        wanted = wanted or FitTexts()
+        texts, held_out = wanted.texts, wanted.held_out
+        length = _length_of(model, wanted)
         read = {
             source: text_of(model, tokenizer, source, progress)
             for source in (*texts, *held_out)
@@ -94,11 +81,13 @@ class RepairTexts:
         for text in own:
             if text.sha256 in judged:  # a held-out file may be a copy of one
                 judged[text.sha256] = text
-        window = partial(draw, tokenizer, length=length, seed=seed)
+        window = partial(draw, tokenizer, length=length, seed=wanted.seed)
         judging = partial(_judging, window, [*judged.values()], training, used)
-        each = -(-(sequences or most or SEQUENCES) // len(texts))
-        fitted = [window(text, sequences=each, fewer=sequences is None) for text in own]
-        if sequences is None:
+        fewer = wanted.sequences is None
+        most = wanted.most or SEQUENCES
+        each = -(-(wanted.sequences or most) // len(texts))
+        fitted = [window(text, sequences=each, fewer=fewer) for text in own]
+        if fewer:
             each = _left_by(judging, fitted)
             fitted = [window(text, sequences=each) for text in own]
         other, stops = judging(fitted)
@@ -111,7 +100,7 @@ class RepairTexts:
             "texts": [{"text": text.name, "text_sha256": text.sha256} for text in own],
             "sequences": each * len(texts),
             "length": length,
-            "seed": seed,
+            "seed": wanted.seed,
         }
         fitted = [one.on(model) for one in fitted]
         return cls(fitted, held, settings, [one.on(model).rows for one in stops])
@@ -129,6 +118,19 @@ class RepairTexts:
         training by.
         """
         return list(torch.cat(self.stops).split(size))
+
+
+def _length_of(model: PreTrainedModel, wanted: FitTexts) -> int:
+    """Tokens of a window. Raises `UsageError` for more than the model has positions."""
+    positions = positions_of(model)
+    if wanted.length is None:
+        return int(min(LENGTH, positions))
+    if wanted.length > positions:
+        raise UsageError(
+            f"windows of {wanted.length} tokens exceed the model's {positions}"
+            " positions: lower --length"
+        )
+    return wanted.length
 
 
 def _judging(

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,8 +15,8 @@ from ..running.steps import live_steps
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer
 from .projections import Projections, is_matrix, is_norm
+from .train_config import Trained
 
-Trained = Literal["outputs", "all", "lora"]
 ADAPTER = "healing"  # peft's name of the matrices
 
 

@@ -22,7 +22,8 @@ from ..running import repair_folder
 from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from .checkpoints import Checkpoints
-from .students import PromptStudent, Student, TrainConfig
+from .students import PromptStudent, Student
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)

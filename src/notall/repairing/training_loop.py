@@ -28,7 +28,7 @@ from .students import rows_of, states_of
 from .training import Training, settings_of
 
 
-def processes_of(model: PreTrainedModel) -> PartialState:
+def processes_of(model: PreTrainedModel) -> PartialState:  # type: ignore[no-any-unimported]
     """Those that a launcher has started to train `model` together, or this one
     alone.
     """
@@ -249,7 +249,8 @@ class Loop:
         """
         if self.student.layerwise and self.is_warming:
             targets = self.student.layerwise.targets(ids)
-            return self.model(ids, targets).mean()
+            losses: Tensor = self.model(ids, targets)
+            return losses.mean()
         with torch.no_grad():
             dense = states_of(self.teacher, ids, self.training.start)
         states: Tensor = self.model(ids)

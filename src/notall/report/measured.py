@@ -18,7 +18,7 @@ from ..results.ledger import read
 from ..results.record import is_number
 from ..results.repairs import (
     HEALING,
-    LITTLE,
+    LEAST_REFIT_GAIN,
     MEASURED,
     REFITS,
     HealRecord,
@@ -249,7 +249,7 @@ def _in_brackets(quality: Quality) -> str:
 def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     """What became of each sublayer, shown where much did; its facts are all of it."""
     refits = repaired.refits
-    shown = [one for one in refits if one.left <= 1 - LITTLE or one.why]
+    shown = [one for one in refits if one.left <= 1 - LEAST_REFIT_GAIN or one.why]
     refit = sum(len(one.sublayers) for one in refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in refits)
     kept = f"{refit} of {several(total, 'kept sublayer')}"
@@ -258,5 +258,5 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     title = f"{out}: {kept} refit"
     if any(one.ridge is None and not one.why for one in refits):
         title += "; refitting others did not help on held-out text (more text may)"
-    title += f"; shown are those that mend over {LITTLE:.0%}"
+    title += f"; shown are those that mend over {LEAST_REFIT_GAIN:.0%}"
     return replace(table(title, REFITS, shown), facts=refits)

@@ -13,7 +13,7 @@ from .facts import QUALITY, Quality, SearchCost, State
 from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
 from .table import Column, number, within, words
 
-LITTLE = 0.02  # of the error: refits that mend less fill screens
+LEAST_REFIT_GAIN = 0.02  # of the error: refits that mend less fill screens
 
 
 class EvaluationRecord(

@@ -249,7 +249,10 @@ def _generate(
     """
     mask = torch.ones_like(ids) if mask is None else mask
     here = inputs_device(model)
-    rows: Tensor = model.generate(ids.to(here), attention_mask=mask.to(here), **options)
+    generating: Any = model
+    rows: Tensor = generating.generate(
+        ids.to(here), attention_mask=mask.to(here), **options
+    )
     return rows
 
 

@@ -66,7 +66,8 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     )
     put_layers(model, structure, layers, Undo())
     LOCATED[model] = layers, structure
-    model.save_pretrained = partial(refuse_to_save, MISSING)
+    refusing = partial(refuse_to_save, MISSING)
+    model.save_pretrained = refusing  # type: ignore[method-assign]
     kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(blocks)
     # transformers counts the tokens of a cache by the first layer of each kind
     if not all(

@@ -98,10 +98,11 @@ def declaring(
     tokens, until `undo` is left.
     """
     found = Prompt(plan.prefill.last_tokens)
+    kind: Any = type(model)  # one that generates
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         with prompt(model, _columns(args, kwargs)):
-            return type(model).generate(model, *args, **kwargs)
+            return kind.generate(model, *args, **kwargs)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         given = by_name(module, args, kwargs)

@@ -8,7 +8,7 @@ states in place of its layers.
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..plan import Plan
@@ -18,6 +18,7 @@ from ..structure.locating import locate
 from ..structure.model_structure import (
     Sublayer,
     base_model,
+    layer_modules,
 )
 from .prefill import InPrompt, Prompt, in_prompts
 from .recording import Recording, states_before_output
@@ -39,7 +40,7 @@ class Replay:
         self.model = base_model(model)
         refuse_skipping(self.model, "evaluating plans")
         self.structure = locate(self.model)
-        self.layers: nn.ModuleList = self.model.get_submodule(self.structure.layers)
+        self.layers = layer_modules(self.model, self.structure)
         self.first: dict[str, Step] = {}
         self.plans = len(plans)
         self.executions = 0  # sublayers run for one batch

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, cache_utils
 
 from ..errors import UsageError
 from ..plan import Kind
@@ -21,10 +21,8 @@ from .calls import Arguments, child, parameter_names
 from .slicing import shallow_clone
 from .traces import LayerTrace, Node
 
-try:  # places of a cache that hold nothing
-    from transformers.cache_utils import DummyLayer
-except ImportError:  # transformers 4
-    DummyLayer = None
+# Places of a cache that hold nothing; transformers 4 has none.
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 Key = str | Node  # a child module, which is called once, or one function's result
 
@@ -53,9 +51,10 @@ class Form:
         arguments = self.named(args, kwargs)
         for given in arguments.values():
             cache = getattr(given, "self_attention_cache", given)
-            if isinstance(cache, Cache) and not isinstance(
-                next(iter(cache.layers[index:]), None), DummyLayer
-            ):
+            if not isinstance(cache, Cache):
+                continue
+            place = next(iter(cache.layers[index:]), None)
+            if not isinstance(place, DummyLayer):
                 fix = (
                     "make it inside the `with`, as DynamicCache(config=model.config),"
                     " or let the model make it"

@@ -7,7 +7,7 @@ the real cache, ahead of what follows, in one write.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -55,10 +55,16 @@ class Catching(_StandIn):
     how: tuple[tuple[Any, ...], dict[str, Any]]  # what `update` was called with besides
 
     def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> NoReturn:
         """Take the place of the cache's `update`, and go no further."""
-        self.found, self.how = (keys, values), (args, kwargs)
+        self.found = key_states, value_states
+        self.how = args, kwargs
         raise _Caught
 
 
@@ -74,18 +80,25 @@ class Joining(_StandIn):
         self.early, self.positions = early, positions
 
     def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Written:
         """Take the place of the cache's `update`.
 
-        `keys` and `values` are (batch, heads, tokens, width), and so is what it returns.
+        Keys and values are (batch, heads, tokens, width), and so is what it returns.
         """
-        written = [torch.cat(pair, dim=-2) for pair in zip(self.early, (keys, values))]
+        early_keys, early_values = self.early
+        keys = torch.cat([early_keys, key_states], dim=-2)
+        values = torch.cat([early_values, value_states], dim=-2)
         if self.held is None:
-            return written[0], written[1]
+            return keys, values
         args = tuple(map(self._of_all, args))
         kwargs = {name: self._of_all(value) for name, value in kwargs.items()}
-        return self.held.update(*written, layer_idx, *args, **kwargs)
+        return self.held.update(keys, values, layer_idx, *args, **kwargs)
 
     def _of_all(self, given: Any) -> Any:
         """The places of all tokens, where transformers 4 tells a static cache those of
@@ -127,11 +140,12 @@ class CacheSlot:
         """
         if self.held is None:
             return tokens
-        by_position = (
-            "cache_position" in inspect.signature(self.held.get_mask_sizes).parameters
-        )  # transformers 4
+        mask_sizes: Callable[..., tuple[int, int]] = self.held.get_mask_sizes
+        # transformers 4 takes places, and 5 their number
+        by_position = "cache_position" in inspect.signature(mask_sizes).parameters
         query = torch.arange(tokens) if by_position else tokens
-        return int(self.held.get_mask_sizes(query, index_of(attention))[0])
+        keys, _ = mask_sizes(query, index_of(attention))
+        return int(keys)
 
 
 def caught(

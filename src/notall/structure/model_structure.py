@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ class Block:
     bare: bool = True
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """Of its sublayers: attention, mlp."""
         return tuple(sublayer.kind for sublayer in self.sublayers)
 
@@ -293,7 +294,13 @@ def _sizes(parts: Sequence[Sublayer]) -> str:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     inner = getattr(model, "get_base_model", None)
-    return inner() if inner else model
+    found = inner() if inner else model
+    return cast(PreTrainedModel, found)
+
+
+def layer_modules(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
+    """The layers of `model`, in the order in which they run."""
+    return cast(nn.ModuleList, model.get_submodule(structure.layers))
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -307,7 +314,8 @@ def inputs_device(model: PreTrainedModel) -> torch.device:
     """Where inputs go: from the CPU accelerate takes them to where it keeps an
     offloaded embedding.
     """
-    device: torch.device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device = embedding.get_parameter("weight").device
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from transformers import PretrainedConfig
 
 from ..errors import UnsupportedModel
+from ..plan import Kind
 from .branches import Branch
 from .calls import child
 from .lines import lines_of
-from .model_structure import Block, Kind, Sublayer
+from .model_structure import Block, Sublayer
 from .traces import LayerTrace
 from .weights import weights_of
 

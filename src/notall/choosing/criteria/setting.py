@@ -19,10 +19,10 @@ from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..budget import Budget
 from ..evaluator import Evaluator
+from ..search_config import SearchConfig
 from ..space import UNIT_KINDS, Choice, Skipped, Space, Unit, UnitKind
 
 UnitScores = Mapping[Unit, float]  # the lowest is skipped first
-PATIENCE = 12  # evaluations that brought nothing
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Setting:
     evaluator: Evaluator
     seed: int = 0
     deadline: float = float("inf")
-    patience: int = PATIENCE
+    patience: int = SearchConfig.patience
     progress: Progress = silent
     grown_on: float = 1.0
 

@@ -59,7 +59,8 @@ class Choosing:
     def _choose(self, run: Run, progress: Progress) -> ChoiceRecord:
         """Scores are shared between counts."""
         from ...choosing.budget import by_count
-        from ...choosing.criteria import Setting, choose, criterion, take
+        from ...choosing.criteria import Setting, choose, criterion
+        from ...choosing.criteria.setting import take
         from ...choosing.evaluator import Evaluator
         from ...choosing.space import plan_of
 

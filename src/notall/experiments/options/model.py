@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...checkpoint_files import named_weights
 from ...errors import UsageError
-from ...exporters import UNPACKED
+from ...exporters import UNPACKED, Source
 from ...files import expanded
 from ...models.names import DEFAULT_MODEL, named_gguf
 from ...options import option
@@ -69,7 +69,7 @@ class ModelOptions:
         """Whether the model's config has the layers and the shape of a plan, or there
         is no config that is readable.
         """
-        from ...models.loading import load_config
+        from ...models.configs import load_config
         from ...structure.model_structure import fingerprint
 
         try:
@@ -114,6 +114,16 @@ class ModelOptions:
     def own_dtype(self) -> str | None:
         """Of a model that is read and not run; None: the checkpoint's."""
         return None if self.dtype == "auto" else self.dtype
+
+    @property
+    def source(self) -> Source:
+        """As `notall.export` takes it."""
+        return Source(
+            self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.own_dtype,
+        )
 
     @property
     def arguments(self) -> Settings:

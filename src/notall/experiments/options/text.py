@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from ...errors import UsageError
-from ...models.names import DEFAULT_TEXT, USE
+from ...models.names import DEFAULT_TEXT, USAGE_MIX
 from ...options import Option, check_sizes, option
 from ...strict_json import Settings
 from ..waiting import waiting
@@ -117,7 +117,7 @@ class TextOptions(PromptOptions):
 class HeldOutOptions(TextOptions):
     """Windows of a text, and others to measure on: of another text, or of the same."""
 
-    text: str = option(USE, TEXT)
+    text: str = option(USAGE_MIX, TEXT)
     held_out: str | None = option(
         None,
         "text to measure on (default: other windows of --text; they are of a copy of"

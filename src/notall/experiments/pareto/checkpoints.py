@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...engines import Engine, weight_bytes, worker
-from ...exporters import export
+from ...exporters import Source, export
 from ...exporters.manifest import NotVerified, read_manifest, verdict_of
 from ...files import temporary
 from ...plan import Plan
@@ -20,11 +20,10 @@ def checkpoint_bytes(out: Path) -> int:
 
 def write_plain(
     engine: Engine,
-    spec: str | Path,
+    original: Source,
     plan: Plan,
     out: Path,
     stored: bool = False,
-    **loading: Any,
 ) -> None:
     """Write the model without what the plan skips, plain or as it is `stored`, as the
     engine reads it; whole or not.
@@ -36,6 +35,8 @@ def write_plain(
     out.parent.mkdir(parents=True, exist_ok=True)
     with temporary(out) as scratch:
         scratch.mkdir()
+        spec = original.model
+        assert isinstance(spec, str | Path), "an engine reads files"
         source = engine.source(spec, scratch)
         if stored and Path(source).is_dir():
             source = shutil.copytree(source, scratch / "copy")
@@ -45,9 +46,8 @@ def write_plain(
                 plan = plan.model_copy(update={"replaced": {}})
             in_dtype = engine.plain == engine.dtype and not stored
             dtype = engine.dtype if in_dtype else None
-            folder = export(
-                source, plan, engine.target, scratch / "export", dtype=dtype, **loading
-            )
+            in_engine = replace(original, model=source, dtype=dtype)
+            folder = export(in_engine, plan, engine.target, scratch / "export")
             if isinstance(verdict := verdict_of(read_manifest(folder)), NotVerified):
                 raise worker.EngineFailed(str(verdict))
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder

@@ -73,6 +73,7 @@ class Finding:
     ) -> Plan:
         from ...choosing.choice import choose_plan
         from ...choosing.objective import kl
+        from ...choosing.search_config import SearchConfig
 
         out, space = self.out / as_file_name(name), self.space
         source = Provenance.of(
@@ -88,9 +89,8 @@ class Finding:
             budget.of(self.model, space, workload),
             own,
             kl(own),
+            SearchConfig(seed=self.seed, provenance=source),
             out=out,
-            provenance=source,
-            seed=self.seed,
             progress=progress,
         )
         keep_choice(out, chosen, source)

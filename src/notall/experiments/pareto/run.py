@@ -14,6 +14,7 @@ from statistics import fmean, median
 
 from ...engines import Engine, weight_bytes, worker
 from ...errors import UsageError
+from ...exporters import Source
 from ...exporters.manifest import NotAsSkipped
 from ...files import temporary
 from ...integrity import check_manifest
@@ -219,15 +220,13 @@ class _Run:
         self.written.make_way(checkpoint)
         model = variant.model
         if variant.type in (self.engine.plain, model.stored):
-            write_plain(
-                self.engine,
+            source = Source(
                 model.spec,
-                model.plan,
-                checkpoint,
-                bool(model.stored),
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
             )
+            stored = bool(model.stored)
+            write_plain(self.engine, source, model.plan, checkpoint, stored)
             return checkpoint
         plain = self._source_of(variant)
         with temporary(checkpoint) as scratch:

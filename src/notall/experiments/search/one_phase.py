@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import UsageError
-from ...models.names import USE
+from ...models.names import USAGE_MIX
 from ...plan import Plan
 from ...progress import Progress
 from ...results.facts import PlanScore
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...choosing.budget import Budget
-    from ...choosing.choice import ChosenPlan, Recovering
+    from ...choosing.choice import ChosenPlan
     from ...choosing.objective import Objective
+    from ...choosing.recovering import Recovering
     from ...choosing.space import Space
     from ...repairing.texts import RepairTexts
     from ...structure.model_structure import ModelStructure
@@ -177,6 +178,13 @@ class OnePhase:
 
         asked = self.asked
         recovering = self._recovering(texts, settings) if self.tasks.recovery else None
+        config = replace(
+            asked.by.config(asked.seed),
+            after_repair=bool(asked.repair),
+            recovering=recovering,
+            held_out=split.evaluation,
+            provenance=settings,
+        )
         return choose_plan(
             self.model,
             asked.by.criterion,
@@ -184,14 +192,8 @@ class OnePhase:
             budget,
             split.calibration,
             goal,
+            config,
             out=asked.folder,
-            provenance=settings,
-            max_minutes=asked.by.max_minutes,
-            patience=asked.by.patience,
-            seed=asked.seed,
-            held_out=split.evaluation,
-            after_repair=bool(asked.repair),
-            recovering=recovering,
             progress=self.progress,
         )
 
@@ -204,7 +206,7 @@ class OnePhase:
         The items are few, and none of those that judge it, so that it is to keep half
         of what it may lose.
         """
-        from ...choosing.choice import Recovering
+        from ...choosing.recovering import Recovering
         from ...evaluation.checks import is_check
 
         assert self.tasks.shelf
@@ -331,7 +333,7 @@ class OnePhase:
         # layers that stay are neither cut out of a checkpoint nor repaired
         if locate(self.model).stubbed:
             return next_command("bench", spec, plan=made)
-        text = None if asked.text.text == USE else asked.text.text
+        text = None if asked.text.text == USAGE_MIX else asked.text.text
         _, command = what_next(verdict, spec, made, text)
         return command
 

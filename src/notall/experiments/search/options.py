@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ...choosing.search_config import SearchConfig
 from ...errors import UsageError
 from ...extras import need
-from ...models.names import USE
+from ...models.names import USAGE_MIX
 from ...options import Workload, option
 from ...plan import Phase
 from ...progress import Progress, silent
@@ -161,7 +162,7 @@ class BudgetChoice:
         """
         if self.limit and self.limit[0] in ("max_nll", "max_kl"):
             return self.limit[0].removeprefix("max_")
-        return WITH_RETRIEVAL if text == USE else "kl"
+        return WITH_RETRIEVAL if text == USAGE_MIX else "kl"
 
     def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
         """Raise `UsageError` for what cannot be saved, as far as that is known without
@@ -229,21 +230,28 @@ class ObjectiveOptions:
         None, "for `answers`: prompts, one per line, or a .jsonl with a `prompt` column"
     )
     max_minutes: float | None = option(
-        None,
+        SearchConfig.max_minutes,
         "minutes by the clock to look for at most; loading, writing the mix, timing and"
         " measuring take more",
     )
     patience: int = option(
-        12, "stop after this many evaluations that bring nothing", least=0
+        SearchConfig.patience,
+        "stop after this many evaluations that bring nothing",
+        least=0,
     )
 
     def check(self) -> None:
         """Raise `UsageError` for what is no criterion, or needs an extra that is not
-        installed.
+        installed, and for a time that is none.
         """
         from ...choosing.criteria import criterion as criterion_of
 
         need(*criterion_of(self.criterion).needs)
+        self.config(seed=0)
+
+    def config(self, seed: int) -> SearchConfig:
+        """As `choose_plan` takes it. Raises `UsageError` for a time that is none."""
+        return SearchConfig(self.max_minutes, self.patience, seed)
 
 
 def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:

@@ -73,8 +73,6 @@ class Search:
         """The budget. Raises `UsageError` for whatever is wrong that can be known
         without a model.
         """
-        from ...choosing.choice import check_minutes
-
         check_folder(self.folder, "search")
         refuse_others(self.out, Plan.load, "plan")
         refuse_unwritable(self.out.parent)
@@ -97,7 +95,6 @@ class Search:
                 " prefill"
             )
         self.by.check()
-        check_minutes(self.by.max_minutes)
         wanted = self.budget.check(self.space.amount, self.tasks.recovery)
         self.text.check()
         self.repair.check(self.repaired)

@@ -1,6 +1,7 @@
 """Repairs as folders that are given as a plan, by any method, and with a training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from ...running.repaired import RepairedPlan, refuse_maps
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..checkpoints import Checkpoints
-from ..healing import Training, heal
+from ..healing import Training, heal_by
 from ..refitting import about_weights, repair
 from .registry import method
 
@@ -111,16 +112,12 @@ def recover(
     repaired = repair_into(
         closed, name, model, training.plan, batches, about, progress, offload
     )
-    healed = heal(
+    spent = earlier + training.clock() - start
+    healed = heal_by(
+        replace(training, plan=repaired, spent=spent),
         model,
-        repaired,
-        training.batches,
-        training.held_out,
-        training.config,
         out=folder,
         provenance=settings,
         progress=progress,
-        spent=earlier + training.clock() - start,
-        clock=training.clock,
     )
     return repaired, healed
