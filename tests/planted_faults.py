@@ -174,8 +174,8 @@ STRUCTURE = [
         "structure/key_values.py",
         # keys where values belong
         (
-            "self.found, self.how = (keys, values), (args, kwargs)",
-            "self.found, self.how = (values, keys), (args, kwargs)",
+            "self.found = key_states, value_states",
+            "self.found = value_states, key_states",
             "test_prefill.py",
             "one_pass",
         ),
@@ -229,21 +229,21 @@ MEASURING = [
     *_of(
         "measuring/quality.py",
         (
-            "rows = hidden[:, start - 1 : -1]",
-            "rows = hidden[:, start:]",
+            "predicting = hidden[:, start - 1 : -1]",
+            "predicting = hidden[:, start:]",
             "test_quality.py",
             "definitions",
         ),
         # the first of the answer's tokens is not scored
         (
-            "        prompt_tokens or 1\n",
-            "        prompt_tokens + 1 if prompt_tokens else 1\n",
+            "start = prompt_tokens or 1 ",
+            "start = prompt_tokens + 1 if prompt_tokens else 1 ",
             "test_prefill_quality.py",
             "only_what_follows",
         ),
         (
-            "zip(scores.nll, dense.nll)]",
-            "zip(dense.nll, scores.nll)]",
+            "zip(scores.nll, dense.nll)",
+            "zip(dense.nll, scores.nll)",
             "test_quality.py",
             "definitions",
         ),
@@ -257,8 +257,8 @@ MEASURING = [
     *_of(
         "measuring/token_scores.py",
         (
-            "kl = (log_p.exp() * (log_p - log_q)).sum(-1)",
-            "kl = (log_q.exp() * (log_q - log_p)).sum(-1)",
+            "terms = log_p.exp() * (log_p - log_q)",
+            "terms = log_q.exp() * (log_q - log_p)",
             "test_token_scores.py",
             "whole_rows",
         ),
@@ -273,14 +273,14 @@ MEASURING = [
         "measuring/statistics.py",
         # one-sided 95 % for a two-sided interval
         (
-            "stdtrit(degrees, (1 + level) / 2)",
-            "stdtrit(degrees, level)",
+            "below = (1 + level) / 2",
+            "below = level",
             "test_statistics.py",
             "students_t",
         ),
         (
-            "math.sqrt(count / (count - 1) * squares) / n",
-            "math.sqrt(squares) / n",
+            "variance_of_sum = count / (count - 1) * squares",
+            "variance_of_sum = squares",
             "test_quality.py test_statistics.py",
             "by_hand or robust",
         ),
@@ -302,14 +302,14 @@ MEASURING = [
         # the warm-up counts
         ("found[1:] for name, found", "found for name, found", "test_speed.py"),
         (
-            "Quartiles.of(\n        [slow / fast for",
-            "Quartiles.of(\n        [fast / slow for",
+            "[slow / fast for",
+            "[fast / slow for",
             "test_speed.py",
             "speedup",
         ),
         (
-            "[:: -1 if index % 2 else 1]",
-            "",
+            "            in_turn.reverse()\n",
+            "            pass\n",
             "test_speed.py",
             "alternate",
         ),
@@ -317,14 +317,14 @@ MEASURING = [
     *_of(
         "measuring/acceptance.py",
         (
-            "torch.minimum(p, q).sum(-1)",
-            "torch.maximum(p, q).sum(-1)",
+            "torch.minimum(p, q)",
+            "torch.maximum(p, q)",
             "test_draft.py",
             "overlap",
         ),
         (
-            "start + drafted, len(known) - 1",
-            "start + drafted - 1, len(known) - 1",
+            "start + drafted, count - 1",
+            "start + drafted - 1, count - 1",
             "test_draft.py",
             "rounds_are_told",
         ),
