@@ -69,6 +69,26 @@ def test_a_page_is_in_the_words_of_the_field(page):
     assert unwanted(LIST.sub("", page.read_text(encoding="utf-8"))) == []
 
 
+REFERENCE = {"CONTRIBUTING.md", "architectures.md", "commands.md", "engines.md"}
+MOST_WORDS = 1500
+
+
+def words_of(markdown: str) -> int:
+    """How many words a reader sees: no code, no comments."""
+    shown = re.sub(r"^```.*?^```|<!--.*?-->", "", markdown, flags=re.M | re.S)
+    return sum(re.search(r"\w", word) is not None for word in shown.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_read_in_one_sitting(page):
+    if page.name not in REFERENCE:
+        assert words_of(page.read_text(encoding="utf-8")) <= MOST_WORDS
+
+
+def test_words_are_those_of_the_text():
+    assert words_of("One two | three |\n```sh\nnotall\n```\n<!-- a b -->four\n") == 4
+
+
 def test_contributing_lists_the_unwanted_words():
     (table,) = LIST.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", table, re.M)[2:] == [*UNWANTED]

@@ -42,8 +42,7 @@ def test_of_a_sweep_it_is_the_fastest_usable_plan_and_the_search_for_a_better_on
     assert (
         shown.message.sentence
         == "Without 2 attentions of its 12 layers (attention 25%, last layer kept),"
-        " tiny: +0.25 ± 0.03 nats a token (perplexity × 1.28); 50% of the first"
-        " choices are the same; decodes 1.12× as fast (quartiles 1.07 to 1.24);"
+        " tiny: +0.25 ± 0.03 nats a token (perplexity × 1.28); top-1 agreement 50%; decodes 1.12× as fast (quartiles 1.07 to 1.24);"
         " weights 2% smaller (3.7 MiB); KV cache 20% smaller (800 B a token)."
     )
     assert shown.message.usable
@@ -111,10 +110,7 @@ def test_a_change_of_most_first_choices_is_no_more_usable_than_a_doubled_perplex
     tmp_path,
 ):
     other = result_folders.all_records(top1_agreement=0.49)
-    assert (
-        "over half of its first choices have changed"
-        in message(tmp_path, *other).sentence
-    )
+    assert "top-1 agreement is below one half" in message(tmp_path, *other).sentence
 
 
 def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_path):
@@ -128,7 +124,7 @@ def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_
     found = first(result_folders.write_comparison(tmp_path, rows)).message
     assert found.sentence.startswith(
         "Without 4 attentions of its 12 layers (search by kl), tiny: +0.40 ± 0.04 nats"
-        " a token (perplexity × 1.49); 50% of the first choices are the same; decodes"
+        " a token (perplexity × 1.49); top-1 agreement 50%; decodes"
         " 1.40× as fast (quartiles 1.33 to 1.54)"
     )
     assert (
@@ -189,7 +185,7 @@ def test_of_a_search_it_is_what_was_chosen_last_and_where_its_plan_is(tmp_path):
     assert (
         shown.message.sentence
         == "Without 2 attentions of its 12 layers, tiny: +0.20 ± 0.02 nats a token"
-        " (perplexity × 1.22); 50% of the first choices are the same; runs 1.25× as"
+        " (perplexity × 1.22); top-1 agreement 50%; runs 1.25× as"
         " fast (quartiles 1.19 to 1.38); weights 2% smaller (3.7 MiB); KV cache 20%"
         " smaller (800 B a token)."
     )
@@ -280,7 +276,7 @@ def test_cards_of_a_repair_tell_of_each_text_what_it_gives_back(tmp_path):
     shown = first(
         result_folders.write_repair(tmp_path, [*result_folders.all_measured(), again])
     )
-    stays = "50% of first choices stay"
+    stays = "top-1 agreement 50%"
     assert [(card.title, card.figure, card.text) for card in shown.cards] == [
         (
             *("prose, other windows", "+0.10"),

@@ -60,7 +60,7 @@ def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(model):
     smaller = 1 - left.weight_bytes / dense.weight_bytes
     assert (
         line == "Without 2 of 6 attentions and 1 of 6 MLPs: +0.36 ± 0.01 nats a token"
-        " (perplexity × 1.43) on book.txt; 66% of the first choices are the same;"
+        " (perplexity × 1.43) on book.txt; top-1 agreement 66%;"
         f" decodes 1.30× as fast (quartiles 1.28 to 1.32); weights {smaller:.0%}"
         f" smaller ({in_bytes(left.weight_bytes)}); KV cache 33% smaller"
         f" ({in_bytes(left.kv_bytes_per_token)} a token)."
@@ -79,16 +79,13 @@ def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(model):
     [
         (math.log(2) - 1e-6, 0.5, None),
         (math.log(2) + 1e-6, 0.5, "perplexity has more than doubled"),
-        (-0.1, 0.499, "over half of its first choices have changed"),
+        (-0.1, 0.499, "top-1 agreement is below one half"),
         (None, 0.9, "perplexity has more than doubled"),
-        (0.1, None, "over half of its first choices have changed"),
+        (0.1, None, "top-1 agreement is below one half"),
         (
             math.nan,
             0.1,
-            (
-                "perplexity has more than doubled and over half of its first choices"
-                " have changed"
-            ),
+            ("perplexity has more than doubled and top-1 agreement is below one half"),
         ),
     ],
 )
@@ -255,9 +252,8 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
                 "also": {"b": quality(0.05, agreement=0.9)},
             },
             (
-                "tiny: +0.36 ± 0.01 nats a token (perplexity × 1.43) on a; 66% of the"
-                " first choices are the same; +0.05 ± 0.01 nats a token (perplexity ×"
-                " 1.05) on b; 90% of the first choices are the same."
+                "tiny: +0.36 ± 0.01 nats a token (perplexity × 1.43) on a; top-1 agreement 66%; +0.05 ± 0.01 nats a token (perplexity ×"
+                " 1.05) on b; top-1 agreement 90%."
             ),
         ),
         (
@@ -275,7 +271,7 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
         ({"quality": quality(error=0.001)}, "tiny: +0.360 ± 0.001 nats a token"),
         (
             {"quality": quality(agreement=math.nan)},
-            "(perplexity × 1.43). Warning: the model is no longer usable: over",
+            "(perplexity × 1.43). Warning: the model is no longer usable: top-1 agreement",
         ),
         (
             {
@@ -283,10 +279,7 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
                 "speedup": Quartiles(median=1.2, low=1.1, high=1.3, n=5),
                 "verb": "runs",
             },
-            (
-                "66% of the first choices are the same; runs 1.20× as fast (quartiles"
-                " 1.10 to 1.30)."
-            ),
+            ("top-1 agreement 66%; runs 1.20× as fast (quartiles 1.10 to 1.30)."),
         ),
         (
             {

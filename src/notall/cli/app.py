@@ -126,7 +126,7 @@ notall removes sublayers of a language model, and measures the loss and the
 gain.
 
   Your model  notall search MODEL --recovery 0.95 --tasks passkey,answers
-              what can go while tasks stay; a hub id, a folder, a .gguf
+              find what you can remove without losing task scores
   Look        notall report plan.search -o report.html
   The paper   notall sweep --out results
   All else    notall --help
@@ -275,10 +275,9 @@ def notall(
         bool, typer.Option("--version", help="print the version")
     ] = False,
 ) -> None:
-    """Leave out what a language model does not need: attentions, MLPs or whole blocks,
-    without training.
+    """Remove attentions, MLPs or whole blocks of a language model, without training.
 
-    What can go while your tasks stay:  [bold]notall search MODEL --recovery 0.95
+    Find what you can remove without losing task scores:  [bold]notall search MODEL --recovery 0.95
     --tasks passkey,answers[/bold]
     """
     show_work()

@@ -47,7 +47,7 @@ def faults_of(quality: Quality) -> list[str]:
     """Why a model of this quality is of no use; nothing where it is usable."""
     faults = {
         "perplexity has more than doubled": quality.nats_lost > MOST_NATS,
-        "over half of its first choices have changed": (
+        "top-1 agreement is below one half": (
             not quality.top1_agreement >= LEAST_AGREEMENT
         ),  # nan too
     }
@@ -60,7 +60,7 @@ def perplexity_factor(nats: float) -> float:
 
 
 def is_usable(quality: Quality) -> bool:
-    """Whether perplexity has at most doubled, and half of the first choices are left."""
+    """Whether perplexity at most doubles, and top-1 agreement is at least one half."""
     return not faults_of(quality)
 
 
@@ -135,7 +135,7 @@ class Verdict:
     @property
     def usable(self) -> bool | None:
         """Whether no task is lost, perplexity has at most doubled, and half of the
-        first choices are the same.
+        top-1 predictions are the same.
         """
         return not self.faults if self.quality or self.scores else None
 
@@ -259,7 +259,7 @@ class Verdict:
             factor = perplexity_factor(quality.nats_lost)
             yield f"{in_nats(quality)} (perplexity × {factor:.3g}){on}"
             if is_number(quality.top1_agreement):
-                yield f"{quality.top1_agreement:.0%} of the first choices are the same"
+                yield f"top-1 agreement {quality.top1_agreement:.0%}"
         if not self.quality:
             yield "what that costs was not measured"
         if self.speedup:

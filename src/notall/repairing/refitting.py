@@ -103,7 +103,7 @@ def repair(
     if quantisation and all(refit.why for refit in found.refits):
         raise UsageError(
             f"what this plan keeps is quantised ({quantisation_name(quantisation)}),"
-            " and a refit weight is none of its numbers: repair the plan on the model"
+            " and a refit weight cannot be stored in this format: repair the plan on the model"
             " that was quantised, export that, and quantise the export"
         )
     return found.model_copy(

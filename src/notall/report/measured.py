@@ -242,7 +242,7 @@ def _in_brackets(quality: Quality) -> str:
     if is_number(quality.kl):
         parts.append(f"KL {quality.kl:.2f}")
     if is_number(quality.top1_agreement):
-        parts.append(f"{quality.top1_agreement:.0%} of first choices stay")
+        parts.append(f"top-1 agreement {quality.top1_agreement:.0%}")
     return f" ({', '.join(parts)})" if parts else ""
 
 

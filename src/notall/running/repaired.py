@@ -271,8 +271,8 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             )
             if not alike:
                 raise UsageError(
-                    f"the repaired {path} is for another model of this shape, whose own"
-                    " has other numbers; give that model, or repair this one"
+                    f"the repaired {path} belongs to another model of the same"
+                    " shape; give that model, or repair this one"
                 )
 
     def placed(self, model: nn.Module) -> "RepairedPlan":
