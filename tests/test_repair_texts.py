@@ -58,8 +58,9 @@ def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(
 def test_what_it_is_measured_on_was_not_used_before(model, sources):
     tokenizer = byte_tokenizer()
 
-    def drawn(**how):
-        return RepairTexts.draw(model, tokenizer, sources, length=LENGTH, **how)
+    def drawn(used=(), **how):
+        wanted = FitTexts(sources, length=LENGTH, **how)
+        return RepairTexts.draw(model, tokenizer, wanted, used=used)
 
     used = drawn(sequences=1000, seed=1).fitted
     seen = rows_in(one.rows for one in used)
