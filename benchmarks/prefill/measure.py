@@ -28,7 +28,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notall import Plan, RepairedPlan, deepest, evaluate, heal, load, locate, repair
+from notall import (
+    Plan,
+    RepairedPlan,
+    TrainConfig,
+    deepest,
+    evaluate,
+    heal,
+    load,
+    locate,
+    repair,
+)
 from notall.evaluation.diagnostics import check_passkey
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.limits import Limits
@@ -39,7 +49,6 @@ from notall.models.texts import fields, read_file
 from notall.options import Workload
 from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
-from notall.repairing.train_config import TrainConfig
 from notall.results.facts import Check, Quality, Recovery, Times
 from notall.results.record import Fact
 

@@ -119,13 +119,16 @@ def choose_plan(
         "an objective, such as notall.choosing.objective.kl(batches)",
     )
     refuse_overlap(held_out, [*batches, *objective.windows], "the plan is chosen by")
-    after_repair, recovering, wide = config.after_repair, config.recovering, budget
+    after_repair = config.after_repair
+    recovering = config.recovering
+    looked_at = budget  # with the limit that sets are looked at within
     if is_of_prompts and after_repair:
         repairing = PromptRepair.of(model, batches, objective.prompt_tokens)
         objective, after_repair = repairing.objective, False
         recovering = recovering or Recovering.after_repair(repairing, budget)
         if budget.target == math.inf:
-            wide = replace(budget, limit=WIDER * budget.limit)
+            # a refit leaves less than the KL that is seen before it
+            looked_at = replace(budget, limit=WIDER * budget.limit)
     folder = None if out is None else Path(out)
     with working_in(folder, "search"):
         plain = partial(Evaluator, model, objective, space=space)
@@ -146,7 +149,7 @@ def choose_plan(
             patience=config.patience,
             progress=by_the_clock(progress, deadline),
         )
-        outcome = choose_within(chosen_by, setting, wide)
+        outcome = choose_within(chosen_by, setting, looked_at)
         spent = evaluator.spent  # for the choice, and not for the record
         note = f"{chosen_by.name} by {evaluator.judged_by}: {budget.description}"
         if recovering:

@@ -166,10 +166,10 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
         mean, error = mean_and_error(values)
         found[name] = mean
         found[f"{name}_se"] = error
-    least_overflowing = min(found["nll"], 700.0)
+    largest = 700.0  # exp of more overflows
     return Quality(
         **found,
-        perplexity=math.exp(least_overflowing),
+        perplexity=math.exp(min(found["nll"], largest)),
         sequences=len(scores.nll),
     )
 

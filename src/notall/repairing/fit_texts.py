@@ -14,8 +14,7 @@ class FitTexts:
 
     `sequences` windows of all texts together are fitted to, else what there is, up to
     `most` (128). A window has `length` tokens, else as many as the model reads, up to
-    512.
-    Without a `held_out` text, other windows of the same ones are measured on.
+    512. Without a `held_out` text, other windows of the same ones are measured on.
     """
 
     texts: Sequence[str] = (USAGE_MIX,)

@@ -22,7 +22,7 @@ from ..structure.calls import first
 from ..structure.key_values import SomeOutputs
 from ..structure.locating import decoder_layers, locate
 from .layerwise import Layerwise
-from .train_config import TrainConfig as TrainConfig, Trained as Trained
+from .train_config import TrainConfig
 from .trained_weights import ADAPTER, adapted, chosen_paths
 
 
