@@ -277,7 +277,7 @@ def test_weights_know_what_they_replace(folders):
         with pytest.raises(
             UsageError,
             match=(
-                r"for another model of this shape.*; give that model, or repair"
+                r"another model of the same shape; give that model, or repair"
                 r" this one"
             ),
         ):
@@ -286,7 +286,7 @@ def test_weights_know_what_they_replace(folders):
         with notall.skip(model().to(dtype), plan):
             pass
     with (
-        pytest.raises(UsageError, match="for another model"),
+        pytest.raises(UsageError, match="another model of the same shape"),
         notall.skip(finetuned().to(torch.bfloat16), plan),
     ):
         pass
@@ -294,6 +294,6 @@ def test_weights_know_what_they_replace(folders):
 
 def test_an_export_has_no_weights_for_another_model(folders, tmp_path):
     plan = RepairedPlan.load(folders / "heal" / "one")
-    with pytest.raises(UsageError, match="for another model"):
+    with pytest.raises(UsageError, match="another model of the same shape"):
         export(finetuned(), plan, "hf", tmp_path / "out", verify=False)
     export(model(), plan, "hf", tmp_path / "out", verify=False)

@@ -237,7 +237,7 @@ def test_prompt_weights_are_part_of_the_plan(model, tmp_path):
     assert (again | Plan([1])).prompt_weights.keys() == plan.prompt_weights.keys()
     again.check(locate(model))
     again.check_replaced(model)
-    with pytest.raises(UsageError, match="for another model of this shape"):
+    with pytest.raises(UsageError, match="another model of the same shape"):
         again.check_replaced({WEIGHT: torch.zeros_like(plan.prompt_weights[WEIGHT])})
 
 
