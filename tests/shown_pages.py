@@ -18,11 +18,11 @@ from api import (
     Folder,
     Message,
     PageParts,
+    PageStep,
     Point,
     Provenance,
     Sample,
     Section,
-    Step,
     Table,
     charts_layers,
     charts_losses,
@@ -51,22 +51,22 @@ ABOUT = Provenance(
 DENSE = result_folders.footprint(Plan())
 
 
-def dense() -> Step:
-    return Step("dense", Plan(), quality(0.0), times(1.0), DENSE, DENSE)
+def dense() -> PageStep:
+    return PageStep("dense", Plan(), quality(0.0), times(1.0), DENSE, DENSE)
 
 
-def steps() -> tuple[Step, ...]:
+def steps() -> tuple[PageStep, ...]:
     """Of a sweep."""
     rows = result_folders.all_records()
     return tuple(
-        Step(one.name, one.plan, one.quality, one.times, one.footprint, DENSE)
+        PageStep(one.name, one.plan, one.quality, one.times, one.footprint, DENSE)
         for one in rows
     )
 
 
-def deepest(count: int, lost: float, name: str) -> Step:
+def deepest(count: int, lost: float, name: str) -> PageStep:
     plan = Plan(range(LAYERS - count, LAYERS))
-    return Step(
+    return PageStep(
         name,
         plan,
         quality(lost),
@@ -76,7 +76,7 @@ def deepest(count: int, lost: float, name: str) -> Step:
     )
 
 
-def points(found: Sequence[Step]) -> list[Point]:
+def points(found: Sequence[PageStep]) -> list[Point]:
     return [
         Point(
             name=one.name,
@@ -108,7 +108,7 @@ COLUMNS = (
 
 
 def results(
-    found: Sequence[Step], columns: Sequence[Column[Step]] = COLUMNS
+    found: Sequence[PageStep], columns: Sequence[Column[PageStep]] = COLUMNS
 ) -> Section:
     lines = "".join(
         f"{number},{one.quality.delta_nll if one.quality else ''}\n"
@@ -123,7 +123,7 @@ def results(
     )
 
 
-def swept(found: Sequence[Step] = (), **more: object) -> PageParts:
+def swept(found: Sequence[PageStep] = (), **more: object) -> PageParts:
     """As of a sweep: a map, bars, quality against speed, a table."""
     found = found or steps()
     drawn = charts_losses.tradeoff(
@@ -271,7 +271,7 @@ def repaired(chart: str = "refits") -> PageParts:
     ]
     plan = steps()[5]
     return PageParts(
-        steps=(Step("3 attentions", plan.plan),),
+        steps=(PageStep("3 attentions", plan.plan),),
         sections=(
             Section(
                 "measured",

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from api import (
     CRITERIA,
+    AskedChoice,
     CalibratedObjective,
     ChoiceRecord,
     ComparisonRecord,
@@ -18,7 +19,6 @@ from api import (
     Limits,
     Measuring,
     Provenance,
-    Run,
     Setting,
     Space,
     TaskChoice,
@@ -197,9 +197,9 @@ def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch,
 
 def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
     space = Space(locate(model), "attention")
-    first = [Run("cosine", "nll", space, 2)]
+    first = [AskedChoice("cosine", "nll", space, 2)]
     run(model, first, tmp_path)
-    records = run(model, [*first, Run("deepest", "nll", space, 2)], tmp_path)
+    records = run(model, [*first, AskedChoice("deepest", "nll", space, 2)], tmp_path)
     assert [record.criterion for record in records] == ["cosine", "deepest"]
     assert len(read(tmp_path / ComparisonRecord.file, ComparisonRecord)) == 2
     with pytest.raises(UsageError, match="results with model"):
@@ -220,7 +220,7 @@ def test_tasks_are_answered_for_every_plan(tmp_path):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     folder = write_tasks(tmp_path / "tasks", documents=12)
     space = Space(locate(model), "attention")
-    rows = [Run(name, "nll", space, 1) for name in ("deepest", "shallowest")]
+    rows = [AskedChoice(name, "nll", space, 1) for name in ("deepest", "shallowest")]
     asked = TaskChoice(TaskShelf(folder), ("tiny_choice",), limits=Limits(10))
     records = run(model, rows, tmp_path / "out", tokenizer=tokenizer, tasks=asked)
     plans = [record.plan for record in records]
@@ -311,7 +311,7 @@ def test_objectives_whose_names_look_alike_in_a_file_name_are_kept_apart(
 ):
     space = Space(locate(model), "attention")
     alike = {"nll 1": OBJECTIVES["nll"], "nll-1": OBJECTIVES["kl"]}
-    rows = [Run("leave-one-out", name, space, 1) for name in alike]
+    rows = [AskedChoice("leave-one-out", name, space, 1) for name in alike]
     records = run(model, rows, tmp_path, alike)
     assert len({path.name for path in (tmp_path / "evaluations").iterdir()}) == 2
     write_comparison(records, tmp_path, "", "")
@@ -332,7 +332,7 @@ def test_a_criterion_says_what_it_takes_and_progress_goes_by_it(model, tmp_path)
         assert one.cost(space, 3) == (7 * 6 * 3 if passes else 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(CRITERIA, name, one)
-            row = [Run(name, "nll", space, 3)]
+            row = [AskedChoice(name, "nll", space, 3)]
 
             def half(done: float, total: float, doing: str, name: str = name) -> None:
                 if doing.endswith("half"):

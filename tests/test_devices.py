@@ -524,7 +524,7 @@ def test_a_layer_that_accelerate_fetches_counts_as_any_other():
 
 @on_each
 def test_a_search_guesses_on_a_part_of_the_vocabulary(place, monkeypatch):
-    monkeypatch.setattr(evaluator, "WORDS", 20)
+    monkeypatch.setattr(evaluator, "GUESSED_TOKENS", 20)
     found, model = [], placed("llama", place)
     for one in (model, on_cpu("llama")):
         space = Space(notall.locate(one), "sublayer")

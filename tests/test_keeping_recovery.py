@@ -417,7 +417,7 @@ def test_retrieval_is_judged_at_what_is_asked_for(monkeypatch, positions):
         byte_tokenizer(),
         Plan(attention=[1], mlp=[2]),
     )
-    monkeypatch.setattr(answered_module, "EPISODES", 8)
+    monkeypatch.setattr(answered_module, "RETRIEVAL_EPISODES", 8)
     goal = retrieval(net, tokenizer)
     draw, losses = answered_module.random.Random("retrieval"), []
     for number in range(8):

@@ -97,7 +97,7 @@ def test_the_mix_holds_as_much_of_each_and_is_written_once(
     model, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
-    for name, fewer in (("ANSWERS", 20), ("COMPLETIONS", 40), ("EPISODES", 20)):
+    for name, fewer in (("ANSWERS", 20), ("COMPLETIONS", 40), ("MIX_EPISODES", 20)):
         monkeypatch.setattr(mix, name, fewer)
     parts = [
         text_of(model, tokenizer, part).content
@@ -130,7 +130,7 @@ def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_
     model, tokenizer, tmp_path, monkeypatch
 ):
     """What is written first is a part of the whole, which is as it would be without."""
-    for name, fewer in (("ANSWERS", 40), ("COMPLETIONS", 40), ("EPISODES", 20)):
+    for name, fewer in (("ANSWERS", 40), ("COMPLETIONS", 40), ("MIX_EPISODES", 20)):
         monkeypatch.setattr(mix, name, fewer)
     written = {"greedy_each": 0, "sample": 0}
 

@@ -20,13 +20,13 @@ from api import (
     MeasuredRecord,
     Measuring,
     PageParts,
+    PageStep,
     PlanOptions,
     PlanTimesRecord,
     Provenance,
     RefitRecord,
     Replay,
     ScoresRecord,
-    Step,
     SweepRecord,
     Timed,
     Verdict,
@@ -344,7 +344,7 @@ def test_pareto_names_the_engine_that_cannot(run, folder, tmp_path):
 
 def page_of(*plans):
     steps = tuple(
-        Step(str(number), plan, quality=quality(0.1))
+        PageStep(str(number), plan, quality=quality(0.1))
         for number, plan in enumerate(plans)
     )
     return shown_pages.render(Folder(Path("results"), {}), [PageParts(steps=steps)])

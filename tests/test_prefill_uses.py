@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from api import Request, Scorer, Step, Workload, check_texts, speed, time_plans
+from api import PageStep, Request, Scorer, Workload, check_texts, speed, time_plans
 from families import family
 from notall import Plan, UsageError, skip
 from test_prefill_quality import logits_behind
@@ -158,8 +158,8 @@ def test_long_texts_are_judged_behind_half_of_each_window(model):
 
 
 def test_a_step_of_a_page_says_what_the_prompt_skips():
-    assert Step("one", PLAN).description == "3 sublayers skipped in the prompt."
+    assert PageStep("one", PLAN).description == "3 sublayers skipped in the prompt."
     assert (
-        Step("one", Plan([1], prefill={"mlp": [2]})).description
+        PageStep("one", Plan([1], prefill={"mlp": [2]})).description
         == "1 sublayer skipped and 1 sublayer skipped in the prompt."
     )

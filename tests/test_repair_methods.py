@@ -10,6 +10,7 @@ import torch
 
 from api import (
     METHODS,
+    AskedChoice,
     CalibratedObjective,
     CompareOptions,
     ComparisonRecord,
@@ -18,7 +19,6 @@ from api import (
     Provenance,
     RepairedPlan,
     Replay,
-    Run,
     ScoresRecord,
     Space,
     compare_criteria,
@@ -476,7 +476,7 @@ def compared(model, asked, out, **how):
 @pytest.fixture(scope="module")
 def asked(model):
     return [
-        Run(name, "nll", Space(locate(model), "attention"), 2)
+        AskedChoice(name, "nll", Space(locate(model), "attention"), 2)
         for name in ("deepest", "shallowest")
     ]
 

@@ -13,9 +13,9 @@ from api import (
     ComparisonRecord,
     Message,
     PageParts,
+    PageStep,
     Provenance,
     Section,
-    Step,
     comparison_points,
     flatten,
     joined,
@@ -130,14 +130,14 @@ def test_parts_that_nothing_is_shown_of_are_left_out(tmp_path):
 
 
 def test_a_step_is_told_in_a_sentence():
-    step = Step("a", Plan((1, 2)), order=(("attn.2",), ("attn.1", "mlp.1")))
+    step = PageStep("a", Plan((1, 2)), order=(("attn.2",), ("attn.1", "mlp.1")))
     assert (
         step.description
         == "2 sublayers skipped; skipped in this order: attn.2, attn.1+mlp.1."
     )
     lost = result_folders.quality(0.4).model_copy(update={"delta_nll": float("nan")})
     assert (
-        Step("a", Plan((1,)), lost).description
+        PageStep("a", Plan((1,)), lost).description
         == "1 sublayer skipped; +inf ± 0.04 nats a token."
     )
 
@@ -173,13 +173,13 @@ def test_savings_are_shares_of_the_dense_model(page):
 
 
 def test_what_a_step_lacks_has_no_bar():
-    step = Step(
+    step = PageStep(
         "a", Plan((1,)), footprint=shown_pages.DENSE
     )  # of an original model nothing is known
     page = render(shown_pages.folder(Path("f")), [PageParts(steps=(step,))])
     assert list(data_of(page)["specs"]) == ["map"]
     left = shown_pages.DENSE.model_copy(update={"state_bytes": 50})
-    both = Step(
+    both = PageStep(
         "a",
         Plan((1,)),
         footprint=left,
@@ -475,7 +475,7 @@ def test_what_is_no_comparison_is_not_joined(tmp_path):
 
 def test_a_browser_reads_figures_of_what_is_very_large(tmp_path):
     found = tuple(
-        Step(
+        PageStep(
             one.name,
             one.plan,
             one.quality.model_copy(update={"delta_nll": 1e308, "delta_nll_se": 1e308}),

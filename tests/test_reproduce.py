@@ -13,7 +13,7 @@ import torch
 
 from api import (
     MISSED,
-    REMADE_KINDS,
+    REPRODUCED_KINDS,
     cli,
     compare_module,
     methods,
@@ -158,7 +158,7 @@ def test_on_the_same_machine_each_record_is_equal_to_the_last_digit(
     place(name)
     found = answered("reproduce", name, *OWN, "--out", "again")
     assert {one["agreement"] for one in found["reproduced"]} == {"equal"}
-    files = [Path(name) / kind.file for kind in REMADE_KINDS]
+    files = [Path(name) / kind.file for kind in REPRODUCED_KINDS]
     assert (
         len(found["reproduced"])
         == sum(len(file.read_text().splitlines()) for file in files if file.exists())

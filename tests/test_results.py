@@ -16,7 +16,7 @@ import pytest
 
 from api import (
     HOMES,
-    KINDS,
+    RECORD_KINDS,
     Answers,
     AnswersRecord,
     EvaluationRecord,
@@ -359,7 +359,7 @@ def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
 def test_each_kind_has_a_file_and_a_name_of_its_own():
     for module in walk_packages(experiments.__path__, f"{experiments.__name__}."):
         import_module(module.name)
-    kinds = [kind for kind in KINDS.values() if kind is not HeaderRecord]
+    kinds = [kind for kind in RECORD_KINDS.values() if kind is not HeaderRecord]
     assert len({kind.file for kind in kinds}) == len(kinds) >= 23
     assert {kind.kind_name for kind in kinds} == set(HOMES)
     for kind in kinds:
@@ -370,12 +370,12 @@ def test_each_kind_has_a_file_and_a_name_of_its_own():
 def test_a_folder_of_a_verb_that_nothing_has_imported_is_refused(tmp_path):
     lines.append(tmp_path / "drafts.jsonl", {"record": "draft"})
     told = (
-        "import sys; from pathlib import Path; from api import KINDS, kind_at,"
+        "import sys; from pathlib import Path; from api import RECORD_KINDS, kind_at,"
         " working_in\n"
     )
     told += (
         "folder = Path(sys.argv[1]); print(kind_at(folder / 'drafts.jsonl'), 'draft' in"
-        " KINDS)\n"
+        " RECORD_KINDS)\n"
     )
     told += (
         "with working_in(folder, 'draft'): pass\nwith working_in(folder, 'repair'):"

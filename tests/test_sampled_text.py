@@ -7,7 +7,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import AT_ONCE, GIVEN, Provenance, repair_texts, sample, sampled
+from api import (
+    GENERATED_AT_ONCE,
+    GIVEN_TOKENS,
+    Provenance,
+    repair_texts,
+    sample,
+    sampled,
+)
 from families import family
 from notall import UsageError
 
@@ -52,12 +59,16 @@ def test_it_is_drawn_token_by_token_whatever_the_model_would_rather_do(name):
 
 
 def test_windows_begin_as_the_texts_do_and_are_drawn_once(tmp_path, monkeypatch):
-    model, batches = family("llama").build(), windows(AT_ONCE + 3)
+    model, batches = family("llama").build(), windows(GENERATED_AT_ONCE + 3)
     found = sampled(model, batches, tmp_path, ABOUT, seed=5)
     assert [one.shape for one in found] == [one.shape for one in batches]
-    rows, given = torch.cat(found), torch.cat(batches)[:, :GIVEN]
-    assert torch.equal(rows[:AT_ONCE], sample(model, given[:AT_ONCE], 12, seed=5))
-    assert torch.equal(rows[AT_ONCE:], sample(model, given[AT_ONCE:], 12, seed=6))
+    rows, given = torch.cat(found), torch.cat(batches)[:, :GIVEN_TOKENS]
+    assert torch.equal(
+        rows[:GENERATED_AT_ONCE], sample(model, given[:GENERATED_AT_ONCE], 12, seed=5)
+    )
+    assert torch.equal(
+        rows[GENERATED_AT_ONCE:], sample(model, given[GENERATED_AT_ONCE:], 12, seed=6)
+    )
     with monkeypatch.context() as patched:
         patched.setattr(
             repair_texts, "sample", lambda *_, **__: pytest.fail("it was drawn again")
@@ -67,7 +78,7 @@ def test_windows_begin_as_the_texts_do_and_are_drawn_once(tmp_path, monkeypatch)
         )
     others = (
         (batches, ABOUT, 6),
-        (windows(AT_ONCE + 2), ABOUT, 5),
+        (windows(GENERATED_AT_ONCE + 2), ABOUT, 5),
         (batches, Provenance(what={"model": "other"}), 5),
     )
     for number, (text, about, seed) in enumerate(others, 2):

@@ -540,7 +540,7 @@ def test_a_guess_goes_by_what_is_likely_and_asked(model, objective, monkeypatch)
     skipped = frozenset(["attn.1", "mlp.2"])
     whole = Evaluator(model, objective(BATCHES))
     exact, on_all_words = whole.cost(skipped), whole.cost(skipped, 0.25)
-    monkeypatch.setattr(evaluating, "WORDS", 30)
+    monkeypatch.setattr(evaluating, "GUESSED_TOKENS", 30)
     some = Evaluator(model, objective(BATCHES))
     with torch.inference_mode():
         dense = model(BATCHES[0]).logits[:, :-1].flatten(0, 1)
@@ -864,7 +864,7 @@ def test_evaluations_of_other_settings_are_not_taken(model, tmp_path, monkeypatc
     with pytest.raises(UsageError, match="results with calibration"):
         Evaluator(model, nll(BATCHES[:1]), folder=tmp_path, settings={"model": "tiny"})
     monkeypatch.setattr(
-        evaluating, "WORDS", 30
+        evaluating, "GUESSED_TOKENS", 30
     )  # guesses on other words cannot be held together
     with pytest.raises(UsageError, match="results with guesses"):
         run_search(model, tmp_path)

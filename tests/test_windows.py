@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from api import RUN, Text, by_count, draw, kl, overlapping
+from api import COPIED_TOKENS, Text, by_count, draw, kl, overlapping
 from families import family
 from notall import Plan, SearchConfig, Space, UsageError, choose_plan, heal, locate
 from test_texts import TOKENIZER, numbers_tokenizer
@@ -24,11 +24,11 @@ def text_of(tokens: list[int], name: str = "a text") -> Text:
 
 
 def share_a_run(one: list[int], other: list[int]) -> bool:
-    """Half of the shorter window, or `RUN` tokens, or all of it: every run of one in
+    """Half of the shorter window, or `COPIED_TOKENS` tokens, or all of it: every run of one in
     every place of the other.
     """
     shorter = min(len(one), len(other))
-    size = min(shorter, max(RUN, (shorter + 1) // 2))
+    size = min(shorter, max(COPIED_TOKENS, (shorter + 1) // 2))
     places = [range(len(row) - size + 1) for row in (one, other)]
     return any(
         one[i : i + size] == other[j : j + size] for i in places[0] for j in places[1]

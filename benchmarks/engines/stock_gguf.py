@@ -23,7 +23,7 @@ from typing import Any
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from notall import Plan
-from notall.engines.llamacpp import FILE_TYPES, PLAIN, LlamaCpp
+from notall.engines.llamacpp import FILE_TYPES, PLAIN_TYPE, LlamaCpp
 from notall.engines.worker import call
 from notall.experiments.pareto.checkpoints import write_plain
 from notall.measuring.speed import cores, machine, speedup
@@ -119,7 +119,7 @@ def written(
     for kind in FILE_TYPES:
         for (count, name), path in plain_files.items():
             found[kind, count, name] = path
-            if kind != PLAIN:
+            if kind != PLAIN_TYPE:
                 found[kind, count, name] = path.with_name(f"{path.stem}-{kind}.gguf")
                 engine.quantise(path, kind, found[kind, count, name])
     return found

@@ -6,7 +6,7 @@ from .errors import UsageError, shortened
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def named_weights(spec: str | Path, config: object) -> str | None:
@@ -39,5 +39,5 @@ def refuse_adapter(spec: str | Path, found: object) -> None:
             " file away"
         )
         raise UsageError(
-            f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER}): {fix}"
+            f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER_CONFIG}): {fix}"
         )

@@ -21,7 +21,7 @@ REDONE = f"export it anew, or delete {MANIFEST} to take it as it is"
 # A card that people go on writing, and code that notall never reads.
 UNLISTED = (".md", ".py")
 # What may be added, too, as may names with a dot in front.
-UNREAD = ("__pycache__", "LICENSE", "NOTICE")
+NOT_HASHED = ("__pycache__", "LICENSE", "NOTICE")
 SEALED = b', "sealed": "'  # the last field of a table, which no text in it can hold
 # Bytes that are read sooner than it is found out whether they were changed.
 SMALL_FILE_BYTES = 1 << 20
@@ -128,7 +128,9 @@ def refuse_unlisted(folder: Path, files: Container[str]) -> None:
     """
     for path in sorted(folder.iterdir()):
         name = path.name
-        is_unread = path.suffix in UNLISTED or name in UNREAD or name.startswith(".")
+        is_unread = (
+            path.suffix in UNLISTED or name in NOT_HASHED or name.startswith(".")
+        )
         if not is_unread and name not in files and name != MANIFEST:
             raise UsageError(
                 f"{shortened(folder)} holds {shortened(name)}, which {MANIFEST} does"

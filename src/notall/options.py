@@ -16,7 +16,7 @@ from typing import (
 )
 
 from .errors import UsageError
-from .progress import ALONE, reading, writing
+from .progress import DECODED_ALONE, reading, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ option = _as_field(
 )  # of a dataclass a field with this default, whose `Option` is made of what follows
 
 
-class Asked(NamedTuple):
+class AskedOption(NamedTuple):
     """An option of a command: field, flag ("" of an argument), value (None of a flag
     alone).
     """
@@ -126,7 +126,7 @@ class Workload:
         are read.
         """
         each = reading(self.prompt_tokens) + writing(self.generation_tokens)
-        return round(ALONE * (self.rounds + 1) * self.concurrency * each)
+        return round(DECODED_ALONE * (self.rounds + 1) * self.concurrency * each)
 
     def check(self, model: "PreTrainedModel") -> None:
         """Raise `UsageError` for counts that are too low, and for more tokens than the

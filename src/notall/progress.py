@@ -14,7 +14,7 @@ from typing import TypeVar
 Progress = Callable[[float, float, str], None]
 Item = TypeVar("Item")
 DECODED_TOKEN = 20  # what a token takes that is generated, in tokens that are read
-ALONE = 2  # what a token of one sequence takes, in tokens of a batch
+DECODED_ALONE = 2  # what a token of one sequence takes, in tokens of a batch
 # Plans that read a text in about the time of one: they share their first sublayers.
 SHARING = 5
 

@@ -12,7 +12,7 @@ LETTER = 7.0  # pixels that one is wide, about
 
 Box = tuple[float, float, float, float]  # left, right, top, bottom, in pixels
 Placed = tuple[Span, Box]  # a point in figures, and a box around it in pixels
-AROUND = (-6.0, 6.0, -6.0, 6.0)  # a point
+POINT_BOX = (-6.0, 6.0, -6.0, 6.0)  # a point
 DENSE_LABEL = (-17.0, 17.0, 9.0, 23.0)
 
 
@@ -31,9 +31,9 @@ def needed_widths(
     are.
     """
     losses = span_of_losses(points)
-    taken: list[Placed] = [(point.place, AROUND) for point in points]
+    taken: list[Placed] = [(point.place, POINT_BOX) for point in points]
     if dense:
-        taken += [((1.0, 0.0), AROUND), ((1.0, 0.0), DENSE_LABEL)]
+        taken += [((1.0, 0.0), POINT_BOX), ((1.0, 0.0), DENSE_LABEL)]
     order = [number for number, point in enumerate(points) if point.label]
     order.sort(key=lambda number: points[number].place not in best)
     needed: list[int | None] = [None] * len(points)

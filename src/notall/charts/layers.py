@@ -14,21 +14,21 @@ from .style import GREY, INK, KIND_COLOURS, PAPER, by_colour, snug
 # Hatching of what is skipped for every token, and of what the prompt alone skips:
 # colours that the shades of neither theme have, and lines that lean the other way.
 STRIPES, STRIPE, PROMPT_STRIPE = 7, "#e8731a", "#d02fd0"
-UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
+UNKNOWN_COLOUR = "#8884"  # cells of which nothing is known, in either theme
 LEAST_SHADE = 1e-9  # where all costs are 0
 LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
 # than the longest bar is the axis: one noisy quartile does not shrink all bars
-WIDER = 1.25
+HEADROOM = 1.25
 SHORT_NAMES = {"attention": "attn", "mlp": "mlp"}
 SKIPPED, SKIPPED_IN_PROMPT = "skipped", "skipped in the prompt alone"
-STATE = (
+STATE_EXPRESSION = (
     f"indexof(skipped, datum.name) >= 0 ? '{SKIPPED}' "
     f": indexof(prompt, datum.name) >= 0 ? '{SKIPPED_IN_PROMPT}' : 'kept'"
 )
 BAR, WORDS = 9, -9  # pixels below and above the middle of a measure's band
 
 
-class Sublayer(Fact):
+class LayerCell(Fact):
     """A cell of the layer map: what is known of leaving a sublayer out."""
 
     name: str  # such as attn.3
@@ -43,7 +43,7 @@ def sublayers(
     layers: int,
     costs: Mapping[tuple[str, int], float],
     similarity: Sequence[Similarity],
-) -> list[Sublayer]:
+) -> list[LayerCell]:
     """The cells of a model of so many layers; where no `costs` of leaving out each are
     known, 1 − cosine stands in.
     """
@@ -59,7 +59,7 @@ def sublayers(
                 continue
             cosine = row.cosine if row else math.nan
             cost = costs.get((kind, layer), math.nan) if costs else 1 - cosine
-            cell = Sublayer(
+            cell = LayerCell(
                 name=f"{short}.{layer}",
                 layer=layer,
                 row=KIND_NAMES[kind],
@@ -71,7 +71,7 @@ def sublayers(
     return cells
 
 
-def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
+def layer_map(cells: Sequence[LayerCell], title: str) -> alt.LayerChart:
     """Columns = layers, two rows; shade = cost; the sublayers that the params name are
     hatched.
 
@@ -90,7 +90,7 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
     flat = alt.Axis(ticks=False, domain=False)
     drawn = (
         alt.Chart(alt.Data(values=[cell.model_dump(mode="json") for cell in cells]))
-        .transform_calculate(state=STATE)
+        .transform_calculate(state=STATE_EXPRESSION)
         .encode(
             x=alt.X(
                 "layer:O",
@@ -103,7 +103,7 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
     )
     costs = [cell.cost for cell in cells if is_number(cell.cost)]
     framed = drawn.mark_rect(stroke=PAPER, strokeWidth=1.5)
-    unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter(
+    unknown = framed.encode(color=alt.value(UNKNOWN_COLOUR)).transform_filter(
         "!isValid(datum.cost)"
     )
     known = framed.encode(color=_logarithmic(costs, title)).transform_filter(
@@ -173,7 +173,7 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
     """Bars of the plan that the param `plan` counts, from 0, and the original
     model's.
     """
-    most = max([1.15, *(WIDER * bar.share for bar in bars)])
+    most = max([1.15, *(HEADROOM * bar.share for bar in bars)])
     rows = [{**bar.figures(), "to": min(bar.high, most)} for bar in bars]
     base = alt.Chart(alt.Data(values=rows)).transform_filter("datum.plan == plan")
     base = base.encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))

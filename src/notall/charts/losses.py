@@ -11,9 +11,9 @@ from ..results.facts import DELTA_NLL, SPEEDUPS
 from ..results.record import is_number
 from .labels import PAD_OF_LOSSES, PADDING, needed_widths
 from .points import (
-    LINEAR,
+    LINEAR_BELOW,
     NEAR,
-    OTHERS,
+    OTHER_WAYS,
     Point,
     Span,
     bounds,
@@ -29,7 +29,7 @@ HELD_OUT = f"{DELTA_NLL.heading} on held-out text, {DELTA_NLL.unit}"
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [12, 4], [1, 3])
 
 
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+POINT_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
@@ -85,7 +85,7 @@ def tradeoff(
     bare = alt.Legend(symbolFillColor=GREY, symbolStrokeWidth=0)
     marks = series.mark_point(filled=True, size=75).encode(
         shape=alt.Shape(
-            "shape:N", title=titles.shape, scale=_each(names, SHAPES), legend=bare
+            "shape:N", title=titles.shape, scale=_each(names, POINT_SHAPES), legend=bare
         ),
         tooltip=[
             *_tooltips(titles.colour, titles.shape),
@@ -176,7 +176,7 @@ def losses_by_count(points: Sequence[Point], colours: Colours) -> alt.LayerChart
             )
         )
         marks = marks.encode(
-            shape=alt.Shape("shape:N", title="repair", scale=_each(names, SHAPES))
+            shape=alt.Shape("shape:N", title="repair", scale=_each(names, POINT_SHAPES))
         )
     return _ringed([lines, _errors(series), marks.add_params(chosen)], series, "count")
 
@@ -227,7 +227,7 @@ def _series(
     hundredths, or below it.
     """
     low, high = span_of_losses(points)
-    kind = {"zero": False} if high < 1 else {"type": "symlog", "constant": LINEAR}
+    kind = {"zero": False} if high < 1 else {"type": "symlog", "constant": LINEAR_BELOW}
     y = alt.Y(
         "lost:Q",
         title=title,
@@ -240,11 +240,11 @@ def _series(
         y = y.axis(values=ticks, format="~g")
     drawn = {
         name: colours.get(name, PALE)
-        for name in (*colours, OTHERS)
+        for name in (*colours, OTHER_WAYS)
         if any(row["shown"] == name for row in rows)
     }
     look, chosen = by_colour("shown", drawn, legend)
-    below = sorted(rows, key=lambda row: row["shown"] != OTHERS)
+    below = sorted(rows, key=lambda row: row["shown"] != OTHER_WAYS)
     return alt.Chart(alt.Data(values=below)).encode(x=x, y=y, **look), chosen
 
 

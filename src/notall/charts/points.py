@@ -8,9 +8,9 @@ from itertools import cycle
 from ..results.record import Quartiles, is_number
 from .style import INK, SPECTRUM, Colour, Colours
 
-OTHERS = "other ways"
+OTHER_WAYS = "other ways"
 BEST = 4  # series that get a colour where there are more
-LINEAR = 0.1  # nats, below which the axis of losses is linear
+LINEAR_BELOW = 0.1  # nats, below which the axis of losses is linear
 # how far a bar may stretch an axis: a share of what points span, and of a speedup always
 SPARE, NEAR = 0.25, 0.15
 
@@ -51,7 +51,7 @@ class Point:
         """
         low, high = self.bar
         row = vars(self) | {
-            "shown": self.colour if self.colour in colours else OTHERS,
+            "shown": self.colour if self.colour in colours else OTHER_WAYS,
             "lost_low": low,
             "lost_high": high,
             "lost_se": None,
@@ -137,4 +137,4 @@ def span_of_losses(points: Sequence[Point]) -> Span:
 
 def symlog(value: float) -> float:
     """As Vega's scale of that name has it: linear near 0, logarithmic far from it."""
-    return math.copysign(math.log1p(abs(value) / LINEAR), value)
+    return math.copysign(math.log1p(abs(value) / LINEAR_BELOW), value)

@@ -29,7 +29,7 @@ SPECTRUM = (
 KIND_COLOURS: Colours = {name: alt.expr(f"colour_{name}") for name in COLOURS}
 INK, GREY, PALE, PAPER = (alt.expr(name) for name in ("ink", "grey", "pale", "paper"))
 
-LETTERS = 300  # of a text in a figure
+FIGURE_LETTERS = 300  # of a text in a figure
 HEIGHT = 440  # pixels of a figure of quality against speed
 VEGALITE = alt.VEGALITE_VERSION.rpartition(".")[0]
 HIDDEN = "\ue000"  # which is printable in no text
@@ -144,7 +144,7 @@ def _drawable(value: object) -> Any:
     XML of an SVG, nor is long.
     """
     if isinstance(value, str):
-        return shortened(printable(value).replace("\\", "∖"), LETTERS)
+        return shortened(printable(value).replace("\\", "∖"), FIGURE_LETTERS)
     if isinstance(value, dict):
         return {key: _drawable(item) for key, item in value.items()}
     return [_drawable(item) for item in value] if isinstance(value, list) else value

@@ -17,11 +17,11 @@ from ..structure.model_structure import positions_of
 from .terms import Batch, Objective, Term
 
 TOKENS_AT_ONCE = 1024  # of a batch, about
-EPISODES = 8  # of `retrieval`
+RETRIEVAL_EPISODES = 8  # of `retrieval`
 EPISODE_TOKENS = 256  # of each, about
 T = TypeVar("T")
 # Token ids of a context, and of what is judged behind it.
-Answered = tuple[list[int], list[int]]
+PromptAndAnswer = tuple[list[int], list[int]]
 
 
 def answers(
@@ -37,7 +37,7 @@ def answers(
     Raises `UsageError` for a prompt without tokens, and for more tokens than the model
     has positions.
     """
-    answered: list[Answered] = []
+    answered: list[PromptAndAnswer] = []
     for prompt in prompts:
         ids = prompt_tokens(tokenizer, prompt)
         check_positions(model, len(ids), new_tokens)
@@ -57,8 +57,8 @@ def retrieval(
     those of no text. One that exceeds the model's positions loses its beginning.
     """
     draw = random.Random("retrieval")
-    answered: list[Answered] = []
-    for number in range(EPISODES):
+    answered: list[PromptAndAnswer] = []
+    for number in range(RETRIEVAL_EPISODES):
         one = episode(FITTED[number % len(FITTED)], EPISODE_TOKENS, draw)
         ids = prompt_tokens(tokenizer, one.text + one.answer)
         known = prompt_tokens(tokenizer, one.text)
@@ -68,7 +68,7 @@ def retrieval(
     return _by_means("retrieval", answered, weight)
 
 
-def _by_means(name: str, rows: Sequence[Answered], weight: float) -> Objective:
+def _by_means(name: str, rows: Sequence[PromptAndAnswer], weight: float) -> Objective:
     """The mean KL over the tokens behind each context."""
     parts = together(rows, lambda row: len(row[0]) + len(row[1]))
     batches = [batch_of(part, _means) for part in parts]
@@ -81,7 +81,7 @@ def _means(answers: Sequence[Tensor]) -> Tensor:
 
 
 def batch_of(
-    rows: Sequence[Answered],
+    rows: Sequence[PromptAndAnswer],
     items: Callable[[Sequence[Tensor]], Tensor],
     by_nll: bool = False,
 ) -> Batch:

@@ -21,7 +21,7 @@ from ..repairing.streams import DenseStream
 from ..results.facts import SearchCost
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
-from ..results.record import Key, is_number
+from ..results.record import RecordKey, is_number
 from ..results.repairs import EvaluationRecord
 from ..running.recording import Recording, record
 from ..running.replay import Replay
@@ -32,7 +32,7 @@ from .objective import Objective, kl
 from .search_config import SearchConfig
 from .space import Skipped, Space, plan_of
 
-WORDS = 8192  # of a larger vocabulary, for guesses
+GUESSED_TOKENS = 8192  # of a larger vocabulary, for guesses
 RIDGES = (0.01, 0.3, 3.0)  # enough to tell sets apart
 LATEST = 3  # repairs whose streams are kept
 ONE_IN = 2  # sequences, of which one is judged and the other fitted to
@@ -69,8 +69,8 @@ class Evaluator:
         self.all = objective.part(1.0)
         self.tokens = sum(batch.tokens for batch in objective.batches)
         self.spent = SearchCost()
-        self._counted = set[Key]()
-        self._known: dict[Key, tuple[float, SearchCost]] = {}
+        self._counted = set[RecordKey]()
+        self._known: dict[RecordKey, tuple[float, SearchCost]] = {}
         self._prefix = self._steps(frozenset())
         self._prefix_caches: dict[int, PrefixCache] = {}
         self._guessers: dict[frozenset[int], TokenScorer] = {}
@@ -84,7 +84,7 @@ class Evaluator:
             calibration=objective.digest(),
             fingerprint=self.structure.fingerprint,
             dtype=dtype_name(self.model),
-            guesses=f"on {WORDS:,} words",
+            guesses=f"on {GUESSED_TOKENS:,} words",
         )
         self._ledger = None
         if folder:
@@ -189,7 +189,7 @@ class Evaluator:
             batches = [self.objective.batches[number] for number in numbers]
             targets = [one.targets for one in batches if one.targets is not None]
             dense = (self._dense_states(number) for number in numbers)
-            guesser = self._scorer.on_likely_words(dense, WORDS, targets)
+            guesser = self._scorer.on_likely_words(dense, GUESSED_TOKENS, targets)
             self._guessers[numbers] = guesser
         return self._guessers[numbers]
 
@@ -224,7 +224,7 @@ class Evaluator:
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
         return Replay(self.model, [self._plan(skipped)]).path
 
-    def _key(self, skipped: Skipped, numbers: frozenset[int]) -> Key:
+    def _key(self, skipped: Skipped, numbers: frozenset[int]) -> RecordKey:
         return skipped, "all" if numbers == self.all else len(numbers)
 
     def _note(

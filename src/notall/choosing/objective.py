@@ -22,8 +22,8 @@ from .terms import Batch as Batch, Objective as Objective, Term as Term
 if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
-NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
-OF_TEXT = NAMES[:2]
+OBJECTIVE_NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
+OF_TEXT = OBJECTIVE_NAMES[:2]
 
 
 def nll(
@@ -140,10 +140,10 @@ def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
                 f"{shortened(word)!r} is no weight: write an objective such as kl +"
                 " 0.5*task:NAME"
             )
-        if name not in NAMES and not name.startswith("task:"):
+        if name not in OBJECTIVE_NAMES and not name.startswith("task:"):
             raise UsageError(
-                f"there is no objective {shortened(name)!r}{nearest(name, NAMES)}: give"
-                f" {', '.join(NAMES)}, task:NAME, or a sum of them"
+                f"there is no objective {shortened(name)!r}{nearest(name, OBJECTIVE_NAMES)}: give"
+                f" {', '.join(OBJECTIVE_NAMES)}, task:NAME, or a sum of them"
             )
         if name == "answers" and prompts is None:
             raise UsageError(

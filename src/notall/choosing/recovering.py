@@ -15,7 +15,7 @@ from .latency import saved_alike
 from .outcomes import Outcome, outcome_of
 from .space import Choice, Skipped, Space, names_in
 
-OTHERS = 3  # other sets that save enough, of which more may be kept
+OTHER_SETS = 3  # other sets that save enough, of which more may be kept
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _keeping_most(
     if first.check:
         timed[saved_alike(space.structure, first.choice.skipped)] = first.check
     found: list[tuple[float, Outcome]] = []
-    for choice in (first.choice, *_others(first.choice, setting, budget)[:OTHERS]):
+    for choice in (first.choice, *_others(first.choice, setting, budget)[:OTHER_SETS]):
         outcome = first
         if choice is not first.choice:
             outcome = outcome_of(choice, setting, budget, timed)

@@ -21,7 +21,7 @@ Unit = tuple[
 Skipped = frozenset[str]
 
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
-WHOLE = ("block", "period")  # layers as they are
+WHOLE_LAYERS = ("block", "period")  # layers as they are
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Space:
             )
         if (
             self.portable
-            and self.kind not in ("sublayer", *WHOLE)
+            and self.kind not in ("sublayer", *WHOLE_LAYERS)
             and self.structure.by_halves
         ):
             raise UsageError(
@@ -130,7 +130,7 @@ class Space:
     def names(self) -> tuple[str, ...]:
         """The sublayers that may be skipped, in the model's order."""
         inner = range(self.keep_first, len(self.structure.blocks) - self.keep_last)
-        all_kinds = self.kind in ("sublayer", *WHOLE)
+        all_kinds = self.kind in ("sublayer", *WHOLE_LAYERS)
         return tuple(
             part.name
             for part in self.structure.sublayers
@@ -144,7 +144,7 @@ class Space:
         """What scores are given to: a sublayer each, the two of a block, or those of
         the layers of a period.
         """
-        if self.kind not in WHOLE:
+        if self.kind not in WHOLE_LAYERS:
             return tuple((name,) for name in self.names)
         whole = [
             tuple(part.name for part in block.sublayers)

@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
-from .answered import Answered, batch_of, together
+from .answered import PromptAndAnswer, batch_of, together
 from .terms import Objective, Term
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
-Question = tuple[list[Answered], int]  # (context, answer) pairs, and which is right
+Question = tuple[
+    list[PromptAndAnswer], int
+]  # (context, answer) pairs, and which is right
 
 
 def task(

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..errors import UsageError, shortened
 from ..experiments.waiting import SHOWN_BY
-from ..options import Asked
+from ..options import AskedOption
 from ..progress import Progress
 from ..version import __version__
 from .spread import spread
@@ -207,7 +207,7 @@ app = typer.Typer(
 _LOADED: dict[str, typer.Typer] = {}
 
 
-def options_in(words: Sequence[str]) -> list[Asked]:
+def options_in(words: Sequence[str]) -> list[AskedOption]:
     """What the words of a command ask for, as its own parser reads them.
 
     Raises `UsageError` where it cannot.
@@ -222,16 +222,16 @@ def options_in(words: Sequence[str]) -> list[Asked]:
         raise UsageError(shortened(message, 200)) from None
     if others:
         raise UsageError(f"notall {name} takes no {shortened(others[0])}")
-    found = list[Asked]()
+    found = list[AskedOption]()
     for one in dict.fromkeys(order):
         is_argument = one.param_type_name == "argument"
         flag = "" if is_argument else one.opts[0]
         value = values[one.name]
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, str):
-                found.append(Asked(one.name, flag, each))
+                found.append(AskedOption(one.name, flag, each))
             elif not is_argument:  # an absent one has no value, and a flag none
-                found.append(Asked(one.name, flag, None))
+                found.append(AskedOption(one.name, flag, None))
     return sorted(found, key=lambda one: one.flag != "")
 
 

@@ -8,7 +8,7 @@ from ..experiments.compare import run as comparing
 from ..experiments.compare.options import CompareOptions, check_runs
 from ..experiments.folder import check_folder
 from ..experiments.options.model import ModelOptions
-from ..experiments.options.plan import LAST_TOKENS, PHASE, KeepLast, PlanOptions
+from ..experiments.options.plan import LAST_TOKENS_HELP, PHASE, KeepLast, PlanOptions
 from ..experiments.options.tasks import TaskOptions, refuse_judging
 from ..experiments.options.text import HeldOutOptions, Split
 from ..experiments.recovery import RecoveryOptions
@@ -126,7 +126,7 @@ EXACT = (
     "No answer reads what this leaves out of the prompt: it changes nothing but the"
     " time to the first token."
 )
-PlanFile = Annotated[Path, Option("where to write the plan", ("--out", "-o"))]
+PlanOut = Annotated[Path, Option("where to write the plan", ("--out", "-o"))]
 
 
 @command(example="notall search smollm2 --skip attention:8 -o plan.json")
@@ -140,7 +140,7 @@ def search(
     run: RunOptions,
     text: HeldOutOptions = HeldOutOptions(sequences=8, length=512, batch_size=2),
     workload: Workload = Workload(prompt_tokens=512, generation_tokens=128),
-    out: PlanFile = Path("plan.json"),
+    out: PlanOut = Path("plan.json"),
 ) -> None:
     """Choose what to skip, by the search or another importance criterion, to meet a
     budget.
@@ -201,8 +201,8 @@ def plan(
     ] = "attention:0.33",
     keep_last: KeepLast = False,
     phase: Annotated[Phase, Option(PHASE)] = "all",
-    last_tokens: Annotated[int, Option(LAST_TOKENS, least=1)] = 1,
-    out: PlanFile = Path("plan.json"),
+    last_tokens: Annotated[int, Option(LAST_TOKENS_HELP, least=1)] = 1,
+    out: PlanOut = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
     """Write the paper's plan, which skips the deepest: `search --criterion deepest`,
@@ -244,7 +244,7 @@ class CriterionFact(Fact):
     goes_by: str
 
 
-CRITERIA: tuple[Column[CriterionFact], ...] = (
+CRITERIA_COLUMNS: tuple[Column[CriterionFact], ...] = (
     words("criterion", lambda one: one.criterion),
     words("of", lambda one: one.of),
     words("goes by", lambda one: one.goes_by),
@@ -262,4 +262,4 @@ def criteria(as_json: Json = False) -> None:
         )
         for one in every_criterion().values()
     ]
-    show({"criteria": table("criteria", CRITERIA, found)}, as_json=as_json)
+    show({"criteria": table("criteria", CRITERIA_COLUMNS, found)}, as_json=as_json)

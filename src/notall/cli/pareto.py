@@ -14,7 +14,7 @@ from ..experiments.pareto.finding import Finding
 from ..experiments.pareto.options import EngineOptions, ParetoPlans, check_workload
 from ..experiments.pareto.run import DENSE_NAME, EngineModel, measure_pareto
 from ..experiments.pareto.windows import Windows, by_another
-from ..experiments.pareto.written import Written
+from ..experiments.pareto.written import WrittenCheckpoints
 from ..experiments.repair import NONE
 from ..experiments.used import uses_of, windows_of
 from ..exporters.manifest import check_verified
@@ -29,7 +29,7 @@ from .app import command
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FEWEST = 4  # windows that `pareto` chooses by and repairs with
+FEWEST_WINDOWS = 4  # windows that `pareto` chooses by and repairs with
 
 
 @command(
@@ -55,7 +55,7 @@ def pareto(
     the same command continues where it stopped.
     """
     check_folder(out, "pareto")
-    Written.of(out).check()
+    WrittenCheckpoints.of(out).check()
     check_workload(workload)
     given = plans.given()
     counts, speedups = plans.wanted
@@ -63,10 +63,10 @@ def pareto(
     unrepaired = any(one.state != "repaired" for one in given.values())
     repairs = plans.repair != NONE and unrepaired
     fits = bool(counts or speedups or repairs)
-    if fits and text.sequences < FEWEST:
+    if fits and text.sequences < FEWEST_WINDOWS:
         raise UsageError(
             f"--sequences {shortened(text.sequences)} is too few to repair by: give"
-            f" {FEWEST} or more"
+            f" {FEWEST_WINDOWS} or more"
         )
     for spec in (model.model, *engine.also):
         engine.of().check(spec)

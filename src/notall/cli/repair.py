@@ -13,7 +13,7 @@ from ..experiments.options.model import ModelOptions
 from ..experiments.options.plan import read_plan
 from ..experiments.options.tasks import TaskChoice, refuse_judging
 from ..experiments.recovery import RecoveryOptions, judged
-from ..experiments.repair import METHODS, REFIT, FitOptions
+from ..experiments.repair import METHOD_HELP, REFIT, FitOptions
 from ..experiments.used import uses_of
 from ..experiments.verdict import Verdict
 from ..options import Option, RunOptions
@@ -56,7 +56,7 @@ def repair(
     tasks: RecoveryOptions,
     run: RunOptions,
     plan: PlanFile = None,
-    repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
+    repair: Annotated[str, Option(f"how: {METHOD_HELP}", metavar="METHOD")] = REFIT,
     offload: Annotated[
         Path | None,
         Option("keep streams in files of a folder, if memory is short", (), "DIR"),
@@ -176,7 +176,7 @@ def heal(
 
 
 @dataclass(frozen=True)
-class Asked:
+class RepairInputs:
     """A model, a plan that fits it, texts, tasks, and where figures come from."""
 
     spec: str
@@ -242,7 +242,7 @@ def _begun(
     seed: int,
     *,
     training: bool,
-) -> Asked:
+) -> RepairInputs:
     """What a command is asked for; with windows to stop a training by, where there is
     one.
     """
@@ -260,7 +260,7 @@ def _begun(
     net, tokenizer = model.load()
     plan.check(locate(net))
     texts = text.draw(net, tokenizer, seed, uses_of(plan, path), training=training)
-    return Asked(
+    return RepairInputs(
         model.model,
         net,
         tokenizer,

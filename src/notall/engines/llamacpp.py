@@ -32,9 +32,9 @@ from .worker import EngineFailed, call
 
 Values = np.ndarray[Any, Any]
 
-PLAIN = "F16"
+PLAIN_TYPE = "F16"
 FILE_TYPES = {
-    PLAIN: LlamaFileType.MOSTLY_F16,
+    PLAIN_TYPE: LlamaFileType.MOSTLY_F16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
     "Q5_K_M": LlamaFileType.MOSTLY_Q5_K_M,
     "Q4_K_M": LlamaFileType.MOSTLY_Q4_K_M,
@@ -44,14 +44,14 @@ MOST = {"Q8_0": Kind.Q8_0, "Q5_K_M": Kind.Q5_K, "Q4_K_M": Kind.Q4_K}
 FUSED = {"Q8_0": Kind.Q8_0, "Q5_K_M": Kind.Q6_K, "Q4_K_M": Kind.Q5_K}
 # Where rows are no multiple of 256 values.
 NARROWER = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
-FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
+FLOAT_KINDS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Matrices that llama.cpp never quantises.
-KEPT = re.compile(
+KEPT_PRECISE = re.compile(
     r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b"
     r"|ssm_conv1d|shortconv\.conv"
 )
 
-AT_ONCE = 8  # windows that are scored together
+SCORED_AT_ONCE = 8  # windows that are scored together
 LIKELIEST = 10  # tokens that are compared
 BIAS = 1e4  # more than any logit
 LOADING = "error loading model: "  # what llama.cpp prints before its reason
@@ -78,7 +78,7 @@ class LlamaCpp(Engine):
         super().check(spec)
         source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
-        if kinds := kinds - {*FLOATS, Kind.BF16}:
+        if kinds := kinds - {*FLOAT_KINDS, Kind.BF16}:
             held = ", ".join(sorted(kind.name for kind in kinds))
             fix = (
                 "quantising its numbers again costs less than it would; give an F16"
@@ -88,7 +88,7 @@ class LlamaCpp(Engine):
 
     def source(self, spec: str | Path, folder: Path) -> Path:
         """With plain numbers, so that repaired weights are written as they are."""
-        write_in_type(dense_gguf(spec), PLAIN, plain := folder / "plain.gguf")
+        write_in_type(dense_gguf(spec), PLAIN_TYPE, plain := folder / "plain.gguf")
         return plain
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
@@ -99,7 +99,7 @@ class LlamaCpp(Engine):
         self, checkpoint: Path, windows: Sequence[Tokens]
     ) -> list[list[float | None]]:
         """Several windows at once, each in a slot of the server."""
-        together = min(AT_ONCE, len(windows))
+        together = min(SCORED_AT_ONCE, len(windows))
         server = self._server(checkpoint, max(map(len, windows)), together)
 
         def read(slot: int) -> list[list[float | None]]:
@@ -291,7 +291,7 @@ def write_in_type(source: Path, kind: str, out: Path) -> None:
         )
         tensors = dict(zip(model.tensors, packed))
     fields = {**model.fields, "general.file_type": Field.of(int(FILE_TYPES[kind]))}
-    if kind != PLAIN:
+    if kind != PLAIN_TYPE:
         fields["general.quantization_version"] = Field.of(2)
     write_gguf(out, model, fields, tensors)
 
@@ -303,10 +303,10 @@ def types_of(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kind
     matrices = [
         name
         for name, shape in shapes.items()
-        if len(shape) > 1 and not KEPT.search(name)
+        if len(shape) > 1 and not KEPT_PRECISE.search(name)
     ]
     found = dict.fromkeys(shapes, Kind.F32)
-    if kind == PLAIN:
+    if kind == PLAIN_TYPE:
         return found | dict.fromkeys(matrices, Kind.F16)
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     finer = (
@@ -355,11 +355,11 @@ def _packed(tensor: GGUFTensor, kind: Kind) -> GGUFTensor:
         return tensor
     values = (
         dequantize(tensor.data, tensor.quantization)
-        if tensor.quantization not in FLOATS
+        if tensor.quantization not in FLOAT_KINDS
         else tensor.data
     )
-    if kind in FLOATS:
-        return GGUFTensor(values.astype(FLOATS[kind]), kind)
+    if kind in FLOAT_KINDS:
+        return GGUFTensor(values.astype(FLOAT_KINDS[kind]), kind)
     return GGUFTensor(pack(np.ascontiguousarray(values, np.float32), kind), kind)
 
 

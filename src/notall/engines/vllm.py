@@ -41,14 +41,14 @@ NATIVE = (
 )
 # What vLLM and llm-compressor call W8A8: a scale an output channel, and one a token of
 # what comes in.
-WEIGHTS = {
+WEIGHT_SCHEME = {
     "num_bits": 8,
     "type": "int",
     "symmetric": True,
     "strategy": "channel",
     "dynamic": False,
 }
-ACTIVATIONS = WEIGHTS | {"strategy": "token", "dynamic": True}
+ACTIVATIONS = WEIGHT_SCHEME | {"strategy": "token", "dynamic": True}
 EIGHT_BITS = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -57,7 +57,7 @@ EIGHT_BITS = {
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],
-            "weights": WEIGHTS,
+            "weights": WEIGHT_SCHEME,
             "input_activations": ACTIVATIONS,
         }
     },

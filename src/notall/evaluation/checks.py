@@ -23,7 +23,7 @@ from ..entry_points import installed_names, named
 from ..errors import UsageError, expect, nearest, shortened
 from ..extras import need
 from ..models.prompts import prompts
-from ..models.retrieval import CONTEXTS, UNSEEN, Episode, Form, episode
+from ..models.retrieval import CONTEXTS, UNSEEN, Episode, RetrievalForm, episode
 from ..models.texts import ANSWERS_TO, read_prompts
 from ..strict_json import read_json
 from .scoring import common
@@ -130,7 +130,7 @@ class MadeTask(Task):
         return {name: True for name, better in self.metrics.items() if better}
 
 
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+NUMBER_IN_ANSWER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def json_keys(text: str) -> list[str]:
@@ -169,7 +169,9 @@ def source_of(name: str) -> dict[str, str]:
     return {"prompts": digest_of(read_prompts(Path(file)))} if file else {}
 
 
-def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> MadeTask:
+def retrieval(
+    form: RetrievalForm, tokens: int, name: str, items: int, seed: int
+) -> MadeTask:
     """Whether greedy decoding says what stands far back in a text of about so many
     tokens.
     """
@@ -181,7 +183,9 @@ def needles(name: str, items: int, seed: int) -> MadeTask:
     """Retrieval of each form and length in turn: one score, where `passkey` and
     `retrieval` have one for each.
     """
-    asked: list[tuple[Form, int]] = [("passkey", tokens) for tokens in CONTEXTS]
+    asked: list[tuple[RetrievalForm, int]] = [
+        ("passkey", tokens) for tokens in CONTEXTS
+    ]
     asked += [(form, LENGTH) for form in UNSEEN]
     draw = random.Random(f"{seed} needles")
     made = [episode(*asked[number % len(asked)], draw) for number in range(items)]
@@ -237,8 +241,10 @@ def compared(_: Doc, texts: tuple[str, str]) -> dict[str, float]:
         "same_beginning": common(words, base) / max(1, len(base)),
         "words": float(len(words)),
     }
-    if numbers := NUMBER.findall(theirs):
-        found["same_number"] = float(NUMBER.findall(ours)[-1:] == numbers[-1:])
+    if numbers := NUMBER_IN_ANSWER.findall(theirs):
+        found["same_number"] = float(
+            NUMBER_IN_ANSWER.findall(ours)[-1:] == numbers[-1:]
+        )
     if keys := json_keys(theirs):
         found["valid_json"] = float(json_keys(ours) == keys)
     return found
@@ -276,7 +282,7 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
     return MadeTask(name, docs, "chat", {"exact_match": True, "words": False}, verify)
 
 
-MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
+TASK_MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
     **{
         f"passkey_{tokens}": partial(retrieval, "passkey", tokens)
         for tokens in CONTEXTS
@@ -299,7 +305,7 @@ PLUGINS = "notall.tasks"  # the group of entry points of tasks
 
 def check_names() -> list[str]:
     """notall's own checks, and those of installed packages."""
-    return [*MAKERS, *installed_names(PLUGINS)]
+    return [*TASK_MAKERS, *installed_names(PLUGINS)]
 
 
 def is_check(name: str) -> bool:
@@ -314,7 +320,7 @@ def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
     prompts of a file are missing, and where a plug-in makes something else.
     """
     if not name.startswith(GYM):
-        maker = named(name.partition(":")[0], MAKERS, PLUGINS, "task")
+        maker = named(name.partition(":")[0], TASK_MAKERS, PLUGINS, "task")
         task = maker(name, items, seed)
         expect(task, MadeTask, f"back a notall.plugins.Task for {shortened(name)}")
         return task

@@ -51,7 +51,7 @@ from .task_scores import TaskResult, scores_of
 
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
-OWN = 32  # prompts that the original model answers at once
+PROMPTS_AT_ONCE = 32  # prompts that the original model answers at once
 CHATS = ("chat", "first_choices")  # our own kinds of requests
 
 
@@ -199,7 +199,7 @@ class PlansLM(HFLM):
         """
         asked = self._as_chat(requests)
         keys = [self.answers.key("first_choices", *request.args) for request in asked]
-        for chunk in self._missing(keys, asked, OWN):
+        for chunk in self._missing(keys, asked, PROMPTS_AT_ONCE):
             prompts = [self.tok_encode(request.args[0]) for request in chunk]
             stages = Stages(self.progress, self.of)
             new = chunk[0].args[1]["max_gen_toks"]

@@ -38,7 +38,7 @@ PASSAGES = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class DocumentScore:
     """What one plan made of one document: its value of the metric, and the answers to
     its requests.
     """
@@ -60,12 +60,12 @@ class TaskResult:
     number: int  # of the plan, in the order given
     plan: Plan
     score: TaskScore
-    samples: tuple[Sample, ...]  # one a document
+    samples: tuple[DocumentScore, ...]  # one a document
 
 
 def scores_of(
     job: "Job", row: str, leaves: list[str], outcome: Settings, dense: Settings
-) -> Iterator[tuple[TaskScore, tuple[Sample, ...]]]:
+) -> Iterator[tuple[TaskScore, tuple[DocumentScore, ...]]]:
     """A score for each metric to report of a row, which is a task or a group of tasks,
     and what it is made of.
     """
@@ -97,8 +97,8 @@ def scores_of(
 
 def _paired(
     job: "Job",
-    samples: Sequence[Sample],
-    base: Sequence[Sample],
+    samples: Sequence[DocumentScore],
+    base: Sequence[DocumentScore],
     name: str,
     delta: float,
     better: bool | None,
@@ -134,7 +134,7 @@ def _paired(
     return found
 
 
-def _sources(samples: Sequence[Sample]) -> tuple[int, ...] | None:
+def _sources(samples: Sequence[DocumentScore]) -> tuple[int, ...] | None:
     """Of each sample the number of its passage, in the order of the first; None where
     each has its own.
     """
@@ -143,10 +143,12 @@ def _sources(samples: Sequence[Sample]) -> tuple[int, ...] | None:
     return tuple(map(numbers.__getitem__, keys)) if len(numbers) < len(keys) else None
 
 
-def _samples(outcome: Settings, leaves: list[str], metric: str) -> tuple[Sample, ...]:
+def _samples(
+    outcome: Settings, leaves: list[str], metric: str
+) -> tuple[DocumentScore, ...]:
     name, _, kind = metric.partition(",")
     return tuple(
-        Sample(
+        DocumentScore(
             leaf,
             sample["doc_id"],
             sample[name],
@@ -170,7 +172,10 @@ def _source_of(document: object) -> str:
 
 
 def _error_without(
-    job: "Job", samples: Sequence[Sample], base: Sequence[Sample], name: str
+    job: "Job",
+    samples: Sequence[DocumentScore],
+    base: Sequence[DocumentScore],
+    name: str,
 ) -> tuple[float, int]:
     """The standard error of a difference that is no mean of its items', and of how many
     parts it is.

@@ -44,7 +44,7 @@ from .checks import (
 )
 from .limits import stock_name
 
-LETTERS = 4  # of a token, about
+LETTERS_PER_TOKEN = 4  # of a token, about
 HARNESS = ("lm_eval", "lm-eval", "datasets")  # the names of its loggers
 
 
@@ -99,7 +99,7 @@ class Job:
         ):
             read = (
                 sum(len(part) for part in request.args if isinstance(part, str))
-                / LETTERS
+                / LETTERS_PER_TOKEN
             )
             options = [part for part in request.args if isinstance(part, dict)]
             new = sum(normalize_gen_kwargs(part)["max_gen_toks"] for part in options)

@@ -35,7 +35,7 @@ Samples = Mapping[str, Sequence[float]]  # milliseconds, a round each, by what w
 DENSE_STEP = "a decode step"
 DRAFT_STEP = "a draft step"
 CHECK_STEP = "the check of {}"
-ALONE = "generating"
+GENERATING = "generating"
 WITH = "generating with a draft"
 
 
@@ -292,9 +292,9 @@ def generated(
     except UsageError as error:
         return None, None, str(error)
     ways = {
-        ALONE: partial(timed, ALONE),
+        GENERATING: partial(timed, GENERATING),
         WITH: partial(timed, WITH, assistant_model=draft),
     }
     times = interleaved(ways, how.rounds, progress=progress)
-    same = sum(map(list.__eq__, texts[WITH], texts[ALONE]))
-    return speedup(times[ALONE], times[WITH]), same, ""
+    same = sum(map(list.__eq__, texts[WITH], texts[GENERATING]))
+    return speedup(times[GENERATING], times[WITH]), same, ""

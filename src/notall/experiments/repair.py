@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 REFIT = "refit"  # the method that is the default
 NONE = "none"  # no repair, where one is the default
-TOKENS = 131_072  # that a healing trains on
+HEALING_TOKENS = 131_072  # that a healing trains on
 STEP = 4  # windows of each training step
-METHODS = (
+METHOD_HELP = (
     f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
 )
 
@@ -46,7 +46,7 @@ class RepairOptions:
 
     PANEL: ClassVar = "Repair"
 
-    repair: str | None = option(None, f"repair first: {METHODS}", metavar="METHOD")
+    repair: str | None = option(None, f"repair first: {METHOD_HELP}", metavar="METHOD")
     repair_text: Words = option((), "text to fit to; repeat it for more (default: mix)")
     repair_sequences: int | None = option(
         None, f"windows of {LENGTH} tokens to fit to (default: up to {SEQUENCES})"
@@ -160,7 +160,7 @@ class FitOptions:
         from ..repairing.texts import RepairTexts
 
         texts = self.text or (USAGE_MIX,)
-        most = TOKENS // self.length if training else None
+        most = HEALING_TOKENS // self.length if training else None
         wanted = FitTexts(texts, self.held_out, self.windows, most, self.length, seed)
         with waiting("reading the texts") as progress:
             apart = windows_of(used, model, tokenizer, self.held_out or texts)
@@ -181,7 +181,7 @@ class HealTexts(FitOptions):
     text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(
         None,
-        f"windows to train on, of all texts together (default: up to {TOKENS:,} tokens)",
+        f"windows to train on, of all texts together (default: up to {HEALING_TOKENS:,} tokens)",
     )
     batch_size: int = option(
         STEP, "windows of each training step", ("--per-step", "--batch-size")

@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple
 from ..encodings import printable
 from ..entry_points import PERMITTED, Permitted
 from ..errors import UsageError, shortened
-from ..options import Asked
+from ..options import AskedOption
 from ..results.facts import SPEEDUPS
 from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
-from ..results.record import Fact, Key, Record, Scalar
+from ..results.record import Fact, Record, RecordKey, Scalar
 from ..results.repairs import MeasuredRecord
 from .bench import BenchRecord
 from .compare.records import ComparisonRecord
@@ -47,7 +47,11 @@ REPRODUCIBLE = tuple(f"notall {name}" for name in RUN_AGAIN)
 GIVEN_KINDS = (MeasuredRecord, JudgedRecord, BenchRecord, DraftRecord)
 CHOSEN_KINDS = (ComparisonRecord, SweepRecord, SearchRecord)
 # Without those of sublayers left out alone, whose errors are of two windows.
-KINDS: tuple[type[Record], ...] = (*CHOSEN_KINDS, *GIVEN_KINDS, SimilarityRecord)
+REPRODUCED_KINDS: tuple[type[Record], ...] = (
+    *CHOSEN_KINDS,
+    *GIVEN_KINDS,
+    SimilarityRecord,
+)
 # The options that a record may ask for, by name. What is absent is refused: code and
 # machines of others, such as trust_remote_code, attn_implementation, task_path and ray,
 # and files elsewhere than in --out, such as offload.
@@ -77,7 +81,7 @@ OF_ERROR = 0.5  # the tolerance: of a figure's standard error,
 OF_VALUE = 0.05  # or of a figure without one
 DTYPES = ("float32", "bfloat16", "float16")
 Agreement = Literal["equal", "within tolerance", "differs", "not made"]
-Line = tuple[str, tuple[Asked, ...]]  # a command and its options
+CommandOptions = tuple[str, tuple[AskedOption, ...]]  # a command and its options
 
 
 class Remade(Fact):
@@ -97,7 +101,7 @@ class Remade(Fact):
 class CommandLine(NamedTuple):
     """What reads the words of a command, and what runs them."""
 
-    read: Callable[[Sequence[str]], list[Asked]]
+    read: Callable[[Sequence[str]], list[AskedOption]]
     run: Callable[[list[str]], object]
 
 
@@ -128,13 +132,13 @@ def reproduce(
     if not asked:
         wanted = f"row {shortened(rows[0])}" if rows else "records"
         raise UsageError(f"{folder} has no {wanted} to make again")
-    lines: dict[Line, list[Record]] = {}
+    lines: dict[CommandOptions, list[Record]] = {}
     for record in asked:
         command, own = _line(
             record, folder, swapped, commands.read, narrowed=bool(rows)
         )
         place = str(out / "plan.json" if command == "search" else out)
-        options = (*own, Asked("out", "--out", place))
+        options = (*own, AskedOption("out", "--out", place))
         lines.setdefault((command, options), []).append(record)
     for (command, options), records in lines.items():
         line = [command, *(word for one in options for word in one.words)]
@@ -188,17 +192,17 @@ def _made_again(record: Record, folder: Path, functions: Path | None) -> Iterato
 
 
 def _records(folder: Path) -> list[Record]:
-    return [one for kind in KINDS for one in read(folder / kind.file, kind)]
+    return [one for kind in REPRODUCED_KINDS for one in read(folder / kind.file, kind)]
 
 
 def _line(
     record: Record,
     folder: Path,
     swaps: Mapping[str, str],
-    read: Callable[[Sequence[str]], list[Asked]],
+    read: Callable[[Sequence[str]], list[AskedOption]],
     *,
     narrowed: bool,
-) -> tuple[str, list[Asked]]:
+) -> tuple[str, list[AskedOption]]:
     """Its command without --out, in its dtype, maybe `narrowed` to itself. Raises
     `UsageError` for one of others.
     """
@@ -233,12 +237,12 @@ def _line(
     swapped = [
         one._replace(value=swaps.get(one.value or "", one.value)) for one in kept
     ]
-    added = [Asked(name, f"--{name}", value) for name, value in own.items()]
+    added = [AskedOption(name, f"--{name}", value) for name, value in own.items()]
     return given[1], swapped + added
 
 
 def _check_plans(
-    options: Sequence[Asked], records: Sequence[Record], folder: Path
+    options: Sequence[AskedOption], records: Sequence[Record], folder: Path
 ) -> None:
     """Raise `UsageError` where a plan file of the command is missing, or not that of
     the records.
@@ -318,7 +322,7 @@ def _tolerances(old: Scalar, new: Scalar, error: Scalar) -> float:
     return abs(new - old) / tolerance if tolerance else math.inf
 
 
-def _identity(record: Record) -> Key:
+def _identity(record: Record) -> RecordKey:
     """What was asked for, and not what was found; drafts, which have no key, differ by
     two fields.
     """

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 
 # whose continuations by some plans are kept
-PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
+SAMPLE_PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 SAMPLE_TOKENS = 32
 # for what leaving out each sublayer costs: a plan for each is a lot of plans
 FEW_SEQUENCES = 2
 
 
-class InPrompt(Fact):
+class InPromptLoss(Fact):
     """What the same sublayers cost where the prompt alone skips them, behind that
     prompt.
     """
@@ -69,7 +69,7 @@ class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=GRID):
     """One configuration, measured."""
 
     times: Times
-    in_prompt: InPrompt | None = Field(
+    in_prompt: InPromptLoss | None = Field(
         None,
         description=(
             "the same sublayers, skipped in the prompt alone; None where they cannot be"
@@ -176,9 +176,9 @@ def in_prompt_alone(
     return None
 
 
-def _behind(held: HeldScores, plan: Plan, prompt_tokens: int) -> InPrompt:
+def _behind(held: HeldScores, plan: Plan, prompt_tokens: int) -> InPromptLoss:
     found = held.quality(scored_as(plan, prompt_tokens=prompt_tokens))
-    return InPrompt(
+    return InPromptLoss(
         prompt_tokens=prompt_tokens,
         in_prompt_delta_nll=found.delta_nll,
         in_prompt_delta_nll_se=found.delta_nll_se,
@@ -218,7 +218,7 @@ def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> No
 def continuations(
     subject: Subject, rows: Sequence[Configured], about: Provenance, progress: Progress
 ) -> None:
-    """How the plans of `rows` continue `PROMPTS`, greedily, kept in the folder."""
+    """How the plans of `rows` continue `SAMPLE_PROMPTS`, greedily, kept in the folder."""
     from ..running.generating import continue_prompts
 
     assert subject.tokenizer
@@ -227,9 +227,13 @@ def continuations(
         progress(number, len(rows), f"generating, {row.variant}")
         if (*row.configuration, row.plan) not in held:
             texts = continue_prompts(
-                subject.model, subject.tokenizer, row.plan, PROMPTS, SAMPLE_TOKENS
+                subject.model,
+                subject.tokenizer,
+                row.plan,
+                SAMPLE_PROMPTS,
+                SAMPLE_TOKENS,
             )
-            by_prompt = dict(zip(PROMPTS, texts))
+            by_prompt = dict(zip(SAMPLE_PROMPTS, texts))
             held.add(
                 ContinuationsRecord.from_fact(
                     row, continuations=by_prompt, provenance=about

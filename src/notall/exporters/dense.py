@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..checkpoint_files import ADAPTER, named_weights, refuse_adapter
+from ..checkpoint_files import ADAPTER_CONFIG, named_weights, refuse_adapter
 from ..errors import UsageError
 from ..files import contents, own_file, saving
 from ..models.configs import load_config, model_source, reader_of, refuse_export
@@ -323,7 +323,7 @@ def _read(
         settings = json.loads(contents(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{folder.name}: config.json is damaged; download it again")
-    refuse_adapter(name, (folder / ADAPTER).exists())
+    refuse_adapter(name, (folder / ADAPTER_CONFIG).exists())
     config = load_config(folder, trust_remote_code=trust_remote_code)
     weights, tensors = read_tensors(folder, named_weights(name, config))
     model = build_empty(config)

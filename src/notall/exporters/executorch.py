@@ -71,9 +71,9 @@ AROUND = {
     "lm_head.weight": HEAD,
 }
 
-Rows = Sequence[tuple[int | None, int | None]]
+CutRows = Sequence[tuple[int | None, int | None]]
 # The logits behind tokens, (tokens,), that stand in the text from a place on.
-Run = Callable[[Tensor, int], Tensor]
+LogitsOf = Callable[[Tensor, int], Tensor]
 SCALES = "hqq_scale_only"  # how torchao finds them, as for ExecuTorch's own exporter
 
 
@@ -229,7 +229,7 @@ class Export8da4w(ExecuTorchExport):
         return Verified(by, times, 1.25, unit).checked()
 
 
-def runner(program: Path) -> Run:
+def runner(program: Path) -> LogitsOf:
     """The logits behind tokens, (tokens,), that stand in the text from a place on:
     (vocabulary,).
     """
@@ -250,7 +250,7 @@ def logits_of_program(program: Path, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logits_of(run: Run, tokens: Tensor) -> Tensor:
+def _logits_of(run: LogitsOf, tokens: Tensor) -> Tensor:
     """As `logits_of_program`, by `run`."""
     last = tokens.shape[1] - 1
     pairs = [(run(text[:last], 0), run(text[last:], last)) for text in tokens]
@@ -274,7 +274,7 @@ def _check(dense: DenseModel) -> None:
         )
 
 
-def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
+def _named(dense: DenseModel, rows: CutRows) -> Iterator[tuple[str, Weight]]:
     """Tensors by ExecuTorch's names."""
     around = {AROUND[name]: tensor for name, tensor in dense.outside_layers.items()}
     yield from ({HEAD: around[EMBEDDING]} | around).items()  # it ties no weights
@@ -288,7 +288,7 @@ def _named(dense: DenseModel, rows: Rows) -> Iterator[tuple[str, Weight]]:
                     yield f"layers.{number}.{LAYER[name]}", tensor
 
 
-def _args(dense: DenseModel, rows: Rows, tensors: Weights, tokens: int) -> Settings:
+def _args(dense: DenseModel, rows: CutRows, tensors: Weights, tokens: int) -> Settings:
     """Of ExecuTorch's Llama."""
     config = dense.config
     has_norms = any(name.endswith("q_norm_fn.weight") for name in tensors)

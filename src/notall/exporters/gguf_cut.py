@@ -20,7 +20,7 @@ from ..models.gguf_file import (
     Field,
     Fields,
     GGUFTensor,
-    Tensors,
+    GGUFTensors,
     refuse_kv_only,
 )
 from ..plan import FOR_THIS_MODEL, Fingerprint, Plan, several
@@ -76,7 +76,7 @@ NORMS_BEFORE_MLP = ("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")
 OF_MLPS = ("feed_forward", "expert", "xielu", "swiglu")
 
 
-def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
+def cut(source: GGUF, plan: Plan) -> tuple[Fields, GGUFTensors]:
     """Fields and tensors of the file without the sublayers that `plan` skips.
 
     Raises `UsageError` for a damaged file, a plan of another model, an architecture
@@ -165,7 +165,7 @@ def _kinds(source: GGUF, index: int) -> Sequence[str]:
     return [kind for kind in BOTH if (kind == "mlp") in is_mlp]
 
 
-def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
+def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, GGUFTensors]:
     """A file of the same architecture, with blocks of one attention and one MLP."""
     attentions = [layer.attention for layer in layers]
     mlps = [layer.mlp for layer in layers if layer.mlp is not None]
@@ -219,7 +219,7 @@ def _output_scale(source: GGUF, index: int) -> float:
     return scale
 
 
-def _scaled(source: GGUF, parts: Tensors, by: Folded) -> Tensors:
+def _scaled(source: GGUF, parts: GGUFTensors, by: Folded) -> GGUFTensors:
     """What changes in a block of a model with a scale per layer, where layers were cut.
 
     The norm behind each late sublayer is divided by the scales that are gone; the

@@ -14,7 +14,7 @@ from ..models.gguf_file import (
     Field,
     Fields,
     GGUFTensor,
-    Tensors,
+    GGUFTensors,
 )
 from ..running.regrouping import Layer, sparse_layers
 from .gguf_layout import halves_paired
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     mlp: int
 
 
-def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
+def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, GGUFTensors]:
     """Fields and tensors of the file. Raises `UsageError` for an architecture that
     `deci` does not compute.
     """
@@ -154,7 +154,7 @@ def _sizes(source: GGUF) -> Sizes:
 
 def _attention(
     source: GGUF, index: int | None, sizes: Sizes, *, is_first: bool
-) -> Tensors:
+) -> GGUFTensors:
     """The tensors of an attention of the source; without one, none, but for a first
     layer, from which llama.cpp reads the size of heads: it gets zeros.
     """
@@ -165,11 +165,11 @@ def _attention(
     return _zeros_of("attn", ("q", "k", "v"), "output", sizes.head, sizes.hidden)
 
 
-def _silent_mlp(sizes: Sizes) -> Tensors:
+def _silent_mlp(sizes: Sizes) -> GGUFTensors:
     return _zeros_of("ffn", ("gate", "up"), "down", NARROW, sizes.hidden)
 
 
-def _rotated(parts: Tensors, architecture: str, sizes: Sizes) -> Tensors:
+def _rotated(parts: GGUFTensors, architecture: str, sizes: Sizes) -> GGUFTensors:
     """Queries and keys in the order of `deci`, which rotates neighbours of a head.
 
     Llama's files have that order. Qwen2 rotates the halves of a head: row i of each
@@ -188,7 +188,7 @@ def _rotated(parts: Tensors, architecture: str, sizes: Sizes) -> Tensors:
 
 def _zeros_of(
     kind: str, into: Sequence[str], back: str, inner: int, width: int
-) -> Tensors:
+) -> GGUFTensors:
     """A sublayer that adds nothing: matrices of zeros from the stream to `inner`
     channels (`into`) and back, and its norm.
     """

@@ -36,7 +36,7 @@ TRANSPOSED = {
     "jais": ("attn_qkv", "attn_output", "ffn_up", "ffn_gate", "ffn_down"),
 }
 # Parts of which the converter makes others by what the file does not hold.
-UNKNOWN = {
+UNSUPPORTED = {
     "bitnet": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
     "chameleon": ("attn_q_norm", "attn_k_norm"),
     "falcon-h1": (
@@ -89,7 +89,7 @@ SETTING = re.compile(r"\.mlp\.act_fn\.(alpha_n|alpha_p)$")
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPart:
     """Numbers of one tensor of the file: all of them, or those of the expert or head
     `part`.
     """
@@ -99,7 +99,7 @@ class Place:
     part: int | None = None
 
 
-def places(source: GGUF, path: str, values: Values) -> list[Place]:
+def places(source: GGUF, path: str, values: Values) -> list[TensorPart]:
     """Where the values of the parameter at `path` go. Raises `UsageError` where
     `source` has none.
     """
@@ -110,23 +110,24 @@ def places(source: GGUF, path: str, values: Values) -> list[Place]:
         role = ROLES.get(expert[2])
         return [
             turned(
-                source, Place(f"{block}ffn_{role}_exps.weight", values, int(expert[1]))
+                source,
+                TensorPart(f"{block}ffn_{role}_exps.weight", values, int(expert[1])),
             )
         ]
     if head := HEAD_NORM.search(name):
-        return [Place(f"{block}attn_{head[1]}_norm.weight", values, int(head[2]))]
+        return [TensorPart(f"{block}attn_{head[1]}_norm.weight", values, int(head[2]))]
     found = [
         one
         for one in (_mapped(source, name), _in_block(block, name))
         if one in source.tensors
     ]
     if found:
-        return [turned(source, Place(found[0], values))]
+        return [turned(source, TensorPart(found[0], values))]
     for ending, split in SPLIT.items():
         if name.endswith(ending):
             parts = split(source, block, values)
             return [
-                turned(source, Place(f"{block}{one}", some))
+                turned(source, TensorPart(f"{block}{one}", some))
                 for one, some in parts.items()
             ]
     raise UsageError(
@@ -258,12 +259,12 @@ SPLIT = {
 # --------------------------------------------------------------------------------------
 
 
-def turned(source: GGUF, place: Place) -> Place:
+def turned(source: GGUF, place: TensorPart) -> TensorPart:
     """With its values in the order that llama.cpp has them in. Raises `UsageError`
     where that is not known.
     """
     part, architecture = _part_of(place.tensor), source.architecture
-    if part in UNKNOWN.get(architecture, ()):
+    if part in UNSUPPORTED.get(architecture, ()):
         problem = (
             f"notall does not know how llama.cpp's converter writes {part} of"
             f" {architecture}"
@@ -275,7 +276,7 @@ def turned(source: GGUF, place: Place) -> Place:
     stored = source.tensors.get(place.tensor)
     if stored is not None and part in RESHAPED and values.size == np.prod(stored.shape):
         values = values.reshape(stored.shape)
-    return Place(place.tensor, values, place.part)
+    return TensorPart(place.tensor, values, place.part)
 
 
 def _part_of(tensor: str) -> str:

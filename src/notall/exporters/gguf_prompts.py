@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from gguf import GGMLQuantizationType as Kind
 
 from ..errors import UsageError
-from ..models.gguf_file import BLOCK, GGUF, KV_ONLY, Field, Fields, Tensors
+from ..models.gguf_file import BLOCK, GGUF, KV_ONLY, Field, Fields, GGUFTensors
 from ..plan import Plan
-from .gguf_layout import Place, Values, turned
+from .gguf_layout import TensorPart, Values, turned
 from .gguf_weights import packed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PROJECTION = re.compile(r"\.(\d+)\.self_attn\.([kv])_proj\.(weight|bias)$")
 PREFILL = "_prefill"
 
 
-def with_prompt_skips(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
+def with_prompt_skips(source: GGUF, plan: Plan) -> tuple[Fields, GGUFTensors]:
     """Fields and tensors of the file. Raises `UsageError` for a plan that no such file
     can express.
     """
@@ -47,7 +47,7 @@ def weights_in(source: GGUF, weights: "Mapping[str, Tensor]") -> "dict[str, Tens
     }
 
 
-def in_places(source: GGUF, tensors: Tensors) -> Tensors:
+def in_places(source: GGUF, tensors: GGUFTensors) -> GGUFTensors:
     """Those of the original, with a prompt's in their places where there are any."""
     prompt = {
         name.replace(f"{PREFILL}.", "."): one
@@ -99,15 +99,15 @@ def _tensor_of(path: str) -> str:
     return f"{BLOCK}{index}.attn_{projection}.{kind}"
 
 
-def _prompt_tensors(source: GGUF, weights: "Mapping[str, Tensor]") -> Tensors:
+def _prompt_tensors(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUFTensors:
     """A projection that has one of its own gets both, where the other is the
     original's.
     """
     given: dict[str, Values] = {}
     for path, weight in weights.items():
-        place = Place(_tensor_of(path), weight.detach().float().cpu().numpy())
+        place = TensorPart(_tensor_of(path), weight.detach().float().cpu().numpy())
         given[place.tensor] = turned(source, place).values
-    tensors: Tensors = {}
+    tensors: GGUFTensors = {}
     for module in dict.fromkeys(name.rpartition(".")[0] for name in given):
         matrix = source.tensors.get(f"{module}.weight")
         if matrix is None:

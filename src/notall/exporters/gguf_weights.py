@@ -11,14 +11,16 @@ from gguf.quants import dequantize, quantize
 
 from ..errors import UsageError
 from ..models.gguf_file import EMBEDDING, GGUF, HEAD, Field, Fields, GGUFTensor
-from .gguf_layout import Place, Values, places, setting_of
+from .gguf_layout import TensorPart, Values, places, setting_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-ALIKE = 0.1  # of a matrix's size: two roundings of the same numbers differ by less
+MOST_ROUNDING = (
+    0.1  # of a matrix's size: two roundings of the same numbers differ by less
+)
 ROWS = 64  # of a matrix that are compared
 
 
@@ -47,7 +49,9 @@ def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
     return replace(source, fields=fields, tensors=source.tensors | tensors)
 
 
-def _put(source: GGUF, changed: dict[str, Values], path: str, place: Place) -> None:
+def _put(
+    source: GGUF, changed: dict[str, Values], path: str, place: TensorPart
+) -> None:
     stored = source.tensors.get(place.tensor)
     shape = stored.shape if stored else None
     if shape and place.part is not None:
@@ -115,7 +119,7 @@ def _is_tied(source: GGUF) -> bool:
     first, second = (
         _numbers(replace(each, data=each.data[:ROWS])) for each in (one, other)
     )
-    return bool(np.linalg.norm(first - second) <= ALIKE * np.linalg.norm(first))
+    return bool(np.linalg.norm(first - second) <= MOST_ROUNDING * np.linalg.norm(first))
 
 
 def _warn_of_wider(source: GGUF, tensors: Mapping[str, GGUFTensor]) -> None:

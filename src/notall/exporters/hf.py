@@ -42,7 +42,7 @@ from .tensors import Notes, check_copies, read_notes
 
 # of each layer, as config.json has them
 SUBLAYERS = ("attention", "mlp", "before", "after")
-STEPS = 3  # behind a prompt that is compared
+COMPARED_STEPS = 3  # behind a prompt that is compared
 TOKENS = 12  # of the sequences that are compared
 PADDING = 5  # of these, on the left of the first sequence
 
@@ -260,8 +260,8 @@ def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
 
     The prompt is longer than the tokens of it that run whole.
     """
-    width = int(min(last_tokens + TOKENS, positions_of(model) - STEPS))
-    tokens = probe_tokens(model, width + STEPS)
+    width = int(min(last_tokens + TOKENS, positions_of(model) - COMPARED_STEPS))
+    tokens = probe_tokens(model, width + COMPARED_STEPS)
     mask = torch.ones_like(tokens[:, :width])
     mask[0, :PADDING] = 0
 
@@ -272,7 +272,7 @@ def _generated_logits(model: PreTrainedModel, last_tokens: int) -> Tensor:
         return [int(tokens[row, len(before)])]
 
     how = GenerationConfig(
-        max_new_tokens=STEPS,
+        max_new_tokens=COMPARED_STEPS,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,

@@ -21,12 +21,12 @@ from .dense import DenseModel
 from .layer_scales import folded_scales
 from .tensors import Weight, Weights
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN_TYPES = (bool, int, float, str, type(None))
 # Attributes that say where a module stands, and not how it is built. The last one is
 # Gemma 4's: its last attention of each kind leaves its keys to layers that share them,
 # and none do where it can be cut.
 OF_PLACE = (*LAYER_INDICES, "store_full_length_kv")
-RULE = "has a rule by layer or depth that notall cannot cut"
+LAYER_RULE = "has a rule by layer or depth that notall cannot cut"
 
 
 def sublayers_of(structure: ModelStructure, layer: Layer) -> list[Sublayer]:
@@ -50,7 +50,7 @@ def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) 
     except (ValueError, UsageError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UsageError(
-            f"{kind} {RULE} ({reason}), so this plan runs in memory only"
+            f"{kind} {LAYER_RULE} ({reason}), so this plan runs in memory only"
         ) from None
     for number, layer in enumerate(layers):
         built = exported.get_submodule(str(number))
@@ -58,7 +58,7 @@ def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) 
             if build_of(built, part) != build_of(dense.layer(part.index), part):
                 raise UsageError(
                     f"{kind} would build {part.name} in another way as a part of layer"
-                    f" {number}: its config {RULE}, so this plan runs in memory only"
+                    f" {number}: its config {LAYER_RULE}, so this plan runs in memory only"
                 )
 
 
@@ -101,7 +101,7 @@ def _settings_of(module: nn.Module) -> Settings:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, PLAIN) and name[0] != "_" and name not in OF_PLACE
+        if isinstance(value, PLAIN_TYPES) and name[0] != "_" and name not in OF_PLACE
     }
 
 

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 MULTIPLE = 256  # engines round an MLP's width up to one of these
-KEPT = (
+KEPT_SETTINGS = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id",
     "eos_token_id", "pad_token_id", "initializer_range", "attention_bias", "mlp_bias",
@@ -140,7 +140,9 @@ def _settings(
         for attention, _ in rows
     )
     mlps = (FFN | _has(mlp, "ffn_mult", mult) for _, mlp in rows)
-    settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
+    settings = {
+        name: dense.settings[name] for name in KEPT_SETTINGS if name in dense.settings
+    }
     if config.model_type == "qwen2":
         settings["attention_bias"] = True
     rope: Settings = {

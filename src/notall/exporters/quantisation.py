@@ -25,7 +25,7 @@ TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 
 @dataclass(frozen=True)
-class Words:
+class ModulePatterns:
     """How settings name modules: whether a pattern means a name."""
 
     means: Callable[[str, str], bool]
@@ -50,17 +50,17 @@ def _is_or_matches(pattern: str, name: str, end: str = "") -> bool:
 
 
 # As transformers' `should_convert_module`.
-BEGINNINGS = Words(
+BEGINNINGS = ModulePatterns(
     lambda pattern, name: (
         _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern)
     ),
     tree=True,
 )
-NAMES = Words(_is_or_matches)
-WHOLE_NAMES = Words(partial(_is_or_matches, end="$"), weights=True)
+PATTERNS = ModulePatterns(_is_or_matches)
+WHOLE_NAMES = ModulePatterns(partial(_is_or_matches, end="$"), weights=True)
 # GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with
 # `+:`.
-SIGNED = Words(
+SIGNED = ModulePatterns(
     lambda pattern, name: _matches(re.sub("^[-+]:", "", pattern), name),
     lambda pattern, name: "".join(
         [*re.findall("^[-+]:", pattern), re.escape(name), "$"]
@@ -68,7 +68,7 @@ SIGNED = Words(
 )
 
 # where settings name modules, `*` being any key, and how
-Rules = Mapping[tuple[str, ...], Words]
+Rules = Mapping[tuple[str, ...], ModulePatterns]
 
 _LISTS: Rules = {
     (name,): BEGINNINGS
@@ -80,10 +80,10 @@ RULES: Mapping[str, Rules] = {
     **dict.fromkeys(("awq", "fbgemm_fp8", "fp8", "mxfp4", "mxfp8", "quanto"), _LISTS),
     "bitsandbytes": {("llm_int8_skip_modules",): BEGINNINGS},
     "compressed-tensors": {
-        ("ignore",): NAMES,
-        ("config_groups", "*", "targets"): NAMES,
-        **{("sparsity_config", name): NAMES for name in ("ignore", "targets")},
-        **{(*_TRANSFORMS, name): NAMES for name in ("targets", "ignore")},
+        ("ignore",): PATTERNS,
+        ("config_groups", "*", "targets"): PATTERNS,
+        **{("sparsity_config", name): PATTERNS for name in ("ignore", "targets")},
+        **{(*_TRANSFORMS, name): PATTERNS for name in ("targets", "ignore")},
     },
     "gptq": {("dynamic",): SIGNED},
     "torchao": {
@@ -109,7 +109,7 @@ def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
     for name, new in moved.items():
         weights[f"{name}.weight"] = new and f"{new}.weight"
 
-    def rule_of(path: tuple[str, ...]) -> Words | None:
+    def rule_of(path: tuple[str, ...]) -> ModulePatterns | None:
         for rule, words in rules.items():
             if len(rule) == len(path) and all(map(fnmatchcase, path, rule)):
                 return words
@@ -186,7 +186,9 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
     return found
 
 
-def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[str]:
+def _renumbered(
+    words: ModulePatterns, moved: Moved, layers: str, pattern: str
+) -> list[str]:
     """The patterns that mean, of what is kept, what `pattern` meant in the original
     model; none where that is gone.
     """

@@ -25,16 +25,18 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..strict_json import Settings
 from ..structure.undoing import Undo
-from .vllm_steps import Step
+from .vllm_steps import RowsOfStep
 
-OWN = "prompt_kv_proj"  # the module that makes keys and values of tokens that skip
+PROMPT_MODULE = (
+    "prompt_kv_proj"  # the module that makes keys and values of tokens that skip
+)
 PROJECTION = re.compile(r"(.*layers\.(\d+)\.self_attn\.)([kv]_proj)(\..+)")
 CANNOT = (
     "this checkpoint skips sublayers in the prompt alone, and notall does not run it in"
     " vLLM"
 )
 # of a checkpoint, as vLLM's loader has it
-STACKED = {f".prompt_{one}_proj": (f".{OWN}", one) for one in "kv"}
+STACKED = {f".prompt_{one}_proj": (f".{PROMPT_MODULE}", one) for one in "kv"}
 
 
 @functools.cache
@@ -47,13 +49,13 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
 
     class Model(stock):
         packed_modules_mapping = stock.packed_modules_mapping | {
-            OWN: [name[1:] for name in STACKED]
+            PROMPT_MODULE: [name[1:] for name in STACKED]
         }
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             refuse(vllm_config)
             skips = vllm_config.model_config.hf_config.prompt_skips
-            step = Step(skips["last_tokens"])
+            step = RowsOfStep(skips["last_tokens"])
             with Undo() as undo, _skipping(layers_in, vllm_config, skips, step, undo):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.prompt_skips, self.prompt_step = skips, step
@@ -148,7 +150,7 @@ def _tokens(runner: Any, scheduler_output: Any) -> tuple[NDArray[Any], ...]:
 
 
 def _skipping(
-    module: Any, vllm_config: Any, skips: Settings, step: Step, undo: Undo
+    module: Any, vllm_config: Any, skips: Settings, step: RowsOfStep, undo: Undo
 ) -> Undo:
     """Have vLLM build layers that skip, until `undo` is left."""
     make_layers = module.make_layers
@@ -192,11 +194,11 @@ def _write_own(attention: Any, has_bias: bool, quantisation: Any, prefix: str) -
         total_num_kv_heads=attention.total_num_kv_heads,
         bias=has_bias or attention.qkv_proj.bias is not None,
         quant_config=quantisation,
-        prefix=f"{prefix}.{OWN}",
+        prefix=f"{prefix}.{PROMPT_MODULE}",
     )
     if made.bias is not None:
         made.bias.data.zero_()  # one of keys and values may have none
-    setattr(attention, OWN, made)
+    setattr(attention, PROMPT_MODULE, made)
 
 
 def _with_own(
@@ -217,7 +219,7 @@ def _with_own(
             yield f"{before}prompt_{projection}{kind}", weight.detach()
 
 
-def _backend(step: Step, stock: Any) -> Any:
+def _backend(step: RowsOfStep, stock: Any) -> Any:
     """An attention backend of vLLM's, `stock`, whose metadata is that of the whole
     tokens.
     """
@@ -300,7 +302,7 @@ def _skipping_class(layer_class: Any) -> Any:
             cache.
             """
             attention, to = self.self_attn, self.self_attn.attn
-            both, _ = getattr(attention, OWN)(self.input_layernorm(stream))
+            both, _ = getattr(attention, PROMPT_MODULE)(self.input_layernorm(stream))
             keys, values = (one.contiguous() for one in both.chunk(2, dim=-1))
             if hasattr(attention, "k_norm"):
                 keys = attention.k_norm(

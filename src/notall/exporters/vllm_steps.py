@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Step:
+class RowsOfStep:
     """Which tokens of the forward that runs skip, and which are whole: their rows in
     the batch.
     """

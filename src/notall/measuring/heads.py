@@ -18,7 +18,7 @@ from ..structure.locating import locate
 from ..structure.model_structure import base_model, inputs_device, text_config
 from ..structure.undoing import Undo
 
-LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
+LARGE_LOGIT = 30.0  # of the probe's logits: beyond the caps that are in use
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Head:
         anything else.
         """
         shape = len(hidden), output.out_features  # (rows, vocabulary)
-        made = LARGE * torch.randn(shape, generator=generator)
+        made = LARGE_LOGIT * torch.randn(shape, generator=generator)
 
         def answer(states: Tensor) -> Tensor:
             batch = states.shape[:-1]

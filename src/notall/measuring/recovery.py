@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .statistics import (
-    FEWEST,
+    FEWEST_SIGNS,
     LEVEL,
     Documents,
     are_right_or_wrong,
@@ -45,7 +45,7 @@ def recovery_interval(
     are_answers = documents is None and are_right_or_wrong(ours, theirs)
     least_score = min(mine.min(), base.min())
     differ = int((mine != base).sum())
-    has_no_skew = count < FEW_SCORES or differ < FEWEST
+    has_no_skew = count < FEW_SCORES or differ < FEWEST_SIGNS
     is_whole = are_answers or (least_score >= 0 and has_no_skew)
 
     def evidence(least: float) -> float:

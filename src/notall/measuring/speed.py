@@ -34,7 +34,7 @@ from ..structure.model_structure import inputs_device
 from ..version import __version__
 from .quality import check_prompt
 
-Sample = TypeVar("Sample")
+Sampled = TypeVar("Sampled")
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
 
 
 def interleaved(
-    measures: Mapping[str, Callable[[], Sample]],
+    measures: Mapping[str, Callable[[], Sampled]],
     rounds: int,
     progress: Progress = silent,
-) -> dict[str, list[Sample]]:
+) -> dict[str, list[Sampled]]:
     """What each of `measures` answers, once a round behind one to warm up, in an order
     that turns: drift cancels.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in measures}
+    samples: dict[str, list[Sampled]] = {name: [] for name in measures}
     total = (1 + rounds) * len(measures)
     for index in range(1 + rounds):
         in_turn = list(measures)

@@ -23,7 +23,7 @@ LEVEL = 1 - SIGNIFICANT
 JACKKNIFED = 100  # parts, at most, of which one is left out at a time
 MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
 # Terms, all above or all below zero, that an exact test tells from chance: 2 / 2^6 < 0.05.
-FEWEST = math.ceil(math.log2(2 / SIGNIFICANT))
+FEWEST_SIGNS = math.ceil(math.log2(2 / SIGNIFICANT))
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # of times
 LEAST_WINDOWS = 8  # of text
@@ -144,9 +144,9 @@ def too_few(could_fall: int, items: int) -> int | None:
     `could_fall` of the `items` could do worse: of right and wrong answers those that
     the original model has right.
     """
-    if not 0 < could_fall < FEWEST:
+    if not 0 < could_fall < FEWEST_SIGNS:
         return None
-    return math.ceil(FEWEST * items / could_fall)
+    return math.ceil(FEWEST_SIGNS * items / could_fall)
 
 
 def student_p_value(difference: float, error: float, degrees: float) -> float:

@@ -29,7 +29,7 @@ TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}
 # Logits of a head that is no matrix, at once: on a CPU (True), and elsewhere.
 LOGITS = {True: 2**23, False: 2**27}
 # exp() of less is as good as none, and takes a CPU up to 150 times as long.
-NOTHING = -80.0
+LEAST_LOG_PROB = -80.0
 # Rows of logits whose log-probabilities are made at once on a CPU: they stay in a cache.
 CACHED = 16
 
@@ -233,7 +233,7 @@ class TokenScorer:
         """As `_summed`, and once more where `about` was far from the largest logits."""
         sums = self._summed(states, about, largest, mean)
         log_sums = sums.log_sums  # (rows,)
-        is_near = log_sums.isfinite() & (log_sums > NOTHING / 2)
+        is_near = log_sums.isfinite() & (log_sums > LEAST_LOG_PROB / 2)
         if not is_near.all():
             first = self._summed(states, about, True, False)
             about = about + first.largest
@@ -256,9 +256,9 @@ class TokenScorer:
         far = False
         for rows, columns, tile in self._tiles(states, about):  # (some rows, columns)
             if columns.start == 0 and tile.device.type == "cpu":
-                far = bool(tile.amin() < NOTHING)
+                far = bool(tile.amin() < LEAST_LOG_PROB)
             if far:
-                tile.clamp_(min=NOTHING)
+                tile.clamp_(min=LEAST_LOG_PROB)
             if largest:
                 values = tile.amax(-1)  # (some rows,)
                 so_far = top[rows]

@@ -86,7 +86,7 @@ class GGUFTensor:
 
 
 Fields = dict[str, Field]
-Tensors = dict[str, GGUFTensor]
+GGUFTensors = dict[str, GGUFTensor]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class GGUF:
 
     path: Path
     fields: Fields
-    tensors: Tensors
+    tensors: GGUFTensors
     endianness: GGUFEndian
 
     @property
@@ -130,7 +130,7 @@ class GGUF:
             )
         return value
 
-    def block(self, index: int) -> Tensors:
+    def block(self, index: int) -> GGUFTensors:
         """The tensors of one block, by their names in it."""
         start = f"{BLOCK}{index}."
         return {
@@ -139,7 +139,7 @@ class GGUF:
             if name.startswith(start)
         }
 
-    def attention(self, index: int) -> Tensors:
+    def attention(self, index: int) -> GGUFTensors:
         """Those of a block that are its mixer's, with the norms of that."""
         mlp = self.mlp(index)
         return {
@@ -148,7 +148,7 @@ class GGUF:
             if name not in mlp
         }
 
-    def mlp(self, index: int) -> Tensors:
+    def mlp(self, index: int) -> GGUFTensors:
         """Those of a block that are its MLP's, with the norms of that."""
         block = self.block(index)
         starts = [
@@ -169,7 +169,7 @@ class GGUF:
         }
 
     @property
-    def outside_blocks(self) -> Tensors:
+    def outside_blocks(self) -> GGUFTensors:
         """The tensors of no block: embedding, last norm and head."""
         return {
             name: tensor
@@ -301,7 +301,7 @@ def write_gguf(
     path: Path,
     source: GGUF,
     fields: Fields,
-    tensors: Tensors,
+    tensors: GGUFTensors,
     progress: Progress = silent,
 ) -> None:
     """Write a GGUF file, in the byte order of `source`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..plan import Plan
 from ..results.table import in_bytes
-from .gguf_file import EMBEDDING, GGUF, HEAD, Tensors, read_gguf
+from .gguf_file import EMBEDDING, GGUF, HEAD, GGUFTensors, read_gguf
 from .names import named_gguf
 
 
@@ -74,5 +74,5 @@ def _left(source: GGUF, plan: Plan) -> int:
     return _bytes_of(source.tensors) - sum(map(_bytes_of, gone))
 
 
-def _bytes_of(tensors: Tensors) -> int:
+def _bytes_of(tensors: GGUFTensors) -> int:
     return sum(tensor.size for tensor in tensors.values())

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from ..digests import digest_of, digest_of_file
 from ..files import expanded
 from .load_errors import explained
-from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id
+from .names import DEFAULT_MODEL, NAMED_SHAPES, default_gguf, hub_id
 
 
 def identify(
@@ -16,7 +16,7 @@ def identify(
     """Where a model comes from: {"model": its name, with no folder, "revision": a
     commit, or `sha256:` of files}.
     """
-    if spec in SHAPES:
+    if spec in NAMED_SHAPES:
         return {"model": str(spec), "revision": "built-in"}
     path = default_gguf() if spec == DEFAULT_MODEL else expanded(spec)
     name = DEFAULT_MODEL if spec == DEFAULT_MODEL else path.resolve().name

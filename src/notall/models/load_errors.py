@@ -24,7 +24,7 @@ SAFETENSORS_ONLY = (
 OFFLINE = "without a network give a folder, a .gguf file or smollm2"
 SPELLING = "check its spelling"
 NO_SUCH_GGUF = "GGUF model with architecture"
-UNREAD = re.compile(
+LLAMACPP_ALONE = re.compile(
     "architecture deci |`deci`"
 )  # what it says of a file that only llama.cpp runs
 
@@ -70,7 +70,7 @@ def explained(spec: str | Path) -> Iterator[None]:
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         if (
-            UNREAD.search(message)
+            LLAMACPP_ALONE.search(message)
             and (gguf := named_gguf(spec))
             and (problem := _export_in(gguf))
         ):

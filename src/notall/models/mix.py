@@ -54,12 +54,12 @@ COMPLETIONS, FIRST, BEHIND = (
 FEW = (
     2 * AT_ONCE * NEW_TOKENS
 )  # tokens: as a rule the first part of each text makes more together
-EPISODES = 160
+MIX_EPISODES = 160
 SHORTEST, LONGEST = (
     96,
     448,
 )  # tokens of an episode, about: windows that are read have 512
-SENTENCE = re.compile(r"(?<=[.!?])\s+")  # what is between two
+SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+")  # what is between two
 
 
 def text_of(
@@ -241,10 +241,10 @@ def episodes(hay: str) -> str:
     """
     draw, sentences = (
         random.Random(0),
-        [one for one in SENTENCE.split(hay) if one.strip()] or [hay],
+        [one for one in SENTENCE_BREAK.split(hay) if one.strip()] or [hay],
     )
     made = []
-    for number in range(EPISODES):
+    for number in range(MIX_EPISODES):
         some = itertools.islice(
             itertools.cycle(sentences), draw.randrange(len(sentences)), None
         )

@@ -24,7 +24,7 @@ _SIZES = (
     "num_key_value_heads",
 )
 # The arguments of LlamaConfig for each shape that can be timed without its weights.
-SHAPES: dict[str, Settings] = {
+NAMED_SHAPES: dict[str, Settings] = {
     "llama-2-7b": {**_LLAMA_2, **dict(zip(_SIZES, (4096, 11008, 32, 32, 32)))},
     "llama-2-13b": {**_LLAMA_2, **dict(zip(_SIZES, (5120, 13824, 40, 40, 40)))},
     "llama-2-70b": {**_LLAMA_2, **dict(zip(_SIZES, (8192, 28672, 80, 64, 8)))},
@@ -75,7 +75,10 @@ def near_model(spec: str | Path) -> str:
         neighbours = []
     return nearest(
         path.name,
-        [*neighbours, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])],
+        [
+            *neighbours,
+            *([DEFAULT_MODEL, *NAMED_SHAPES] if path.name == str(spec) else []),
+        ],
     )
 
 

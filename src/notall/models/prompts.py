@@ -13,7 +13,7 @@ from importlib.resources import files
 WORDS: dict[str, list[str]] = json.loads(
     files("notall.models").joinpath("prompts.json").read_text(encoding="utf-8")
 )
-NAMES = (
+WORD_LISTS = (
     "topics",
     "functions",
     "sentences",
@@ -23,7 +23,7 @@ NAMES = (
     "sums",
 )
 TOPICS, FUNCTIONS, SENTENCES, REQUESTS, OPENINGS, EXPLANATIONS, SUMS = (
-    WORDS[name] for name in NAMES
+    WORDS[name] for name in WORD_LISTS
 )
 LANGUAGES, PEOPLE, GOODS, CITIES, THINGS = (
     WORDS[n] for n in ("languages", "people", "goods", "cities", "things")

@@ -9,14 +9,16 @@ from typing import Literal
 
 from .prompts import CITIES, GOODS, PEOPLE, WORDS
 
-Form = Literal["passkey", "keys", "quotes", "several", "facts", "stock", "copying"]
-FITTED: tuple[Form, ...] = (
+RetrievalForm = Literal[
+    "passkey", "keys", "quotes", "several", "facts", "stock", "copying"
+]
+FITTED: tuple[RetrievalForm, ...] = (
     "passkey",
     "keys",
     "quotes",
     "several",
 )  # that episodes to fit to have
-UNSEEN: tuple[Form, ...] = ("facts", "stock", "copying")  # that only judge
+UNSEEN: tuple[RetrievalForm, ...] = ("facts", "stock", "copying")  # that only judge
 CONTEXTS = (256, 512, 1024)  # tokens, about, of a passkey's texts
 WORDS_A_TOKEN = 0.75  # of English, about
 WORKS, NOUNS, ADJECTIVES, VERBS = (
@@ -37,12 +39,15 @@ class Episode:
 
 
 def episode(
-    form: Form, tokens: int, draw: random.Random, hay: Iterator[str] | None = None
+    form: RetrievalForm,
+    tokens: int,
+    draw: random.Random,
+    hay: Iterator[str] | None = None,
 ) -> Episode:
     """An episode of about so many tokens, its answer at a random depth in `hay`
     (passkey: arXiv 2305.16300, 4.2).
     """
-    needles, question, answer = MAKERS[form](draw)
+    needles, question, answer = FORM_MAKERS[form](draw)
     room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*needles, question)).split())
     sentences = list[str]()
     while sum(map(len, map(str.split, sentences))) < room:
@@ -136,6 +141,6 @@ def _copying(draw: random.Random) -> Made:
 
 
 ALL_MAKERS = _passkey, _keys, _quotes, _several, _facts, _stock, _copying
-MAKERS: dict[Form, Callable[[random.Random], Made]] = dict(
+FORM_MAKERS: dict[RetrievalForm, Callable[[random.Random], Made]] = dict(
     zip((*FITTED, *UNSEEN), ALL_MAKERS, strict=True)
 )

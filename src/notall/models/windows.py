@@ -23,7 +23,9 @@ from ..plan import several
 from ..structure.model_structure import inputs_device
 from .texts import Text, start_tokens, token_ids
 
-RUN = 32  # tokens in a row that are taken for a copy, unless windows are shorter
+COPIED_TOKENS = (
+    32  # tokens in a row that are taken for a copy, unless windows are shorter
+)
 FACTOR = (
     0x9E3779B97F4A7C15  # of the hash of a run; it is odd, so that it has an inverse
 )
@@ -178,7 +180,7 @@ def _shared(windows: Drawn, apart: Sequence[Drawn]) -> Tensor:
     found = overlapping(windows.rows, [one.rows for one in apart])
     for one in apart:
         if one.text.sha256 != windows.text.sha256:
-            found |= _sharing(windows.rows, one.rows, RUN, once=True)
+            found |= _sharing(windows.rows, one.rows, COPIED_TOKENS, once=True)
     return found
 
 
@@ -186,7 +188,7 @@ def overlapping(rows: Tensor, others: Iterable[Tensor]) -> Tensor:
     """Which of `rows`, (windows, tokens), share a run of tokens with any of `others`,
     likewise: (windows,).
 
-    The run is half of the shorter window, but at least `RUN` tokens, or else all of
+    The run is half of the shorter window, but at least `COPIED_TOKENS` tokens, or else all of
     that window.
     """
     found, by_length = (
@@ -197,7 +199,7 @@ def overlapping(rows: Tensor, others: Iterable[Tensor]) -> Tensor:
         by_length.setdefault(other.shape[1], []).append(other.cpu())
     for length, some in by_length.items():
         half = -(-min(length, rows.shape[1]) // 2)
-        found |= _sharing(rows, torch.cat(some), max(RUN, half))
+        found |= _sharing(rows, torch.cat(some), max(COPIED_TOKENS, half))
     return found
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-WRITTEN = re.compile(r"(.+)-(\d{1,4})x(\d{1,9})(?:-([0-9a-f]+))?")
+FINGERPRINT_FORM = re.compile(r"(.+)-(\d{1,4})x(\d{1,9})(?:-([0-9a-f]+))?")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Fingerprint:
     @classmethod
     def parse(cls, text: object) -> "Fingerprint | None":
         """The fingerprint that is written there, if one is."""
-        found = WRITTEN.fullmatch(str(text))
+        found = FINGERPRINT_FORM.fullmatch(str(text))
         if found is None:
             return None
         return cls(found[1], int(found[2]), int(found[3]), found[4] or "")

@@ -21,7 +21,7 @@ from .least_squares import Sums, sums_for
 from .projections import OutputProjection, gain_of
 
 # how much channels hold back, relative to the mean of what counts
-STEPS = (0.003, 0.03, 0.3, 3.0)
+STEP_SIZES = (0.003, 0.03, 0.3, 3.0)
 EPSILON = 1e-12
 
 
@@ -188,10 +188,10 @@ class NormedFit(Fit):
         return sums
 
     def left(self, change: Tensor, held: Sums) -> Iterable[tuple[float, float]]:
-        """As of `Fit`, by the true error behind the norm, for each of `STEPS`."""
+        """As of `Fit`, by the true error behind the norm, for each of `STEP_SIZES`."""
         if not self.none:
             return ()
-        return zip(STEPS, [error / self.none for error in self._errors(change)])
+        return zip(STEP_SIZES, [error / self.none for error in self._errors(change)])
 
     def weights(self, change: Tensor, step: float) -> dict[str, Tensor]:
         """The projection's matrix, in its dtype, with a part of the change by
@@ -206,15 +206,15 @@ class NormedFit(Fit):
         return self.counting / (self.counting + step * self.counting.mean())
 
     def _errors(self, change: Tensor) -> list[float]:
-        """For each of `STEPS` the squared distance to the target behind the norm, over
+        """For each of `STEP_SIZES` the squared distance to the target behind the norm, over
         tokens that are held out.
         """
-        totals = [0.0] * len(STEPS)
+        totals = [0.0] * len(STEP_SIZES)
         for features, before, _, target in self.tokens(held=True):
             outputs = features @ self.old.T + self.bias  # (tokens, hidden)
             more = features @ change.T
             counts = self.counts(target)  # (tokens,)
-            for place, step in enumerate(STEPS):
+            for place, step in enumerate(STEP_SIZES):
                 given = (outputs + self._shares(step) * more).to(self.before[0].dtype)
                 added = self.projection.scale * self.norm(given[None])[0].to(outputs)
                 off = before + added - target  # (tokens, hidden)

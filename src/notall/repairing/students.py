@@ -23,7 +23,7 @@ from ..structure.key_values import SomeOutputs
 from ..structure.locating import decoder_layers, locate
 from .layerwise import Layerwise
 from .train_config import TrainConfig
-from .trained_weights import ADAPTER, adapted, chosen_paths
+from .trained_weights import ADAPTER_NAME, adapted, chosen_paths
 
 
 class Student(nn.Module):
@@ -57,7 +57,7 @@ class Student(nn.Module):
         self.running = {
             path: one
             for path, one in self.model.named_parameters()
-            if (f".{ADAPTER}." in path if self.adapters else path in wanted)
+            if (f".{ADAPTER_NAME}." in path if self.adapters else path in wanted)
         }
         self.layerwise: Layerwise | None = None
         if config.warm_up > 0:
@@ -118,7 +118,7 @@ class Student(nn.Module):
         found = {}
         for path, adapter in self.adapters.items():
             own: Tensor = adapter.base_layer.weight
-            merged = own.float() + adapter.get_delta_weight(ADAPTER).float()
+            merged = own.float() + adapter.get_delta_weight(ADAPTER_NAME).float()
             found[f"{path}.weight"] = merged.to(own.dtype)
         return found
 

@@ -30,12 +30,12 @@ from ..structure.model_structure import positions_of
 from ..tensor_files import TensorsAndNotes, cached_tensors
 from .fit_texts import LENGTH, SEQUENCES, FitTexts
 
-MEASURED = 16  # windows of each text that what came out is measured on
+MEASURED_WINDOWS = 16  # windows of each text that what came out is measured on
 # windows of each text that a training stops by, and by which its best weights are
 # chosen
 STOPS = 8
-GIVEN = 8  # tokens of each window that the model goes on from
-AT_ONCE = 32  # windows that it writes
+GIVEN_TOKENS = 8  # tokens of each window that the model goes on from
+GENERATED_AT_ONCE = 32  # windows that it writes
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _judging(
     those that are fitted to.
     """
     other = [
-        window(text, sequences=MEASURED, apart=[*fitted, *used], fewer=fewer)
+        window(text, sequences=MEASURED_WINDOWS, apart=[*fitted, *used], fewer=fewer)
         for text in texts
     ]
     if not training:
@@ -165,7 +165,7 @@ def _left_by(
     each = max(1, min(map(len, fitted)))
     while each > 1:
         other, stops = judging([one[:each] for one in fitted], fewer=True)
-        missing = max(MEASURED - len(one) for one in other) + max(
+        missing = max(MEASURED_WINDOWS - len(one) for one in other) + max(
             (STOPS - len(one) for one in stops), default=0
         )
         if not missing:
@@ -190,11 +190,13 @@ def sampled(
     where that is damaged.
     """
     windows = torch.cat(list(batches))
-    given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]
+    given, length = min(GIVEN_TOKENS, windows.shape[1] // 2), windows.shape[1]
 
     def write() -> TensorsAndNotes:
         prompts = tracked(
-            windows[:, :given].split(AT_ONCE), "sampling text to train on", progress
+            windows[:, :given].split(GENERATED_AT_ONCE),
+            "sampling text to train on",
+            progress,
         )
         parts = [
             sample(model, some, length - given, seed=seed + number)

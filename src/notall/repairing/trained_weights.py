@@ -17,7 +17,7 @@ from ..structure.model_structure import Sublayer
 from .projections import Projections, is_matrix, is_norm
 from .train_config import Trained
 
-ADAPTER = "healing"  # peft's name of the matrices
+ADAPTER_NAME = "healing"  # peft's name of the matrices
 
 
 def chosen_paths(
@@ -94,7 +94,7 @@ def adapted(
     try:
         with warnings.catch_warnings(), seeded(0):
             warnings.simplefilter("ignore")  # it sets by itself what it warns of
-            inject_adapter_in_model(config, layers, ADAPTER)
+            inject_adapter_in_model(config, layers, ADAPTER_NAME)
     except ValueError as error:
         raise UnsupportedModel(
             f"peft refuses this model ({shortened(error)}); train something else than"

@@ -9,7 +9,7 @@ from ..results.facts import FOOTPRINT, PEAK, TIMES
 from ..results.record import Fact
 from ..results.table import Column, number, table, within, words
 from .folder import Folder
-from .parts import Message, PageParts, Section, Step
+from .parts import Message, PageParts, PageStep, Section
 from .plans import verdict_of
 
 NOTE = (
@@ -117,9 +117,9 @@ def page_parts(folder: Folder) -> PageParts:
     return PageParts(message, steps=steps, first=last, sections=(results,))
 
 
-def _step_of(row: BenchRow) -> Step:
+def _step_of(row: BenchRow) -> PageStep:
     is_skipped = row.model is row.bench.skipped
-    return Step(
+    return PageStep(
         f"{row.plan_words}, {workload_of(row.bench)}",
         row.bench.plan if is_skipped else Plan(),
         times=row.model.times,

@@ -36,7 +36,7 @@ COMMAND = ["notall", "compare"]
 
 
 # what is the same in comparisons that are joined
-ALIKE = (
+SAME_IN_ONE_TABLE = (
     "revision",
     "dtype",
     "seed",
@@ -74,7 +74,7 @@ def _check_alike(
     ours, theirs = (
         record.what | {"sequences": record.quality.sequences} for record in (one, other)
     )
-    for name in ALIKE:
+    for name in SAME_IN_ONE_TABLE:
         if ours.get(name) != theirs.get(name):
             both = (shortened(str(about.get(name))) for about in (ours, theirs))
             raise UsageError(

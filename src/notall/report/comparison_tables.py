@@ -17,7 +17,7 @@ from ..experiments.held_scores import UNREPAIRED
 from ..extras import FIGURES, installed
 from ..files import write_whole
 from ..results.facts import DECODE_MS, PREFILL_MS, QUALITY, SPEEDUPS
-from ..results.record import Key
+from ..results.record import RecordKey
 from ..results.table import (
     Column,
     Table,
@@ -184,7 +184,7 @@ def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
     """Places of records: by space and count, then by loss; what is repaired follows
     what is not.
     """
-    least: dict[Key, float] = {}
+    least: dict[RecordKey, float] = {}
     for one in records:
         least[one.run] = min(one.quality.nats_lost, least.get(one.run, math.inf))
     spaces = [*dict.fromkeys(one.space for one in records)]

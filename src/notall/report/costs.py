@@ -9,7 +9,7 @@ from ..results.facts import DELTA_NLL, KL
 from ..results.ledger import header_of, read
 from ..results.record import is_number
 from ..results.repairs import EvaluationRecord
-from .parts import Costs, Place
+from .parts import CellPlace, Costs
 
 TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}  # by the objective
 
@@ -56,6 +56,6 @@ def _evaluated(file: Path) -> Iterator[Costs]:
             yield Costs(found, title, text)
 
 
-def _place(name: str) -> Place:
+def _place(name: str) -> CellPlace:
     kind, _, layer = name.partition(".")
     return "mlp" if kind == "mlp" else "attention", int(layer)

@@ -10,7 +10,7 @@ from ..errors import UsageError, shortened
 from ..plan import Fingerprint
 from ..results.ledger import header_of, kind_at, read
 from ..results.provenance import Provenance
-from ..results.record import KINDS, Record
+from ..results.record import RECORD_KINDS, Record
 
 R = TypeVar("R", bound=Record)
 
@@ -89,7 +89,7 @@ def read_folder(path: Path) -> Folder:
     files = dict[str, tuple[Record, ...]]()
     for file in sorted(path.glob("*.jsonl")):
         if name := kind_at(file):
-            kind = KINDS[name]
+            kind = RECORD_KINDS[name]
             header = header_of(file) if kind.headed else None
             update = {"provenance": header.provenance} if header else {}
             records = read(file, kind)
@@ -116,7 +116,9 @@ def _check_one_model(path: Path, files: Mapping[str, Sequence[Record]]) -> None:
         if about and "revision" in about.what:
             revision = str(about.what["revision"])
             model = shortened(str(about.what.get("model")))
-            models[revision] = f"{KINDS[name].file} is of {model}, {revision[:9]}"
+            models[revision] = (
+                f"{RECORD_KINDS[name].file} is of {model}, {revision[:9]}"
+            )
     if len(models) > 1:
         raise UsageError(
             f"{path} holds results of several models ({'; '.join(models.values())}):"

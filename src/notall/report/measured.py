@@ -27,7 +27,7 @@ from ..results.repairs import (
 )
 from ..results.table import Column, Table, number, table, within, words
 from .folder import Folder
-from .parts import Card, Figure, Message, PageParts, Section, Step
+from .parts import Card, Figure, Message, PageParts, PageStep, Section
 from .plans import scores_of, scores_table, verdict_of
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ def measured_page(
     """
     measured, last = folder.of(MeasuredRecord), last_measured(folder)
     if not last:
-        steps = tuple(Step(one.plan.in_words(), one.plan) for one in measured[:1])
+        steps = tuple(PageStep(one.plan.in_words(), one.plan) for one in measured[:1])
         return PageParts(
             cards=tuple(_cards(measured)),
             steps=steps,
             sections=tuple(_sections(folder)),
         )
     timed = last_timed(folder.path, last.plan)
-    step = Step(last.plan.in_words(), last.plan, last.quality if timed else None)
+    step = PageStep(last.plan.in_words(), last.plan, last.quality if timed else None)
     if timed and timed.skipped:
         step = replace(
             step,

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..charts import layers
-from ..charts.layers import Sublayer
+from ..charts.layers import LayerCell
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..files import contents, refuse_others, write_whole, writing
@@ -25,7 +25,7 @@ from .parts import Figure, PageParts, Section
 from .savings import flatten, savings_of, short
 from .verbs import parts_of
 
-SENTENCE = 400  # letters of a cell: a claim is whole
+CELL_LETTERS = 400  # letters of a cell: a claim is whole
 MARK = b'<p class="kicker">notall report</p>'
 MAP_HEIGHT = 104  # pixels of the layer map
 BAR_HEIGHT = 48  # pixels of a bar with its words
@@ -74,7 +74,7 @@ def render(folder: Folder, parts: Sequence[PageParts] | None = None) -> str:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters["short"] = short
-    templates.filters["sentence"] = partial(short, length=SENTENCE)
+    templates.filters["sentence"] = partial(short, length=CELL_LETTERS)
     resources = files("notall.report")
     return templates.get_template("page.html").render(
         page=page,
@@ -179,7 +179,7 @@ class Page:
         return found
 
     @cached_property
-    def cells(self) -> list[Sublayer]:
+    def cells(self) -> list[LayerCell]:
         """Of the layer map, one for each sublayer."""
         costs = self.whole.costs.found if self.whole.costs else {}
         return layers.sublayers(self.layers, costs, self.whole.similarity)

@@ -28,7 +28,7 @@ from ..results.record import is_number
 from ..results.table import as_csv, pivot, table, written
 from .folder import Folder
 from .paper_tables import CAPTIONS, CLAIM_RULE, CLAIMS, caption_of, entries_of
-from .parts import Message, PageParts, Section, Step
+from .parts import Message, PageParts, PageStep, Section
 from .similarity import similarity_section
 
 
@@ -65,12 +65,12 @@ def page_parts(folder: Folder) -> PageParts:
 def _steps(
     rows: Mapping[Configuration, Configured],
     timed: Mapping[Configuration, TimesRecord],
-) -> list[Step]:
+) -> list[PageStep]:
     """Each configuration, with its times where it has some."""
     dense = timed[DENSE].footprint if DENSE in timed else None
     steps = []
     for key, row in rows.items():
-        step = Step(row.name, row.plan, dense=dense)
+        step = PageStep(row.name, row.plan, dense=dense)
         if key in timed:
             times, footprint = timed[key].times, timed[key].footprint
             step = replace(step, times=times, footprint=footprint)

@@ -10,7 +10,7 @@ from ..results.record import Quartiles, is_number
 from ..results.table import Table
 from ..strict_json import Settings
 
-Place = tuple[str, int]  # of a sublayer: kind (attention or mlp), layer
+CellPlace = tuple[str, int]  # of a sublayer: kind (attention or mlp), layer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Step:
+class PageStep:
     """A plan that the page steps through, in the layer map, in bars of `times` and
     bytes, and in words.
     """
@@ -142,7 +142,7 @@ class Costs:
     `measured_on` on how much text.
     """
 
-    found: Mapping[Place, float]
+    found: Mapping[CellPlace, float]
     title: str
     measured_on: str
 
@@ -163,7 +163,7 @@ class PageParts:
 
     message: Message | None = None
     cards: tuple[Card, ...] = ()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PageStep, ...] = ()
     first: int = 0  # the step to begin with
     sections: tuple[Section, ...] = ()
     similarity: tuple[Similarity, ...] = ()  # this and the costs shade the layer map

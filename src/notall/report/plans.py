@@ -15,7 +15,7 @@ from ..results.table import Column, Table, table, words
 from ..strict_json import Settings
 from .costs import read_costs
 from .folder import Folder
-from .parts import Figure, Message, PageParts, Section, Step
+from .parts import Figure, Message, PageParts, PageStep, Section
 
 if TYPE_CHECKING:
     from ..charts.points import Point
@@ -50,7 +50,7 @@ def mildest(records: Iterable[P]) -> P | None:
     return min(known, key=lambda one: one.quality.nats_lost, default=None)
 
 
-def verdict_of(step: Step, folder: Folder, named: str = "") -> Verdict:
+def verdict_of(step: PageStep, folder: Folder, named: str = "") -> Verdict:
     """A step of the page as a verdict; `named` says how its plan came to be."""
     verb, speedup = step.faster if step.times else ("decodes", None)
     return Verdict(
@@ -77,7 +77,7 @@ def plans_page(
     else the last.
     """
     steps = tuple(
-        Step(one.name, one.plan, one.quality, one.times, one.footprint, dense)
+        PageStep(one.name, one.plan, one.quality, one.times, one.footprint, dense)
         for one in records
     )
     best, mild = fastest(records), mildest(records)

@@ -13,7 +13,7 @@ from ..results.table import Column, words
 COLUMNS: tuple[Column[Remade], ...] = tuple(
     words(name.replace("_", " "), attrgetter(name)) for name in Remade.model_fields
 )
-RULE = (
+HOW_JUDGED = (
     "Equal: to the last digit. Tolerance: half of a figure's standard error, or 5 % of a"
     " figure without one."
 )
@@ -28,4 +28,4 @@ def conclusion(found: Sequence[Remade], folder: Path) -> str:
     records = f"{several(len(found), 'record')} of {folder}, made again"
     timed = any(one.speedup_recorded for one in found)
     times = " Times are shown, and not judged." if timed else ""
-    return f"{records}: {agreements}. {RULE}{times}"
+    return f"{records}: {agreements}. {HOW_JUDGED}{times}"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ..charts.layers import Saving
 from ..experiments.verdict import NAME_LETTERS
 from ..results.table import in_bytes
-from .parts import Step
+from .parts import PageStep
 
 
 def short(text: str, length: int = NAME_LETTERS) -> str:
@@ -13,7 +13,7 @@ def short(text: str, length: int = NAME_LETTERS) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def savings_of(number: int, step: Step) -> Iterator[Saving]:
+def savings_of(number: int, step: PageStep) -> Iterator[Saving]:
     """Shares of the original model's time and bytes; of times as they were paired,
     round by round. `number` is that of the step on the page.
     """

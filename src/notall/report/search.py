@@ -14,7 +14,7 @@ from ..results.table import Column, number, table, within, words
 from .costs import read_costs
 from .folder import Folder
 from .measured import last_measured, tasks_section
-from .parts import Message, PageParts, Section, Step
+from .parts import Message, PageParts, PageStep, Section
 from .plans import scores_of, verdict_of
 
 NOTE = (
@@ -43,7 +43,7 @@ def page_parts(folder: Folder) -> PageParts:
     records, repaired = folder.of(SearchRecord), last_measured(folder)
     last = records[-1]
     steps = tuple(
-        Step(
+        PageStep(
             shortened(one.chosen, NAME_LETTERS),
             one.plan,
             one.quality,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..experiments.next_commands import next_command, on_the_text
 from ..experiments.similarity import SimilarityRecord
-from ..experiments.sweep import ContinuationsRecord, InPrompt, SweepRecord
+from ..experiments.sweep import ContinuationsRecord, InPromptLoss, SweepRecord
 from ..extras import FIGURES, installed
 from ..files import write_whole
 from ..plan import KIND_NAMES, several
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from altair import LayerChart
 
 
-IN_PROMPT: Column[InPrompt] = with_error(
+IN_PROMPT_LOSS: Column[InPromptLoss] = with_error(
     "NLL added in the prompt alone",
     lambda one: (one.in_prompt_delta_nll, one.in_prompt_delta_nll_se),
     unit=DELTA_NLL.unit,
@@ -34,7 +34,7 @@ IN_PROMPT: Column[InPrompt] = with_error(
 COLUMNS: tuple[Column[SweepRecord], ...] = (
     *inherited(SweepRecord, CONFIGURED),
     *within((DELTA_NLL,), lambda one: one.quality),
-    *within((IN_PROMPT,), lambda one: one.in_prompt),
+    *within((IN_PROMPT_LOSS,), lambda one: one.in_prompt),
     *within(SPEEDUPS, lambda one: one.times),
     *within(QUALITY[1:4], lambda one: one.quality),
     *within(FOOTPRINT, lambda one: one.footprint),

@@ -16,7 +16,7 @@ from ..progress import CLOCK, Progress
 
 SILENT = 60.0  # seconds without a line in a log
 PACE = 120.0  # seconds of whose steps the remaining time is estimated
-OTHERS = 56  # letters of a line that are not the description
+OTHER_LETTERS = 56  # letters of a line that are not the description
 
 
 class _Elapsed(bars.ProgressColumn):
@@ -51,7 +51,7 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
 
     def fitting(doing: str) -> str:
         return shortened(
-            printable(doing, console.encoding), max(12, console.width - OTHERS)
+            printable(doing, console.encoding), max(12, console.width - OTHER_LETTERS)
         )
 
     with bars.Progress(

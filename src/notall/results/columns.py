@@ -12,9 +12,9 @@ from .record import Quartiles, is_number
 F = TypeVar("F")
 G = TypeVar("G")
 
-Form = str | Callable[[float], str]  # of a number: a format, or a function
-NOTHING = "-"  # what was not measured, or came out as no number
-LARGE = 1e5  # from here on a number is written by its magnitude
+NumberForm = str | Callable[[float], str]  # of a number: a format, or a function
+NOT_MEASURED = "-"  # what was not measured, or came out as no number
+LARGE_NUMBER = 1e5  # from here on a number is written by its magnitude
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cell:
     """
 
     value: float | str | None
-    text: str = NOTHING
+    text: str = NOT_MEASURED
     error: str = ""
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ def words(heading: str, get: Callable[[F], object]) -> Column[F]:
 def number(
     heading: str,
     get: Callable[[F], float | None],
-    form: Form = ".3f",
+    form: NumberForm = ".3f",
     *,
     right: bool = True,
     unit: str = "",
@@ -204,7 +204,7 @@ def written(value: float, form: str) -> str:
     `-`.
     """
     if not is_number(value):
-        return NOTHING
+        return NOT_MEASURED
     text = format(value, form)
     nothing = "0" in text and not any(digit in text for digit in "123456789")
     return format(abs(value) * 0, form) if nothing else text
@@ -221,7 +221,7 @@ def in_bytes(value: float) -> str:
 
 def in_magnitude(value: float) -> str:
     """`1,351.8`, or `2.9e9` instead of a row of digits."""
-    if not LARGE <= abs(value) < math.inf:
+    if not LARGE_NUMBER <= abs(value) < math.inf:
         return f"{value:,.1f}"
     digits, power = f"{value:.1e}".split("e")
     return f"{digits}e{int(power)}"

@@ -14,11 +14,13 @@ from pydantic import ValidationError
 from ..errors import UsageError, shortened
 from . import lines
 from .provenance import Provenance
-from .record import BESIDE, HOMES, Command, HeaderRecord, Key, Record
+from .record import BESIDE, HOMES, Command, HeaderRecord, Record, RecordKey
 
 R = TypeVar("R", bound=Record)
 About = Provenance | Record
-Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
+ProvenanceOf = (
+    Provenance | Callable[[R], Provenance] | None
+)  # of all records, or of each
 RECORDED = ContextVar[tuple[Record, Path] | None](
     "of a folder whose records a run makes again", default=None
 )
@@ -35,11 +37,11 @@ class Ledger(Generic[R]):
         self,
         folder: Path,
         kind: type[R],
-        about: Origin[R] = None,
+        about: ProvenanceOf[R] = None,
         name: str | None = None,
     ) -> None:
         self.path, self._kind = folder / (name or kind.file), kind
-        self._held: dict[Key, R] = {}
+        self._held: dict[RecordKey, R] = {}
         self._header: HeaderRecord | None = None  # which is still to be written
         if kind.headed:
             assert isinstance(about, Provenance)
@@ -61,10 +63,10 @@ class Ledger(Generic[R]):
                 )
             self._hold(record)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: RecordKey) -> bool:
         return key in self._held
 
-    def __getitem__(self, key: Key) -> R:
+    def __getitem__(self, key: RecordKey) -> R:
         return self._held[key]
 
     def __iter__(self) -> Iterator[R]:
@@ -73,7 +75,7 @@ class Ledger(Generic[R]):
     def __len__(self) -> int:
         return len(self._held)
 
-    def missing(self, keys: Iterable[Key]) -> list[Key]:
+    def missing(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Those of `keys` that nothing is known of, in their order, each once."""
         return [key for key in dict.fromkeys(keys) if key not in self._held]
 

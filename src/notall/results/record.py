@@ -24,7 +24,7 @@ from .provenance import Provenance
 # more than any model has; a damaged index does not become a page of gigabytes
 MOST_SHOWN_LAYERS = 10_000
 
-Key = tuple[Any, ...]
+RecordKey = tuple[Any, ...]
 Command = Literal[
     "sweep",
     "compare",
@@ -92,7 +92,7 @@ def _plausible(value: object) -> Plan:
     return plan
 
 
-Skipped = Annotated[
+SkippedNames = Annotated[
     Plan,
     BeforeValidator(_plausible),
     PlainSerializer(lambda plan: plan.indices, return_type=Settings),
@@ -197,7 +197,7 @@ BESIDE: dict[Command, tuple[str, ...]] = {
     "paper": ("*.tex", "*.csv", "paper.md", "similarity.*"),
     "pareto": ("table.md", "pareto.*"),
 }
-KINDS: "dict[str, type[Record]]" = {}  # those whose modules are imported
+RECORD_KINDS: "dict[str, type[Record]]" = {}  # those whose modules are imported
 
 
 class Record(Fact):
@@ -220,7 +220,7 @@ class Record(Fact):
         cls, kind: str, key: tuple[str, ...] = (), headed: bool = False
     ) -> None:
         cls.kind_name, cls.key_fields, cls.headed = kind, key, headed
-        KINDS[kind] = cls
+        RECORD_KINDS[kind] = cls
         if kind in HOMES:
             cls.file, cls.commands = HOMES[kind]
 
@@ -232,7 +232,7 @@ class Record(Fact):
         return cls.kind_name
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RecordKey:
         """What tells it from others of its file; measured again, it is written
         again.
         """
@@ -273,7 +273,7 @@ class HeaderRecord(Record, kind="header"):
 class Skips(Fact):
     """A plan."""
 
-    plan: Skipped = Field(description="indices of the skipped layers, from 0")
+    plan: SkippedNames = Field(description="indices of the skipped layers, from 0")
 
     @property
     def name(self) -> str:

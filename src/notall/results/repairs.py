@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..plan import several
 from .facts import QUALITY, Quality, SearchCost, State
-from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
+from .record import Amount, Count, Number, Record, RecordKey, Share, Skips, SublayerName
 from .table import Column, number, within, words
 
 LEAST_REFIT_GAIN = 0.02  # of the error: refits that mend less fill screens
@@ -189,7 +189,7 @@ class MeasuredRecord(Record, Skips, kind="measured", key=("text", "model")):
     )
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RecordKey:
         """Of the same weights on the same windows it is the same measurement."""
         return (*super().key, self.provenance and self.provenance.key)
 

@@ -10,10 +10,8 @@ from typing import TypeVar
 
 from .columns import (
     EMPTY as EMPTY,
-    NOTHING as NOTHING,
     Cell as Cell,
     Column as Column,
-    Form as Form,
     in_bytes as in_bytes,
     in_magnitude as in_magnitude,
     inherited as inherited,
@@ -40,7 +38,7 @@ ESCAPES = {  # as LaTeX has them
 }  # fmt: skip
 MINUS = re.compile(r"(?<!\w)-(?=[\d.])")  # not the hyphen of a name
 POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e(-?\d+)(?!\w)")  # 1.9e5
-SENTENCE = 40  # letters: a longer cell is one
+LONG_CELL = 40  # letters: a longer cell is one
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _side(column: Column[object], cells: Sequence[str]) -> str:
     """How LaTeX aligns a column: sentences are broken into lines."""
     if column.right:
         return "r"
-    return r"p{0.4\linewidth}" if max(map(len, cells)) > SENTENCE else "l"
+    return r"p{0.4\linewidth}" if max(map(len, cells)) > LONG_CELL else "l"
 
 
 def escaped(text: str) -> str:

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 
 # Ray's server forks while it has threads of its own, and at times that child dies at once
 ATTEMPTS = 3
-SECONDS = 1800  # for a worker to load its model
+LOADING_SECONDS = 1800  # for a worker to load its model
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class Pool:
         ]
         try:
             self.processes: list[int] = ray.get(
-                [actor.ready.remote() for actor in self.actors], timeout=SECONDS
+                [actor.ready.remote() for actor in self.actors], timeout=LOADING_SECONDS
             )
         except ray.exceptions.RayError as error:
             message = _last_line(getattr(error, "cause", None) or error)[-300:]

@@ -64,7 +64,7 @@ class Prompt:
 
 
 # Of models inside a `skip` with a prefill part.
-PROMPTS: WeakKeyDictionary[nn.Module, Prompt] = WeakKeyDictionary()
+DECLARED_PROMPTS: WeakKeyDictionary[nn.Module, Prompt] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def prompt(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """
     if tokens < 1:
         raise UsageError(f"a prompt of {tokens} tokens is none: give 1 or more")
-    declared = PROMPTS.get(base_model(model))
+    declared = DECLARED_PROMPTS.get(base_model(model))
     if declared is None:
         yield
         return
@@ -111,7 +111,7 @@ def declaring(
             tokens = given["inputs_embeds"]  # (batch, tokens, hidden)
         found.enter(tokens.shape[1], partial(_past, given))
 
-    undo.put(PROMPTS, model, found)
+    undo.put(DECLARED_PROMPTS, model, found)
     undo.put(model.__dict__, "generate", generate)
     undo.put(decoder._forward_pre_hooks, found.key, enter)
     undo.put(decoder._forward_pre_hooks_with_kwargs, found.key, True)

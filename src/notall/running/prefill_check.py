@@ -34,15 +34,15 @@ FIX = "skip it for every token, or take it out of the plan"
 PROBE_TOKENS, PROBE_LAST = 7, 3  # of the check: no size of a model's that a test has
 
 
-Rows = dict[str, dict[str, Tensor]]  # by sublayer, what `key_value_rows` returns
-_CHECKED: WeakKeyDictionary[nn.Module, tuple[ModelStructure, Rows]] = (
+WrittenRows = dict[str, dict[str, Tensor]]  # by sublayer, what `key_value_rows` returns
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[ModelStructure, WrittenRows]] = (
     WeakKeyDictionary()
 )
 
 
 def checked_rows(
     model: PreTrainedModel, structure: ModelStructure, parts: Sequence[Sublayer]
-) -> Rows:
+) -> WrittenRows:
     """For each attention among `parts` its `key_value_rows`, once each was seen to run
     for the last tokens alone.
     """

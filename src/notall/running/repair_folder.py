@@ -29,8 +29,13 @@ from ..tensor_files import (
 PLAN = "plan.json"
 SEAL = "finished.json"
 HEALED = "healed.safetensors"  # all weights, where they were trained
-WHOLE = "weights.safetensors"  # all weights, where they were written at once
-WRITTEN = (WHOLE, HEALED, "attn.", "mlp.")  # how names of files of weights begin
+ALL_WEIGHTS = "weights.safetensors"  # all weights, where they were written at once
+WEIGHT_STEMS = (
+    ALL_WEIGHTS,
+    HEALED,
+    "attn.",
+    "mlp.",
+)  # how names of files of weights begin
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 # Commands that write weights, and their records.
@@ -83,7 +88,7 @@ def step_of(by: str, about: Provenance) -> RepairStep:
 
 def keep_whole(folder: Path, plan: PlanWithWeights, name: str) -> None:
     """Write a plan and its weights, all in the one file `name`: `HEALED` where they
-    were trained, else `WHOLE`.
+    were trained, else `ALL_WEIGHTS`.
     """
     seal(folder, plan.unrepaired, {name: write_weights(folder / name, plan)})
 
@@ -111,7 +116,7 @@ def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     is_begun = (folder / kind.file).is_file()
     if not is_begun:  # else what is there is read, and checked
         for path in sorted(folder.glob("*.safetensors")):
-            if path.name.startswith(WRITTEN):
+            if path.name.startswith(WEIGHT_STEMS):
                 refuse_replacing(path)
     if seal and kind.file not in seal.files:
         raise UsageError(
@@ -136,7 +141,7 @@ def write_weights(path: Path, plan: PlanWithWeights) -> str:
     return write_tensors(path, {**plan.weights, **prompt, **replaced})
 
 
-class Weights(NamedTuple):
+class FileWeights(NamedTuple):
     """What a file holds of a repaired plan, by path."""
 
     weights: Tensors
@@ -144,7 +149,7 @@ class Weights(NamedTuple):
     replaced: Tensors  # samples
 
 
-def read_weights(folder: Path, name: str, digest: str) -> Weights:
+def read_weights(folder: Path, name: str, digest: str) -> FileWeights:
     """What `write_weights` wrote. Raises `UsageError` for an absent or damaged file."""
     tensors, _ = read_tensors(file_in(folder, name), digest, fix=FIX)
     replaced, prompt = _taken(tensors, REPLACED), _taken(tensors, IN_PROMPT)
@@ -154,7 +159,7 @@ def read_weights(folder: Path, name: str, digest: str) -> Weights:
                 f"{path} in {name} of {shortened(folder)} has numbers that are not"
                 f" finite: {FIX}"
             )
-    return Weights(tensors, prompt, replaced)
+    return FileWeights(tensors, prompt, replaced)
 
 
 def _taken(tensors: Tensors, prefix: str) -> Tensors:
@@ -184,12 +189,12 @@ def seal_of(folder: Path) -> Seal | None:
         raise UsageError(f"{SEAL} of {shortened(folder)} is damaged: {FIX}") from None
 
 
-def sealed_weights(folder: Path, seal: Seal) -> Weights:
+def sealed_weights(folder: Path, seal: Seal) -> FileWeights:
     """As `read_weights`, of all files of a folder. Raises `UsageError` for files with
     such names that are not in the seal, too.
     """
     _refuse_unsealed(folder, seal)
-    whole = Weights({}, {}, {})
+    whole = FileWeights({}, {}, {})
     for name, digest in seal.files.items():
         if name.endswith(".safetensors"):
             part = read_weights(folder, name, digest)
@@ -205,7 +210,7 @@ def _refuse_unsealed(folder: Path, seal: Seal) -> None:
     """
     records = {kind.file for kind in MADE_BY.values()}
     for path in sorted(folder.iterdir()):
-        is_weight = path.suffix == ".safetensors" and path.name.startswith(WRITTEN)
+        is_weight = path.suffix == ".safetensors" and path.name.startswith(WEIGHT_STEMS)
         if (is_weight or path.name in records) and path.name not in seal.files:
             raise UsageError(
                 f"{shortened(folder)} holds {shortened(path.name)}, which is no part of"

@@ -26,12 +26,12 @@ from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord, RepairStep
 from ..structure.model_structure import ModelStructure, Sublayer
 from .repair_folder import (
+    ALL_WEIGHTS,
     BEFORE,
     FIX,
     IN_PROMPT,
     MADE_BY,
     PLAN,
-    WHOLE,
     file_in,
     history_in,
     keep_whole,
@@ -175,7 +175,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
             what[BEFORE] = [step.model_dump(mode="json") for step in before]
             ledger = Ledger(folder, MADE_BY[last.by], Provenance(what=what))
             ledger.add(*(self.refits if last.by == "repair" else ()))
-        keep_whole(folder, self, WHOLE)
+        keep_whole(folder, self, ALL_WEIGHTS)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RepairedPlan":

@@ -24,11 +24,11 @@ from .traces import LayerTrace, Node
 # Places of a cache that hold nothing; transformers 4 has none.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
-Key = str | Node  # a child module, which is called once, or one function's result
+CutKey = str | Node  # a child module, which is called once, or one function's result
 
 
 @dataclass(frozen=True)
-class Form:
+class StubForm:
     """What a module answers when it is left out: the argument named `value`, or zeros
     of its shape and this `width`.
     """
@@ -80,7 +80,7 @@ class Stub:
     "" is the whole layer.
     """
 
-    forms: tuple[tuple[str, Form], ...]
+    forms: tuple[tuple[str, StubForm], ...]
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class StubModule(nn.Module):
     """
 
     is_cut = True
-    stub_form: Form
+    stub_form: StubForm
     stub_index: int
     stub_scale: Scale | None
 
@@ -135,7 +135,7 @@ def _mixed(module_class: type[nn.Module]) -> type[StubModule]:
 
 
 def _stub_module(
-    module: nn.Module, form: Form, index: int, scale: Scale | None, is_layer: bool
+    module: nn.Module, form: StubForm, index: int, scale: Scale | None, is_layer: bool
 ) -> nn.Module:
     """What stands in for `module`, with its attributes: layers ask for dtypes of
     weights, which it holds if it runs.
@@ -190,7 +190,7 @@ def whole(trace: LayerTrace) -> Stubs:
     arguments = {names[0]: trace.hidden} | trace.arguments
     return {
         "attention": Stub(
-            (("", Form(names, names[0], _elements(trace.answer, arguments, {0}))),)
+            (("", StubForm(names, names[0], _elements(trace.answer, arguments, {0}))),)
         )
     }
 
@@ -256,7 +256,9 @@ def _stub(trace: LayerTrace, flow: "Flow", names: list[str]) -> Stub | None:
         forms.append(
             (
                 name,
-                Form(parameter_names(child(trace.layer, name)), value, elements, width),
+                StubForm(
+                    parameter_names(child(trace.layer, name)), value, elements, width
+                ),
             )
         )
     return Stub(tuple(forms))
@@ -282,9 +284,9 @@ class Flow:
     """The calls and functions that a layer's answer comes from, by what reads what."""
 
     def __init__(self, result: Node) -> None:
-        self.reads: dict[Key, list[Key]] = {}
-        self.readers: dict[Key, list[Key]] = {}
-        self.nodes: dict[Key, list[Node]] = {}
+        self.reads: dict[CutKey, list[CutKey]] = {}
+        self.readers: dict[CutKey, list[CutKey]] = {}
+        self.nodes: dict[CutKey, list[Node]] = {}
         waiting, seen = [result], {result}
         while waiting:
             node = waiting.pop()
@@ -300,9 +302,9 @@ class Flow:
                     seen.add(given)
                     waiting.append(given)
 
-    def above(self, key: Key) -> set[Key]:
+    def above(self, key: CutKey) -> set[CutKey]:
         """What `key` comes from."""
-        found: set[Key] = set()
+        found: set[CutKey] = set()
         waiting = [*self.reads[key]]
         while waiting:
             if (here := waiting.pop()) not in found:
@@ -315,7 +317,7 @@ class Flow:
         `through`: past where ways meet.
         """
         above, last = self.above(start), start
-        here: Key = start
+        here: CutKey = start
         while len(following := self.readers[here]) == 1:
             reader = following[0]
             others = [key for key in self.reads[reader] if key != here]
@@ -326,7 +328,7 @@ class Flow:
             last = reader if isinstance(reader, str) else last
         return None
 
-    def _carries(self, key: Key, above: set[Key], mixer: str) -> bool:
+    def _carries(self, key: CutKey, above: set[CutKey], mixer: str) -> bool:
         """Whether `key` is the stream that is added to, scaled or not, or comes from a
         mixer beside it.
         """
@@ -339,5 +341,5 @@ class Flow:
         )
 
 
-def _key(node: Node) -> Key:
+def _key(node: Node) -> CutKey:
     return node.made_by if isinstance(node.made_by, str) else node

@@ -28,7 +28,9 @@ CACHE_NAMES = (
     "past_key_value",
     "layer_past",
 )  # of a layer's argument
-Written = tuple[Tensor, Tensor]  # keys and values, (batch, heads, tokens, width) each
+KeysAndValues = tuple[
+    Tensor, Tensor
+]  # keys and values, (batch, heads, tokens, width) each
 
 
 class _Caught(Exception):
@@ -51,7 +53,7 @@ class _StandIn(Cache):
 class Catching(_StandIn):
     """Keeps what is written in `found`, and ends the call."""
 
-    found: Written
+    found: KeysAndValues
     how: tuple[tuple[Any, ...], dict[str, Any]]  # what `update` was called with besides
 
     def update(
@@ -74,7 +76,7 @@ class Joining(_StandIn):
     """
 
     def __init__(
-        self, held: Cache | None, early: Written, positions: Tensor | None
+        self, held: Cache | None, early: KeysAndValues, positions: Tensor | None
     ) -> None:
         super().__init__(held)
         self.early, self.positions = early, positions
@@ -86,7 +88,7 @@ class Joining(_StandIn):
         layer_idx: int,
         *args: Any,
         **kwargs: Any,
-    ) -> Written:
+    ) -> KeysAndValues:
         """Take the place of the cache's `update`.
 
         Keys and values are (batch, heads, tokens, width), and so is what it returns.

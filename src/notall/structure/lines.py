@@ -13,7 +13,7 @@ from .traces import MULTIPLICATIONS, LayerTrace, Node
 
 CASTS = {"to", "float", "type_as"}
 # f(a + b) = f(a) + f(b), so a sum of branches may be scaled as a whole.
-LINEAR = {*MULTIPLICATIONS, "div", "__truediv__", "dropout"}
+LINEAR_FUNCTIONS = {*MULTIPLICATIONS, "div", "__truediv__", "dropout"}
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -83,7 +83,7 @@ def _branches(trace: LayerTrace, term: Node, base: Node) -> list[Branch]:
     ops, source = _chain(trace, term, base)
     if source is base:
         return [Branch(ops)] if ops else []
-    if source.is_sum and all(op.name in LINEAR for op in ops):
+    if source.is_sum and all(op.name in LINEAR_FUNCTIONS for op in ops):
         groups = [_branches(trace, inner, base) for inner in source.inputs]
         if all(groups):
             return [Branch((*branch.ops, *ops)) for group in groups for branch in group]

@@ -32,7 +32,7 @@ from .observation import PROBE_BATCH, PROBE_TOKENS, Watch, watching
 from .proving import Alone, prove, prove_apart, prove_causal, run_probe
 from .reading import block_of, mixer_of, read_block, sublayer_of
 from .slicing import LAYER_INDICES
-from .traces import LayerTrace, Place
+from .traces import LayerTrace, MadeBy
 from .undoing import Undo
 from .weights import is_weightless, running_weightless
 
@@ -286,7 +286,7 @@ def _in_place(
 def _block_in_place(
     config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch
 ) -> Block:
-    def at(place: Place) -> str:
+    def at(place: MadeBy) -> str:
         """The sublayer at `place`, or its layer, where no sublayer of it is there."""
         index, module = place
         found = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .calls import Arguments, tensors_in
 
 # A layer, and its child module, or None: the layer itself.
-Place = tuple[int, str | None]
+MadeBy = tuple[int, str | None]
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 MULTIPLICATIONS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__"}
@@ -123,11 +123,11 @@ class Sharing:
     """
 
     def __init__(self) -> None:
-        self.pairs: set[tuple[Place, Place]] = set()
-        self._makers: dict[int, Place | None] = {}
+        self.pairs: set[tuple[MadeBy, MadeBy]] = set()
+        self._makers: dict[int, MadeBy | None] = {}
         self._alive: list[Tensor] = []  # so that no id is used twice
 
-    def note(self, made: object, place: Place | None) -> None:
+    def note(self, made: object, place: MadeBy | None) -> None:
         """What is new in `made` comes from `place`, or from outside of the layers:
         None.
         """
@@ -143,6 +143,6 @@ class Sharing:
         if source := self.source_of(tensor):
             self.note(copy, source)
 
-    def source_of(self, tensor: Tensor) -> Place | None:
+    def source_of(self, tensor: Tensor) -> MadeBy | None:
         """Where a tensor comes from; None from outside of the layers, or where unknown."""
         return self._makers.get(id(tensor))

@@ -24,14 +24,14 @@ STORED = (  # of a parameter without values: what it weighs in the files of its 
 )
 
 
-class Weight(NamedTuple):
+class WeightSize(NamedTuple):
     """A parameter, or all that a quantised matrix is made of."""
 
     elements: int
     bytes: int
 
 
-def weights_of(module: nn.Module) -> dict[int, Weight]:
+def weights_of(module: nn.Module) -> dict[int, WeightSize]:
     """The weights at and below a module, each once, by keys that are the same wherever
     it is shared.
     """
@@ -65,7 +65,7 @@ def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
         setattr(parameter, STORED, stored[name])
 
 
-def _own_weights(module: nn.Module) -> Iterator[tuple[int, Weight]]:
+def _own_weights(module: nn.Module) -> Iterator[tuple[int, WeightSize]]:
     own = dict(module.named_parameters(recurse=False))
     rows, columns = (
         getattr(module, "out_features", None),
@@ -89,10 +89,14 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[int, Weight]]:
             elements and not is_plain and not is_empty
         ):  # the matrix that it stands for is packed in all that it holds
             bias = held["bias"].numel() if "bias" in held else 0
-            yield id(module), Weight(elements + bias, sum(map(_bytes, held.values())))
+            yield (
+                id(module),
+                WeightSize(elements + bias, sum(map(_bytes, held.values()))),
+            )
             return
     yield from (
-        (id(weight), Weight(weight.numel(), _bytes(weight))) for weight in own.values()
+        (id(weight), WeightSize(weight.numel(), _bytes(weight)))
+        for weight in own.values()
     )
 
 

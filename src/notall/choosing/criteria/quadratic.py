@@ -17,7 +17,7 @@ from .setting import Setting
 
 Floats = NDArray[np.float64]
 
-SECONDS = 60.0  # then the best that was found is taken
+SOLVER_SECONDS = 60.0  # then the best that was found is taken
 TIME_IS_UP = 1  # HiGHS's word, by scipy
 WORST = 1e3  # nats: what a model that overflows loses; a sum has no use for more
 
@@ -129,7 +129,7 @@ class QuadraticProgram:
     limit: float
 
     def solve(
-        self, sizes: Floats, least: float, most: float, seconds: float = SECONDS
+        self, sizes: Floats, least: float, most: float, seconds: float = SOLVER_SECONDS
     ) -> tuple[int, ...] | None:
         """The cheapest whose sizes, above 0, add up to `least` to `most`, or None.
         Raises when the time is up.

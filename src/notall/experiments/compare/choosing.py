@@ -15,9 +15,9 @@ from ...results.provenance import Provenance
 from ...results.repairs import EvaluationRecord
 from ...strict_json import Settings
 from ..subject import Subject
-from .options import CalibratedObjective, Run
+from .options import AskedChoice, CalibratedObjective
 from .plans import file_name
-from .records import RUN, ChoiceRecord
+from .records import CHOICE_FIELDS, ChoiceRecord
 
 if TYPE_CHECKING:
     from ...choosing.criteria import UnitScores
@@ -40,7 +40,9 @@ class Choosing:
             lambda record: self._about(record.criterion, record.objective),
         )
 
-    def choices(self, asked: Sequence[tuple[Run, Progress]]) -> list[ChoiceRecord]:
+    def choices(
+        self, asked: Sequence[tuple[AskedChoice, Progress]]
+    ) -> list[ChoiceRecord]:
         """The choice of each run, kept as soon as it is made."""
         for run, progress in asked:
             if run.key not in self.held:
@@ -56,7 +58,7 @@ class Choosing:
         goal = {"by": f"{by.objective.name} {by.objective.digest()}"} if by else {}
         return Provenance.of(self.about, **goal, **source_of(criterion))
 
-    def _choose(self, run: Run, progress: Progress) -> ChoiceRecord:
+    def _choose(self, run: AskedChoice, progress: Progress) -> ChoiceRecord:
         """Scores are shared between counts."""
         from ...choosing.budget import by_count
         from ...choosing.criteria import Setting, choose, criterion
@@ -98,7 +100,7 @@ class Choosing:
             chosen, spent = choose(run.criterion, setting, budget), evaluator.spent
             if evaluates:  # known already, or one evaluation more
                 rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
-        asked: Settings = dict(zip(RUN, run.key))
+        asked: Settings = dict(zip(CHOICE_FIELDS, run.key))
         return ChoiceRecord(
             **asked,
             plan=plan_of(chosen.skipped),

@@ -123,7 +123,7 @@ class CompareOptions:
             )
         return length // 2
 
-    def runs(self, model: PreTrainedModel) -> list[Run]:
+    def runs(self, model: PreTrainedModel) -> list[AskedChoice]:
         """What is to be chosen. Raises `UsageError` where there is nothing of a kind to
         choose among.
         """
@@ -176,7 +176,7 @@ class CalibratedObjective:
 
 
 @dataclass(frozen=True)
-class Run:
+class AskedChoice:
     """What `criterion` skips, going by the objective of this name, to skip `count` of
     `space`.
     """
@@ -201,14 +201,14 @@ def runs_of(
     criteria: Sequence[str],
     goals: Sequence[str],
     spaces: Sequence[tuple[Space, Sequence[int]]],
-) -> list[Run]:
+) -> list[AskedChoice]:
     """Every criterion at every count of every space that it can choose from; by each
     objective where it goes by one.
     """
     from ...choosing.criteria import criterion, suits
 
     return [
-        Run(name, objective, space, count)
+        AskedChoice(name, objective, space, count)
         for space, counts in spaces
         for name in criteria
         for objective in (goals if criterion(name).reads == "objective" else goals[:1])
@@ -218,7 +218,7 @@ def runs_of(
 
 
 def check_runs(
-    model: PreTrainedModel, runs: Sequence[Run], workload: Workload | None
+    model: PreTrainedModel, runs: Sequence[AskedChoice], workload: Workload | None
 ) -> None:
     """Raise `UsageError` for what cannot be skipped or timed, before any text is
     read.

@@ -11,9 +11,9 @@ from ...results.facts import Footprint, SearchCost, TaskScore, Times
 from ...results.record import (
     Amount,
     Count,
-    Key,
     Number,
     Record,
+    RecordKey,
     Scalar,
     Skips,
     SublayerName,
@@ -47,11 +47,11 @@ class Answered(Skips):
     )
 
 
-RUN = ("criterion", "objective", "space", "count")
-GIVEN = "given plan"  # what plans of files are among
+CHOICE_FIELDS = ("criterion", "objective", "space", "count")
+GIVEN_PLAN = "given plan"  # what plans of files are among
 
 
-class ChoiceRecord(Record, Answered, kind="choice", key=RUN):
+class ChoiceRecord(Record, Answered, kind="choice", key=CHOICE_FIELDS):
     """What one run chose."""
 
 
@@ -68,7 +68,7 @@ class PlanTimesRecord(Record, kind="plan_times", key=("footprint", "in_prompt"))
 
 
 class ComparisonRecord(
-    MeasuredPlan, Record, Answered, kind="comparison", key=(*RUN, "repair")
+    MeasuredPlan, Record, Answered, kind="comparison", key=(*CHOICE_FIELDS, "repair")
 ):
     """One choice, measured on the held-out text; once more for each way that made up
     for what it skips.
@@ -95,7 +95,7 @@ class ComparisonRecord(
     @property
     def is_given(self) -> bool:
         """Whether it is of a plan in a file, and nothing was chosen."""
-        return self.space == GIVEN
+        return self.space == GIVEN_PLAN
 
     @property
     def group(self) -> tuple[str, int]:
@@ -112,9 +112,9 @@ class ComparisonRecord(
         return several_of(self.space, self.count)
 
     @property
-    def run(self) -> Key:
+    def run(self) -> RecordKey:
         """What was asked for, whatever the repair."""
-        return self.key[: len(RUN)]
+        return self.key[: len(CHOICE_FIELDS)]
 
     @property
     def way(self) -> str:

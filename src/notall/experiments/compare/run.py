@@ -15,15 +15,15 @@ from ...progress import Progress, Stages, silent
 from ...results.facts import SearchCost, Times
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
-from ...results.record import Key, is_number
+from ...results.record import RecordKey, is_number
 from ...strict_json import Settings
 from ..benchmarks import run_choice
 from ..held_scores import UNREPAIRED, HeldScores, Scored, scored_as
 from ..options.tasks import TaskChoice
 from ..subject import Subject, time_plan
 from .choosing import Choosing
-from .options import CalibratedObjective, Run, check_runs
-from .records import GIVEN, Answered, ComparisonRecord, PlanTimesRecord
+from .options import AskedChoice, CalibratedObjective, check_runs
+from .records import GIVEN_PLAN, Answered, ComparisonRecord, PlanTimesRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ class Measuring:
 
 def compare_criteria(
     subject: Subject,
-    runs: Sequence[Run],
+    runs: Sequence[AskedChoice],
     objectives: Mapping[str, CalibratedObjective],
     how: Measuring = Measuring(),
     *,
@@ -210,7 +210,9 @@ class _Comparison:
         if row.repair != UNREPAIRED:
             facts = {"repair": row.repair, "added_bytes": added_bytes}
         is_own = row.repair not in self.how.methods
-        functions = {} if row.choice.space == GIVEN else source_of(row.choice.criterion)
+        functions = (
+            {} if row.choice.space == GIVEN_PLAN else source_of(row.choice.criterion)
+        )
         return ComparisonRecord.from_fact(
             row.choice,
             **facts,
@@ -243,19 +245,19 @@ class _Comparison:
 
     def _behind(
         self, records: Iterable[ComparisonRecord]
-    ) -> dict[Key, tuple[float, float]]:
+    ) -> dict[RecordKey, tuple[float, float]]:
         """Of each but the best of its group how much more it loses, with the error."""
 
         def scores(one: ComparisonRecord) -> Scored:
             return self.how.scored_as(one.plan, one.repair)
 
-        groups: dict[Key, list[ComparisonRecord]] = {}
+        groups: dict[RecordKey, list[ComparisonRecord]] = {}
         for record in records:
             if is_number(record.quality.delta_nll) and self.held.has(scores(record)):
                 # each given plan has weights of its own, or none
                 repair = "" if record.is_given else record.repair
                 groups.setdefault((*record.group, repair), []).append(record)
-        behind: dict[Key, tuple[float, float]] = {}
+        behind: dict[RecordKey, tuple[float, float]] = {}
         for group in groups.values():
             best, *others = sorted(group, key=lambda one: one.quality.delta_nll)
             least = self.held.scores(scores(best)).nll
@@ -287,7 +289,7 @@ def _answer(name: str, plan: Plan) -> Answered:
         plan=plan.unrepaired,
         criterion=name,
         objective="",
-        space=GIVEN,
+        space=GIVEN_PLAN,
         count=len(plan) + len(plan.prefill),
         order=(),
         calibration_tokens=0,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_SHARE = 0.33  # of the layers, by default: the paper's most
-NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"
+NUMBER_PATTERN = r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"
 
 
 def read_plan(path: Path) -> Plan:
@@ -64,7 +64,7 @@ PHASE = (
     "skip for all tokens, or for a prompt's alone, whose keys and values are kept"
     " (prefill)"
 )
-LAST_TOKENS = "with --phase prefill: how many last tokens of a prompt run whole"
+LAST_TOKENS_HELP = "with --phase prefill: how many last tokens of a prompt run whole"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PlanOptions:
     )
     keep_last: bool = option(False, "with --skip: preserve the last layer")
     phase: Phase = option("all", PHASE)
-    last_tokens: int = option(1, LAST_TOKENS, least=1)
+    last_tokens: int = option(1, LAST_TOKENS_HELP, least=1)
 
     @property
     def amount(self) -> SkipAmount | None:
@@ -197,7 +197,7 @@ class SkipAmount:
         """
         kind, colon, amounts = text.partition(":")
         numbers = amounts.split(",") if colon else []
-        if not kind or not all(re.fullmatch(NUMBER, word) for word in numbers):
+        if not kind or not all(re.fullmatch(NUMBER_PATTERN, word) for word in numbers):
             raise UsageError(
                 f"--skip {shortened(text)} is no kind and number: write attention:8, or"
                 " attention:0.33"

@@ -28,7 +28,9 @@ HEADINGS = {
 }
 
 
-ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
+PROBABILITY_ROUNDING = (
+    1e-6  # probabilities of choices may add up to a little more than 1
+)
 
 
 def heading_of(task: str) -> str:
@@ -145,7 +147,9 @@ def is_share(record: TaskScore) -> bool:
     known = is_number(record.value) and (
         record.values is None or len(shares) >= record.documents
     )
-    return known and all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
+    return known and all(
+        -PROBABILITY_ROUNDING <= value <= 1 + PROBABILITY_ROUNDING for value in shares
+    )
 
 
 def _shares(record: TaskScore) -> list[float]:

@@ -14,7 +14,7 @@ from ...plan import Plan, refuse_prefill
 from ...results.provenance import Provenance
 from ..options.plan import read_plans
 from ..options.words import Words, words_of
-from ..repair import METHODS, NONE, REFIT, check_method
+from ..repair import METHOD_HELP, NONE, REFIT, check_method
 from ..search.options import SpaceOptions
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class ParetoPlans(SpaceOptions):
         " is given)",
     )
     repair: str = option(
-        REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD"
+        REFIT, f"measure repaired plans too: {METHOD_HELP}; or none", metavar="METHOD"
     )
 
     def given(self) -> dict[str, Plan]:

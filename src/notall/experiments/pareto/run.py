@@ -25,7 +25,7 @@ from ...progress import Progress, silent
 from ...results.facts import Times
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
-from ...results.record import Key, is_number
+from ...results.record import RecordKey, is_number
 from ...strict_json import Settings
 from .checkpoints import write_plain
 from .finding import as_file_name
@@ -33,7 +33,7 @@ from .front import pareto_front
 from .options import check_workload
 from .records import NAMED, EngineScoresRecord, EngineTimesRecord, ParetoRecord
 from .windows import Windows
-from .written import Written
+from .written import WrittenCheckpoints
 
 DENSE_NAME = "dense"
 SCORING = 1.5  # to write and to score a variant takes so many timings, about
@@ -72,7 +72,7 @@ class Variant:
     type: str
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RecordKey:
         """The name of the model, whether it is repaired, and the type."""
         return (self.model.name, self.model.plan.state == "repaired", self.type)
 
@@ -134,9 +134,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.dense = self.variants[0]
-        self.failed: dict[Key, str] = {}
-        self.written = Written.of(self.out)
-        self.sources: dict[Key, Path] = {}
+        self.failed: dict[RecordKey, str] = {}
+        self.written = WrittenCheckpoints.of(self.out)
+        self.sources: dict[RecordKey, Path] = {}
         self.scores = Ledger(self.out, EngineScoresRecord, self._source)
         self.times = Ledger(self.out, EngineTimesRecord, self._source)
 

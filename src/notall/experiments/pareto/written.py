@@ -13,7 +13,7 @@ FIX = "move it away, or choose a new --out"
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenCheckpoints:
     """`folder` need not exist; a file in it lists each checkpoint before it is
     written.
     """
@@ -21,7 +21,7 @@ class Written:
     folder: Path
 
     @classmethod
-    def of(cls, out: Path) -> "Written":
+    def of(cls, out: Path) -> "WrittenCheckpoints":
         """Those of a command that writes to `out`."""
         return cls(out / "checkpoints")
 

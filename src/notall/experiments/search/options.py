@@ -14,7 +14,14 @@ from ...models.names import USAGE_MIX
 from ...options import Workload, option
 from ...plan import Phase
 from ...progress import Progress, silent
-from ..options.plan import LAST_TOKENS, PHASE, KeepFirst, KeepLast, SkipAmount, space_of
+from ..options.plan import (
+    LAST_TOKENS_HELP,
+    PHASE,
+    KeepFirst,
+    KeepLast,
+    SkipAmount,
+    space_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +61,7 @@ class SpaceOptions:
     )
     last_tokens: int | None = option(
         None,
-        f"{LAST_TOKENS} (default: 64, or a quarter of the prompts that are scored"
+        f"{LAST_TOKENS_HELP} (default: 64, or a quarter of the prompts that are scored"
         " and timed, if that is less)",
         least=1,
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 from ...results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
-from ...results.record import Amount, Key, Number, Record, Skips, SublayerName
+from ...results.record import Amount, Number, Record, RecordKey, Skips, SublayerName
 
 if TYPE_CHECKING:
     from ...choosing.choice import ChosenPlan
@@ -40,7 +40,7 @@ class SearchRecord(Record, Skips, kind="search", key=("chosen", "plan", "in_time
     dense: Footprint | None = Field(None, description="of the original model")
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RecordKey:
         """Chosen again from the same text, it is the same choice."""
         return (
             *super().key,

@@ -78,7 +78,7 @@ def repair_into(
             found.placed(model)  # refuses weights of another model
             ledger.add()  # its first line alone: where the weights come from
             repair_folder.keep_whole(
-                folder, found.knowing(base_model(model)), repair_folder.WHOLE
+                folder, found.knowing(base_model(model)), repair_folder.ALL_WEIGHTS
             )
         kept = RepairedPlan.load(folder)
         kept.check_replaced(base_model(model))

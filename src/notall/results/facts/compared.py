@@ -118,14 +118,14 @@ DIFFERENCE: Column[Compared] = with_error(
     "difference", lambda one: (one.delta, one.delta_se)
 )
 WORSE: Column[Compared] = words("worse", lambda one: one.verdict)
-P: Column[Compared] = number(
+P_VALUE: Column[Compared] = number(
     "p", lambda one: one.p_value, lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"
 )
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
 RECOVERED: Column[Compared] = with_interval(
     "recovery", lambda one: one.recovery.interval if one.recovery else None
 )
-COMPARED = (RECOVERED, DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
+COMPARED = (RECOVERED, DIFFERENCE, WORSE, P_VALUE, VALUE, DENSE_VALUE)
 
 
 class TaskScore(Compared):

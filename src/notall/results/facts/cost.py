@@ -58,11 +58,11 @@ class Footprint(Fact):
     )
 
 
-WEIGHTS: Column[Footprint] = size("weights", lambda left: left.weight_bytes)
+WEIGHT_BYTES: Column[Footprint] = size("weights", lambda left: left.weight_bytes)
 KV: Column[Footprint] = size("KV/token", lambda left: left.kv_bytes_per_token)
-STATE: Column[Footprint] = size("states", lambda left: left.state_bytes)
+STATE_BYTES: Column[Footprint] = size("states", lambda left: left.state_bytes)
 PARAMETERS: Column[Footprint] = number("parameters", lambda left: left.params, ",")
-FOOTPRINT = (WEIGHTS, KV, PARAMETERS, STATE)
+FOOTPRINT = (WEIGHT_BYTES, KV, PARAMETERS, STATE_BYTES)
 
 
 class SearchCost(Added):
