@@ -8,7 +8,7 @@ import notall
 from notall.experiments.bench import bench
 from notall.measuring.speed import machine
 from notall.options import Workload
-from notall.report.bench import COLUMNS, BenchRow, rows_of
+from notall.report.bench import COLUMNS, BenchRow, bench_rows
 from notall.results.provenance import Provenance
 from notall.results.table import Column, table, words
 from notall.results.terminal import print_table
@@ -33,7 +33,7 @@ def main() -> None:
             f"33 % of attentions, prompt {prompt}, {about['cpu']}, {about['threads']}"
             f" threads, {model.dtype}"
         )
-        print_table(table(title, (MODEL, *COLUMNS[1:]), rows_of([record])))
+        print_table(table(title, (MODEL, *COLUMNS[1:]), bench_rows([record])))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import notall
-from notall.measuring.speed import compare, machine, speedup
+from notall.measuring.speed import compare_speeds, machine, speedup
 from notall.models.texts import read_text
 from notall.models.windows import token_batches
 from notall.options import Workload
@@ -149,7 +149,7 @@ def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[Decoding]:
                 yield
 
         stand_in: Any = either
-        timings = compare(
+        timings = compare_speeds(
             stand_in,
             {"skipped": skipped, "native": partial(either.being, twin)},
             Workload(32, new_tokens, rounds=rounds),

@@ -230,7 +230,7 @@ def test_lines_of_before_and_by_hand_are_read(tmp_path):
     lines.append(path, line)
     with path.open("a") as file:
         file.write('{"number": 3}\n')
-    assert lines.read(path) == [line, {"number": 3}]
+    assert lines.read_lines(path) == [line, {"number": 3}]
     assert unsealed(b'{"a": 1}\n') == b'{"a": 1}\n'
     assert json.loads(sealed(b'{\n "a": [1]\n}\n')).keys() == {"a", "sealed"}
 

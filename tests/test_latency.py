@@ -84,7 +84,7 @@ def clock(monkeypatch):
             )
         return found
 
-    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency, "compare_speeds", compare)
     return calls
 
 
@@ -131,7 +131,7 @@ def test_a_noisy_plan_is_timed_in_more_rounds_that_count_together(
             "skipped": RoundTimes((1.0, 1.0, 1.0), none, None),
         }
 
-    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency, "compare_speeds", compare)
     times = SublayerTimes(
         WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers}
     )
@@ -152,7 +152,7 @@ def test_a_check_tells_how_far_it_is(model, monkeypatch):
             "skipped": RoundTimes((1.0, 1.0, 1.0), none, None),
         }
 
-    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency, "compare_speeds", compare)
     times = SublayerTimes(
         WORK, 3.0, {part.name: 0.1 for part in locate(model).sublayers}
     )
@@ -288,7 +288,7 @@ def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(
         decoded.append(workload.generation_tokens)
         return timed(model, variants, workload, **options)
 
-    monkeypatch.setattr(latency, "compare", noting)
+    monkeypatch.setattr(latency, "compare_speeds", noting)
     times = measure_times(model, Workload(8, 100, 2, 1))
     assert decoded == [latency.DECODED]
     assert times.sublayer_ms["attn.3"] == pytest.approx(2.0 + 100 * 0.3)

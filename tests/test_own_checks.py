@@ -611,7 +611,7 @@ def test_prompts_of_a_file_are_asked_every_second_one_to_choose_and_the_others_t
 def test_what_is_kept_of_own_prompts_holds_for_these_alone(tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text("one\ntwo")
-    before = checks.source_of(f"written:{mine}")
+    before = checks.prompts_digest(f"written:{mine}")
     mine.write_text("one\nthree")
-    assert before != checks.source_of(f"written:{mine}") != {}
-    assert checks.source_of("written") == checks.source_of("passkey_256") == {}
+    assert before != checks.prompts_digest(f"written:{mine}") != {}
+    assert checks.prompts_digest("written") == checks.source_of("passkey_256") == {}

@@ -735,7 +735,7 @@ def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
         for record in grid_of(model, tmp_path, prompt_tokens=(4, 8))
     } == {4, 8}
     held = (tmp_path / TimesRecord.file).read_bytes()
-    monkeypatch.setattr(speed, "compare", None)
+    monkeypatch.setattr(speed, "compare_speeds", None)
     assert grid_of(model, tmp_path) == first
     assert (tmp_path / TimesRecord.file).read_bytes() == held
 
@@ -779,7 +779,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
             raise RuntimeError("CUDA out of memory.")
         return compare(model, variants, workload, **options)
 
-    monkeypatch.setattr(speed, "compare", short_of_memory)
+    monkeypatch.setattr(speed, "compare_speeds", short_of_memory)
     rows = paper_grid(locate(model))[:2]
     dense, _ = grid_of(model, tmp_path, rows, concurrency=(8,))
     assert tried == [8, 4, 2]

@@ -278,7 +278,7 @@ def clock(monkeypatch, tmp_path):
         }
 
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency, "compare_speeds", compare)
     return asked
 
 

@@ -85,7 +85,9 @@ def asked_of(space, evaluator, late=lambda: False, **options):
 
 
 def search(space, budget, evaluator, cheap=None, **options):
-    return searching.search(asked_of(space, evaluator, **options), budget, cheap or {})
+    return searching.search_sets(
+        asked_of(space, evaluator, **options), budget, cheap or {}
+    )
 
 
 @pytest.mark.parametrize("kind", ["attention", "block", "sublayer", "portable"])
@@ -830,7 +832,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     assert found == expected
     assert path.read_bytes().startswith(killed)
     found_lines, all_lines = (
-        lines.read(where / "evaluations.jsonl")
+        lines.read_lines(where / "evaluations.jsonl")
         for where in (folder, tmp_path / "whole")
     )
     assert [line.get("skipped") for line in found_lines] == [

@@ -154,7 +154,7 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(
         return 1.0 * len(events), 2.0 * len(events)
 
     monkeypatch.setattr(speed, "time_once", time_once)
-    timings = speed.compare(
+    timings = speed.compare_speeds(
         model, {name: variant(name) for name in "abc"}, Workload(4, rounds=3)
     )
     order = [event[1] for event in events if event[0] == "+"]
@@ -170,7 +170,7 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(
 
 def test_warm_up_is_the_measured_call_on_the_same_seeded_prompt(model, calls):
     dense = {"dense": nullcontext}
-    timing = speed.compare(
+    timing = speed.compare_speeds(
         model, dense, Workload(6, 3, concurrency=2, rounds=2), seed=5
     )
     runs = [calls[start : start + 4] for start in range(0, len(calls), 4)]
@@ -187,7 +187,7 @@ def test_warm_up_is_the_measured_call_on_the_same_seeded_prompt(model, calls):
         min(timing["dense"].prefill_samples_ms + timing["dense"].decode_samples_ms) > 0
     )
 
-    speed.compare(model, dense, Workload(6, 3, concurrency=2, rounds=1), seed=6)
+    speed.compare_speeds(model, dense, Workload(6, 3, concurrency=2, rounds=1), seed=6)
     assert not torch.equal(calls[-4][0], runs[0][0][0])
 
 
@@ -202,7 +202,7 @@ def test_a_variant_that_fails_is_left_and_the_error_passes_on(model):
             left.append(True)
 
     with pytest.raises(ZeroDivisionError):
-        speed.compare(model, {"broken": broken}, Workload(4, 1))
+        speed.compare_speeds(model, {"broken": broken}, Workload(4, 1))
     assert left == [True]
 
 
@@ -218,14 +218,14 @@ def test_a_variant_that_fails_is_left_and_the_error_passes_on(model):
 )
 def test_bad_counts_are_refused_before_any_work(model, calls, counts, message):
     with pytest.raises(UsageError, match=message):
-        speed.compare(
+        speed.compare_speeds(
             model, {"dense": nullcontext}, replace(Workload(4, 2, rounds=1), **counts)
         )
     assert calls == []
 
 
 def test_every_position_may_be_used(model, calls):
-    speed.compare(model, {"dense": nullcontext}, Workload(30, 10, rounds=1))
+    speed.compare_speeds(model, {"dense": nullcontext}, Workload(30, 10, rounds=1))
     assert len(calls) == 22
 
 
@@ -266,5 +266,7 @@ def test_peak_memory_is_that_of_the_measured_run_on_cuda(model):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     ballast = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     del ballast
-    timing = speed.compare(model, {"dense": nullcontext}, Workload(8, 4, rounds=2))
+    timing = speed.compare_speeds(
+        model, {"dense": nullcontext}, Workload(8, 4, rounds=2)
+    )
     assert weights < timing["dense"].peak_bytes < 2**28

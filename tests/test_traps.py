@@ -362,7 +362,7 @@ def test_norm_behind_the_mixer_forgotten(name: str, monkeypatch: Patch) -> None:
             for line in right(trace)
         ]
 
-    monkeypatch.setattr(reading, "lines_of", wrong)
+    monkeypatch.setattr(reading, "residual_lines", wrong)
     assert is_caught_by_recomposition(name)
 
 
@@ -397,5 +397,5 @@ def test_residual_added_twice(name: str, monkeypatch: Patch) -> None:
             for line in right(trace)
         ]
 
-    monkeypatch.setattr(reading, "lines_of", wrong)
+    monkeypatch.setattr(reading, "residual_lines", wrong)
     assert is_caught_by_recomposition(name)

@@ -24,7 +24,7 @@ import notall
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll, task
 from notall.choosing.space import Space, UnitKind
-from notall.experiments.compare.options import CalibratedObjective, Run
+from notall.experiments.compare.options import AskedChoice, CalibratedObjective
 from notall.experiments.compare.run import compare_criteria
 from notall.experiments.options.model import ModelOptions
 from notall.experiments.subject import Subject
@@ -108,7 +108,7 @@ QUICK = Sizes(
 )
 
 
-def rows(structure: notall.ModelStructure, sizes: Sizes) -> list[Run]:
+def rows(structure: notall.ModelStructure, sizes: Sizes) -> list[AskedChoice]:
     """One-shot criteria, losses one by one and the search by KL at every budget, and
     what is special.
     """
@@ -122,14 +122,14 @@ def rows(structure: notall.ModelStructure, sizes: Sizes) -> list[Run]:
         return max(1, round(count * len(structure.blocks) / BLOCKS / step)) * step
 
     found = [
-        Run(criterion, objective, spaces[name], share(name, count))
+        AskedChoice(criterion, objective, spaces[name], share(name, count))
         for name, counts in sizes.budgets.items()
         for criterion, objective in by
         for count in counts
         if suits(criterion, spaces[name])
     ]
     special = [
-        Run(by, objective, spaces[name], share(name, count))
+        AskedChoice(by, objective, spaces[name], share(name, count))
         for by, objective, name, count in sizes.special
     ]
     return found + special

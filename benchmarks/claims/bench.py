@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from notall import ModelStructure, Plan, Space, load, locate, skip
 from notall.choosing.budget import by_count
 from notall.choosing.criteria import Setting, choose
-from notall.choosing.criteria.quadratic import measure
+from notall.choosing.criteria.quadratic import measure_program
 from notall.choosing.evaluator import RIDGES, Evaluator
 from notall.choosing.objective import kl
 from notall.choosing.space import plan_of
@@ -415,7 +415,7 @@ class Bench:
         space = Space(self.structure, "attention")
 
         def made() -> Settings:
-            program = measure(self._setting(space, TRAIN[0]), space.units)
+            program = measure_program(self._setting(space, TRAIN[0]), space.units)
             return {
                 "alone": program.alone.tolist(),
                 "together": program.together.tolist(),

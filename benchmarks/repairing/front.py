@@ -41,7 +41,7 @@ from notall.choosing.latency import (
 from notall.choosing.search_config import SearchConfig
 from notall.choosing.space import Space
 from notall.measuring.quality import evaluate
-from notall.measuring.speed import compare, machine, speedup
+from notall.measuring.speed import compare_speeds, machine, speedup
 from notall.options import Workload
 from notall.repairing.healing import heal
 from notall.repairing.methods import kept_repair
@@ -382,7 +382,7 @@ def speeds(model: Any, made: dict[float, dict[str, Plan]], rounds: int) -> list[
         f"{faster:g} {way}": partial(notall.skip, model, plan)
         for (faster, way), plan in plans.items()
     }
-    found = compare(model, entering, Workload(128, 32, rounds=rounds))
+    found = compare_speeds(model, entering, Workload(128, 32, rounds=rounds))
     dense, weights = (
         found["dense"].decode_samples_ms,
         footprint(model, Plan()).weight_bytes,

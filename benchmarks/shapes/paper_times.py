@@ -29,7 +29,7 @@ from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
 from notall.experiments.paper.records import TimesRecord
 from notall.experiments.paper.timing import TimingGrid, time_grid, time_in_turn
 from notall.experiments.subject import Subject
-from notall.measuring.speed import RoundTimes, compare, machine
+from notall.measuring.speed import RoundTimes, compare_speeds, machine
 from notall.models.loading import (
     build_empty,
     load_config,
@@ -123,7 +123,7 @@ def one_by_one_compiled(
     found: dict[str, RoundTimes] = {}
     for row in rows:
         with notall.skip(subject.model, row.plan), compiled_layers(subject.model):
-            found |= compare(
+            found |= compare_speeds(
                 subject.model,
                 {row.name: nullcontext},
                 workload,

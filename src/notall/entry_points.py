@@ -167,7 +167,7 @@ def find(name: str, group: str) -> Any | None:
 _NAMED = set[str]()  # each module:function that was found
 
 
-def source_of(name: str) -> dict[str, str]:
+def hash_of_source(name: str) -> dict[str, str]:
     """For a provenance: a hash of the file of `module:function`, which may change, once
     it is imported.
     """
@@ -234,7 +234,7 @@ class _AsWritten(SourceFileLoader):
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def explained_plugin(name: str) -> Iterator[None]:
     """Make one line of what code of others raises: what it was, and where in their
     code.
     """

@@ -161,14 +161,14 @@ def temporary(path: Path) -> Iterator[Path]:
     for left in path.parent.glob(f"{glob.escape(f'.{path.name}.{_numbering()}.')}*"):
         process = PARTIAL.fullmatch(left.name)
         if process and not pid_exists(int(process["process"])):
-            remove(left)
+            remove_path(left)
     partial = path.with_name(
         f".{path.name}.{_numbering()}.{os.getpid()}.{secrets.token_hex(3)}"
     )
     try:
         yield partial
     finally:
-        remove(partial)
+        remove_path(partial)
 
 
 @cache
@@ -182,7 +182,7 @@ def _numbering() -> str:
     return f"{crc32((platform.node() + space).encode()):08x}"
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove a file, a link or a folder, as far as the system lets us."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():

@@ -16,7 +16,7 @@ from typing import (
 )
 
 from .errors import UsageError
-from .progress import DECODED_ALONE, reading, writing
+from .progress import DECODED_ALONE, generation_work, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +125,7 @@ class Workload:
         """How long all rounds of one model take, the first one included, in tokens that
         are read.
         """
-        each = reading(self.prompt_tokens) + writing(self.generation_tokens)
+        each = reading(self.prompt_tokens) + generation_work(self.generation_tokens)
         return round(DECODED_ALONE * (self.rounds + 1) * self.concurrency * each)
 
     def check(self, model: "PreTrainedModel") -> None:

@@ -24,7 +24,7 @@ def reading(tokens: float, plans: int = 1) -> float:
     return tokens * max(1.0, plans / SHARING)
 
 
-def writing(tokens: float, plans: int = 1) -> float:
+def generation_work(tokens: float, plans: int = 1) -> float:
     """What so many tokens take that each of `plans` generates on its own."""
     return tokens * plans * DECODED_TOKEN
 

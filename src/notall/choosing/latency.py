@@ -21,7 +21,7 @@ from ..digests import digest_of_json
 from ..errors import UsageError, expect
 from ..files import contents
 from ..integrity import sealed, unsealed
-from ..measuring.speed import compare, devices_of, machine, speedup
+from ..measuring.speed import compare_speeds, devices_of, machine, speedup
 from ..options import Workload
 from ..plan import Phase, Plan, bound_to_prompt
 from ..progress import Progress, Stages, silent
@@ -306,7 +306,7 @@ def _compare(
     tokens = 0 if phase == "prefill" else workload.generation_tokens
     variants = {name: partial(skip, model, plan) for name, plan in plans.items()}
     decoded = replace(workload, generation_tokens=min(tokens, DECODED) or 1)
-    timings = compare(model, variants, decoded, seed=seed, progress=progress)
+    timings = compare_speeds(model, variants, decoded, seed=seed, progress=progress)
     samples = {
         name: zip(one.prefill_samples_ms, one.decode_samples_ms)
         for name, one in timings.items()

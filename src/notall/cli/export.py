@@ -12,12 +12,12 @@ from ..experiments.options.model import ModelOptions
 from ..experiments.options.plan import read_plan
 from ..experiments.options.tasks import TaskChoice, refuse_judging
 from ..experiments.options.text import TextOptions
-from ..experiments.recovery import RecoveryOptions, judge, last_state
+from ..experiments.recovery import RecoveryOptions, judge_recovery, last_state
 from ..experiments.repair import RepairOptions
 from ..experiments.used import Use, uses_of, windows_of
 from ..experiments.verdict import Verdict
 from ..exporters import check_export, export as export_model
-from ..exporters.manifest import read_manifest, verdict_of
+from ..exporters.manifest import read_manifest, verification_of
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
@@ -158,7 +158,7 @@ def _repaired(
     """The plan after a repair, which is in `folder`, and what it costs before and
     after; none without one.
     """
-    from ..repairing.texts import measure
+    from ..repairing.texts import measure_on_texts
 
     if not repair or not plan or plan.state == "repaired":
         return plan, []
@@ -170,7 +170,7 @@ def _repaired(
     repaired = repair.apply(net, plan, texts, folder, settings, progress)
     others = {name: batches[:BATCHES] for name, batches in texts.other.items()}
     plans: dict[State, Plan] = {"skipped": plan, "repaired": repaired}
-    return repaired, measure(net, plans, others, folder, settings, progress)
+    return repaired, measure_on_texts(net, plans, others, folder, settings, progress)
 
 
 def _conclusion(out: Path, to: str) -> dict[str, str]:
@@ -183,7 +183,7 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
     settings = json.loads(config.read_bytes()) if config.is_file() else {}
     if dtype := settings.get("dtype") or settings.get("torch_dtype"):
         weights += f" in {dtype}"
-    lines = {"Check": str(verdict_of(manifest)), "Weights": weights}
+    lines = {"Check": str(verification_of(manifest)), "Weights": weights}
     if period := manifest.get("breaks_period"):
         lines["Period"] = BROKEN.format(period)
     return lines | _how_to_run(out, to, manifest)
@@ -251,7 +251,7 @@ def _measure_plan(
             card[column.titled] = column.text(quality)
         for one in unrepaired:
             card[f"{DELTA_NLL.titled}, before the repair"] = DELTA_NLL.text(one)
-    scores = judge(net, tokenizer, plans, tasks.jobs(), tasks, None, progress)
+    scores = judge_recovery(net, tokenizer, plans, tasks.jobs(), tasks, None, progress)
     for score in last_state(scores):
         if score.recovery:
             name = f"Recovery, {score.task} ({score.usual_metric})"

@@ -18,7 +18,7 @@ from ..options import OutFolder, RunOptions, Workload
 from ..report.paper_tables import CLAIMS, write_tables
 from ..report.similarity import write_similarity
 from ..report.sweep import COLUMNS, write_sweep
-from ..results.ledger import read
+from ..results.ledger import read_records
 from ..results.provenance import windows_in_words
 from ..results.table import table
 from ..results.terminal import next_report, progress_bar, show
@@ -106,7 +106,7 @@ def paper(
 
 
 def _write_similarity(out: Path, what: dict[str, object]) -> None:
-    found = read(out / SimilarityRecord.file, SimilarityRecord)
+    found = read_records(out / SimilarityRecord.file, SimilarityRecord)
     write_similarity(
         found,
         out / "similarity",

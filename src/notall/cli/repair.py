@@ -23,7 +23,7 @@ from ..repairing.train_config import TrainConfig
 from ..report.measured import refits_table
 from ..report.plans import scores_table
 from ..results.facts import State
-from ..results.ledger import read
+from ..results.ledger import read_records
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
 from ..results.repairs import HEALING, MEASURED, HealRecord
@@ -197,10 +197,10 @@ class RepairInputs:
         """Measure the states of the plan whose weights are in `out`, and report it, and
         what to do with them.
         """
-        from ..repairing.texts import measure
+        from ..repairing.texts import measure_on_texts
 
         with progress_bar() as progress:
-            measured = measure(
+            measured = measure_on_texts(
                 self.net, plans, self.texts.other, out, self.settings, progress
             )
             scores = judged(
@@ -212,7 +212,7 @@ class RepairInputs:
                 self.settings,
                 progress,
             )
-        if looks := read(out / HealRecord.file, HealRecord):
+        if looks := read_records(out / HealRecord.file, HealRecord):
             tables["healing"] = table(
                 f"{out}: what it loses on text that was not trained on", HEALING, looks
             )

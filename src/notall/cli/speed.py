@@ -50,7 +50,7 @@ def bench(
         f"{about.in_words}; {bench_tables.workload_of(record)};"
         f" median of {workload.rounds} [quartiles]"
     )
-    rows = table(title, bench_tables.COLUMNS, bench_tables.rows_of([record]))
+    rows = table(title, bench_tables.COLUMNS, bench_tables.bench_rows([record]))
     tables = {"bench": replace(rows, facts=(record,))}
     then = [bench_tables.conclusion(record)] if record.skipped else []
     show(tables, as_json=run.as_json, then=then)

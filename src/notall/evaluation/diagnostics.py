@@ -23,7 +23,7 @@ from ..measuring.statistics import (
 from ..measuring.token_scores import TokenScorer
 from ..models.retrieval import CONTEXTS, Episode, episode
 from ..plan import Plan, several
-from ..progress import Progress, Stages, reading, silent, writing
+from ..progress import Progress, Stages, generation_work, reading, silent
 from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
 from ..running.recording import record
@@ -33,7 +33,7 @@ from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
 KEYS = 8  # of passkeys, a length: six that are lost are more than chance
-PARTS = ("long texts", "passkey", "writing")
+PARTS = ("long texts", "passkey", "generation_work")
 WINDOWS, WINDOW_TOKENS = (
     8,
     1024,
@@ -68,12 +68,14 @@ def run_diagnostics(
     where there is no window.
     """
     checks: dict[str, Callable[[], list[list[Check]]]] = {
-        "long texts": lambda: check_texts(model, plans, windows),
+        "long texts": lambda: text_checks(model, plans, windows),
         "passkey": lambda: check_passkey(model, tokenizer, plans, contexts, seed=seed),
-        "writing": lambda: check_writing(model, plans, windows, new_tokens),
+        "generation_work": lambda: check_writing(model, plans, windows, new_tokens),
     }
     found: list[list[Check]] = []
-    steps = steps_of(windows, len(plans) + 1, contexts=contexts, new_tokens=new_tokens)
+    steps = progress_steps(
+        windows, len(plans) + 1, contexts=contexts, new_tokens=new_tokens
+    )
     stages = Stages(progress, sum(steps[part] for part in parts))
     for part in parts:
         stages.stage(steps[part])(0, 1, f"{part}, {several(len(plans), 'plan')}")
@@ -81,7 +83,7 @@ def run_diagnostics(
     return [list(of_plan) for of_plan in zip(*found)]
 
 
-def steps_of(
+def progress_steps(
     windows: Sequence[Tensor],
     plans: int,
     *,
@@ -96,7 +98,8 @@ def steps_of(
     return {
         "long texts": reading(texts, plans),
         "passkey": reading(KEYS * sum(contexts), plans),
-        "writing": prompts + writing(new_tokens, plans),  # all prompts at once
+        "generation_work": prompts
+        + generation_work(new_tokens, plans),  # all prompts at once
     }
 
 
@@ -109,7 +112,7 @@ class _Read:
     correct: Tensor  # whether it came
 
 
-def check_texts(
+def text_checks(
     model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence[Tensor]
 ) -> list[list[Check]]:
     """NLL by position, in octaves of tokens, and the expected calibration error of the

@@ -191,7 +191,7 @@ class Scorer:
         )
         packs: list[Pack] = []
         for _, some in alike if self.packs else ():
-            packs += packed(some, self.context)
+            packs += packs_of(some, self.context)
         lengths = [
             max(map(len, pack.paths)) if len(pack.paths) > 1 else 0 for pack in packs
         ]
@@ -230,7 +230,7 @@ class Scorer:
         }
         for number, value in expected.items():
             difference = abs(got[number] - value)
-            if not difference <= tolerance(self.model.dtype, len(asked[number])):
+            if not difference <= answer_tolerance(self.model.dtype, len(asked[number])):
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
@@ -287,7 +287,7 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
     return None
 
 
-def tolerance(dtype: torch.dtype, tokens: int) -> float:
+def answer_tolerance(dtype: torch.dtype, tokens: int) -> float:
     """By how many nats an answer of so many tokens may differ between two batches: what
     rounding makes of it.
     """
@@ -342,7 +342,7 @@ def common(first: Sequence[object], second: Sequence[object]) -> int:
     return min(len(first), len(second))
 
 
-def packed(
+def packs_of(
     sequences: Iterable[tuple[int, ...]], most: float = math.inf
 ) -> Iterator[Pack]:
     """Distinct sequences in as few tokens as packs of sensible size, `most` tokens,

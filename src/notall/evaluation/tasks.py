@@ -29,7 +29,7 @@ from ..errors import UsageError, nearest, shortened
 from ..extras import installed
 from ..files import refuse_endless
 from ..models.load_errors import quiet
-from ..progress import reading, writing
+from ..progress import generation_work, reading
 from ..results.facts import NamedTasks
 from .checks import (
     CHOOSING,
@@ -106,9 +106,9 @@ class Job:
             if (
                 request.request_type == "first_choices"
             ):  # the original's own answer, which all plans read
-                found += writing(new) + reading(read + new, plans)
+                found += generation_work(new) + reading(read + new, plans)
             elif options:
-                found += plans * reading(read) + writing(new, plans)
+                found += plans * reading(read) + generation_work(new, plans)
             else:
                 found += reading(read, plans)
         return found

@@ -76,7 +76,7 @@ def benchmark(
     added to `stages`. Tasks that generate text are for `generating_rows`, where given.
     Raises `UsageError` as `run_tasks` does, and as `Ledger` does.
     """
-    from ..evaluation.checks import source_of
+    from ..evaluation.checks import prompts_digest
     from ..evaluation.harness import LM_EVAL_VERSION, PlansLM, evaluate_job
 
     settings = {
@@ -87,7 +87,7 @@ def benchmark(
     about = Provenance.of(subject.provenance, **settings)
     abouts = {
         one: Provenance.of(
-            about, asked=one, limit=choice.limit_of(one), **source_of(one)
+            about, asked=one, limit=choice.limit_of(one), **prompts_digest(one)
         )
         for one in choice.names
     }
@@ -158,9 +158,9 @@ def checking_steps(windows: Sequence[Tensor], plans: int) -> float:
     """What the diagnostics take so many plans, the original one among them, in tokens
     that are read.
     """
-    from ..evaluation.diagnostics import steps_of
+    from ..evaluation.diagnostics import progress_steps
 
-    return sum(steps_of(windows, plans).values())
+    return sum(progress_steps(windows, plans).values())
 
 
 def diagnose(
@@ -172,7 +172,7 @@ def diagnose(
     """One record a configuration and check; a part of the diagnostics is kept as soon
     as it is done.
     """
-    from ..evaluation.diagnostics import KEYS, PARTS, run_diagnostics, steps_of
+    from ..evaluation.diagnostics import KEYS, PARTS, progress_steps, run_diagnostics
 
     assert subject.tokenizer
     about = Provenance.of(
@@ -182,7 +182,7 @@ def diagnose(
         passkeys=KEYS,
     )
     plans = [row.plan for row in rows]
-    steps = steps_of(windows, len(plans) + 1)
+    steps = progress_steps(windows, len(plans) + 1)
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, DiagnosticsRecord, about)
         stages = Stages(progress, sum(steps.values()))

@@ -154,7 +154,7 @@ def measure_draft(
     prompts itself, and steps are timed on the first of them as it is. Raises
     `UsageError` before anything is run, as `DraftOptions.check` and `Ledger` do.
     """
-    from ..measuring.acceptance import judge, write_texts
+    from ..measuring.acceptance import judge_draft, write_texts
     from ..measuring.speed import interleaved, step_ms
     from ..running.skipping import draft_model
 
@@ -180,7 +180,8 @@ def measure_draft(
                 list(zip(prompts, texts)), f"judging {decoding} texts", stage
             )
             judged[decoding] = [
-                judge(model, draft, prompt, text, decoding) for prompt, text in pairs
+                judge_draft(model, draft, prompt, text, decoding)
+                for prompt, text in pairs
             ]
         step = partial(step_ms, tokens=windows[:1], prompt=how.prompt_tokens)
         steps = {

@@ -19,7 +19,7 @@ from ..results.record import Fact
 from ..results.repairs import MeasuredRecord
 from .options.tasks import Diagnostics, TaskChoice
 from .options.text import PromptTokens
-from .recovery import judge, keep_scores
+from .recovery import judge_recovery, keep_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ class Evaluation:
         asks = sum(job.steps(plans) for job in jobs)
         stages = Stages(self.progress, reads + asks)
         quality = self._quality(batches, stages.stage(reads))
-        scores = judge(
+        scores = judge_recovery(
             self.model,
             self.tokenizer,
             self.states,

@@ -62,7 +62,7 @@ class JudgedRecord(
     """
 
 
-def judge(
+def judge_recovery(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     plans: Mapping[State, Plan],
@@ -93,7 +93,7 @@ def judged(
     """What the plans score on the tasks that are asked for, kept in `folder`, with
     their answers in a folder of it.
     """
-    scores = judge(
+    scores = judge_recovery(
         model, tokenizer, plans, tasks.jobs(), tasks, folder / "answers", progress
     )
     keep_scores(folder, plans, scores, settings)

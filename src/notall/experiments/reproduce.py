@@ -18,7 +18,7 @@ from ..entry_points import PERMITTED, Permitted
 from ..errors import UsageError, shortened
 from ..options import AskedOption
 from ..results.facts import SPEEDUPS
-from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read
+from ..results.ledger import AS_IT_WAS, RECORDED, check_same, read_records
 from ..results.record import Fact, Record, RecordKey, Scalar
 from ..results.repairs import MeasuredRecord
 from .bench import BenchRecord
@@ -192,7 +192,11 @@ def _made_again(record: Record, folder: Path, functions: Path | None) -> Iterato
 
 
 def _records(folder: Path) -> list[Record]:
-    return [one for kind in REPRODUCED_KINDS for one in read(folder / kind.file, kind)]
+    return [
+        one
+        for kind in REPRODUCED_KINDS
+        for one in read_records(folder / kind.file, kind)
+    ]
 
 
 def _line(

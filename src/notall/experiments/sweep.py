@@ -16,7 +16,7 @@ from ..digests import digest_of
 from ..errors import UsageError
 from ..options import WORKLOAD, Workload
 from ..plan import Plan
-from ..progress import Progress, Stages, reading, silent, writing
+from ..progress import Progress, Stages, generation_work, reading, silent
 from ..results.facts import GRID, Configured, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
@@ -121,7 +121,7 @@ def sweep(
     }
     scoring, timing = reading(subject.tokens, 2 * len(rows)), workload.steps
     leaving_out = subject.batches[0].shape[-1] * len(subject.structure.sublayers)
-    sampling = writing(SAMPLE_TOKENS, 4) if subject.tokenizer else 0
+    sampling = generation_work(SAMPLE_TOKENS, 4) if subject.tokenizer else 0
     stages = Stages(
         progress, scoring + len(rows) * timing + subject.tokens + leaving_out + sampling
     )

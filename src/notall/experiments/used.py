@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError, shortened
 from ..models.names import USAGE_MIX
 from ..plan import Plan
-from ..results.ledger import read
+from ..results.ledger import read_records
 from ..results.repairs import RepairStep
 from .search.records import SearchRecord
 
@@ -101,10 +101,10 @@ def _versions(
     """What the model made under the name of a record: the beginning that short windows
     are of, and all of it.
     """
-    from ..models.mix import kept_texts, name_of
+    from ..models.mix import kept_texts, text_name
     from ..models.texts import MIX
 
-    source = next((one for one in sources if name_of(one) == use.text), use.text)
+    source = next((one for one in sources if text_name(one) == use.text), use.text)
     if source in sources or source in (*MIX, USAGE_MIX):
         yield from kept_texts(model, tokenizer, source)
 
@@ -119,7 +119,7 @@ def uses_of(plan: Plan, path: Path | None = None) -> list[Use]:
         with suppress(UsageError):  # a damaged file is nothing to stop for
             records = [
                 record
-                for record in read(chosen, SearchRecord)
+                for record in read_records(chosen, SearchRecord)
                 if record.plan.indices == plan.indices
             ]
             found += [_use("chosen by", record.what, record.what) for record in records]

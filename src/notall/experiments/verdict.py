@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..errors import shortened
-from ..models.gguf_sizes import StoredSizes, stored_sizes
+from ..models.gguf_sizes import StoredSizes, gguf_stored_sizes
 from ..plan import Plan, several
 from ..results.facts import RECOVERY, Footprint, PlanScore, Quality
 from ..results.lines import finite
@@ -119,7 +119,7 @@ class Verdict:
         among = {kind: kinds.count(kind) for kind in ("attention", "mlp")}
         among["block"] = len(structure.blocks)
         left, dense = footprint(model, plan), footprint(model, Plan())
-        stored = stored_sizes(spec, plan) if spec else None
+        stored = gguf_stored_sizes(spec, plan) if spec else None
         state = state or plan.state
         return cls(
             plan,

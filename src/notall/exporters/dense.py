@@ -35,7 +35,7 @@ from ..structure.model_structure import (
 )
 from . import Source
 from .manifest import Origin
-from .tensors import FLOATS, Weights, check_tensors, read_tensors
+from .tensors import FLOATS, Weights, check_tensors, model_tensors
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = (
@@ -325,7 +325,7 @@ def _read(
         raise UsageError(f"{folder.name}: config.json is damaged; download it again")
     refuse_adapter(name, (folder / ADAPTER_CONFIG).exists())
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    weights, tensors = read_tensors(folder, named_weights(name, config))
+    weights, tensors = model_tensors(folder, named_weights(name, config))
     model = build_empty(config)
     structure = locate(model)
     if not structure.cuttable:

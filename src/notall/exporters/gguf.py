@@ -26,7 +26,7 @@ from ..progress import Progress
 from . import Export, Source
 from .gguf_cut import cut
 from .gguf_prompts import in_places, weights_in
-from .gguf_weights import with_weights
+from .gguf_weights import gguf_with_weights
 from .manifest import NotVerified, Origin, Verification, Verified
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class GGUFExport(Export):
         self.source = read_gguf(dense)
         # of a repaired plan, whose class would import torch
         weights = getattr(plan, "weights", {})
-        self.whole = with_weights(self.source, weights) if weights else self.source
+        self.whole = gguf_with_weights(self.source, weights) if weights else self.source
         self.fields, self.tensors = cut(self.whole, plan)
         self.form = str(self.fields[ARCHITECTURE].value)
         depth = self.source.depth

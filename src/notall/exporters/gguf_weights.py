@@ -24,7 +24,7 @@ MOST_ROUNDING = (
 ROWS = 64  # of a matrix that are compared
 
 
-def with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
+def gguf_with_weights(source: GGUF, weights: "Mapping[str, Tensor]") -> GGUF:
     """`source` with these values of parameters, by their paths in transformers; types
     get 8 bits or more.
 

@@ -149,7 +149,7 @@ def _repair_of(plan: Plan) -> Settings:
     return {"repair": {"weights": plan.digest, "history": steps, "refits": refits}}
 
 
-def plan_of(folder: Path) -> Plan:
+def exported_plan(folder: Path) -> Plan:
     """In the original model's numbers. Raises `UsageError` where it is damaged, or the
     plan has weights of its own.
     """
@@ -198,7 +198,7 @@ def dense_of(folder: Path) -> str:
         return "the hub id or folder that it was made of"
 
 
-def verdict_of(manifest: Settings) -> Verification:
+def verification_of(manifest: Settings) -> Verification:
     """The verdict that a manifest holds."""
     found = manifest["verified"]
     return NotVerified(**found) if "not_run" in found else Verified(**found)
@@ -214,7 +214,7 @@ def check_verified(spec: str | Path) -> None:
         manifest := read_manifest(folder)
     ):
         return
-    if isinstance(verdict := verdict_of(manifest), NotVerified):
+    if isinstance(verdict := verification_of(manifest), NotVerified):
         problem = f"{shortened(path.name)} is an export that was {verdict}"
         raise UsageError(
             f"{problem}: export it again with that comparison, and measure what passes it"

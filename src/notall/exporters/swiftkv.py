@@ -35,7 +35,7 @@ from .config_cuts import rope_names
 from .dense import DenseModel
 from .manifest import NotAsSkipped, NotVerified, Verification
 from .prompt_code import PROJECTIONS, own_weights
-from .tensors import Weight, Weights, check_copies, read_tensors
+from .tensors import Weight, Weights, check_copies, model_tensors
 
 MODEL_TYPES = ("llama", "qwen2")
 TOKENS = 13  # of the sequences that are compared
@@ -180,7 +180,7 @@ def maps_in_files(
     folder: Path, dense: DenseModel, tail: range
 ) -> dict[int, dict[str, Map]]:
     """The same, as the files of an export hold them."""
-    tensors, epsilon = read_tensors(folder)[1], dense.config.rms_norm_eps
+    tensors, epsilon = model_tensors(folder)[1], dense.config.rms_norm_eps
     gain = tensors[_norm(dense)].read()
 
     def map_of(index: int, name: str) -> Map:

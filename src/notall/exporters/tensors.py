@@ -123,7 +123,7 @@ def read_notes(file: Path) -> Notes:
     return notes
 
 
-def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Weights]:
+def model_tensors(folder: Path, named: str | None = None) -> tuple[str, Weights]:
     """The file that transformers begins with, and every tensor that it reads, by the
     headers of the shards.
     """
@@ -164,7 +164,8 @@ def stored_sizes(
                 )
             )
         return {
-            name: tensor.size for name, tensor in read_tensors(folder, named)[1].items()
+            name: tensor.size
+            for name, tensor in model_tensors(folder, named)[1].items()
         }
     except (LocalEntryNotFoundError, UsageError):
         if is_here:
@@ -260,7 +261,7 @@ def check_copies(folder: Path, tensors: Weights, texts: Mapping[str, str]) -> No
     """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for
     bit, and these texts.
     """
-    found = read_tensors(folder)[1]
+    found = model_tensors(folder)[1]
     alike = {name: (one.dtype, one.shape) for name, one in found.items()}
     same = alike == {name: (one.dtype, one.shape) for name, one in tensors.items()}
     same &= all(

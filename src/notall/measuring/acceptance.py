@@ -53,7 +53,7 @@ def write_texts(
     return [torch.tensor(row, device=prompts.device) for row in rows]
 
 
-def judge(
+def judge_draft(
     model: PreTrainedModel,
     draft: PreTrainedModel,
     prompt: Tensor,

@@ -132,7 +132,7 @@ def interleaved(
     return {name: found[1:] for name, found in samples.items()}
 
 
-def compare(
+def compare_speeds(
     model: PreTrainedModel,
     variants: Mapping[str, Callable[[], AbstractContextManager[object]]],
     workload: Workload = WORKLOAD,
@@ -179,13 +179,13 @@ def time_plans(
     progress: Progress = silent,
 ) -> dict[str, Times]:
     """The times of the original and of each of `plans` by name, `dense` first. Raises
-    as `skip` and `compare` do.
+    as `skip` and `compare_speeds` do.
     """
     prompt = workload.prompt_tokens
     check_prompt([*plans.values()], prompt + 1, prompt)
     every = {"dense": Plan(), **plans}
     variants = {name: partial(skip, model, plan) for name, plan in every.items()}
-    timings = compare(model, variants, workload, seed=seed, progress=progress)
+    timings = compare_speeds(model, variants, workload, seed=seed, progress=progress)
     dense = timings["dense"]
     return {name: one.compared_with(dense) for name, one in timings.items()}
 

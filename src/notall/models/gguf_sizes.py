@@ -26,7 +26,7 @@ class StoredSizes:
     head: int = 0  # parameters of a head that the file holds apart from the embeddings
 
 
-def stored_sizes(spec: str | Path, plan: Plan) -> StoredSizes | None:
+def gguf_stored_sizes(spec: str | Path, plan: Plan) -> StoredSizes | None:
     """Of the GGUF file that a spec names; None of another model. Raises `UsageError` as
     `read_gguf` does.
     """
@@ -49,7 +49,7 @@ def size_notes(spec: str | Path, plan: Plan) -> list[str]:
     """Why the sizes of a model are others than its file's; nothing where no GGUF file
     was unpacked.
     """
-    stored = stored_sizes(spec, plan)
+    stored = gguf_stored_sizes(spec, plan)
     return [*_notes(stored, plan)] if stored else []
 
 

@@ -27,11 +27,11 @@ from ..plan import Plan
 from ..progress import Progress, Stages, silent
 from ..running.generating import (
     as_asked,
+    generation_settings,
     greedy_each,
     prompt_tokens,
     reporting,
     sample,
-    settings_of,
 )
 from ..running.skipping import skip
 from ..structure.model_structure import positions_of
@@ -86,10 +86,10 @@ def text_of(
         < tokens
     ):
         content = _Author(model, tokenizer, progress).text(source)
-    return Text(name_of(source), digest_of([content]), content)
+    return Text(text_name(source), digest_of([content]), content)
 
 
-def name_of(source: str) -> str:
+def text_name(source: str) -> str:
     """What a text that a model made is called: as it is asked for, but for the folders
     of a file.
     """
@@ -107,7 +107,7 @@ def kept_texts(
             content = _Author(model, tokenizer, silent, parts, writes=False).text(
                 source
             )
-            yield Text(name_of(source), digest_of([content]), content)
+            yield Text(text_name(source), digest_of([content]), content)
 
 
 class _NotKept(Exception):
@@ -270,7 +270,7 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         for k, v in model.config.to_dict().items()
         if k not in ("_name_or_path", "transformers_version")
     }
-    for settings in (config, settings_of(model)):
+    for settings in (config, generation_settings(model)):
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         if type(weight.data) is Tensor and weight.device.type != "meta":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, shortened
-from ..files import is_partial, remove, temporary
+from ..files import is_partial, remove_path, temporary
 from ..tensor_files import is_tensors
 
 LAST, BEST, TRAINED = "last.safetensors", "best.safetensors", "trained.safetensors"
@@ -66,7 +66,7 @@ class Checkpoints:
         if self.folder.is_symlink() or not self.folder.is_dir():
             return
         for path in filter(_is_ours, [*self.folder.iterdir()]):
-            remove(path)
+            remove_path(path)
         with suppress(OSError):  # it holds something else
             self.folder.rmdir()
 

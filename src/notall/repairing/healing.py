@@ -26,7 +26,7 @@ from .checkpoints import Checkpoints
 from .refitting import about_weights
 from .spread import Spread as Spread
 from .train_config import TrainConfig
-from .training import Training as Training, settings_of
+from .training import Training as Training, training_settings
 from .training_loop import processes_of
 
 
@@ -93,7 +93,7 @@ def heal_by(
     if workers or processes.num_processes > 1:
         _check_shared(training, has_folder=bool(out))
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
-    settings = settings_of(training, earlier.history)
+    settings = training_settings(training, earlier.history)
     about = about_weights(provenance or {}, inner, plan, **settings)
     is_first = processes.is_main_process  # which keeps the folder for all
     with (

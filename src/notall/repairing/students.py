@@ -90,7 +90,7 @@ class Student(nn.Module):
         """What the last layer answers for all tokens that another one follows, (tokens,
         hidden).
         """
-        return rows_of(self.model, ids)
+        return followed_rows(self.model, ids)
 
     def take_gradients(self) -> None:
         """Move the gradients of what runs to what is trained."""
@@ -153,7 +153,7 @@ class PromptStudent(Student):
         last one, (tokens, hidden).
         """
         with prompt(self.model, self.prompt_tokens):
-            return rows_of(self.model, ids, self.prompt_tokens - 1)
+            return followed_rows(self.model, ids, self.prompt_tokens - 1)
 
 
 def _in_prompts(
@@ -206,7 +206,7 @@ def states_of(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def rows_of(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
+def followed_rows(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
     """What the last layer answers for all tokens from `start` on that another one
     follows, (tokens, hidden).
     """

@@ -210,7 +210,7 @@ def sampled(
     return list(kept["ids"].to(windows.device).split([len(batch) for batch in batches]))
 
 
-def measure(
+def measure_on_texts(
     model: PreTrainedModel,
     plans: Mapping[State, Plan],
     texts: Mapping[str, Sequence[Tensor]],

@@ -130,7 +130,9 @@ class Training:
         return Loop(self, model, Checkpoints.of(folder), ledger, progress).run()
 
 
-def settings_of(training: Training, history: Sequence[RepairStep]) -> dict[str, object]:
+def training_settings(
+    training: Training, history: Sequence[RepairStep]
+) -> dict[str, object]:
     """What identifies a training, for its records; `history` is what was done to the
     plan's weights before.
     """

@@ -24,8 +24,8 @@ from ..results.ledger import Ledger
 from ..results.repairs import HealRecord
 from ..running.generating import seeded
 from .checkpoints import Checkpoints
-from .students import rows_of, states_of
-from .training import Training, settings_of
+from .students import followed_rows, states_of
+from .training import Training, training_settings
 
 
 def processes_of(model: PreTrainedModel) -> PartialState:  # type: ignore[no-any-unimported]
@@ -84,7 +84,7 @@ class Loop:
         self.rise = 0.1
         if not self.config.minutes:
             self.rise = min(10, self.steps // 10) / self.steps
-        self.of = digest_of_json(settings_of(training, ()))
+        self.of = digest_of_json(training_settings(training, ()))
         self.state = LoopState()
         self.scorer = TokenScorer(teacher)
         earlier = [evaluation.seconds for evaluation in self.ledger]
@@ -117,7 +117,7 @@ class Loop:
     def _scored_by_teacher(self, ids: Tensor) -> HeldOut:
         start = self.training.start
         targets = ids[:, start + 1 :].flatten()
-        states = rows_of(self.teacher, ids, start)
+        states = followed_rows(self.teacher, ids, start)
         scores, dense = self.scorer.dense(states, targets, likeliest=True)
         return HeldOut(ids, targets, scores.likeliest, dense)
 

@@ -10,7 +10,7 @@ from ..results.record import Fact
 from ..results.table import Column, number, table, within, words
 from .folder import Folder
 from .parts import Message, PageParts, PageStep, Section
-from .plans import verdict_of
+from .plans import step_verdict
 
 NOTE = (
     "Plan and original model are timed in turn; a speedup is the median of the rounds'"
@@ -26,7 +26,7 @@ class BenchRow(Fact):
     bench: BenchRecord
 
 
-def rows_of(records: Sequence[BenchRecord]) -> list[BenchRow]:
+def bench_rows(records: Sequence[BenchRecord]) -> list[BenchRow]:
     """Two for each record: the original model, and the plan if it skips something."""
     return [
         BenchRow(plan_words=name, model=model, bench=record)
@@ -92,7 +92,7 @@ def _first_token(record: BenchRecord) -> str:
 
 def page_parts(folder: Folder) -> PageParts:
     """Times and bytes of each plan that was timed, and of the original model."""
-    rows = rows_of(folder.of(BenchRecord))
+    rows = bench_rows(folder.of(BenchRecord))
     steps = tuple(_step_of(row) for row in rows)
     results = Section(
         "results",
@@ -110,7 +110,7 @@ def page_parts(folder: Folder) -> PageParts:
     is_random = rows[last].bench.what.get("dummy_weights")
     model = "MODEL" if is_random else folder.model
     message = Message.of(
-        verdict_of(steps[last], folder),
+        step_verdict(steps[last], folder),
         "see what that costs",
         next_command("eval", model, *folder.plan_options),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..experiments.compare.plans import save_plans
-from ..experiments.compare.records import ComparisonRecord, name_of
+from ..experiments.compare.records import ComparisonRecord, task_heading
 from ..experiments.held_scores import UNREPAIRED
 from ..extras import FIGURES, installed
 from ..files import write_whole
@@ -90,13 +90,15 @@ def columns_of(
 def _score_of(task: str, record: ComparisonRecord) -> tuple[float, float, float] | None:
     """The value of a task, the difference to the original model and its error."""
     for score in record.tasks:
-        if name_of(score) == task:
+        if task_heading(score) == task:
             return score.value, score.delta, score.delta_se
     return None
 
 
 def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:
-    return list(dict.fromkeys(name_of(score) for one in records for score in one.tasks))
+    return list(
+        dict.fromkeys(task_heading(score) for one in records for score in one.tasks)
+    )
 
 
 HOW_TO_READ = (

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..experiments.sweep import LeaveOneOutRecord
 from ..plan import several
 from ..results.facts import DELTA_NLL, KL
-from ..results.ledger import header_of, read
+from ..results.ledger import header_of, read_records
 from ..results.record import is_number
 from ..results.repairs import EvaluationRecord
 from .parts import CellPlace, Costs
@@ -19,7 +19,7 @@ def read_costs(folder: Path) -> Costs | None:
     `UsageError` on a malformed line.
     """
     found = []
-    if rows := read(folder / LeaveOneOutRecord.file, LeaveOneOutRecord):
+    if rows := read_records(folder / LeaveOneOutRecord.file, LeaveOneOutRecord):
         windows = rows[0].sequences
         text = f"{several(windows, 'window')} of text" if windows else "some text"
         alone = {_place(row.sublayer): row.delta_nll for row in rows}
@@ -37,7 +37,7 @@ def _evaluated(file: Path) -> Iterator[Costs]:
     header = header_of(file)
     objective = header.provenance.what.get("objective") if header else None
     by_share: dict[int | str, dict[tuple[str, ...], float]] = {}
-    for row in read(file, EvaluationRecord):
+    for row in read_records(file, EvaluationRecord):
         if is_number(row.cost):
             by_share.setdefault(row.batches, {})[row.skipped] = row.cost
     for share, costs in by_share.items():

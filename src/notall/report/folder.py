@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ..errors import UsageError, shortened
 from ..plan import Fingerprint
-from ..results.ledger import header_of, kind_at, read
+from ..results.ledger import header_of, kind_at, read_records
 from ..results.provenance import Provenance
 from ..results.record import RECORD_KINDS, Record
 
@@ -92,7 +92,7 @@ def read_folder(path: Path) -> Folder:
             kind = RECORD_KINDS[name]
             header = header_of(file) if kind.headed else None
             update = {"provenance": header.provenance} if header else {}
-            records = read(file, kind)
+            records = read_records(file, kind)
             files[name] = tuple(one.model_copy(update=update) for one in records)
     if not any(files.values()):
         raise UsageError(f"{path} holds no results; {_advice(path)}")

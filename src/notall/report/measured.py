@@ -14,7 +14,7 @@ from ..experiments.verdict import Verdict, in_nats
 from ..measuring.statistics import Estimate
 from ..plan import Plan, several
 from ..results.facts import PLAN_CHECKS, PLAN_SCORES, QUALITY, Quality, State
-from ..results.ledger import read
+from ..results.ledger import read_records
 from ..results.record import is_number
 from ..results.repairs import (
     HEALING,
@@ -28,7 +28,7 @@ from ..results.repairs import (
 from ..results.table import Column, Table, number, table, within, words
 from .folder import Folder
 from .parts import Card, Figure, Message, PageParts, PageStep, Section
-from .plans import scores_of, scores_table, verdict_of
+from .plans import judged_scores, scores_table, step_verdict
 
 if TYPE_CHECKING:
     from ..running.repaired import RepairedPlan
@@ -134,11 +134,11 @@ def measured_page(
             dense=timed.dense.footprint,
         )
     verdict = replace(
-        verdict_of(step, folder),
+        step_verdict(step, folder),
         quality=last.quality,
         text=last.text if last.plan.prefill else "",  # where its prompt ends
         state=last.model,
-    ).judged(scores_of(folder, last.plan))
+    ).judged(judged_scores(folder, last.plan))
     speed = _speed_cards(timed) if timed else ()
     return PageParts(
         message=Message.of(verdict, *then(verdict)),
@@ -153,7 +153,7 @@ def last_timed(folder: Path, plan: Plan) -> BenchRecord | None:
     `.bench`.
     """
     path = folder.resolve().with_suffix(".bench") / BenchRecord.file  # of "." too
-    found = read(path, BenchRecord) if path.is_file() else []
+    found = read_records(path, BenchRecord) if path.is_file() else []
     own = [one for one in found if one.plan.indices == plan.indices]
     return own[-1] if own else None
 
@@ -203,7 +203,7 @@ def _sections(folder: Folder) -> Iterator[Section]:
 
 def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
     """What a plan scores on tasks, where that was measured."""
-    if scores := scores_of(folder, plan):
+    if scores := judged_scores(folder, plan):
         title = "What is kept of what the original model can do"
         rows = table("tasks", PLAN_SCORES, scores)
         yield Section("tasks", title, table=rows, note=TASKS_NOTE, opens=True)

@@ -25,7 +25,7 @@ from ..measuring.statistics import LEAST_DOCUMENTS, LEAST_ROUNDS, of_rounds
 from ..plan import KIND_NAMES, several
 from ..results.facts import CONFIGURED, Configured
 from ..results.record import is_number
-from ..results.table import as_csv, pivot, table, written
+from ..results.table import as_csv, formatted, pivot, table
 from .folder import Folder
 from .paper_tables import CAPTIONS, CLAIM_RULE, CLAIMS, caption_of, entries_of
 from .parts import Message, PageParts, PageStep, Section
@@ -167,8 +167,8 @@ def _measured(
         interval = f"95 % interval {low:.2f} to {high:.2f}"
         yield f"it decodes {speedup.median:.2f}× as fast ({interval})"
     if average:
-        change = written(100 * average.delta, "+.1f")
-        error = written(100 * average.delta_se, ".1f")
+        change = formatted(100 * average.delta, "+.1f")
+        error = formatted(100 * average.delta_se, ".1f")
         few = ""
         if documents < LEAST_DOCUMENTS:
             few = f", from too few documents to say ({documents} of a task)"

@@ -29,10 +29,10 @@ from ..results.table import (
     Table,
     as_csv,
     as_latex,
+    formatted,
     pivot,
     table,
     words,
-    written,
 )
 
 CLAIM_RULE = (
@@ -113,14 +113,14 @@ def _compared_cell(
     """
     if not is_number(one.value):
         return EMPTY
-    text = written(scale * one.value, form)
+    text = formatted(scale * one.value, form)
     if one.variant != "dense":
-        delta = written(scale * one.delta, f"+{form}") + "*" * marked
-        error = written(scale * one.delta_se, form)
+        delta = formatted(scale * one.delta, f"+{form}") + "*" * marked
+        error = formatted(scale * one.delta_se, form)
         return Cell(one.value, text, f"({delta} ± {error})")
     if not is_number(one.value_se):
         return Cell(one.value, text, "")
-    return Cell(one.value, text, f"± {written(scale * one.value_se, form)}")
+    return Cell(one.value, text, f"± {formatted(scale * one.value_se, form)}")
 
 
 def half(entries: Iterable[Entry], keep_last: bool, title: str = "") -> Table:

@@ -50,7 +50,7 @@ def mildest(records: Iterable[P]) -> P | None:
     return min(known, key=lambda one: one.quality.nats_lost, default=None)
 
 
-def verdict_of(step: PageStep, folder: Folder, named: str = "") -> Verdict:
+def step_verdict(step: PageStep, folder: Folder, named: str = "") -> Verdict:
     """A step of the page as a verdict; `named` says how its plan came to be."""
     verb, speedup = step.faster if step.times else ("decodes", None)
     return Verdict(
@@ -83,7 +83,7 @@ def plans_page(
     best, mild = fastest(records), mildest(records)
     message = None
     if best:
-        verdict = verdict_of(steps[records.index(best)], folder, best.way)
+        verdict = step_verdict(steps[records.index(best)], folder, best.way)
         message = Message.of(verdict, *then(folder, best))
     elif mild:
         message = _none_usable(folder, records, mild)
@@ -154,7 +154,7 @@ def points_of(records: Sequence[P], look: Callable[[P], Settings]) -> "list[Poin
     ]
 
 
-def scores_of(folder: Folder, plan: Plan | None) -> list[JudgedRecord]:
+def judged_scores(folder: Folder, plan: Plan | None) -> list[JudgedRecord]:
     """What a folder holds of a plan, in each of its states."""
     return [
         one

@@ -15,7 +15,7 @@ from .costs import read_costs
 from .folder import Folder
 from .measured import last_measured, tasks_section
 from .parts import Message, PageParts, PageStep, Section
-from .plans import scores_of, verdict_of
+from .plans import judged_scores, step_verdict
 
 NOTE = (
     "The objective is of the text that was chosen by; NLL and KL, where they are given,"
@@ -54,14 +54,14 @@ def page_parts(folder: Folder) -> PageParts:
         for one in records
     )
     verdict = replace(
-        verdict_of(steps[-1], folder),
+        step_verdict(steps[-1], folder),
         quality=repaired.quality if repaired else last.quality,
         speedup=last.check.measured_speedup if last.check else None,
         verb=READS if last.plan.prefill else "runs",
         state=repaired.model if repaired else "skipped",
         missed=last.missed
         and f"what was asked: {shortened(last.missed, NAME_LETTERS)}",
-    ).judged(scores_of(folder, last.plan))
+    ).judged(judged_scores(folder, last.plan))
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
     choices = Section(
         "results",

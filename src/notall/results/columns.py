@@ -94,7 +94,7 @@ def number(
 
     def cell(value: float) -> Cell:
         return (
-            Cell(value, form(value) if callable(form) else written(value, form))
+            Cell(value, form(value) if callable(form) else formatted(value, form))
             if is_number(value)
             else EMPTY
         )
@@ -118,7 +118,7 @@ def with_error(
     def cell(found: tuple[float, float]) -> Cell:
         mean, error = found
         return (
-            Cell(mean, written(mean, form), f"± {written(error, form)}")
+            Cell(mean, formatted(mean, form), f"± {formatted(error, form)}")
             if is_number(mean)
             else EMPTY
         )
@@ -150,7 +150,9 @@ def with_interval(
 
 def _between(value: float, low: float, high: float, form: str) -> Cell:
     return Cell(
-        value, written(value, form), f"[{written(low, form)}, {written(high, form)}]"
+        value,
+        formatted(value, form),
+        f"[{formatted(low, form)}, {formatted(high, form)}]",
     )
 
 
@@ -164,12 +166,12 @@ def with_delta(
     def cell(found: tuple[float, float, float]) -> Cell:
         value, delta, error = found
         difference = (
-            f"({written(delta, '+.3f')} ± {written(error, '.3f')})"
+            f"({formatted(delta, '+.3f')} ± {formatted(error, '.3f')})"
             if is_number(delta)
             else ""
         )
         return (
-            Cell(value, written(value, ".3f"), difference)
+            Cell(value, formatted(value, ".3f"), difference)
             if is_number(value)
             else EMPTY
         )
@@ -199,7 +201,7 @@ def within(
     )
 
 
-def written(value: float, form: str) -> str:
+def formatted(value: float, form: str) -> str:
     """By `form`; what rounds to nothing is not below it, and what is no number is
     `-`.
     """

@@ -50,7 +50,7 @@ class Ledger(Generic[R]):
                 None if header else HeaderRecord(of=kind.kind_name, provenance=about)
             )
             check_same(header.provenance if header else about, about, folder)
-        for record in read(self.path, kind):
+        for record in read_records(self.path, kind):
             wanted = about(record) if callable(about) else about
             if wanted and record.provenance:
                 check_same(record.provenance, wanted, folder)
@@ -111,7 +111,7 @@ class Ledger(Generic[R]):
         self._held[record.key if self._kind.key_fields else (len(self._held),)] = record
 
 
-def read(path: Path, kind: type[R]) -> list[R]:
+def read_records(path: Path, kind: type[R]) -> list[R]:
     """The records of a file in their order, of each key the last. Raises `UsageError`
     that names a malformed line.
     """

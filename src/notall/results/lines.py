@@ -51,7 +51,7 @@ def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def read(path: Path) -> list[Settings]:
+def read_lines(path: Path) -> list[Settings]:
     """The lines of a file in their order; [] without a file. Raises as `numbered` and
     `parsed` do.
     """

@@ -12,6 +12,7 @@ from .columns import (
     EMPTY as EMPTY,
     Cell as Cell,
     Column as Column,
+    formatted as formatted,
     in_bytes as in_bytes,
     in_magnitude as in_magnitude,
     inherited as inherited,
@@ -23,7 +24,6 @@ from .columns import (
     with_quartiles as with_quartiles,
     within as within,
     words as words,
-    written as written,
 )
 from .record import Fact
 

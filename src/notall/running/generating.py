@@ -170,7 +170,7 @@ def greedily(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+def generation_settings(model: PreTrainedModel) -> dict[str, Any]:
     """The checkpoint's own settings of generation, as JSON has them: what else decides
     an answer than weights.
     """

@@ -21,7 +21,7 @@ from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..integrity import check_files
 from ..plan import ModelShape, Plan
-from ..results.ledger import Ledger, read
+from ..results.ledger import Ledger, read_records
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord, RepairStep
 from ..structure.model_structure import ModelStructure, Sublayer
@@ -218,7 +218,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
                 f"{PLAN} of {shortened(folder)} is another plan than the one that was"
                 f" repaired: {FIX}"
             )
-        refits = tuple(read(folder / RefitRecord.file, RefitRecord))
+        refits = tuple(read_records(folder / RefitRecord.file, RefitRecord))
         history = history_in(folder)
         return cls.of(plan, **tensors._asdict(), refits=refits, history=history)
 

@@ -17,7 +17,7 @@ LINEAR_FUNCTIONS = {*MULTIPLICATIONS, "div", "__truediv__", "dropout"}
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
+def residual_lines(trace: LayerTrace) -> list[tuple[Branch, ...]]:
     """The lines of the residual stream that a layer is, in order. Raises
     `UnsupportedModel` where it is none.
     """

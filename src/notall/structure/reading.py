@@ -8,7 +8,7 @@ from ..errors import UnsupportedModel
 from ..plan import Kind
 from .branches import Branch
 from .calls import child
-from .lines import lines_of
+from .lines import residual_lines
 from .model_structure import Block, Sublayer
 from .traces import LayerTrace
 from .weights import weights_of
@@ -18,7 +18,7 @@ def read_block(config: PretrainedConfig, trace: LayerTrace) -> Block:
     """The block of a layer: a mixer and an MLP, in either order or side by side, or one
     of the two alone.
     """
-    lines = lines_of(trace)
+    lines = residual_lines(trace)
     mixing = [line for line in lines if any(branch.is_attention for branch in line)]
     others = [line for line in lines if any(not branch.is_attention for branch in line)]
     mixers = tuple(branch for line in mixing for branch in line if branch.is_attention)

@@ -35,7 +35,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     # a portable set is a union of pairs that follow each other, so these are its units
     units = [unit for unit in setting.space.moves(frozenset()) if budget.saved(unit)]
     sizes = np.array([budget.saved(unit) for unit in units])
-    program = measure(setting, units)
+    program = measure_program(setting, units)
     if budget.target < math.inf:
         chosen = _solve(program, sizes, budget.target)
         if chosen is None:
@@ -58,7 +58,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     return best
 
 
-def measure(setting: Setting, units: Sequence[Unit]) -> "QuadraticProgram":
+def measure_program(setting: Setting, units: Sequence[Unit]) -> "QuadraticProgram":
     """What the objective rises by without each unit, and without two on top of that;
     those asked for late count as 0.
     """

@@ -27,7 +27,7 @@ LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all 
 Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
-def search(
+def search_sets(
     setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None = None
 ) -> Choice:
     """Lazy greedy, refined by swaps: the set that raises the objective least, as far as

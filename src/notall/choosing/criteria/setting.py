@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...entry_points import explained, first_line
+from ...entry_points import explained_plugin, first_line
 from ...errors import UsageError, expect, shortened
 from ...progress import Progress, silent
 from ...results.facts import SearchCost
@@ -183,7 +183,7 @@ class Criterion:
         return (
             nullcontext()
             if _is_ours(function)
-            else explained(f"the criterion {self.name}")
+            else explained_plugin(f"the criterion {self.name}")
         )
 
 

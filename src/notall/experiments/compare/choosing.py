@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...entry_points import source_of
+from ...entry_points import hash_of_source
 from ...progress import Progress
 from ...results.facts import SearchCost
 from ...results.ledger import Ledger
@@ -56,7 +56,7 @@ class Choosing:
         """
         by = self.objectives.get(objective)
         goal = {"by": f"{by.objective.name} {by.objective.digest()}"} if by else {}
-        return Provenance.of(self.about, **goal, **source_of(criterion))
+        return Provenance.of(self.about, **goal, **hash_of_source(criterion))
 
     def _choose(self, run: AskedChoice, progress: Progress) -> ChoiceRecord:
         """Scores are shared between counts."""

@@ -145,7 +145,7 @@ class ComparisonRecord(
     def figures(self) -> dict[str, Scalar]:
         """With each task's value and difference, by its name and metric."""
         return super().figures() | {
-            f"{name_of(one)} {field}": value
+            f"{task_heading(one)} {field}": value
             for one in self.tasks
             for field, value in (
                 ("value", one.value),
@@ -156,6 +156,6 @@ class ComparisonRecord(
         }
 
 
-def name_of(score: TaskScore) -> str:
+def task_heading(score: TaskScore) -> str:
     """The name of a task and its metric, as a heading."""
     return f"{score.task} {score.metric.partition(',')[0]}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...entry_points import source_of
+from ...entry_points import hash_of_source
 from ...measuring.statistics import mean_and_error
 from ...options import Workload
 from ...plan import Plan, several
@@ -144,14 +144,14 @@ class _Comparison:
                 rows.append(_Row(choice, repair, choice.plan))
             for name, plan in self.how.repaired:
                 if name == choice.criterion:
-                    rows.append(_Row(choice, own_weights(plan), plan))
+                    rows.append(_Row(choice, own_weights_name(plan), plan))
         return rows
 
     def score(self, progress: Progress) -> None:
         """Each plan on the held-out text, and the given ones with their weights."""
         scored = {self.how.scored_as(plan): plan for plan in (Plan(), *self.plans)}
         for _, plan in self.how.repaired:
-            scored[self.how.scored_as(plan, own_weights(plan))] = plan
+            scored[self.how.scored_as(plan, own_weights_name(plan))] = plan
         self.held.measure(scored, "scoring plans on held-out text", progress)
 
     def repair(self, progress: Progress) -> dict[tuple[str, Plan], int]:
@@ -211,7 +211,9 @@ class _Comparison:
             facts = {"repair": row.repair, "added_bytes": added_bytes}
         is_own = row.repair not in self.how.methods
         functions = (
-            {} if row.choice.space == GIVEN_PLAN else source_of(row.choice.criterion)
+            {}
+            if row.choice.space == GIVEN_PLAN
+            else hash_of_source(row.choice.criterion)
         )
         return ComparisonRecord.from_fact(
             row.choice,
@@ -278,7 +280,7 @@ def check_given(model: PreTrainedModel, plans: Iterable[Plan]) -> None:
             plan.check_replaced(model)
 
 
-def own_weights(plan: Plan) -> str:
+def own_weights_name(plan: Plan) -> str:
     """The name of a repair that a plan brings: by its weights."""
     return f"own-{plan.digest[:8]}"
 

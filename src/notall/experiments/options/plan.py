@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ...errors import UsageError, nearest, shortened
-from ...exporters.manifest import dense_of, plan_of, weights_beside
+from ...exporters.manifest import dense_of, exported_plan, weights_beside
 from ...integrity import MANIFEST
 from ...options import Option, option
 from ...plan import PUBLISHED_AS, Phase, Plan, several
@@ -40,7 +40,7 @@ def read_plan(path: Path) -> Plan:
             " name"
         ) from None
     if is_export:
-        return plan_of(path)
+        return exported_plan(path)
     if is_folder:
         from ...running.repaired import RepairedPlan
 

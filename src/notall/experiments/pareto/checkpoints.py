@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...engines import Engine, weight_bytes, worker
 from ...exporters import Source, export
-from ...exporters.manifest import NotVerified, read_manifest, verdict_of
+from ...exporters.manifest import NotVerified, read_manifest, verification_of
 from ...files import temporary
 from ...plan import Plan
 
@@ -48,7 +48,9 @@ def write_plain(
             dtype = engine.dtype if in_dtype else None
             in_engine = replace(original, model=source, dtype=dtype)
             folder = export(in_engine, plan, engine.target, scratch / "export")
-            if isinstance(verdict := verdict_of(read_manifest(folder)), NotVerified):
+            if isinstance(
+                verdict := verification_of(read_manifest(folder)), NotVerified
+            ):
                 raise worker.EngineFailed(str(verdict))
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
         Path(source).rename(out)

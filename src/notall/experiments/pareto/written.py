@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UsageError, shortened
-from ...files import remove
+from ...files import remove_path
 from ...results import lines
 
 FIX = "move it away, or choose a new --out"
@@ -37,7 +37,7 @@ class WrittenCheckpoints:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{shortened(self.folder)} is a file: {FIX}")
         held = [*self.folder.iterdir()] if self.folder.is_dir() else []
-        listed = lines.read(self._list) if self._list in held else []
+        listed = lines.read_lines(self._list) if self._list in held else []
         is_list = listed and all(line.keys() == {"checkpoint"} for line in listed)
         if held and not is_list:
             raise UsageError(
@@ -52,7 +52,7 @@ class WrittenCheckpoints:
         self._refuse_link(checkpoint)
         if not checkpoint.exists():
             return False
-        if {"checkpoint": checkpoint.name} not in lines.read(self._list):
+        if {"checkpoint": checkpoint.name} not in lines.read_lines(self._list):
             raise UsageError(
                 f"{shortened(checkpoint)} is there, and notall did not write it: {FIX}"
             )
@@ -63,7 +63,7 @@ class WrittenCheckpoints:
         does.
         """
         if self.check_own(checkpoint):
-            remove(checkpoint)
+            remove_path(checkpoint)
         else:
             lines.append(self._list, {"checkpoint": checkpoint.name})
 

@@ -22,7 +22,7 @@ from ...strict_json import Settings
 from ..next_commands import LITTLE_NATS, next_command, what_next
 from ..options.tasks import TaskChoice
 from ..options.text import Split
-from ..recovery import TASKS, judge, keep_scores, last_state
+from ..recovery import TASKS, judge_recovery, keep_scores, last_state
 from ..verdict import Verdict
 from .records import SearchRecord, keep_choice
 
@@ -222,7 +222,7 @@ class OnePhase:
                 if texts:
                     out = Path(folder) / "repaired"
                     plan = self._repair(plan, texts, out, settings)
-                found = judge(
+                found = judge_recovery(
                     self.model,
                     self.tokenizer,
                     {plan.state: plan},
@@ -260,13 +260,15 @@ class OnePhase:
         settings: Provenance,
     ) -> list[MeasuredRecord]:
         """The plan before the repair and after it, on the text that is held out."""
-        from ...repairing.texts import measure
+        from ...repairing.texts import measure_on_texts
 
         windows = texts.other
         if self.asked.text.held_out:
             windows = {split.measured_on: split.evaluation}
         folder = self.asked.folder
-        return measure(self.model, plans, windows, folder, settings, self.progress)
+        return measure_on_texts(
+            self.model, plans, windows, folder, settings, self.progress
+        )
 
     def _scores(
         self, plans: Mapping[State, Plan], settings: Provenance
@@ -275,7 +277,7 @@ class OnePhase:
         # where no tasks were asked for
         tasks = self.tasks or self._retrieval(plans["skipped"])
         jobs, answers = tasks.jobs(), self.asked.answers
-        scores = judge(
+        scores = judge_recovery(
             self.model, self.tokenizer, plans, jobs, tasks, answers, self.progress
         )
         keep_scores(self.asked.folder, plans, scores, settings)

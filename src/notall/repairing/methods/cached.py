@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...digests import digest_of
-from ...entry_points import source_of
+from ...entry_points import hash_of_source
 from ...errors import UsageError
 from ...models.loading import dtype_name
 from ...plan import Plan
@@ -54,7 +54,7 @@ def _stem(folder: Path, name: str) -> str:
     others a part of the hash of its file.
     """
     spelt = name.replace(":", "-").replace("/", "-")
-    digests = [digest[:8] for digest in source_of(name).values()]
+    digests = [digest[:8] for digest in hash_of_source(name).values()]
     stem = "-".join([spelt, *digests])
     others = [
         file for file in folder.glob(f"{spelt}-*") if not file.name.startswith(stem)

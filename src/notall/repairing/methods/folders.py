@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...digests import digest_of
-from ...entry_points import source_of
+from ...entry_points import hash_of_source
 from ...errors import UsageError
 from ...plan import Plan, refuse_prefill
 from ...progress import Progress, silent
-from ...results.ledger import Ledger, read, working_in
+from ...results.ledger import Ledger, read_records, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
 from ...running import repair_folder
@@ -67,7 +67,7 @@ def repair_into(
         plan,
         calibration=digest_of(batches)[:16],
         method=name,
-        **source_of(name),
+        **hash_of_source(name),
     )
     with working_in(folder, "repair"):
         ledger = Ledger(folder, RefitRecord, about)
@@ -106,7 +106,7 @@ def recover(
     Checkpoints.of(folder).refuse_others()
     closed = folder / CLOSED_FORM
     start = training.clock()
-    records = read(closed / RefitRecord.file, RefitRecord)
+    records = read_records(closed / RefitRecord.file, RefitRecord)
     earlier = sum(refit.seconds for refit in records)
     about = Provenance.of(settings, sequences=sum(map(len, batches)))
     repaired = repair_into(

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...entry_points import explained, first_line, named, takes
+from ...entry_points import explained_plugin, first_line, named, takes
 from ...errors import UsageError, expect, shortened
 from ...models.texts import checked
 from ...plan import Plan
@@ -137,7 +137,7 @@ def _guarded(name: str, function: RepairFunction) -> RepairFunction:
         progress: Progress = silent,
     ) -> RepairedPlan:
         there = [*checked(batches, model)]
-        with explained(f"the repair {name}"):
+        with explained_plugin(f"the repair {name}"):
             if by_name:
                 found = function(model, plan, there, progress=progress)
             elif takes(function, 3):
