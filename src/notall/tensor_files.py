@@ -19,7 +19,7 @@ DIGEST = "sha256"
 OF = "of"
 
 Tensors = dict[str, Tensor]
-Notes = dict[str, str]
+Notes = dict[str, str]  # in the headers of files
 TensorsAndNotes = tuple[Tensors, Notes]
 
 

@@ -92,6 +92,7 @@ def choose_as_fast(
     timed: dict[Hashable, SpeedCheck] = {}
     following = budget
     stages = Stages(setting.progress, GROWING + SWAPPING + 2 * (TIMING + AGAIN))
+    # up to the last choice without swaps, and the last one with them
     for asked, most in ((growing, CHOICES - 1), (setting, CHOICES)):
         while len(tried) < most and not (tried and setting.late):
             if asked.patience:

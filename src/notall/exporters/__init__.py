@@ -131,9 +131,9 @@ def export(
     full disk, and a model that answers differently.
     """
     if type(plan) is not Plan:  # the module of repaired plans imports torch
-        from ..running.repaired import refuse_maps
+        from ..running.repaired import refuse_run_time_maps
 
-        refuse_maps(plan)
+        refuse_run_time_maps(plan)
     kind = _target_for(target, plan)
     source = model if isinstance(model, Source) else Source(model)
     out = Path(out)

@@ -174,10 +174,10 @@ def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, GGUFTensor
     scales = [_output_scale(source, index) for index in range(source.depth)]
     is_scaled = any(scale != 1 for scale in scales)
     rows = zip(attentions, mlps, folded(layers, scales))
-    for number, (attention, mlp, by) in enumerate(rows):
+    for number, (attention, mlp, scale) in enumerate(rows):
         parts = source.attention(attention) | source.mlp(mlp)
         if is_scaled:
-            parts |= _scaled(source, parts, by)
+            parts |= _scaled(source, parts, scale)
         tensors |= {f"{BLOCK}{number}.{name}": tensor for name, tensor in parts.items()}
     return _ordinary_fields(source, attentions, mlps), tensors
 
@@ -219,15 +219,15 @@ def _output_scale(source: GGUF, index: int) -> float:
     return scale
 
 
-def _scaled(source: GGUF, parts: GGUFTensors, by: Folded) -> GGUFTensors:
+def _scaled(source: GGUF, parts: GGUFTensors, scale: Folded) -> GGUFTensors:
     """What changes in a block of a model with a scale per layer, where layers were cut.
 
     The norm behind each late sublayer is divided by the scales that are gone; the
     block's own scale becomes the product.
     """
     divisors = {
-        "post_attention_norm.weight": by.attention,
-        "post_ffw_norm.weight": by.mlp,
+        "post_attention_norm.weight": scale.attention,
+        "post_ffw_norm.weight": scale.mlp,
     }
     new = {
         name: _floats(source, name, parts[name]) / divisor
@@ -236,7 +236,7 @@ def _scaled(source: GGUF, parts: GGUFTensors, by: Folded) -> GGUFTensors:
     }
     if OUTPUT_SCALE in parts:
         stored = _floats(source, OUTPUT_SCALE, parts[OUTPUT_SCALE])
-        new[OUTPUT_SCALE] = np.full_like(stored, by.whole)
+        new[OUTPUT_SCALE] = np.full_like(stored, scale.whole)
     return {
         name: GGUFTensor(np.float32(values), Kind.F32) for name, values in new.items()
     }

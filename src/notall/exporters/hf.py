@@ -112,7 +112,15 @@ class HFExport(CheckpointExport):
         elif not dense.trusted:
             settings.pop("auto_map", None)  # the code that it names does not go along
         tensors = dict(moved_tensors(dense, layers))
-        return cls(dense, plan, settings, tensors, use, files, notes)
+        return cls(
+            dense,
+            plan,
+            settings=settings,
+            tensors=tensors,
+            use=use,
+            files=files,
+            notes=notes,
+        )
 
     @classmethod
     def _of_prompts(cls, dense: DenseModel, plan: Plan) -> "HFExport":
@@ -127,7 +135,15 @@ class HFExport(CheckpointExport):
         vllm = IN_VLLM if code.base in NATIVE else ""
         use = HOW_TO_RUN_PREFILL.format(last=plan.prefill.last_tokens, vllm=vllm)
         files = {code.file: code.source}
-        return cls(dense, plan, settings, tensors, use, files, notes)
+        return cls(
+            dense,
+            plan,
+            settings=settings,
+            tensors=tensors,
+            use=use,
+            files=files,
+            notes=notes,
+        )
 
     def verify(self, folder: Path) -> Verification:
         """By its bytes, and by logits, one model at a time, unless it is quantised and

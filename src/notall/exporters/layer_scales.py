@@ -28,18 +28,18 @@ def folded_scales(
         return
     blocks = dense.structure.blocks
     scales = [_scale(dense, index) for index in range(len(blocks))]
-    for number, (layer, by) in enumerate(zip(layers, folded(layers, scales))):
+    for number, (layer, scale) in enumerate(zip(layers, folded(layers, scales))):
         start = f"{dense.prefix}{number}."
         block = blocks[layer.attention]
-        if by.attention != 1:
-            yield from _divided(dense, block.attention, by.attention, start)
-        if by.mlp != 1:
+        if scale.attention != 1:
+            yield from _divided(dense, block.attention, scale.attention, start)
+        if scale.mlp != 1:
             mlp = blocks[layer.attention if layer.mlp is None else layer.mlp].mlp
-            yield from _divided(dense, mlp, by.mlp, start)
+            yield from _divided(dense, mlp, scale.mlp, start)
         if block.scaled_by:
             stored = dense.layers[layer.attention][block.scaled_by]
-            scale = torch.full(stored.shape, by.whole, dtype=torch.float64)
-            yield start + block.scaled_by, stored.holding(scale)
+            whole = torch.full(stored.shape, scale.whole, dtype=torch.float64)
+            yield start + block.scaled_by, stored.holding(whole)
 
 
 def _scale(dense: DenseModel, index: int) -> float:

@@ -32,6 +32,7 @@ from ..models.names import hub_id
 from ..models.own_exports import first_file, shard_index, weight_files
 from ..progress import Progress, silent
 from ..strict_json import read_json
+from ..tensor_files import Notes
 
 FLOATS = {
     "F64": torch.float64,
@@ -75,7 +76,6 @@ class Weight:
 
 
 Weights = dict[str, Weight]
-Notes = dict[str, str]  # in the headers of files
 
 
 def read_header(path: Path) -> Weights:

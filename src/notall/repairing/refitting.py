@@ -40,6 +40,7 @@ from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+REFIT_COST = 6  # of a step, about, in runs of one: it is what a bar goes by
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
 
 
@@ -213,8 +214,7 @@ class Refitting:
         if self.passed:
             self.states, made = self.passed[-1]
             self.made = other.made[:made]
-        # about, in runs of a step
-        costs = [6 if is_refit else 1 for is_refit in self.is_refit]
+        costs = [REFIT_COST if is_refit else 1 for is_refit in self.is_refit]
         for number in range(len(self.passed), len(self.steps)):
             step = self.steps[number]
             doing = f"refitting {' '.join(step.names)}"

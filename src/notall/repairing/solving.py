@@ -66,16 +66,17 @@ class Fit:
         """
         fitted, held = self.sums(held=False), self.sums(held=True)
         best: float | None = None
-        best_step, least, waited = 1.0, 1.0, 0
+        best_step, least, without_gain = 1.0, 1.0, 0
         for ridge in sorted(ridges, reverse=True):
             change = fitted.solve(ridge)
-            waited += 1
+            without_gain += 1
             if change is not None:
                 found = [(left, step) for step, left in self.left(change, held)]
                 left, step = min(found, default=(least, 1.0))
                 if left < least:
-                    best, best_step, least, waited = ridge, step, left, 0
-            if waited == self.patience:
+                    best, best_step, least = ridge, step, left
+                    without_gain = 0
+            if without_gain == self.patience:
                 break
         if best is None:
             return None, 1.0, {}

@@ -162,7 +162,7 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
         Raises `UsageError` where the folder holds something or cannot be written, and
         where the plan has `maps`.
         """
-        refuse_maps(self)
+        refuse_run_time_maps(self)
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(
@@ -318,7 +318,7 @@ def _below(
     }
 
 
-def refuse_maps(plan: Plan) -> None:
+def refuse_run_time_maps(plan: Plan) -> None:
     """Raise `UsageError` for a plan that keeps matrices at run time: only `Replay` runs
     them.
     """

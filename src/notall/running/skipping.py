@@ -34,7 +34,7 @@ from .cutting import (
     layers_in,
     refuse_to_save,
 )
-from .repaired import refuse_maps
+from .repaired import refuse_run_time_maps
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -87,7 +87,7 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
         "first the model, as notall.load returns it, and then the plan",
     )
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
-    refuse_maps(plan)
+    refuse_run_time_maps(plan)
     inner = base_model(model)
     mine = _Skip(_ACTIVE.setdefault(inner, []), plan)
     # left twice, as an exception may come ahead of the first line of leaving
@@ -148,7 +148,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     inner = base_model(model)
     refuse_skipping(inner, "removing anything for good")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
-    refuse_maps(plan)
+    refuse_run_time_maps(plan)
     refuse_prefill(plan, "removing for good")
     structure = locate(inner)
     plan.check(structure)

@@ -97,6 +97,7 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     )
     if len(blocks) < 4:
         return
+    # a record that does not say how many windows it read counts as one of too few
     windows = min(int(row.what.get("sequences", 0)) for row in blocks)
     few = f", on {several(windows, 'window')}" if windows < LEAST_WINDOWS else ""
     *inner, last = blocks

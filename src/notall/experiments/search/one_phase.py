@@ -72,7 +72,7 @@ class OnePhase:
         `choose_plan` does.
         """
         asked = self.asked
-        wanted = asked.check()
+        wanted = asked.check()  # again, as what was asked for is read there
         space = self._space(wanted)
         wanted.check(self.model, space, asked.workload)
         split, texts = self._texts()
@@ -316,11 +316,12 @@ class OnePhase:
             verdict = Verdict.on(
                 self.model, found.plan, record.quality, text, spec=spec
             )
+        missed = f"{budget.description}: {found.missed}" if found.missed else None
         verdict = replace(
             verdict,
             speedup=found.times.measured_speedup if found.times else None,
             verb=READS if self.asked.of_prompt else "runs",
-            missed=found.missed and f"{budget.description}: {found.missed}",
+            missed=missed,
             late=not found.in_time,
         ).judged(scores, self.tasks.recovery)
         return replace(verdict, next=self._next(verdict))

@@ -16,7 +16,7 @@ from ...results.ledger import Ledger, read_records, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
 from ...running import repair_folder
-from ...running.repaired import RepairedPlan, refuse_maps
+from ...running.repaired import RepairedPlan, refuse_run_time_maps
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..checkpoints import Checkpoints
@@ -73,7 +73,7 @@ def repair_into(
         ledger = Ledger(folder, RefitRecord, about)
         if not repair_folder.refuse_other_work(folder, RefitRecord, plan):
             found = way.repair(model, plan, batches, progress)
-            refuse_maps(found)
+            refuse_run_time_maps(found)
             found.check(structure)
             found.placed(model)  # refuses weights of another model
             ledger.add()  # its first line alone: where the weights come from
