@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo data test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-executorch test-gptq \
-  test-llmcompressor test-llamacpp engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package browser clean
+  test-llmcompressor test-llamacpp engines architectures bench bench-engines fuzz lint fix docs notebook screenshots package test-package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -14,6 +14,7 @@ VENV_EXECUTORCH := .venv-executorch
 VENV_GPTQ := .venv-gptq
 VENV_LLMCOMPRESSOR := .venv-llmcompressor
 VENV_GUIDELLM := .venv-guidellm
+VENV_PACKAGE := .venv-package
 LLAMACPP := build/llama.cpp
 LLAMACPP_PATCHES := docs/upstream/llamacpp-deci.patch docs/upstream/llamacpp-prefill.patch
 # Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
@@ -81,6 +82,11 @@ $(VENV_LLMCOMPRESSOR)/.done: pyproject.toml
 $(VENV_GUIDELLM)/.done:
 	$(PYTHON) -m venv $(VENV_GUIDELLM)
 	$(VENV_GUIDELLM)/bin/python -m pip install --quiet --no-compile guidellm
+	touch $@
+
+$(VENV_PACKAGE)/.done:
+	$(PYTHON) -m venv $(VENV_PACKAGE)
+	$(VENV_PACKAGE)/bin/python -m pip install --quiet --no-compile build twine uv pipx
 	touch $@
 
 # Little of everything, for minutes on two cores. The plan to take is the deepest quarter, left out of the prompt; a
@@ -188,10 +194,17 @@ fix: setup ## repair what ruff can repair
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-package: setup ## build sdist and wheel into dist/, and try the wheel in a clean environment
+package: setup $(VENV_PACKAGE)/.done ## build sdist and wheel into dist/, check them, and try the wheel in a clean environment
 	rm -rf dist
-	$(VENV)/bin/python -m hatchling build -d dist
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_package.py
+	$(VENV_PACKAGE)/bin/python -m build --outdir dist
+	$(VENV_PACKAGE)/bin/twine check --strict dist/*
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_package.py -m 'slow or not slow'
+
+# A Python that is not on the path is named by its file: make test-package PYTHONS="3.10 /opt/python3.12/bin/python"
+PYTHONS := 3.10 3.11 3.12 3.13
+test-package: package ## install the wheel for each of PYTHONS, in clean environments, and run first commands there
+	NOTALL_WHEEL=$$(ls $(CURDIR)/dist/*.whl) NOTALL_PYTHONS="$(PYTHONS)" PATH=$(CURDIR)/$(VENV_PACKAGE)/bin:$$PATH \
+	  $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_clean_installs.py
 
 docs: setup ## write the command reference and the figures, and build the documentation into site/, strictly
 	$(VENV)/bin/python docs/commands.py
@@ -210,5 +223,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) $(VENV_LLMCOMPRESSOR) $(VENV_GUIDELLM) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_EXECUTORCH) $(VENV_GPTQ) $(VENV_LLMCOMPRESSOR) $(VENV_GUIDELLM) $(VENV_PACKAGE) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ import pytest
 
 import result_folders
 from command_line import TIMED
-from notall import Plan
+from notall import Plan, __version__ as version
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it packs and installs files
@@ -77,7 +77,53 @@ def test_the_sdist_holds_what_the_tests_need(dist):
         "docs/commands.py",
     } <= names
     assert "benchmarks/engines/load.py" in names
+    assert "hatch_build.py" in names
     assert not any(name.startswith((".venv", "results", "site")) for name in names)
+
+
+RELATIVE = re.compile(r"\]\((?!https?:|#)([^)\s#]+)")
+
+
+def described(folder, **variables):
+    """The metadata of a wheel that is built with these variables: fields, and the
+    page.
+    """
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
+    environment = os.environ | variables
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        (name,) = (one for one in wheel.namelist() if one.endswith("/METADATA"))
+        fields, _, page = wheel.read(name).decode().partition("\n\n")
+    return fields, page
+
+
+def test_links_of_the_package_page_lead_to_the_files_of_the_release(tmp_path):
+    address = "https://example.org/notall"
+    fields, page = described(tmp_path, NOTALL_REPOSITORY=address)
+    assert f"Project-URL: Source, {address}\n" in fields
+    assert RELATIVE.findall(page) == []
+    for name in set(RELATIVE.findall((ROOT / "README.md").read_text())):
+        kind = "raw" if name.endswith(".svg") else "blob"
+        assert f"]({address}/{kind}/v{version}/{name}" in page
+        assert (ROOT / name).is_file()
+
+
+def test_without_an_address_the_package_page_is_the_readme(tmp_path):
+    fields, page = described(tmp_path, NOTALL_REPOSITORY="")
+    assert "Project-URL" not in fields
+    assert page == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_3_10_reads_the_annotations_of_each_class():
+    """It has no `ClassVar` without a type in what `get_type_hints` reads."""
+    bare = [
+        f"{file.name}:{node.lineno}"
+        for file in (ROOT / "src" / "notall").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.AnnAssign)
+        and ast.unparse(node.annotation) in ("ClassVar", "Final")
+    ]
+    assert bare == []
 
 
 BROUGHT = {

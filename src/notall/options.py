@@ -113,7 +113,7 @@ class Workload:
     it, for sequences at once.
     """
 
-    PANEL: ClassVar = "Timing"
+    PANEL: ClassVar[str] = "Timing"
 
     prompt_tokens: int = option(128, "tokens of the prompt")
     generation_tokens: int = option(16, "tokens generated behind it")

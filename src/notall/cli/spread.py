@@ -20,11 +20,12 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     """`function` with a parameter for each field of its parameters that are
     dataclasses; `...` is a required one.
     """
-    hints = get_type_hints(function, include_extras=True)
+    # get_type_hints of Python 3.10 hides the Option of a parameter that is None
+    given = signature(function, eval_str=True).parameters
+    hints = {name: parameter.annotation for name, parameter in given.items()}
     classes: dict[str, Any] = {
         name: hint for name, hint in hints.items() if is_dataclass(hint)
     }
-    given = signature(function).parameters
     options: dict[str, Parameter] = {}
     owners: dict[str, str] = {}  # of an option, the parameter of which it is a field
     for name, parameter in given.items():

@@ -48,7 +48,7 @@ class BenchRecord(Record, Skips, kind="bench"):
 class ShapeOptions:
     """A model of random weights in place of a real one."""
 
-    PANEL: ClassVar = "Model"
+    PANEL: ClassVar[str] = "Model"
 
     shape: str | None = option(
         None, "instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json"

@@ -99,7 +99,7 @@ class DraftOptions:
     rounds, in turn.
     """
 
-    PANEL: ClassVar = "Timing"
+    PANEL: ClassVar[str] = "Timing"
 
     prompt_tokens: int = option(128, "tokens of each prompt")
     generation_tokens: int = option(64, "tokens that continue it, at most")

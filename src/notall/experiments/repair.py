@@ -44,7 +44,7 @@ METHOD_HELP = (
 class RepairOptions:
     """Whether and how a plan is repaired first."""
 
-    PANEL: ClassVar = "Repair"
+    PANEL: ClassVar[str] = "Repair"
 
     repair: str | None = option(None, f"repair first: {METHOD_HELP}", metavar="METHOD")
     repair_text: Words = option((), "text to fit to; repeat it for more (default: mix)")
@@ -113,7 +113,7 @@ class FitOptions:
     on.
     """
 
-    PANEL: ClassVar = "Text"
+    PANEL: ClassVar[str] = "Text"
 
     text: Words = option(
         (),
@@ -218,7 +218,7 @@ class HealTexts(FitOptions):
 class HealOptions:
     """What is trained, how fast, and for how long."""
 
-    PANEL: ClassVar = "Training"
+    PANEL: ClassVar[str] = "Training"
 
     train: Trained = option(
         TrainConfig.train,

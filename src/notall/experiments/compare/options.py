@@ -36,7 +36,7 @@ class CompareOptions:
     up for it.
     """
 
-    PANEL: ClassVar = "What is compared"
+    PANEL: ClassVar[str] = "What is compared"
 
     skip: Words = option(
         (),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class ClusterOptions:
     """On which Ray cluster, and with how many workers."""
 
-    PANEL: ClassVar = "Cluster"
+    PANEL: ClassVar[str] = "Cluster"
 
     ray: str | None = option(
         None,

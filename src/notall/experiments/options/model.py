@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ModelOptions:
     """Which model, and how it is loaded: the arguments of `notall.load`."""
 
-    PANEL: ClassVar = "Model"
+    PANEL: ClassVar[str] = "Model"
 
     model: str = option(
         "smollm2",

@@ -64,7 +64,7 @@ class TaskOptions:
     examples.
     """
 
-    PANEL: ClassVar = "Benchmarks"
+    PANEL: ClassVar[str] = "Benchmarks"
 
     tasks: Words = option(
         (),

@@ -33,7 +33,7 @@ TEXT = (
 class PromptOptions:
     """A text, and how many windows of it are read."""
 
-    PANEL: ClassVar = "Text"
+    PANEL: ClassVar[str] = "Text"
 
     text: str = option(DEFAULT_TEXT, TEXT)
     sequences: int = option(8, "number of windows")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class PaperOptions:
     """What the benchmarks are run on, and what else is measured."""
 
-    PANEL: ClassVar = "Benchmarks"
+    PANEL: ClassVar[str] = "Benchmarks"
 
     generate_all: bool = option(
         False, "run generating tasks everywhere, not only at 33 %", ("--generate-all",)

@@ -23,7 +23,7 @@ class TimingGrid:
     how often.
     """
 
-    PANEL: ClassVar = "Timing"
+    PANEL: ClassVar[str] = "Timing"
 
     prompt_tokens: tuple[int, ...] = option(
         (128, 512), "tokens of the prompt; repeat it for more"

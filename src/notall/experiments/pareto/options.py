@@ -37,7 +37,7 @@ def check_workload(workload: Workload) -> None:
 class EngineOptions:
     """The engine, how it represents weights, and what is measured with the model."""
 
-    PANEL: ClassVar = "Engine"
+    PANEL: ClassVar[str] = "Engine"
 
     engine: str = option(
         "llama.cpp",

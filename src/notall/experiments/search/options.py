@@ -83,7 +83,7 @@ class SpaceOptions:
 class BudgetOptions:
     """How much is to be saved, or at most how many nats to lose."""
 
-    PANEL: ClassVar = (
+    PANEL: ClassVar[str] = (
         "Budget: HOW MANY of --skip, one of these or --recovery, or one with a limit of"
         " nats"
     )
@@ -222,7 +222,7 @@ class ObjectiveOptions:
     to stop.
     """
 
-    PANEL: ClassVar = "What a set is judged by, and when to stop"
+    PANEL: ClassVar[str] = "What a set is judged by, and when to stop"
 
     criterion: str = option(
         "search", "a name of `notall criteria`, or your own module:function"
