@@ -371,6 +371,7 @@ NAMES = {
     "options": ["Workload", "Workload as options_Workload"],
     "plan": ["PUBLISHED", "Plan", "in_ranges", "refuse_prefill", "several_of"],
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
+    "repairing.brake": ["Brake"],
     "repairing.checkpoints": ["Checkpoints"],
     "repairing.fit_texts": ["FitTexts"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal", "heal_by"],
