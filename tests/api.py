@@ -373,6 +373,7 @@ NAMES = {
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],
     "repairing.brake": ["Brake"],
     "repairing.checkpoints": ["Checkpoints"],
+    "repairing.column_rates": ["column_rates"],
     "repairing.fit_texts": ["FitTexts"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal", "heal_by"],
     "repairing.methods": ["METHODS", "kept_repair", "method", "recover"],

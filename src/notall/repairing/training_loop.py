@@ -172,8 +172,8 @@ class Loop:
                     state.looked = max(due, state.looked)
                     self._evaluate()
                     done = self.done
-        if self.accelerator.is_main_process and (told := self._told()):
-            warnings.warn(told, stacklevel=2)
+        if self.accelerator.is_main_process and (line := self._outcome()):
+            warnings.warn(line, stacklevel=2)
         self.accelerator.wait_for_everyone()
         self._take_best()
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
@@ -191,7 +191,7 @@ class Loop:
         is_patient = self.config.minutes or self.state.waited < self.config.patience
         return self.state.brake.is_over or not is_patient
 
-    def _told(self) -> str:
+    def _outcome(self) -> str:
         """What a user should know of how the KL went, in a line."""
         state, said = self.state, []
         if count := state.brake.count:
