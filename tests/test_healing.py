@@ -162,7 +162,55 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
     )
 
 
+def rates_by_hand(model):
+    """Of the columns of each matrix, what a step is multiplied by: 150 over the sum of
+    the inputs' sizes, each token relative to its output, to the next power of 2.
+    """
+    sizes = {}
+
+    def keep(path):
+        def hook(_, args, output):
+            ratios = args[0] / output.square().mean(-1, keepdim=True).sqrt()
+            size = ratios.square().mean((0, 1)).sqrt()
+            size = size.maximum(size.mean() / 2)
+            sizes[path] = (150 / len(size) / size).log2().round().exp2()
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(keep(f"{path}.weight"))
+        for path, module in model.named_modules()
+        if path.endswith(("o_proj", "down_proj"))
+    ]
+    logits_of(model, PLAN, TRAINED[0][:2])
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
+def stepped(trained, loss, rates):
+    """The weights after a step of AdamW at a rate of 1e-3, in the coordinates that
+    columns are divided by their rates for.
+    """
+    rates = {path: rates.get(path, torch.tensor(1.0)) for path in trained}
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    whitened = [
+        torch.nn.Parameter(one.detach() / rates[path]) for path, one in trained.items()
+    ]
+    for one, path, gradient in zip(whitened, trained, gradients, strict=True):
+        one.grad = rates[path] * gradient
+    torch.nn.utils.clip_grad_norm_(whitened, 1.0)
+    torch.optim.AdamW(
+        whitened, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0
+    ).step()
+    return {
+        path: (one * rates[path]).detach()
+        for path, one in zip(trained, whitened, strict=True)
+    }
+
+
 def test_one_step_is_one_step_of_adamw_on_the_plain_loss():
+    """In the coordinates that columns are divided by their rates for."""
     model = llama()
     begun = repair(model, PLAN, TRAINED)  # whose weights it begins with
     found = heal(model, begun, TRAINED[:1], HELD_OUT, TrainConfig(rate=1e-3))
@@ -174,25 +222,14 @@ def test_one_step_is_one_step_of_adamw_on_the_plain_loss():
         for path in kept_paths(model)
         if path.endswith(OUTPUTS)
     }
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0
-    )
     with torch.no_grad():
         aim = model(TRAINED[0]).logits.log_softmax(-1)
     with skip(twin, PLAN):
         loss = kl(aim, twin(TRAINED[0]).logits.log_softmax(-1)).mean()
-    gradients = torch.autograd.grad(loss, list(trained.values()))
-    scale = min(
-        1.0, 1 / float(torch.cat([one.flatten() for one in gradients]).norm())
-    )  # as transformers clips
-    for parameter, gradient in zip(trained.values(), gradients):
-        parameter.grad = scale * gradient
-    optimizer.step()
     assert found.weights.keys() == begun.weights.keys() | trained.keys()
-    for path, parameter in trained.items():
-        torch.testing.assert_close(
-            found.weights[path], parameter.detach(), rtol=1e-4, atol=2e-5
-        )
+    rates = rates_by_hand(twin)
+    for path, weight in stepped(trained, loss, rates).items():
+        torch.testing.assert_close(found.weights[path], weight, rtol=1e-4, atol=2e-5)
 
 
 def test_the_dense_model_answers_on_each_text_once():
@@ -226,7 +263,7 @@ def test_what_is_not_trained_shares_its_memory_with_the_dense_model(train, stude
         one.data_ptr()
         for one in (*model.parameters(), *model.buffers(), *begun.weights.values())
     }
-    trained = {id(one) for one in students[0].trained.values()}
+    trained = {id(one) for one in students[0].running.values()}
     for path, one in students[0].model.named_parameters():
         assert (one.data_ptr() in dense) == (id(one) not in trained), path
         assert one.requires_grad == (id(one) in trained), path
@@ -377,19 +414,11 @@ def test_a_step_of_the_warm_up_is_one_step_of_adamw_on_each_sublayer_alone():
             ).mean()
         )
         hidden = behind.detach()
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0
-    )
-    gradients = torch.autograd.grad(sum(losses) / len(losses), list(trained.values()))
-    scale = min(1.0, 1 / float(torch.cat([one.flatten() for one in gradients]).norm()))
-    for parameter, gradient in zip(trained.values(), gradients):
-        parameter.grad = scale * gradient
-    optimizer.step()
     assert found.weights.keys() == trained.keys()
-    for path, parameter in trained.items():
-        torch.testing.assert_close(
-            found.weights[path], parameter.detach(), rtol=1e-4, atol=2e-5
-        )
+    rates = rates_by_hand(twin)
+    loss = sum(losses) / len(losses)
+    for path, weight in stepped(trained, loss, rates).items():
+        torch.testing.assert_close(found.weights[path], weight, rtol=1e-4, atol=2e-5)
 
 
 def added(model, layer, kind, hidden):

@@ -47,9 +47,10 @@ def heal(
 
     `batches` are token ids, (batch, tokens), a step of AdamW each, as `config` says. It
     ends early where the KL on the batches `held_out` no longer falls, and keeps the
-    best weights, possibly the initial ones. With a folder `out` the result is kept, and
-    an interrupted run resumed. Several processes may share each batch, and need the
-    folder: `workers`, or those of `accelerate launch`.
+    best weights, possibly the initial ones. Where KL rises by a tenth it goes back to
+    those, and on at a quarter of the rate; the third time it ends. With a folder `out`
+    the result is kept, and an interrupted run resumed. Several processes may share each
+    batch, and need the folder: `workers`, or those of `accelerate launch`.
 
     Needs room for what is trained, and for its gradients and moments. Raises
     `UsageError` for a plan that does not fit or skips nothing, held-out windows that

@@ -3,7 +3,7 @@ of the weights to train.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -21,18 +21,22 @@ from ..running.weight_swaps import placed_at
 from ..structure.calls import first
 from ..structure.key_values import SomeOutputs
 from ..structure.locating import decoder_layers, locate
+from .column_rates import column_rates, matrices_of
 from .layerwise import Layerwise
 from .train_config import TrainConfig
 from .trained_weights import ADAPTER_NAME, adapted, chosen_paths
+
+SEEN = 2  # windows whose inputs say how far columns move
 
 
 class Student(nn.Module):
     """`model` without what `plan` skips, with the weights that the plan brings; the
     model itself stays as it is.
 
-    `trained` are the weights to train, by name: copies of kept sublayers' own, or LoRA
-    matrices added to theirs, in float32, as steps are too small for dtypes of few bits.
-    The student runs them in the model's dtype, as what comes out will be run:
+    `trained` are the weights to train, by name: copies of kept sublayers' own, matrices
+    divided by the rates of their columns (`column_rates`), or LoRA matrices added to
+    theirs. They are in float32, as steps are too small for dtypes of few bits. The
+    student runs them in the model's dtype, as what comes out will be run:
     `take_gradients` before a step, and `follow` after it. All others share memory with
     the model's.
     """
@@ -62,19 +66,27 @@ class Student(nn.Module):
         self.layerwise: Layerwise | None = None
         if config.warm_up > 0:
             self.layerwise = Layerwise(model, structure, plan, layers)
+        # LoRA's own start says how far its matrices move what they are added to
+        matrices = {} if self.adapters else matrices_of(self.model, wanted)
         remove(self.model, Plan(plan.attention, plan.mlp))
         for parameter in self.running.values():
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
-        self._train()
+        run = partial(states_of, self.model, tokens[:SEEN])
+        self._train(column_rates(matrices, run) if matrices else {})
 
-    def _train(self) -> None:
-        """Begin with what runs, of which a copy in more bits is trained where it has
-        few.
+    def _train(self, rates: Mapping[str, Tensor]) -> None:
+        """Begin with what runs, divided by the `rates` of its columns, where it has
+        any; of what has few bits a copy in more.
         """
-        self.trained = {path: _exact(one) for path, one in self.running.items()}
-        pairs = zip(self.trained.values(), self.running.values())
-        self.rounded = [(own, running) for own, running in pairs if own is not running]
+        self.trained = {
+            path: _exact(one, rates.get(path)) for path, one in self.running.items()
+        }
+        self.copied = [
+            (own, self.running[path], rates.get(path, 1.0))
+            for path, own in self.trained.items()
+            if own is not self.running[path]
+        ]
 
     def forward(
         self, input_ids: Tensor, targets: tuple[Recording, list[Tensor]] | None = None
@@ -94,14 +106,15 @@ class Student(nn.Module):
 
     def take_gradients(self) -> None:
         """Move the gradients of what runs to what is trained."""
-        for own, running in self.rounded:
-            own.grad = None if running.grad is None else running.grad.to(own.dtype)
+        for own, running, rates in self.copied:
+            if running.grad is not None:
+                own.grad = running.grad.to(own.dtype) * rates
             running.grad = None
 
     def follow(self) -> None:
         """Run what was trained by now."""
-        for own, running in self.rounded:
-            running.data.copy_(own.data)
+        for own, running, rates in self.copied:
+            running.data.copy_(own.data * rates)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -109,10 +122,8 @@ class Student(nn.Module):
         there; with LoRA merged.
         """
         if not self.adapters:
-            return {
-                path: self.trained[path].detach().to(one.dtype)
-                for path, one in self.running.items()
-            }
+            self.follow()
+            return {path: one.detach() for path, one in self.running.items()}
         for path, running in self.running.items():
             running.data = self.trained[path].data  # merged before it is rounded
         found = {}
@@ -139,7 +150,7 @@ class PromptStudent(Student):
         self.skipping = ExitStack()  # as long as there is this model of its own
         self.skipping.enter_context(skip(self.model, plan))
         self.running = dict(_in_prompts(self.model, locate(model).layers))
-        self._train()
+        self._train({})
 
     def forward(self, input_ids: Tensor, targets: object = None) -> Tensor:
         """What the head's matrix is given from the last token of the prompt on,
@@ -188,9 +199,13 @@ def _sharing_memory(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, own)
 
 
-def _exact(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter, or where it has fewer bits than float32 one that does."""
+def _exact(parameter: nn.Parameter, rates: Tensor | None) -> nn.Parameter:
+    """The parameter, divided by the `rates` of its columns and with at least the bits
+    of float32; itself where that changes nothing.
+    """
     exact = torch.promote_types(parameter.dtype, torch.float32)
+    if rates is not None:
+        return nn.Parameter(parameter.detach().to(exact) / rates)
     if parameter.dtype == exact:
         return parameter
     return nn.Parameter(parameter.detach().to(exact))

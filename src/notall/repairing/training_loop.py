@@ -5,7 +5,7 @@ text, checkpoints, and an end by time or where nothing falls any longer.
 import json
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,13 @@ from .. import tensor_files
 from ..digests import digest_of_json
 from ..measuring.quality import evaluate
 from ..measuring.token_scores import Dense, TokenScorer
+from ..plan import several
 from ..progress import Progress
 from ..results.facts import State
 from ..results.ledger import Ledger
 from ..results.repairs import HealRecord
 from ..running.generating import seeded
+from .brake import Brake
 from .checkpoints import Checkpoints
 from .students import followed_rows, states_of
 from .training import Training, training_settings
@@ -50,6 +52,7 @@ class LoopState:
     step_seconds: float = 0.0  # of the last step
     evaluation_seconds: float = 0.0  # of the last evaluation
     looked: int = 0  # evaluations that were due
+    brake: Brake = field(default_factory=Brake)
 
 
 class HeldOut(NamedTuple):
@@ -158,35 +161,52 @@ class Loop:
             state, done = self.state, self.done
             while done < 1 and not self._has_stopped_falling():
                 before = self.seconds
-                self._step(self._next_batch(), done)
+                kl = self._step(self._next_batch(), done)
                 state.step += 1
                 state.step_seconds = self.seconds - before
                 done = self.done
                 self.progress(min(done, 1.0) * self.steps, self.steps, "healing")
                 due = int(done * self.looks + 1e-9)
-                if done >= 1 or due > state.looked:
-                    state.looked = due
+                is_due = done >= 1 or due > state.looked
+                if self._alarms(kl) or is_due:
+                    state.looked = max(due, state.looked)
                     self._evaluate()
                     done = self.done
-        is_unchanged = state.step and state.best >= state.first
-        if is_unchanged and self.accelerator.is_main_process:
-            warnings.warn(
-                "KL on held-out text did not fall: no weight is changed; try a lower"
-                " --rate",
-                stacklevel=2,
-            )
+        if self.accelerator.is_main_process and (line := self._outcome()):
+            warnings.warn(line, stacklevel=2)
         self.accelerator.wait_for_everyone()
-        best, _ = tensor_files.read_tensors(self.checkpoints.best, of=self.of)
-        for path, weight in best.items():
-            self.student.trained[path].data.copy_(weight)
+        self._take_best()
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
 
+    def _take_best(self) -> None:
+        best, _ = tensor_files.read_tensors(self.checkpoints.best, of=self.of)
+        for path, weight in best.items():
+            self.student.trained[path].data.copy_(weight)
+
     def _has_stopped_falling(self) -> bool:
-        """Whether the KL has gained nothing for as long as the patience; a training of
-        a given time goes on.
+        """Whether the KL rose at every rate, or has gained nothing for as long as the
+        patience; a training of a given time goes on then.
         """
-        return not self.config.minutes and self.state.waited >= self.config.patience
+        is_patient = self.config.minutes or self.state.waited < self.config.patience
+        return self.state.brake.is_over or not is_patient
+
+    def _outcome(self) -> str:
+        """What a user should know of how the KL went, in a line."""
+        state, said = self.state, []
+        if count := state.brake.count:
+            rate = self.config.rate * state.brake.factor
+            then = "ended early" if state.brake.is_over else f"went on at {rate:.2g}"
+            said = [
+                f"KL on held-out text rose at a rate of {self.config.rate:g}: training"
+                f" went back to the best weights {several(count, 'time')}, and {then}"
+            ]
+        if state.step and state.best >= state.first:
+            said.append(
+                "KL on held-out text did not fall: no weight is changed; try a lower"
+                " --rate"
+            )
+        return ". ".join(said)
 
     def _next_batch(self) -> Tensor:
         """The sequences of the next step, (sequences, tokens): each pass over the text
@@ -211,9 +231,13 @@ class Loop:
         self.state.begun = self.seconds
         self.state.step_seconds = self.state.evaluation_seconds  # about as much work
 
-    def _step(self, batch: Tensor, done: float) -> None:
+    def _alarms(self, kl: float) -> bool:
+        """Whether the KL of the last batch is a cause to look at held-out text."""
+        return not self.config.warm_up and self.state.brake.alarms(kl, self.state.first)
+
+    def _step(self, batch: Tensor, done: float) -> float:
         """One of AdamW, on this process's share of a batch, (sequences, tokens), where
-        so much of the training is done.
+        so much of the training is done; the batch's KL before it.
         """
         count, index = self.accelerator.num_processes, self.accelerator.process_index
         share = batch[index::count]
@@ -223,8 +247,8 @@ class Loop:
         torch.manual_seed(self.config.seed + self.state.step * count + index)
         self.student.train()
         self.is_warming = done < self.config.warm_up
-        loss = weight * self._loss(share if len(share) else batch[:1])
-        self.scaler.scale(loss).backward()
+        loss, kl = self._loss(share if len(share) else batch[:1])
+        self.scaler.scale(weight * loss).backward()
         self.student.take_gradients()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -235,27 +259,29 @@ class Loop:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.student.follow()
+        return float(self.accelerator.reduce(kl, "mean"))
 
     def _rate(self, done: float) -> float:
         """It rises in a straight line, and falls in half a wave of a cosine."""
+        rate = self.config.rate * self.state.brake.factor
         if done < self.rise:
-            return self.config.rate * (done / self.rise)
+            return rate * (done / self.rise)
         fall = 0.5 * (1.0 + math.cos(math.pi * (done - self.rise) / (1 - self.rise)))
-        return self.config.rate * fall
+        return rate * fall
 
-    def _loss(self, ids: Tensor) -> Tensor:
-        """What has the gradient of the mean KL over tokens; in the warm-up a share of
-        the stream's square. `ids` are (sequences, tokens).
+    def _loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What has the gradient of the mean KL over tokens, and that KL; in the warm-up
+        a share of the stream's square. `ids` are (sequences, tokens).
         """
         if self.student.layerwise and self.is_warming:
             targets = self.student.layerwise.targets(ids)
             losses: Tensor = self.model(ids, targets)
-            return losses.mean()
+            return losses.mean(), losses.detach().mean()
         with torch.no_grad():
             dense = states_of(self.teacher, ids, self.training.start)
         states: Tensor = self.model(ids)
-        _, derivative = self.scorer.distance(states.detach(), dense)
-        return (states * derivative).sum(-1).mean()
+        nats, derivative = self.scorer.distance(states.detach(), dense)
+        return (states * derivative).sum(-1).mean(), nats.mean()
 
     def _evaluate(self) -> None:
         state = self.state
@@ -265,7 +291,8 @@ class Loop:
         kl, nll, agreement, count = sums.tolist()
         found = kl / count
         state.evaluation_seconds = self.seconds - before
-        is_best = state.step == 0 or found < min(state.best, state.first)
+        least = min(state.best, state.first)
+        is_best = state.step == 0 or found < least
         if state.step == 0:
             state.first = found
         elif not self.is_warming:  # the warm-up aims at something else
@@ -279,8 +306,17 @@ class Loop:
             agreement / count,
             self.seconds,
         )
+        if state.step and not self.config.warm_up and state.brake.slows(found, least):
+            self._go_back()
         if self.accelerator.is_main_process:
             self._save(is_best)
+
+    def _go_back(self) -> None:
+        """To the best weights, and without what AdamW has learnt since."""
+        self._take_best()
+        self.student.follow()
+        self.optimizer.state.clear()
+        self.state.waited = 0
 
     def _note(
         self, model: State, kl: float, nll: float, agreement: float, seconds: float
@@ -342,7 +378,8 @@ class Loop:
         if not self.checkpoints.last.is_file() or not self.ledger:
             return False
         tensors, notes = tensor_files.read_tensors(self.checkpoints.last, of=self.of)
-        self.state = LoopState(**json.loads(notes["state"]))
+        state = json.loads(notes["state"])
+        self.state = LoopState(**state | {"brake": Brake(**state.get("brake", {}))})
         if scaler := json.loads(notes.get("scaler", "{}")):
             self.scaler.load_state_dict(scaler)
         for name, tensor in tensors.items():
