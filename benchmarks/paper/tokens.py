@@ -17,6 +17,7 @@ from typing import Any
 
 import notall
 from notall.evaluation.tasks import OPENLLM, Job, TaskShelf
+from notall.measuring.speed import machine
 
 ALL = {  # documents of each task
     "arc_challenge": 1172,
@@ -56,6 +57,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = [
         {
             "command": f"python benchmarks/paper/tokens.py --limit {asked.limit}",
+            "machine": machine("cpu"),
             "model": asked.tokenizer,
             "date": str(date.today()),
         }
