@@ -40,6 +40,7 @@ LONG = {
     "drafting.md",
     "evaluating.md",
     "exporting.md",
+    "fine-tuning.md",
     "first-run.md",
     "how-exports-work.md",
     "how-repair-works.md",
