@@ -288,6 +288,7 @@ NAMES = {
         "export",
         "target_named",
     ],
+    "exporters.card": ["write_new_card"],
     "exporters.dense": ["opened"],
     "exporters.gguf_cut": ["cut"],
     "exporters.gguf_weights": ["with_weights as gguf_with_weights"],
@@ -405,6 +406,7 @@ NAMES = {
         "rows_of as bench_rows",
         "conclusion as bench_conclusion",
     ],
+    "report.card": ["write_card"],
     "report.comparison": [
         "join_comparisons as joined",
         "page_parts as shown_comparison",

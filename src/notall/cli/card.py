@@ -19,7 +19,7 @@ def card(
         tuple[Path, ...],
         Option(
             "folders of results of its plan: eval, bench, search, compare, repair, heal",
-            metavar="[RECORDS]",
+            metavar="RECORDS",
             argument=True,
         ),
     ] = (),
