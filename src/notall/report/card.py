@@ -105,17 +105,17 @@ def _times(record: BenchRecord) -> Times:
 TIMES: tuple[Column[BenchRecord], ...] = (
     number("prompt tokens", lambda one: one.prompt_tokens, "d"),
     number("at once", lambda one: one.concurrency, "d"),
-    with_quartiles("first token, ms", lambda one: _times(one).prefill_ms),
-    with_quartiles("original model's, ms", lambda one: one.dense.times.prefill_ms),
+    with_quartiles("first token ms", lambda one: _times(one).prefill_ms),
+    with_quartiles("original first token ms", lambda one: one.dense.times.prefill_ms),
     with_quartiles(
-        "speedup of the first token", lambda one: _times(one).speedup_prefill, ".2f"
+        "first token speedup", lambda one: _times(one).speedup_prefill, ".2f"
     ),
-    with_quartiles("per token, ms", lambda one: _times(one).decode_ms_per_token),
+    with_quartiles("decode ms/token", lambda one: _times(one).decode_ms_per_token),
     with_quartiles(
-        "original model's per token, ms",
+        "original decode ms/token",
         lambda one: one.dense.times.decode_ms_per_token,
     ),
-    with_quartiles("speedup per token", lambda one: _times(one).speedup_decode, ".2f"),
+    with_quartiles("decode speedup", lambda one: _times(one).speedup_decode, ".2f"),
     number("rounds", lambda one: one.rounds, "d"),
     words("dtype", lambda one: _dtype(one)),
 )
