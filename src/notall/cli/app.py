@@ -113,7 +113,7 @@ COMMANDS = {
     "card": (
         TAKE,
         "card",
-        "Put what was measured of an export into its model card.",
+        "Put results of an export onto its model card.",
     ),
 }
 
