@@ -291,6 +291,7 @@ NAMES = {
         "export",
         "target_named",
     ],
+    "exporters.card": ["write_new_card"],
     "exporters.dense": ["opened"],
     "exporters.gguf_cut": ["cut"],
     "exporters.gguf_weights": ["gguf_with_weights"],
@@ -410,6 +411,7 @@ NAMES = {
         "bench_rows",
         "conclusion as bench_conclusion",
     ],
+    "report.card": ["write_card"],
     "report.comparison": [
         "join_comparisons as joined",
         "page_parts as shown_comparison",

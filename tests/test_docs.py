@@ -47,6 +47,7 @@ LONG = {
     "index.md",
     "repairing.md",
     "reproducing.md",
+    "sharing.md",
 }  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {

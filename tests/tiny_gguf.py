@@ -31,7 +31,12 @@ NAMES = {
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, *, without: str = "", kind: Kind = Kind.F32
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    without: str = "",
+    kind: Kind = Kind.F32,
+    licence: str = "",
 ) -> Path:
     """Write a Llama or Qwen2 whose vocabulary is `WORDS`, its blocks' matrices in a
     type that `packed` knows.
@@ -50,6 +55,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(len(WORDS))
     add_tokenizer(writer)
+    if licence:
+        writer.add_license(licence)
     for name, tensor in _tensors(model).items():
         if name != without:
             values = np.ascontiguousarray(tensor.detach().numpy())

@@ -110,6 +110,11 @@ COMMANDS = {
         "export",
         "Write the model without what the plan skips, as files that engines load.",
     ),
+    "card": (
+        TAKE,
+        "card",
+        "Put results of an export onto its model card.",
+    ),
 }
 
 # What Typer raises over words that it cannot read; its releases keep the class in
@@ -119,7 +124,7 @@ MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
 # recorded
 MISSED = 3
 # words of commands that need no model
-WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}
+WITHOUT_MODEL = {"card", "criteria", "report", "tasks", "--help", "-h"}
 
 FIRST_STEPS = """\
 notall removes sublayers of a language model, and measures the loss and the

@@ -23,6 +23,7 @@ from ..plan import Plan
 from ..progress import Progress
 from ..report.plans import scores_table
 from ..results.facts import DELTA_NLL, KL, PERPLEXITY, RECOVERED, TOP1, State
+from ..results.provenance import this_run
 from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord
 from ..results.table import Column, in_bytes, size, table, words
@@ -119,6 +120,7 @@ def export(
             out,
             measured=card,
             verify=verify,
+            command=str(this_run()["command"]),
             progress=progress,
         )
     files = [

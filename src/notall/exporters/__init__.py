@@ -62,6 +62,7 @@ class Export(ABC):
     origin: Origin
     form: str  # the model type that is written
     use: str  # how to run it, for people
+    library: ClassVar[str] = ""  # that loads it, as the hub names it
     skips_prompts: ClassVar[bool] = (
         False  # whether its engines skip what only a prompt does
     )
@@ -114,6 +115,7 @@ def export(
     measured: Mapping[str, object] | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
+    command: str = "",
     progress: Progress = silent,
 ) -> Path:
     """Write `model` without the sublayers of `plan` as files for the engines of
@@ -124,7 +126,7 @@ def export(
     `TARGETS`. Weights are copied from file to file, one shard at a time, of about
     `shard_bytes`; `verify` needs memory for the dense and for the written model, which
     it runs, one at a time, and compares. `measured` goes into the model card as a
-    table. `out` appears whole or not at all.
+    table, and `command` as the one that wrote it. `out` appears whole or not at all.
 
     Raises `UsageError` for a plan of another model, one that keeps matrices at run
     time, a folder that exists, damaged files, a target that cannot express the plan, a
@@ -147,6 +149,7 @@ def export(
             prepared,
             prepared.verify(folder) if verify else TURNED_OFF,
             measured,
+            command,
         )
     return out
 

@@ -21,6 +21,7 @@ from ..files import contents, own_file, saving
 from ..models.configs import load_config, model_source, reader_of, refuse_export
 from ..models.identity import identify
 from ..models.load_errors import explained, quiet
+from ..models.names import named_gguf
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
 from ..models.weightless import build_empty
 from ..plan import several
@@ -300,6 +301,7 @@ def opened(source: Source) -> Iterator[DenseModel]:
             }
             yield _read(Path(scratch), identity, source.trust_remote_code)
         return
+    gguf = named_gguf(model)
     folder = model_source(model, revision)
     if not isinstance(folder, Path):
         with explained(folder):
@@ -308,7 +310,8 @@ def opened(source: Source) -> Iterator[DenseModel]:
                     folder, revision=revision, ignore_patterns=[*OTHER_WEIGHTS]
                 )
             )
-    yield _read(folder, identify(model, revision=revision), source.trust_remote_code)
+    dense = _read(folder, identify(model, revision=revision), source.trust_remote_code)
+    yield replace(dense, origin=replace(dense.origin, card=gguf)) if gguf else dense
 
 
 def _read(

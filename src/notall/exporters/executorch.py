@@ -82,6 +82,7 @@ class ExecuTorchExport(CheckpointExport):
     reads so many.
     """
 
+    library: ClassVar[str] = "executorch"
     most_tokens: ClassVar[int] = 2048
     unpacked: ClassVar[str] = "float32"
 

@@ -59,6 +59,7 @@ class GGUFExport(Export):
     """A GGUF file that llama.cpp runs, in the types of the original model's."""
 
     skips_prompts: ClassVar[bool] = True
+    library: ClassVar[str] = "gguf"
 
     def __init__(self, dense: Path, plan: Plan) -> None:
         """Raises `UsageError` for a damaged file, a plan of another model, and one that
@@ -82,6 +83,7 @@ class GGUFExport(Export):
             depth,
             str(Fingerprint(self.source.architecture, depth, width)),
             weights=dense.name,
+            card=dense,
         )
         self.dense_bytes = sum(tensor.size for tensor in self.source.tensors.values())
         self.written_bytes = sum(tensor.size for tensor in self.tensors.values())

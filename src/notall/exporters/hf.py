@@ -83,6 +83,7 @@ class HFExport(CheckpointExport):
     """A folder that transformers loads."""
 
     skips_prompts: ClassVar[bool] = True
+    library: ClassVar[str] = "transformers"
 
     @classmethod
     def of(cls, dense: DenseModel, plan: Plan) -> "HFExport":

@@ -1,41 +1,23 @@
-"""What an export says of itself: `notall.json` for programs, a model card for
-people.
+"""What an export says of itself: `notall.json` for programs, with all that its model
+card says to people.
 """
 
-import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..encodings import printable
 from ..errors import UsageError, shortened
 from ..files import expanded
 from ..integrity import MANIFEST, REDONE, check_manifest, read_manifest, write_manifest
 from ..models.names import DEFAULT_MODEL, default_gguf
-from ..plan import Fingerprint, Plan, several
-from ..results.repairs import LEAST_REFIT_GAIN
+from ..plan import Fingerprint, Plan
 from ..strict_json import Settings
 from ..version import __version__
+from .card import facts_of, write_new_card
 
 if TYPE_CHECKING:
     from . import Export
-
-logger = logging.getLogger(__name__)
-
-# Of a card: what its title adds to the model's name, what becomes of what is skipped,
-# and the head of its table.
-OF_EVERY_TOKEN = (
-    "without some of its sublayers",
-    "What is left out is in no file, takes no time and holds no cache.",
-    "left out of these layers of the original model, from 0",
-)
-OF_PROMPTS = (
-    "whose prompts skip some of its sublayers",
-    "All of its weights are here.",
-    "skipped by a prompt's tokens in these layers, from 0",
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,7 @@ class Origin:
     layers: int
     fingerprint: str
     weights: str  # the file that they were read from, or the index of them
-    card: Path | None = None  # its own model card
+    card: Path | None = None  # its own model card, or GGUF file
 
 
 class NotAsSkipped(UsageError):
@@ -103,15 +85,18 @@ def describe(
     export: "Export",
     verdict: Verification,
     measured: Mapping[str, object] | None = None,
+    command: str = "",
 ) -> None:
     """Write the manifest, with what is known now that the weights are written, and the
-    card.
+    card; `command` is the one that wrote the export.
     """
-    weights = {"dense": export.dense_bytes, "written": export.written_bytes}
-    known = {"weight_bytes": weights, "verified": asdict(verdict)}
-    write_manifest(folder, {**export.manifest, **known})
-    card = _card(export, verdict, measured)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    manifest = export.manifest | {
+        "weight_bytes": {"dense": export.dense_bytes, "written": export.written_bytes},
+        "verified": asdict(verdict),
+        "card": facts_of(export, measured, command),
+    }
+    write_manifest(folder, manifest)
+    write_new_card(folder, manifest, str(verdict))
 
 
 def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
@@ -154,20 +139,8 @@ def exported_plan(folder: Path) -> Plan:
     plan has weights of its own.
     """
     manifest = check_manifest(folder, strict=False)
-    try:
-        plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
-        skipped = {
-            "attention": plan["attention"],
-            "mlp": plan["mlp"],
-            "prefill": plan.get("prefill", {}),
-        }
-        is_repaired = "repair" in manifest
-        found = Plan(**skipped, note=plan.get("note"))
-    except (KeyError, TypeError, AttributeError, UsageError):
-        raise UsageError(
-            f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}"
-        ) from None
-    if is_repaired:
+    found = plan_in(manifest, folder)
+    if "repair" in manifest:
         repairs = weights_beside(folder)
         which = f", {shortened(repairs)}" if repairs else ""
         raise UsageError(
@@ -175,10 +148,29 @@ def exported_plan(folder: Path) -> Plan:
             f" the repair itself{which}"
         )
     # that of a GGUF file has no digest, and is equal to no model's
-    shape = Fingerprint.parse(fingerprint)
+    shape = Fingerprint.parse(found.fingerprint)
     if shape and shape.digest:
-        return found.model_copy(update={"fingerprint": str(fingerprint)})
-    return found
+        return found
+    return found.model_copy(update={"fingerprint": None})
+
+
+def plan_in(manifest: Settings, folder: Path) -> Plan:
+    """What the export in `folder` skips, of the original model whose fingerprint it
+    has; without the weights of a repair. Raises `UsageError` where that is damaged.
+    """
+    try:
+        plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
+        return Plan(
+            plan["attention"],
+            plan["mlp"],
+            prefill=plan.get("prefill", {}),
+            note=plan.get("note"),
+            fingerprint=fingerprint,
+        )
+    except (KeyError, TypeError, AttributeError, UsageError):
+        raise UsageError(
+            f"{MANIFEST} of {shortened(folder)} is damaged: {REDONE}"
+        ) from None
 
 
 def weights_beside(folder: Path) -> Path | None:
@@ -219,126 +211,3 @@ def check_verified(spec: str | Path) -> None:
         raise UsageError(
             f"{problem}: export it again with that comparison, and measure what passes it"
         )
-
-
-def _card(
-    export: "Export", verdict: Verification, measured: Mapping[str, object] | None
-) -> str:
-    """What was left out of which model, how to run it, and what was measured. Keeps the
-    original model's licence.
-    """
-    from huggingface_hub import ModelCardData
-
-    manifest = export.manifest
-    dense, plan = manifest["dense"], manifest["plan"]
-    # A hub id is linked to; a folder's name would link to someone else's model.
-    base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
-    data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
-    in_prompt = plan.get("prefill")
-    skips = in_prompt or plan
-    rows = [
-        (name, ", ".join(map(str, skips[name.lower()])) or "none")
-        for name in ("attention", "MLP")
-    ]
-    title, note, head = OF_PROMPTS if in_prompt else OF_EVERY_TOKEN
-    model, revision = literal(dense["model"]), literal(dense["revision"])
-    sections = [
-        f"# {model} {title}",
-        (
-            f"Written by notall {manifest['notall']} from {model} ({revision}), which"
-            f" has {several(dense['layers'], 'layer')}. {note}"
-        ),
-        _table(("sublayer", head), rows),
-    ]
-    if plan["note"]:
-        sections.append(f"Plan: {literal(plan['note'])}.")
-    if "repair" in manifest:
-        own_keys = export.own_keys if in_prompt else None
-        sections += _on_repair(manifest["repair"], own_keys)
-    sections += [export.use, f"Check: {verdict}."]
-    if measured:
-        rows = []
-        for name, value in measured.items():
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            rows.append((literal(name), literal(shown)))
-        sections += ["## Measured", _table(("what", "value"), rows)]
-    card = f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
-    return "\n".join(map(printable, card.split("\n")))  # notes are anyone's
-
-
-def _on_repair(repair: Settings, own_keys: str | None) -> Iterator[str]:
-    """That weights are not the original model's, by what they were made, and what is
-    left of the error.
-    """
-    steps = "; then ".join(literal(step["told"]) for step in repair["history"])
-    made = f" They were {steps}." if steps else ""
-    yield "## Repaired"
-    if own_keys:
-        yield f"{own_keys}{made}"
-    else:
-        yield (
-            "The remaining weights are repaired: some of them are not the original"
-            f" model's.{made}"
-        )
-    refit = [one for one in repair["refits"] if one["ridge"] is not None]
-    mended = [one for one in refit if one["left"] <= 1 - LEAST_REFIT_GAIN]
-    rows = [
-        (literal(" ".join(one["sublayers"])), f"{one['left']:.1%}") for one in mended
-    ]
-    if refit:
-        yield (
-            f"{len(rows)} of {several(len(refit), 'refit step')} left at most"
-            f" {1 - LEAST_REFIT_GAIN:.0%} of the error."
-        )
-    if rows:
-        yield _table(
-            (
-                "refit, in the original model's numbers",
-                "error left on text that it was not fitted to",
-            ),
-            rows,
-        )
-
-
-def literal(text: object) -> str:
-    """`text` as Markdown shows it as it is, and not as HTML or other markup: it may be
-    anyone's.
-    """
-    return re.sub(r"[\\`*<>\[\]&|]", r"\\\g<0>", " ".join(str(text).split()))
-
-
-def _terms(dense_card: Path | None) -> Settings:
-    """What the original model's card says of its licence and language: words, or lists
-    of words.
-    """
-    from huggingface_hub import metadata_load
-
-    if dense_card is None:
-        return {}
-    try:
-        known = metadata_load(dense_card) or {}
-    except Exception:  # whatever YAML makes of it
-        logger.warning(
-            "%s of the original model is damaged: look its licence up, and add it",
-            dense_card.name,
-        )
-        return {}
-    found = {
-        name: known.get(name)
-        for name in ("license", "license_name", "license_link", "language")
-    }
-    lists = {
-        name: value if isinstance(value, list) else [value]
-        for name, value in found.items()
-    }
-    return {
-        name: found[name]
-        for name, words in lists.items()
-        if words and all(isinstance(w, str) for w in words)
-    }
-
-
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(
-        f"| {left} | {right} |" for left, right in (head, ("---", "---"), *rows)
-    )

@@ -156,6 +156,11 @@ class ComparisonRecord(
         }
 
 
+def own_weights_name(digest: str) -> str:
+    """The name of a repair that a plan brings: by the digest of its weights."""
+    return f"own-{digest[:8]}"
+
+
 def task_heading(score: TaskScore) -> str:
     """The name of a task and its metric, as a heading."""
     return f"{score.task} {score.metric.partition(',')[0]}"

@@ -23,7 +23,13 @@ from ..options.tasks import TaskChoice
 from ..subject import Subject, time_plan
 from .choosing import Choosing
 from .options import AskedChoice, CalibratedObjective, check_runs
-from .records import GIVEN_PLAN, Answered, ComparisonRecord, PlanTimesRecord
+from .records import (
+    GIVEN_PLAN,
+    Answered,
+    ComparisonRecord,
+    PlanTimesRecord,
+    own_weights_name,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,14 +150,14 @@ class _Comparison:
                 rows.append(_Row(choice, repair, choice.plan))
             for name, plan in self.how.repaired:
                 if name == choice.criterion:
-                    rows.append(_Row(choice, own_weights_name(plan), plan))
+                    rows.append(_Row(choice, own_weights_name(plan.digest), plan))
         return rows
 
     def score(self, progress: Progress) -> None:
         """Each plan on the held-out text, and the given ones with their weights."""
         scored = {self.how.scored_as(plan): plan for plan in (Plan(), *self.plans)}
         for _, plan in self.how.repaired:
-            scored[self.how.scored_as(plan, own_weights_name(plan))] = plan
+            scored[self.how.scored_as(plan, own_weights_name(plan.digest))] = plan
         self.held.measure(scored, "scoring plans on held-out text", progress)
 
     def repair(self, progress: Progress) -> dict[tuple[str, Plan], int]:
@@ -278,11 +284,6 @@ def check_given(model: PreTrainedModel, plans: Iterable[Plan]) -> None:
         plan.check(locate(model))
         if isinstance(plan, RepairedPlan):
             plan.check_replaced(model)
-
-
-def own_weights_name(plan: Plan) -> str:
-    """The name of a repair that a plan brings: by its weights."""
-    return f"own-{plan.digest[:8]}"
 
 
 def _answer(name: str, plan: Plan) -> Answered:
