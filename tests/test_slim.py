@@ -4,6 +4,7 @@ after each of them, and what it refuses before any of them.
 
 import importlib.util
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_it_searches_times_and_exports_and_goes_on(searched, run, monkeypatch):
     """A first run ends before the times, a second one before the second export."""
     assert [words[0] for words in steps_in(searched)] == ["search", "bench"]
     assert "engines here: " in searched
-    assert "minutes here: at most 1 to look for sets" in searched
+    assert re.search("about [0-9]+ to [0-9]+ minutes here: ", searched)
     monkeypatch.setattr(Search, "run", never)
     exports = []
 
@@ -220,7 +221,10 @@ REFUSED = {
     "no method": (["--repair", "refitt"], "refitt"),
     "no time": (["--max-minutes", "-1"], "-1"),
     "no kind": (["--skip", "atention"], "'atention' (did you mean attention?)"),
-    "too long a prompt": (["--prompt-tokens", "4000"], "4000"),
+    "too long a prompt": (
+        ["--prompt-tokens", "4000"],
+        "exceed the model's 512 positions",
+    ),
     "another's folder": (["--out", "bench"], "holds results of notall bench"),
     "a folder in place": (["--out", "there"], "exists already"),
     "a plan in place": (["--out", "file"], "plan.json"),
@@ -274,4 +278,4 @@ def test_it_takes_longer_for_both_phases_and_before_the_mix_is_written(place):
         return steps_of(asked, net, tokenizer, asked.tasks.check())
 
     assert steps() == pytest.approx(steps(phase="all") + steps(phase="prefill"))
-    assert steps(text="mix") > 2 * steps() > 2 * steps(repair="none") > 0
+    assert steps(text="mix") > steps() > steps(repair="none") > 0

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # a refit reads its text about so often: for two streams, and for sums of products
 PASSES = 4
+# a search passes over its text about so often for a set of each phase
+SEARCHING = 100
 TIMED = 512  # tokens of the prompt by whose time that of the rest is estimated
 
 
@@ -52,15 +54,21 @@ def announce(
         ", ".join(engines_here()),
     )
     progress(0, 1, "timing a prompt, to say how long all of it takes")
-    steps = workload.steps + steps_of(search, net, tokenizer, tasks)
-    rest = steps * _seconds_per_token(net) / 60
-    most = search.by.max_minutes or 0
+    minute = 60 / _seconds_per_token(net)  # in tokens
+    rest = (workload.steps + steps_of(search, net, tokenizer, tasks)) / minute
+    looking = (
+        SEARCHING
+        * len(spaces_of(search.space))
+        * reading(search.text.sequences * search.text.length)
+    )
+    looking = min(looking / minute, search.by.max_minutes or math.inf)
     logger.info(
-        "about %.0f to %.0f minutes here: at most %g to look for sets, the others to ask"
-        " the model, repair, time and export",
-        max(1, rest / 2),
-        max(2, 2 * rest + most),
-        most,
+        "about %.0f to %.0f minutes here: %.0f to %.0f to look for sets, the others to"
+        " ask the model, repair, time and export",
+        max(1, (looking + rest) / 2),
+        max(2, 2 * (looking + rest)),
+        looking / 2,
+        2 * looking,
     )
 
 

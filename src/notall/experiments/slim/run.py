@@ -67,8 +67,8 @@ class SlimOptions:
         "form of the export, as in `notall export` (default: hf, of a .gguf file gguf)",
         metavar="FORM",
     )
-    max_minutes: float = option(
-        30.0,
+    max_minutes: float | None = option(
+        None,
         "minutes by the clock to look for at most; loading, writing the mix, timing and"
         " measuring take more",
     )
