@@ -39,7 +39,7 @@ COMMANDS = {
     "slim": (
         ALL,
         "slim",
-        "Search, repair, time and export a model that keeps its tasks' scores.",
+        "Run search, repair, bench and export in one command.",
     ),
     "inspect": (
         LOOK,

@@ -80,7 +80,7 @@ def slim(
     workload: Workload = Workload(prompt_tokens=512, generation_tokens=32),
     out: OutFolder = Path("slim"),
 ) -> None:
-    """Search, repair, time and export a model in one command.
+    """Run search, repair, bench and export in one command.
 
     It looks for what a prompt can skip, and for what every token can, such that tasks
     keep their scores. It repairs each set, times it, exports it and compares the
