@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..results.table import Table
 
 # How `notall --help` groups the commands.
+ALL = "All of it in one command"
 LOOK, CHOOSE, REPAIR = "Look at a model", "Choose what to skip", "Recover quality"
 MEASURE, SHOW, TAKE = (
     "Measure what it costs and saves",
@@ -35,6 +36,11 @@ MEASURE, SHOW, TAKE = (
 # In the order in which one comes to need them: the group, the file, and what the list
 # of commands says.
 COMMANDS = {
+    "slim": (
+        ALL,
+        "slim",
+        "Run search, repair, bench and export in one command.",
+    ),
     "inspect": (
         LOOK,
         "look",

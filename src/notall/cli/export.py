@@ -127,7 +127,7 @@ def export(
         FileFact(file=file.name, bytes=file.stat().st_size)
         for file in sorted(out.iterdir())
     ]
-    ending = _conclusion(out, to)
+    ending = conclusion_of(out, to)
     tables = {"files": table(f"{out}: skips {wanted}", COLUMNS, files)}
     if verdict and verdict.scores:
         tables = {"tasks": scores_table(verdict.scores)} | tables
@@ -175,7 +175,7 @@ def _repaired(
     return repaired, measure_on_texts(net, plans, others, folder, settings, progress)
 
 
-def _conclusion(out: Path, to: str) -> dict[str, str]:
+def conclusion_of(out: Path, to: str) -> dict[str, str]:
     """Whether an export was verified, how small it is, and how it is run and served."""
     manifest, config = read_manifest(out), out / "config.json"
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))

@@ -1,14 +1,21 @@
 """The command to type next."""
 
+import logging
 import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from ..models.names import DEFAULT_TEXT, USAGE_MIX
+from ..options import Option
 from ..plan import Plan
-from ..results.provenance import Provenance
+from ..results.provenance import COMMAND, Provenance
 from .options.plan import PlanOptions
 from .verdict import Verdict
 
+logger = logging.getLogger(__name__)
 LITTLE_NATS = 0.1  # nats to ask for where nothing was usable
 REFITTING = "refit the keys and values of the prompt"
 
@@ -113,3 +120,43 @@ def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
         words = {**asked.words, "keep_last": None}
         return next_command("search", spec, **words, out="better.json")
     return mending(spec, asked.plan, plan.state == "repaired")
+
+
+@contextmanager
+def as_step(
+    verb: str, spec: str, given: Sequence[tuple[Any, Any]], **named: object
+) -> Iterator[None]:
+    """Inside, a step of another command is done: the command of `verb` that does the
+    same is logged, and recorded.
+
+    `given` are pairs of options and of those that `verb` has by default.
+    """
+    words = [verb, spec]
+    for options, usual in given:
+        words += typed(options, usual)
+    for name, value in named.items():
+        words += [f"--{name}", str(value)] if value is not None else []
+    logger.info("doing: %s", shlex.join(["notall", *words]))
+    before = COMMAND.set(words)
+    try:
+        yield
+    finally:
+        COMMAND.reset(before)
+
+
+def typed(options: Any, usual: Any) -> Iterator[str]:
+    """Options of a command as one types them, but for its argument, and for those that
+    are as `usual`.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        among = (field.metadata.get("option"), *get_args(hints[field.name]))
+        asked = next(one for one in among if isinstance(one, Option))
+        if asked.argument or value == getattr(usual, field.name):
+            continue
+        names = (*asked.flags, f"--{field.name.replace('_', '-')}")
+        flag = next(one for one in names if one.startswith("--"))
+        for one in value if isinstance(value, tuple) else (value,):
+            words = f"{one:g}" if isinstance(one, float) else str(one)
+            yield from (flag,) if one is True else (flag, words)

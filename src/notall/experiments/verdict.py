@@ -299,16 +299,25 @@ def prompt_in_words(structure: "ModelStructure", plan: Plan) -> str:
     """
     if not plan.prefill:
         return ""
+    share = share_skipped(structure, plan)
+    count = plan.prefill.last_tokens
+    last = "token" if count == 1 else several(count, "token")
+    return (
+        f"A prompt skips {share:.0%} of the layers' parameters, but for keys"
+        f" and values, up to its last {last}. Weights, KV cache and decoding stay as"
+        " they are."
+    )
+
+
+def share_skipped(structure: "ModelStructure", plan: Plan) -> float:
+    """The share of the layers' parameters that a plan skips; of one that skips in the
+    prompt alone, there.
+    """
+    skips = plan.prefill or plan
     whole = sum(part.parameters for part in structure.sublayers)
     skipped = sum(
         part.parameters
         for part in structure.sublayers
-        if part.index in getattr(plan.prefill, part.kind)
+        if part.index in getattr(skips, part.kind)
     )
-    count = plan.prefill.last_tokens
-    last = "token" if count == 1 else several(count, "token")
-    return (
-        f"A prompt skips {skipped / whole:.0%} of the layers' parameters, but for keys"
-        f" and values, up to its last {last}. Weights, KV cache and decoding stay as"
-        " they are."
-    )
+    return skipped / whole

@@ -306,9 +306,13 @@ def _texts_of(found: Sequence[Measured], exported: Exported) -> Iterator[Measure
     measured = [one for one in found if isinstance(one, MeasuredRecord)]
     for one in measured:
         yield MeasuredText(text=one.text, quality=one.quality, dtype=_dtype(one))
-    is_search_enough = exported.weights == "none" and not measured
     for other in found:
-        if isinstance(other, ComparisonRecord) or (isinstance(other, SearchRecord) and is_search_enough):
+        if isinstance(other, ComparisonRecord):
+            yield from _on_held_out(other)
+    if measured or exported.weights != "none":
+        return
+    for other in found:
+        if isinstance(other, SearchRecord):
             yield from _on_held_out(other)
 
 

@@ -12,6 +12,7 @@ from ..experiments.paper.records import ClaimRecord, TimesRecord
 from ..experiments.pareto.records import ParetoRecord
 from ..experiments.search.records import SearchRecord
 from ..experiments.similarity import SimilarityRecord
+from ..experiments.slim.records import SlimRecord
 from ..experiments.sweep import SweepRecord
 from ..results.record import Record
 from ..results.repairs import HealRecord, MeasuredRecord, RefitRecord
@@ -49,6 +50,8 @@ VERBS: tuple[tuple[Verb, ...], ...] = (
     ),
     (Verb(pareto.page_parts, (ParetoRecord,)),),
     (Verb(draft.page_parts, (DraftRecord,)),),
+    # the page is that of the searches in its folder
+    (Verb(lambda _: PageParts(), (SlimRecord,)),),
 )
 
 

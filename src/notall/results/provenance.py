@@ -5,7 +5,8 @@ and where it ran.
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..errors import shortened
 from ..plan import several
 from ..strict_json import Settings
 
+# The words of the command that a step of another one is, where it is one.
+COMMAND = ContextVar[Sequence[str] | None]("of a step", default=None)
 # What is reported, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")
 
@@ -92,7 +95,8 @@ def this_run() -> Settings:
     minute.
     """
     words = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+        Path(word).name if Path(word).is_absolute() else word
+        for word in COMMAND.get() or sys.argv[1:]
     ]
     functions = functions_in(words)
     return {

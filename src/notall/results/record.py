@@ -36,6 +36,7 @@ Command = Literal[
     "repair",
     "heal",
     "pareto",
+    "slim",
 ]
 Scalar = float | int | str | bool | None
 
@@ -189,6 +190,7 @@ HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
     "engine_scores": ("engine_scores.jsonl", ("pareto",)),
     "engine_times": ("engine_times.jsonl", ("pareto",)),
     "pareto": ("pareto.jsonl", ("pareto",)),
+    "slim": ("slim.jsonl", ("slim",)),
 }
 # What commands write next to their records, and over again.
 BESIDE: dict[Command, tuple[str, ...]] = {

@@ -1,0 +1,1 @@
+"""A model, searched, repaired, timed and exported."""
