@@ -12,7 +12,7 @@ from ...engines import ENGINES, engine_named
 from ...models.names import USAGE_MIX
 from ...options import Workload
 from ...plan import Phase, Plan
-from ...progress import Progress, reading, writing
+from ...progress import Progress, generation_work, reading
 from ...repairing.fit_texts import LENGTH, SEQUENCES
 from ...results.provenance import place_of
 from ...results.table import in_bytes
@@ -92,7 +92,7 @@ def steps_of(
     repair = search.repair
     texts = {search.text.text, *(repair.sources if repair else ())}
     if USAGE_MIX in texts and not any(kept_texts(model, tokenizer, USAGE_MIX)):
-        steps += writing(ANSWERS * NEW_TOKENS + COMPLETIONS * BEHIND)
+        steps += generation_work(ANSWERS * NEW_TOKENS + COMPLETIONS * BEHIND)
     windows = repair.repair_sequences or SEQUENCES
     repairing = PASSES * reading(windows * LENGTH) if repair else 0.0
     trying = repairing + sum(job.steps(1) for job in tasks.choosing())

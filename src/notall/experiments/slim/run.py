@@ -23,7 +23,7 @@ from ...options import Workload, option
 from ...plan import Plan
 from ...progress import Progress
 from ...results.facts import RECOVERED
-from ...results.ledger import Ledger, read, working_in
+from ...results.ledger import Ledger, read_records, working_in
 from ...results.provenance import Provenance, this_run
 from ...results.repairs import MeasuredRecord
 from .. import bench as benching
@@ -163,7 +163,7 @@ class Slim:
         tasks = self.search.tasks.check()
         empty = self.model.empty()
         self.workload.check(empty)
-        if not read(self.out / SlimRecord.file, SlimRecord):
+        if not read_records(self.out / SlimRecord.file, SlimRecord):
             for name in (MODEL, f"{MODEL}-prefill"):
                 check_absent(self.out / name)
         space = self.search.space
@@ -238,7 +238,7 @@ class Slim:
                 continue
             before = [
                 one
-                for one in read(folder / BenchRecord.file, BenchRecord)
+                for one in read_records(folder / BenchRecord.file, BenchRecord)
                 if one.plan.indices == plan.indices
                 and all(
                     getattr(one, key) == n for key, n in vars(self.workload).items()
@@ -278,7 +278,7 @@ class Slim:
         def of_plan(kind: type[R]) -> list[R]:
             return [
                 one
-                for one in read(folder / kind.file, kind)
+                for one in read_records(folder / kind.file, kind)
                 if one.plan.indices == plan.indices
             ]
 
