@@ -72,6 +72,7 @@ MODULES = {
     "gguf_copies": "models.gguf_copies",
     "configs": "models.configs",
     "identity": "models.identity",
+    "names": "models.names",
     "loading": "models.loading",
     "weightless": "models.weightless",
     "texts_mix": "models.mix",

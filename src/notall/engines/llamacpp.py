@@ -26,7 +26,7 @@ from gguf.quants import dequantize
 from ..errors import UnknownArchitecture, UsageError, shortened
 from ..files import expanded
 from ..models.gguf_file import Field, GGUFTensor, read_gguf, write_gguf
-from ..models.names import hub_id, named_gguf
+from ..models.names import DEFAULT_MODEL, INSTALL_DEFAULT, hub_id, named_gguf
 from . import Engine, Timing, Tokens, medians, resident_bytes
 from .worker import EngineFailed, call
 
@@ -230,10 +230,9 @@ def dense_gguf(spec: object) -> Path:
     if path is None:
         if isinstance(spec, str | Path) and not expanded(spec).exists():
             hub_id(spec)
-        raise UsageError(
-            "llama.cpp needs a .gguf file, the original model's: give that file, not"
-            f" {shortened(spec)}"
-        )
+        instead = f"give that file, not {shortened(spec)}"
+        fix = INSTALL_DEFAULT if spec == DEFAULT_MODEL else instead
+        raise UsageError(f"llama.cpp needs a .gguf file, the original model's: {fix}")
     return path
 
 

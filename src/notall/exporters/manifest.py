@@ -185,9 +185,10 @@ def dense_of(folder: Path) -> str:
     """
     try:
         name = str(read_manifest(folder)["dense"]["model"])
-        return DEFAULT_MODEL if name == default_gguf().name else shortened(name)
-    except (UsageError, KeyError, TypeError, StopIteration):
+    except (UsageError, KeyError, TypeError):
         return "the hub id or folder that it was made of"
+    default = default_gguf()
+    return DEFAULT_MODEL if default and name == default.name else shortened(name)
 
 
 def verification_of(manifest: Settings) -> Verification:

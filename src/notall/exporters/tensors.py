@@ -28,7 +28,7 @@ from ..checkpoint_files import INDEX
 from ..errors import UsageError, shortened
 from ..files import expanded, saving
 from ..models.load_errors import check_weights, explained, quiet
-from ..models.names import hub_id
+from ..models.names import hub_id, resolved
 from ..models.own_exports import first_file, shard_index, weight_files
 from ..progress import Progress, silent
 from ..strict_json import read_json
@@ -154,6 +154,7 @@ def stored_sizes(
     """The bytes of each tensor of a model: of a folder, or of a hub id, of whose files
     only the headers are read.
     """
+    spec = resolved(spec)
     folder = expanded(spec)
     is_here = folder.is_dir()
     try:

@@ -18,7 +18,7 @@ from .devices import DTYPES
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
 from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, explained, quiet
-from .names import DEFAULT_MODEL, NAMED_SHAPES, hub_id, named_gguf
+from .names import DEFAULT_MODEL, NAMED_SHAPES, hub_id, named_gguf, resolved
 from .own_exports import (
     NEMOTRON_NAS,
     REGROUPED,
@@ -39,6 +39,7 @@ def load_config(
     """
     if spec in NAMED_SHAPES:
         return transformers.LlamaConfig(**NAMED_SHAPES[str(spec)])
+    spec = resolved(spec)
     with explained(spec):
         gguf, path = named_gguf(spec), expanded(spec)
         if path.is_dir():
@@ -106,6 +107,7 @@ def settings_of_export(spec: str | Path, revision: str | None) -> Settings | Non
     """config.json of what `notall export` wrote in a form of its own; None for any
     other model.
     """
+    spec = resolved(spec)
     if spec in NAMED_SHAPES or named_gguf(spec):
         return None
     path = expanded(spec)
@@ -137,6 +139,7 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
     """What transformers can load a spec from: a folder with a config and safetensors,
     or a hub id.
     """
+    spec = resolved(spec)
     if spec in NAMED_SHAPES:
         raise UsageError(
             f"{spec} is a shape without weights: give a model, or time it with dummy"

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from ..digests import digest_of, digest_of_file
 from ..files import expanded
 from .load_errors import explained
-from .names import DEFAULT_MODEL, NAMED_SHAPES, default_gguf, hub_id
+from .names import DEFAULT_MODEL, NAMED_SHAPES, hub_id, named_gguf, resolved
 
 
 def identify(
@@ -18,7 +18,8 @@ def identify(
     """
     if spec in NAMED_SHAPES:
         return {"model": str(spec), "revision": "built-in"}
-    path = default_gguf() if spec == DEFAULT_MODEL else expanded(spec)
+    spec = resolved(spec)
+    path = named_gguf(spec) or expanded(spec)
     name = DEFAULT_MODEL if spec == DEFAULT_MODEL else path.resolve().name
     with explained(spec):
         if path.is_file():

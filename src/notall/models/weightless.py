@@ -22,6 +22,7 @@ from .configs import (
     settings_of_export,
 )
 from .load_errors import explained, quiet
+from .names import resolved
 from .own_exports import (
     own_export,
 )
@@ -38,6 +39,7 @@ def load_empty(
     """The model of a config without weights, in `dtype` or as the checkpoint has it,
     quantised or not; see `load`.
     """
+    spec = resolved(spec)
     with explained(spec):
         check_manifest(expanded(spec), most=SMALL_FILE_BYTES)
         settings = settings_of_export(spec, revision)
