@@ -563,7 +563,7 @@ def test_the_kl_of_a_plan_that_changes_nothing_starts_at_none(
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data.zero_()
     plan = Plan(mlp=[1])
     heal(
-        model, plan, TRAINED[:1], HELD_OUT, TrainConfig(train, rate=1e-9), out=tmp_path
+        model, plan, TRAINED[:1], HELD_OUT, TrainConfig(train, rate=1e-12), out=tmp_path
     )
     first = looks_in(tmp_path)[0]
     assert (first.held_out_kl, first.held_out_agreement) == (

@@ -51,7 +51,7 @@ def test_tokens_without_an_output_say_nothing():
 
 def test_the_size_of_what_a_matrix_is_given_does_not_matter(tmp_path):
     """Of features that are a thousand times as large, whose weights are so much
-    smaller, the same comes: plain AdamW raises KL tenfold.
+    smaller, the same comes: with plain AdamW KL rises at once.
     """
     plain, large = llama(), llama()
     for layer in large.model.layers:
@@ -72,9 +72,9 @@ def test_the_size_of_what_a_matrix_is_given_does_not_matter(tmp_path):
 
 
 def test_a_rate_that_is_too_high_is_cut_until_kl_falls(tmp_path):
-    said = "rose at a rate of 0.2: .* best weights 2 times, and went on at 0.013$"
+    said = "rose at a rate of 0.03: .* best weights 2 times, and went on at 0.0019$"
     with pytest.warns(UserWarning, match=said):
-        run_heal(tmp_path, rate=0.2)
+        run_heal(tmp_path, rate=0.03)
     first, second, third, *rest = (look.held_out_kl for look in looks_in(tmp_path))
     assert second > first
     assert third > first
@@ -85,13 +85,13 @@ def test_a_rate_that_is_too_high_is_cut_until_kl_falls(tmp_path):
 def test_a_training_ends_early_where_kl_rises_at_each_rate(tmp_path):
     said = "went back to the best weights 3 times, and ended early. .* no weight is"
     with pytest.warns(UserWarning, match=said):
-        run_heal(tmp_path, rate=9)
+        run_heal(tmp_path, rate=0.9)
     assert len(looks_in(tmp_path)) == 1 + 3
 
 
 def test_the_kl_of_a_batch_calls_for_a_look_out_of_turn(tmp_path):
     with pytest.warns(UserWarning, match="went back to the best weights"):
-        run_heal(tmp_path, rate=0.2, evaluations=1)
+        run_heal(tmp_path, rate=0.03, evaluations=1)
     tokens = [look.tokens for look in looks_in(tmp_path)]
     # a step is 48 tokens: the second has the KL that the first one led to
     assert tokens[:2] == [0, 96]
@@ -103,17 +103,17 @@ def test_stopped_where_it_had_gone_back_it_comes_to_the_same(tmp_path):
         if done == 4:
             raise RuntimeError("planted")
 
-    with pytest.warns(UserWarning, match="went on at 0.013"):
-        whole = run_heal(tmp_path / "whole", rate=0.2)
+    with pytest.warns(UserWarning, match="went on at 0.0019"):
+        whole = run_heal(tmp_path / "whole", rate=0.03)
     with pytest.raises(RuntimeError, match="planted"):
-        run_heal(tmp_path / "stopped", rate=0.2, progress=fail)
-    with pytest.warns(UserWarning, match="went on at 0.013"):
-        assert same(run_heal(tmp_path / "stopped", rate=0.2), whole)
+        run_heal(tmp_path / "stopped", rate=0.03, progress=fail)
+    with pytest.warns(UserWarning, match="went on at 0.0019"):
+        assert same(run_heal(tmp_path / "stopped", rate=0.03), whole)
 
 
 def test_a_warm_up_is_not_cut_short(tmp_path, recwarn):
     """It aims at something else, and KL may rise in it."""
-    run_heal(tmp_path, rate=0.2, warm_up=0.5)
+    run_heal(tmp_path, rate=0.03, warm_up=0.5)
     assert len(looks_in(tmp_path)) == 9
     assert not [one for one in recwarn if "went back" in str(one.message)]
 

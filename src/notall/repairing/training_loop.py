@@ -193,20 +193,20 @@ class Loop:
 
     def _outcome(self) -> str:
         """What a user should know of how the KL went, in a line."""
-        state, said = self.state, []
+        state, sentences = self.state, []
         if count := state.brake.count:
             rate = self.config.rate * state.brake.factor
             then = "ended early" if state.brake.is_over else f"went on at {rate:.2g}"
-            said = [
+            sentences = [
                 f"KL on held-out text rose at a rate of {self.config.rate:g}: training"
                 f" went back to the best weights {several(count, 'time')}, and {then}"
             ]
         if state.step and state.best >= state.first:
-            said.append(
+            sentences.append(
                 "KL on held-out text did not fall: no weight is changed; try a lower"
                 " --rate"
             )
-        return ". ".join(said)
+        return ". ".join(sentences)
 
     def _next_batch(self) -> Tensor:
         """The sequences of the next step, (sequences, tokens): each pass over the text
