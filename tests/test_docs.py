@@ -315,8 +315,10 @@ def test_the_faq_quotes_messages_that_notall_prints():
     whole = re.sub(
         r"\"\s*\n\s*f?\"", "", source
     )  # a literal that goes on in the next line
-    quoted = re.findall(r"^\*\*`(.+)`\*\*", page, re.M)
+    quoted = re.findall(r"^Message: `(.+)`\.$", page, re.M)
     assert len(quoted) >= 15
+    asked = re.findall(r"^\*\*(.+?)\*\*", page, re.M)
+    assert all(question.endswith("?") for question in asked)
     for message in quoted:
         for part in message.split("…"):
             assert part.strip(" ;:,") in whole, message
