@@ -151,9 +151,14 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
     type_page(page, workplace, monkeypatch)
 
 
+# Trainer splits a batch over devices by torch._C._scatter, which a CPU build lacks.
+NOT_SIMULATED = {"fine-tuning.md"}
+ON_DEVICES = [page for page in PAGES if page.name not in NOT_SIMULATED]
+
+
 @pytest.mark.devices
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+@pytest.mark.parametrize("page", ON_DEVICES, ids=[page.name for page in ON_DEVICES])
 def test_it_works_on_a_device_too(page, workplace, monkeypatch, capsys):
     """Commands and snippets name no device, so that models are loaded onto the one that
     is here.
@@ -162,7 +167,9 @@ def test_it_works_on_a_device_too(page, workplace, monkeypatch, capsys):
 
 
 WITH_SNIPPETS = [
-    page for page in PAGES if any(language == "python" for language, *_ in blocks(page))
+    page
+    for page in ON_DEVICES
+    if any(language == "python" for language, *_ in blocks(page))
 ]
 
 
@@ -316,8 +323,10 @@ def test_the_faq_quotes_messages_that_notall_prints():
     whole = re.sub(
         r"\"\s*\n\s*f?\"", "", source
     )  # a literal that goes on in the next line
-    quoted = re.findall(r"^\*\*`(.+)`\*\*", page, re.M)
+    quoted = re.findall(r"^Message: `(.+)`\.$", page, re.M)
     assert len(quoted) >= 15
+    asked = re.findall(r"^\*\*(.+?)\*\*", page, re.M)
+    assert all(question.endswith("?") for question in asked)
     for message in quoted:
         for part in message.split("…"):
             assert part.strip(" ;:,") in whole, message

@@ -246,6 +246,14 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, damage, says):
         assert "or its .gguf file itself" in refused(models.load_config, folder)
 
 
+@pytest.mark.any_transformers  # 4.57 says nothing of a tokenizer there
+def test_a_folder_without_a_tokenizer_names_what_to_save(folder):
+    (folder / "tokenizer.json").unlink()
+    assert "save it there with tokenizer.save_pretrained" in refused(
+        models.load, folder
+    )
+
+
 def test_a_missing_shard_is_named_and_is_no_pickle(folder):
     family("llama").build().save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()

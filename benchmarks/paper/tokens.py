@@ -78,7 +78,10 @@ def main() -> None:
         rows.append(row)
     both = [row for row in rows[1:] if row["task"] != "gsm8k"]
     rows.append(
-        {"task": "all but gsm8k", "millions": round(sum(r["millions"] for r in both), 1)}
+        {
+            "task": "all but gsm8k",
+            "millions": round(sum(r["millions"] for r in both), 1),
+        }
     )
     asked.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 

@@ -366,7 +366,7 @@ class PlansLM(HFLM):
                     f"{self.task} generates {new} tokens, but the model's context is"
                     f" {self.max_length}"
                 )
-                raise UsageError(f"{problem}; leave it out")
+                raise UsageError(f"{problem}; name the other tasks alone")
             widths.append(len(self.tok_encode(prompt)) + new)
         self._check_fit(widths, self.max_length)
         return min(max(widths), self.max_length)
@@ -379,7 +379,9 @@ class PlansLM(HFLM):
                 f"the model's context of {self.max_length} tokens is too short for"
                 f" {requests} of {self.task}"
             )
-            fix = "show fewer examples, or have them cut on the left with truncate"
+            fix = (
+                "show fewer examples (num_fewshot), or cut them on the left (truncate)"
+            )
             raise UsageError(f"{problem} (up to {max(lengths)}); {fix}")
 
     def _report(self, done: int, total: int) -> None:

@@ -48,6 +48,10 @@ FIXES = (
         "free some disk space, or put the caches elsewhere (HF_HOME, NOTALL_CACHE)",
     ),
     ("No such file or directory", "a file is missing; fetch or save the model again"),
+    (
+        "backend tokenizer|load tokenizer",
+        "its tokenizer is missing: save it there with tokenizer.save_pretrained",
+    ),
     ("safetensors", SAFETENSORS_ONLY),
     ("attn_implementation", "give sdpa or eager"),
     (
