@@ -304,6 +304,7 @@ NAMES = {
         "plan_of as manifest_plan_of",
         "verdict_of",
     ],
+    "exporters.mergekit": ["recipe_of"],
     "exporters.nemotron_nas": ["ffn_mult", "logits_in_mlx"],
     "exporters.quantisation": ["cut_quantisation", "renamed_notes"],
     "exporters.remote_code": ["FAMILIES", "check_code", "source_of"],

@@ -306,12 +306,12 @@ def _texts_of(found: Sequence[Measured], exported: Exported) -> Iterator[Measure
     measured = [one for one in found if isinstance(one, MeasuredRecord)]
     for one in measured:
         yield MeasuredText(text=one.text, quality=one.quality, dtype=_dtype(one))
-    for other in found:
-        if isinstance(other, ComparisonRecord):
-            yield from _on_held_out(other)
-        elif isinstance(other, SearchRecord):
-            if exported.weights == "none" and not measured:
-                yield from _on_held_out(other)
+    others: list[SearchRecord | ComparisonRecord] = []
+    others += (one for one in found if isinstance(one, ComparisonRecord))
+    if not measured and exported.weights == "none":  # a search measures unrepaired
+        others += (one for one in found if isinstance(one, SearchRecord))
+    for other in others:
+        yield from _on_held_out(other)
 
 
 def _on_held_out(record: SearchRecord | ComparisonRecord) -> Iterator[MeasuredText]:
