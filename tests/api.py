@@ -313,6 +313,7 @@ NAMES = {
         "exported_plan as manifest_plan_of",
         "verification_of as verdict_of",
     ],
+    "exporters.mergekit": ["recipe_of"],
     "exporters.nemotron_nas": ["ffn_mult", "logits_in_mlx"],
     "exporters.quantisation": ["cut_quantisation", "renamed_notes"],
     "exporters.remote_code": ["FAMILIES", "check_code", "source_of"],

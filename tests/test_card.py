@@ -276,6 +276,13 @@ def test_a_score_of_two_runs_is_shown_once(out, about, tmp_path):
     assert len(write_card(out, folders)["tasks"].rows) == 2
 
 
+@pytest.mark.parametrize("text", ["prose", "prose, behind a prompt of 64 tokens"])
+def test_a_text_behind_a_prompt_is_named_so(out, about, tmp_path, text):
+    record = measured(about(prompt_tokens=64), text)
+    write_card(out, [kept(tmp_path / "eval", record)])
+    assert "| prose, behind a prompt of 64 tokens | 0.125" in card_of(out).text
+
+
 @pytest.mark.parametrize(
     ("record", "others", "reason"),
     [

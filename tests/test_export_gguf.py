@@ -371,6 +371,7 @@ def test_the_manifest_is_in_the_file_too(llama, tmp_path):
     outside = json.loads((out / "notall.json").read_text())
     assert outside.items() > inside.items()
     assert outside.keys() - inside.keys() == {
+        "card",
         "verified",
         "weight_bytes",
         "files",

@@ -121,6 +121,11 @@ COMMANDS = {
         "card",
         "Put results of an export onto its model card.",
     ),
+    "recipe": (
+        TAKE,
+        "recipe",
+        "Write a plan of whole blocks as a recipe of mergekit.",
+    ),
 }
 
 # What Typer raises over words that it cannot read; its releases keep the class in

@@ -305,24 +305,27 @@ def _texts_of(found: Sequence[Measured], exported: Exported) -> Iterator[Measure
     """The loss on each text; a search's own where nothing else was measured of it."""
     measured = [one for one in found if isinstance(one, MeasuredRecord)]
     for one in measured:
-        yield MeasuredText(text=one.text, quality=one.quality, dtype=_dtype(one))
-    for other in found:
-        if isinstance(other, ComparisonRecord):
-            yield from _on_held_out(other)
-    if measured or exported.weights != "none":
-        return
-    for other in found:
-        if isinstance(other, SearchRecord):
-            yield from _on_held_out(other)
+        name = one.text.removesuffix(_prompt(one)) + _prompt(one)
+        yield MeasuredText(text=name, quality=one.quality, dtype=_dtype(one))
+    others: list[SearchRecord | ComparisonRecord] = []
+    others += (one for one in found if isinstance(one, ComparisonRecord))
+    if not measured and exported.weights == "none":  # a search measures unrepaired
+        others += (one for one in found if isinstance(one, SearchRecord))
+    for other in others:
+        yield from _on_held_out(other)
 
 
 def _on_held_out(record: SearchRecord | ComparisonRecord) -> Iterator[MeasuredText]:
     """The loss on the text that a search or a comparison was measured on, if it was."""
     text, held = record.what.get("text"), record.what.get("held_out")
     name = f"{text}, {held}" if held == "other windows" else str(held or text)
-    name += behind(record.what.get("prompt_tokens"))
+    name += _prompt(record)
     if record.quality:
         yield MeasuredText(text=name, quality=record.quality, dtype=_dtype(record))
+
+
+def _prompt(record: Measured) -> str:
+    return behind(record.what.get("prompt_tokens"))
 
 
 def _dtype(record: Measured) -> str:
