@@ -64,7 +64,7 @@ KEPT: tuple[Column[Kept], ...] = (
     words("skipped for", lambda one: one.skipped_for),
     words("task", lambda one: one.score.task),
     *within((RECOVERED, VALUE, DENSE_VALUE), lambda one: one.score),
-    words("", lambda one: one.verdict),
+    words("verdict", lambda one: one.verdict),
 )
 
 

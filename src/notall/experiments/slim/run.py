@@ -9,12 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    ClassVar,
-    NamedTuple,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 from ...errors import UsageError
 from ...exporters import check_absent, check_export, export, target_named
