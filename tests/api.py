@@ -271,7 +271,7 @@ NAMES = {
     "experiments.reproduce": ["REPRODUCED_KINDS"],
     "experiments.search.records": ["SearchRecord"],
     "experiments.search.run": ["Search"],
-    "experiments.slim.forecast": ["announce", "steps_of"],
+    "experiments.slim.forecast": ["announce", "search_steps"],
     "experiments.slim.records": ["SlimRecord"],
     "experiments.slim.run": ["Slim", "SlimOptions"],
     "experiments.search.one_phase": ["may_lose_retrieval"],

@@ -405,8 +405,8 @@ REPAIRING = [
             "patience",
         ),
         (
-            "return self.config.rate * (done / self.rise)",
-            "return self.config.rate",
+            "return rate * (done / self.rise)",
+            "return rate",
             "test_minutes.py",
             "rate_rises",
         ),

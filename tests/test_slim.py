@@ -16,7 +16,15 @@ if importlib.util.find_spec("lm_eval") is None:
         "lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True
     )
 
-from api import BenchRecord, Search, SlimRecord, Verdict, read, slim_module, steps_of
+from api import (
+    BenchRecord,
+    Search,
+    SlimRecord,
+    Verdict,
+    read,
+    search_steps,
+    slim_module,
+)
 from command_line import FAST, QUICK
 from notall import Plan, UsageError, load
 from tiny_checkpoint import save_tiny_checkpoint
@@ -275,7 +283,7 @@ def test_it_takes_longer_for_both_phases_and_before_the_mix_is_written(place):
             slim_module.SlimOptions(),
             Path("out"),
         ).search
-        return steps_of(asked, net, tokenizer, asked.tasks.check())
+        return search_steps(asked, net, tokenizer, asked.tasks.check())
 
     assert steps() == pytest.approx(steps(phase="all") + steps(phase="prefill"))
     assert steps(text="mix") > steps() > steps(repair="none") > 0

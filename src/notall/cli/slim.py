@@ -45,7 +45,7 @@ class Gain(Fact):
     footprint: Footprint | None
 
 
-class Kept(Fact):
+class KeptScore(Fact):
     """A score of a set on a task."""
 
     skipped_for: str
@@ -60,7 +60,7 @@ GAINED: tuple[Column[Gain], ...] = (
     *within(SPEEDUPS, lambda one: one.times),
     *within(FOOTPRINT, lambda one: one.footprint),
 )
-KEPT: tuple[Column[Kept], ...] = (
+KEPT: tuple[Column[KeptScore], ...] = (
     words("skipped for", lambda one: one.skipped_for),
     words("task", lambda one: one.score.task),
     *within((RECOVERED, VALUE, DENSE_VALUE), lambda one: one.score),
@@ -134,11 +134,11 @@ def _gain_of(found: Slimmed) -> Gain:
     )
 
 
-def _kept_by(found: Sequence[Slimmed], least: float) -> Iterator[Kept]:
+def _kept_by(found: Sequence[Slimmed], least: float) -> Iterator[KeptScore]:
     for one in found:
         for score in last_state(one.scores):
             verdict = verdict_on(score, least)
-            yield Kept(skipped_for=_tokens_of(one), score=score, verdict=verdict)
+            yield KeptScore(skipped_for=_tokens_of(one), score=score, verdict=verdict)
 
 
 def _with_next(found: Slimmed, written: Mapping[str, str] | None) -> Verdict:

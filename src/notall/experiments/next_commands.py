@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from ..models.names import DEFAULT_TEXT, USAGE_MIX
 from ..options import Option
 from ..plan import Plan
-from ..results.provenance import COMMAND, Provenance
+from ..results.provenance import STEP_COMMAND, Provenance
 from .options.plan import PlanOptions
 from .verdict import Verdict
 
@@ -137,11 +137,11 @@ def as_step(
     for name, value in named.items():
         words += [f"--{name}", str(value)] if value is not None else []
     logger.info("doing: %s", shlex.join(["notall", *words]))
-    before = COMMAND.set(words)
+    before = STEP_COMMAND.set(words)
     try:
         yield
     finally:
-        COMMAND.reset(before)
+        STEP_COMMAND.reset(before)
 
 
 def typed(options: Any, usual: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 HELD_OUT_RISE = 1.1
 BATCH_RISE = 1.5
 SLOWING = 0.25  # of the rate, each time
-MOST = 3  # times that it goes back: then it ends
+MOST_RETURNS = 3  # times that it goes back: then it ends
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Brake:
     @property
     def is_over(self) -> bool:
         """Whether no lower rate is left to try."""
-        return self.count >= MOST
+        return self.count >= MOST_RETURNS
 
     def alarms(self, batch: float, first: float) -> bool:
         """Whether the KL of a `batch` is far above those so far, and the `first` of

@@ -102,7 +102,7 @@ def _times(record: BenchRecord) -> Times:
     return record.skipped.times
 
 
-TIMES: tuple[Column[BenchRecord], ...] = (
+BENCH_TIMES: tuple[Column[BenchRecord], ...] = (
     number("prompt tokens", lambda one: one.prompt_tokens, "d"),
     number("at once", lambda one: one.concurrency, "d"),
     with_quartiles("first token ms", lambda one: _times(one).prefill_ms),
@@ -278,7 +278,7 @@ def _tables_of(found: Sequence[Measured], exported: Exported) -> dict[str, Table
     tables = {
         "tasks": table("Tasks", SCORES, _tasks_of(found)),
         "text": table("Text", TEXTS, texts),
-        "times": table("Time", TIMES, timed),
+        "times": table("Time", BENCH_TIMES, timed),
         "search": table("Speed, as the search measured it", SEARCHED, searched),
         "measured": table("How it was measured", SOURCES, [*sources.values()]),
     }

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..charts.points import Point
     from ..charts.style import Colours
 
-COMMAND = ["notall", "compare"]
+COMPARE_COMMAND = ["notall", "compare"]
 
 
 # what is the same in comparisons that are joined
@@ -54,7 +54,7 @@ def join_comparisons(folders: Sequence[Folder]) -> Folder:
     records: list[ComparisonRecord] = []
     for folder in folders:
         held = folder.of(ComparisonRecord)
-        if not held or folder.provenance.command[:2] != COMMAND:
+        if not held or folder.provenance.command[:2] != COMPARE_COMMAND:
             raise UsageError(
                 f"{folder.path} holds no results of notall compare, and only those are"
                 " joined"
@@ -86,7 +86,7 @@ def page_parts(folder: Folder) -> PageParts:
     """The table of all choices, their figures, and the best at each space."""
     records = folder.of(ComparisonRecord)
     found = plans_page(folder, records, _sections(records), _make_again)
-    is_own = folder.provenance.command[:2] == COMMAND
+    is_own = folder.provenance.command[:2] == COMPARE_COMMAND
     steps = tuple(
         replace(
             step,

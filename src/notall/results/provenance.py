@@ -19,7 +19,7 @@ from ..plan import several
 from ..strict_json import Settings
 
 # The words of the command that a step of another one is, where it is one.
-COMMAND = ContextVar[Sequence[str] | None]("of a step", default=None)
+STEP_COMMAND = ContextVar[Sequence[str] | None]("of a step", default=None)
 # What is reported, and never compared.
 PLACES = ("machine", "device", "threads", "versions", "command", "functions", "date")
 
@@ -96,7 +96,7 @@ def this_run() -> Settings:
     """
     words = [
         Path(word).name if Path(word).is_absolute() else word
-        for word in COMMAND.get() or sys.argv[1:]
+        for word in STEP_COMMAND.get() or sys.argv[1:]
     ]
     functions = functions_in(words)
     return {

@@ -55,7 +55,7 @@ def announce(
     )
     progress(0, 1, "timing a prompt, to say how long all of it takes")
     minute = 60 / _seconds_per_token(net)  # in tokens
-    rest = (workload.steps + steps_of(search, net, tokenizer, tasks)) / minute
+    rest = (workload.steps + search_steps(search, net, tokenizer, tasks)) / minute
     looking = (
         SEARCHING
         * len(spaces_of(search.space))
@@ -77,7 +77,7 @@ def engines_here() -> list[str]:
     return [name for name in ENGINES if find_spec(engine_named(name).package)]
 
 
-def steps_of(
+def search_steps(
     search: Search,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
