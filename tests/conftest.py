@@ -122,10 +122,13 @@ def short_prose(monkeypatch):
         *(
             (texts_mix, "ANSWERS", 7),
             (texts_mix, "NEW_TOKENS", 24),
-            (texts_mix, "EPISODES", 4),
+            (texts_mix, "MIX_EPISODES", 4),
             (texts_mix, "COMPLETIONS", 12),
         ),
-        *((answered_module, "EPISODES", 4), (answered_module, "EPISODE_TOKENS", 40)),
+        *(
+            (answered_module, "RETRIEVAL_EPISODES", 4),
+            (answered_module, "EPISODE_TOKENS", 40),
+        ),
     ):
         monkeypatch.setattr(module, name, fewer)
 

@@ -31,10 +31,12 @@ SHARED = {
     "TOKENS": "tokens of the sequences that an export is compared on",
     "TOKENS_AT_ONCE": "tokens of a batch",
     "Values": "an array of a tensor's values",
+    "answers": "the original model's own answers, as a task and as an objective",
     "conclusion": "what this file's records come to, in a sentence",
     "logger": "this file's logger",
     "main": "where a program begins",
     "page_parts": "what records of this kind add to a page",
+    "retrieval": "what is found far back in a text, as a task and as an objective",
     "register": "have an engine know the regrouped forms",
 }
 TYPE_VARIABLES = {"F", "G", "Item", "P", "R", "T"}

@@ -71,7 +71,7 @@ def test_a_family_whose_config_lists_its_layers_is_refused():
 def test_a_gguf_file_is_refused(dense, tmp_path):
     file = tmp_path / "dense.gguf"
     file.touch()
-    with pytest.raises(UsageError, match=r"mergekit reads no GGUF file, as \S+gguf is"):
+    with pytest.raises(UsageError, match="mergekit reads no GGUF file, as "):
         recipe_of(str(file), load(dense)[0], BLOCKS)
 
 

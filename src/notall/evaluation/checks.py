@@ -169,7 +169,7 @@ def prompts_digest(name: str) -> dict[str, str]:
     return {"prompts": digest_of(read_prompts(Path(file)))} if file else {}
 
 
-def retrieval_task(
+def retrieval(
     form: RetrievalForm, tokens: int, name: str, items: int, seed: int
 ) -> MadeTask:
     """Whether greedy decoding says what stands far back in a text of about so many
@@ -181,7 +181,7 @@ def retrieval_task(
 
 def needles(name: str, items: int, seed: int) -> MadeTask:
     """Retrieval of each form and length in turn: one score, where `passkey` and
-    `retrieval_task` have one for each.
+    `retrieval` have one for each.
     """
     asked: list[tuple[RetrievalForm, int]] = [
         ("passkey", tokens) for tokens in CONTEXTS
@@ -203,7 +203,7 @@ def _found(name: str, episodes: Sequence[Episode]) -> MadeTask:
     )
 
 
-def answers_task(name: str, items: int, seed: int) -> MadeTask:
+def answers(name: str, items: int, seed: int) -> MadeTask:
     """The share of tokens of the original model's own greedy answers that stay the
     first choice, given those before.
     """
@@ -217,7 +217,7 @@ def answers_task(name: str, items: int, seed: int) -> MadeTask:
     )
 
 
-def written_task(name: str, items: int, seed: int) -> MadeTask:
+def written(name: str, items: int, seed: int) -> MadeTask:
     """What a plan writes to prompts, compared with what the original model writes."""
     metrics = {
         "same_beginning": True,
@@ -284,18 +284,18 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
 
 TASK_MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
     **{
-        f"passkey_{tokens}": partial(retrieval_task, "passkey", tokens)
+        f"passkey_{tokens}": partial(retrieval, "passkey", tokens)
         for tokens in CONTEXTS
     },
-    **{f"retrieval_{form}": partial(retrieval_task, form, LENGTH) for form in UNSEEN},
+    **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
     "needles": needles,
-    "answers_task": answers_task,
-    "written_task": written_task,
+    "answers": answers,
+    "written": written,
 }
 ASKING = (ANSWERS_TO, "written:")  # before a file of prompts
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "passkey": tuple(f"passkey_{tokens}" for tokens in CONTEXTS),
-    "retrieval_task": tuple(f"retrieval_{form}" for form in UNSEEN),
+    "retrieval": tuple(f"retrieval_{form}" for form in UNSEEN),
     "reasoning": tuple(f"{GYM}{name}" for name in GYM_DEFAULT),
 }
 

@@ -16,7 +16,7 @@ from ..structure.model_structure import text_config
 
 # Their config counts layers and says nothing of single ones: mergekit changes the count
 # alone.
-FAMILIES = ("llama", "mistral")
+RECIPE_FAMILIES = ("llama", "mistral")
 EXPORT = "use notall export --to hf"
 
 
@@ -36,8 +36,10 @@ def recipe_of(name: str, model: PreTrainedModel, plan: Plan) -> str:
         problem = f"mergekit reads no GGUF file, as {shortened(name)} is"
     elif plan.attention != plan.mlp:
         problem = f"mergekit drops whole blocks, and the plan skips {shortened(plan)}"
-    elif family not in FAMILIES:
-        problem = f"recipes of mergekit are tested on {', '.join(FAMILIES)} alone"
+    elif family not in RECIPE_FAMILIES:
+        problem = (
+            f"recipes of mergekit are tested on {', '.join(RECIPE_FAMILIES)} alone"
+        )
     else:
         depth = len(structure.blocks)
         return "\n".join(_lines(name, _runs(depth, plan))) + "\n"
