@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from .projections import is_matrix
 
 # the sum of the sizes of a matrix's inputs, over its output's, at which a column moves by
-# the rate: a third of what is usual at the default model's output projections
-USUAL = 50.0
+# the rate: two thirds of what is usual at the default model's output projections
+USUAL = 100.0
 LEAST = 0.5  # of the mean size: what is silent on these tokens need not be on others
 
 
