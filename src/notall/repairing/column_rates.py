@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .projections import is_matrix
 
-# the sum of the sizes of a matrix's inputs, over its output's, at which a column moves by
-# the rate: two thirds of what is usual at the default model's output projections
+# the sum of the sizes of a matrix's inputs, over its output's, that the full rate suits:
+# the default model's output projections have 65 to 190
 USUAL = 100.0
 LEAST = 0.5  # of the mean size: what is silent on these tokens need not be on others
 
@@ -38,8 +38,8 @@ def matrices_of(model: nn.Module, paths: Collection[str]) -> Matrices:
 
 @torch.no_grad()
 def column_rates(matrices: Matrices, run: Callable[[], object]) -> dict[str, Tensor]:
-    """Of each matrix the rate of each of its columns, as a factor: (inputs,), or as its
-    weight has them (inputs, 1).
+    """Of each matrix the rate of each of its columns, as a factor of at most 1:
+    (inputs,), or as its weight has them (inputs, 1).
 
     `run` calls the model with some text. Factors are powers of 2, so that what is
     divided by them and multiplied again is exactly what it was.
@@ -80,6 +80,6 @@ def _watched(matrices: Matrices, sizes: dict[str, Tensor]) -> Iterator[None]:
 def _rates(squares: Tensor, *, is_turned: bool) -> Tensor:
     sizes = squares.sqrt()
     sizes = sizes.clamp_min(LEAST * sizes.mean()).clamp_min(1e-6)
-    rates = USUAL / (len(sizes) * sizes)
+    rates = (USUAL / (len(sizes) * sizes)).clamp_max(1.0)
     powers = rates.log2().round().exp2()
     return powers[:, None] if is_turned else powers
