@@ -39,7 +39,7 @@ COMMANDS = {
     "slim": (
         ALL,
         "slim",
-        "Run search, repair, bench and export in one command.",
+        "Run search, repair, bench, export and card in one command.",
     ),
     "inspect": (
         LOOK,

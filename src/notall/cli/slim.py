@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..experiments.next_commands import as_step
 from ..experiments.options.model import ModelOptions
 from ..experiments.options.text import HeldOutOptions
 from ..experiments.recovery import RecoveryOptions, last_state, verdict_on
@@ -13,6 +14,7 @@ from ..experiments.slim.run import USUAL_TEXT, Slim, Slimmed, SlimOptions
 from ..experiments.verdict import Verdict
 from ..options import OutFolder, RunOptions, Workload
 from ..plan import several
+from ..report.card import write_card
 from ..results.facts import (
     DENSE_VALUE,
     FOOTPRINT,
@@ -80,17 +82,22 @@ def slim(
     workload: Workload = Workload(prompt_tokens=512, generation_tokens=32),
     out: OutFolder = Path("slim"),
 ) -> None:
-    """Run search, repair, bench and export in one command.
+    """Run search, repair, bench, export and card in one command.
 
     It looks for what a prompt can skip, and for what every token can, such that tasks
-    keep their scores. It repairs each set, times it, exports it and compares the
-    export with the plan. Each step is a command of its own, which is named. It says
-    first about how long that takes. If you interrupt it, the same command continues
-    where it stopped.
+    keep their scores. It repairs each set, times it, exports it, compares the
+    export with the plan and writes its card. Each step is a command of its own, which
+    is named. It says first about how long that takes. If you interrupt it, the same
+    command continues where it stopped.
     """
     asked = Slim.of(model, space, text, tasks, repair, workload, how, out, run.seed)
     with progress_bar() as progress:
         found = asked.run(progress)
+    for one in found:
+        if one.folder:
+            records = [out / f"{one.name}.search", out / f"{one.name}.bench"]
+            with as_step("card", one.folder, *records):
+                write_card(one.folder, records)
     least = tasks.recovery or RECOVERY
     rounds = several(workload.rounds, "round")
     title = f"{out}: what is gained, median [quartiles] of {rounds}"

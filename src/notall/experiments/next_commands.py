@@ -124,14 +124,15 @@ def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
 
 @contextmanager
 def as_step(
-    verb: str, spec: str, given: Sequence[tuple[Any, Any]], **named: object
+    verb: str, *of: object, given: Sequence[tuple[Any, Any]] = (), **named: object
 ) -> Iterator[None]:
     """Inside, a step of another command is done: the command of `verb` that does the
     same is logged, and recorded.
 
-    `given` are pairs of options and of those that `verb` has by default.
+    It is `of` some arguments, and `given` pairs of options and of those that `verb` has
+    by default.
     """
-    words = [verb, spec]
+    words = [verb, *map(str, of)]
     for options, usual in given:
         words += typed(options, usual)
     for name, value in named.items():

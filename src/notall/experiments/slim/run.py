@@ -17,7 +17,6 @@ from ...exporters.manifest import read_manifest
 from ...options import Workload, option
 from ...plan import Plan
 from ...progress import Progress
-from ...results.facts import RECOVERED
 from ...results.ledger import Ledger, read_records, working_in
 from ...results.provenance import Provenance, this_run
 from ...results.repairs import MeasuredRecord
@@ -28,7 +27,7 @@ from ..next_commands import LITTLE_NATS, as_step, next_command, what_next
 from ..options.model import ModelOptions
 from ..options.plan import read_plan
 from ..options.text import HeldOutOptions
-from ..recovery import JudgedRecord, RecoveryOptions, last_state
+from ..recovery import JudgedRecord, RecoveryOptions
 from ..repair import RepairOptions
 from ..search.one_phase import READS
 from ..search.options import BudgetOptions, ObjectiveOptions, SpaceOptions
@@ -216,7 +215,7 @@ class Slim:
             (asked.by, ObjectiveOptions()),
         ]
         more = {"seed": asked.seed or None, "out": asked.out}
-        with as_step("search", self.model.model, given, **more):
+        with as_step("search", self.model.model, given=given, **more):
             return tuple(one.out.stem for one in asked.run(progress))
 
     def time(self, found: Sequence[str], progress: Progress) -> dict[str, BenchRecord]:
@@ -245,7 +244,7 @@ class Slim:
             given = [(self.model, ModelOptions()), (self.workload, USUAL_TIMES)]
             more = {"seed": self.search.seed or None, "out": folder}
             made = self._made(name)
-            with as_step("bench", self.model.model, given, plan=made, **more):
+            with as_step("bench", self.model.model, given=given, plan=made, **more):
                 net = net or self.model.load()[0]
                 about = self.model.provenance(
                     net, dummy_weights=False, fingerprint=locate(net).fingerprint
@@ -321,19 +320,15 @@ class Slim:
         if folder.exists():
             self._check_written(folder, one.plan)
             return one._replace(folder=folder)
-        scores = {
-            f"Recovery, {score.task} ({score.usual_metric})": RECOVERED.text(score)
-            for score in last_state(one.scores)
-        }
         given = [(self.model, ModelOptions())]
         more = {"to": self.to, "out": folder}
-        with as_step("export", self.model.model, given, plan=made, **more):
+        with as_step("export", self.model.model, given=given, plan=made, **more):
             export(
                 self.model.source,
                 one.plan,
                 self.to,
                 folder,
-                measured=scores,
+                command=str(this_run()["command"]),
                 progress=progress,
             )
         return one._replace(folder=folder)
