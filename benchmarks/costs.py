@@ -91,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("commands", nargs="*", help="without the word notall")
     asked = parser.parse_args()
-    rows = [Cost(**line) for line in lines.read(asked.out)] if asked.out else []
+    rows = [Cost(**line) for line in lines.read_lines(asked.out)] if asked.out else []
     for command in asked.commands or (() if rows else USUAL):
         rows.append(cost(command))
         if asked.out:

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import notall
 from notall.choosing.budget import by_count
-from notall.choosing.criteria.search import search
+from notall.choosing.criteria.search import search_sets
 from notall.choosing.criteria.setting import Setting
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl
@@ -203,7 +203,7 @@ def searched(
     space = Space(evaluator.structure, "attention")
     seconds: list[float] = []
     with timed(seconds):
-        found = search(
+        found = search_sets(
             Setting(model, space, batches, evaluator), by_count(space, count), {}
         )
     spent = evaluator.spent

@@ -180,7 +180,7 @@ def test_records_that_an_interruption_left_out_are_added_once(
 def test_records_of_another_row_or_task_are_made_again(run, tmp_path, change):
     first = run(["tiny_choice"], tmp_path, ABOUT)
     path = tmp_path / BenchmarkRecord.file
-    held = lines.read(path)
+    held = lines.read_lines(path)
     about = {name: change[name] for name in change.keys() & {"asked", "records"}}
     damaged = held[0] | {
         name: value for name, value in change.items() if name not in about
@@ -267,7 +267,7 @@ def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     after = answers.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert after.startswith(finished)
-    again = lines.read(answers)
+    again = lines.read_lines(answers)
     keys = [
         (key, plan)
         for line in again

@@ -75,7 +75,7 @@ def encoding(chart, channel):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures") / "made"
     charts_style.save(
-        framed(charts_layers.similarity_chart(SIMILARITY), "Similarity by depth"),
+        framed(charts_layers.similarity(SIMILARITY), "Similarity by depth"),
         folder / "similarity",
     )
     charts_style.save(framed(trade(POINTS)), folder / "trade.off")
@@ -143,7 +143,7 @@ def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path):
         UsageError, match=r"^cannot write figures to .*file: .*choose another folder$"
     ):
         charts_style.save(
-            framed(charts_layers.similarity_chart(SIMILARITY)),
+            framed(charts_layers.similarity(SIMILARITY)),
             tmp_path / "file" / "similarity",
         )
 
@@ -153,7 +153,7 @@ NASTY = "</script><script>alert(1)</script><!-- \x00\x1b\u2028\ufffe"
 
 def test_a_title_is_text_whatever_it_says(tmp_path):
     charts_style.save(
-        framed(charts_layers.similarity_chart(SIMILARITY), NASTY), tmp_path / "figure"
+        framed(charts_layers.similarity(SIMILARITY), NASTY), tmp_path / "figure"
     )
     page = (tmp_path / "figure.html").read_text(encoding="utf-8").lower()
     assert page.count("<script") - page.count("</script") == 0
@@ -200,7 +200,7 @@ def test_a_name_of_any_length_is_short_in_a_figure():
 def test_every_similarity_is_drawn_by_layer_and_kind():
     drawn = {
         (row["layer"], row["kind"]): row["cosine"]
-        for row in rows_of(charts_layers.similarity_chart(SIMILARITY))
+        for row in rows_of(charts_layers.similarity(SIMILARITY))
     }
     names = {"block": "block", "attention": "attention", "mlp": "MLP"}
     assert drawn == {(row.layer, names[row.kind]): row.cosine for row in SIMILARITY}
@@ -234,9 +234,9 @@ def test_what_is_no_number_is_left_out(missing):
         (0.05, 0.05, 0.05)
     ]
     similarity = [SIMILARITY[0], SIMILARITY[1].model_copy(update={"cosine": missing})]
-    assert [
-        row["kind"] for row in rows_of(charts_layers.similarity_chart(similarity))
-    ] == ["block"]
+    assert [row["kind"] for row in rows_of(charts_layers.similarity(similarity))] == [
+        "block"
+    ]
     refit = RefitRecord(sublayers=("attn.3", "mlp.3"), left=0.9, ridge=0.3, seconds=0.1)
     drawn = charts_layers.by_depth([refit, refit.model_copy(update={"left": missing})])
     assert rows_of(drawn) == [
@@ -261,7 +261,7 @@ def test_a_kind_has_its_colour_whichever_others_are_drawn(kinds):
         trade([point for point in POINTS if point.colour in kinds]), "color"
     )["scale"]
     some = [row for row in SIMILARITY if row.kind in [kind.lower() for kind in kinds]]
-    alike = encoding(charts_layers.similarity_chart(some), "color")["scale"]
+    alike = encoding(charts_layers.similarity(some), "color")["scale"]
     wanted = {
         name: {"expr": f"colour_{name}"}
         for name in ("attention", "MLP", "block")
@@ -474,7 +474,7 @@ def test_labels_of_a_dense_figure_do_not_overlap_in_the_picture(width):
     assert overlaps(labels) == 0
     for label in labels:
         assert not [
-            row for row in drawn if overlaps([label, box(row, charts_labels.AROUND)])
+            row for row in drawn if overlaps([label, box(row, charts_labels.POINT_BOX)])
         ]
 
 
@@ -514,16 +514,16 @@ def test_of_many_criteria_the_best_have_colours_and_the_rest_is_grey():
     assert list(colours) == ["search", "c", "d", "b"]
     drawn = charts_losses.losses_by_count(MANY, colours)
     scale = encoding(drawn, "color")["scale"]
-    assert scale["domain"] == ["search", "c", "d", "b", charts_points.OTHERS]
+    assert scale["domain"] == ["search", "c", "d", "b", charts_points.OTHER_WAYS]
     assert (scale["range"][0], scale["range"][-1]) == (
         {"expr": "ink"},
         {"expr": "pale"},
     )
     shown = rows_of(drawn)
     assert [row["shown"] for row in shown].count(
-        charts_points.OTHERS
+        charts_points.OTHER_WAYS
     ) == 3 * 3  # a, e and f
-    assert shown[0]["shown"] == charts_points.OTHERS  # below what has a colour
+    assert shown[0]["shown"] == charts_points.OTHER_WAYS  # below what has a colour
     lines = [
         layer for layer in drawn.to_dict()["layer"] if layer["mark"]["type"] == "line"
     ]
@@ -537,7 +537,7 @@ def test_few_criteria_have_a_colour_each():
     colours = charts_points.colours_of(points)
     assert set(colours) == {"search", "a", "b", "c", "f"}
     assert (
-        charts_points.OTHERS
+        charts_points.OTHER_WAYS
         not in encoding(by_count(points), "color")["scale"]["domain"]
     )
     assert (
@@ -548,7 +548,7 @@ def test_few_criteria_have_a_colour_each():
 
 def test_what_changes_is_logarithmic_and_rounding_is_no_change():
     last = Similarity(layer=30, kind="block", cosine=1 + 1e-9, cosine_se=0.0)
-    chart = charts_layers.similarity_chart([*SIMILARITY, last])
+    chart = charts_layers.similarity([*SIMILARITY, last])
     changed = {(row["layer"], row["kind"]): row["changed"] for row in rows_of(chart)}
     assert changed[3, "MLP"] == pytest.approx(0.37)
     assert changed[30, "block"] == charts_layers.LEAST_CHANGE

@@ -194,8 +194,8 @@ def test_transformers_takes_as_many_rounds_too(model, draft, drafted, monkeypatc
         handle = model.register_forward_hook(lambda *_: asked.append(1))
         assert ways[drafting.WITH]() > 0
         handle.remove()
-        assert ways[drafting.ALONE]() > 0
-        return {drafting.ALONE: [3.0], drafting.WITH: [2.0]}
+        assert ways[drafting.GENERATING]() > 0
+        return {drafting.GENERATING: [3.0], drafting.WITH: [2.0]}
 
     monkeypatch.setattr(generating, "greedy", note)
     monkeypatch.setattr(speed, "interleaved", interleaved)
@@ -370,7 +370,7 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(
         drafting.CHECK_STEP.format(1): [11.0, 22.0],
         drafting.CHECK_STEP.format(2): [12.0, 12.0],
     }
-    whole = {drafting.ALONE: [300.0, 100.0], drafting.WITH: [200.0, 50.0]}
+    whole = {drafting.GENERATING: [300.0, 100.0], drafting.WITH: [200.0, 50.0]}
     expected = [samples, whole]
 
     def interleaved(measures, rounds, progress):
@@ -460,7 +460,7 @@ def test_texts_that_come_out_otherwise_are_counted(model, draft, monkeypatch):
 
     def interleaved(ways, *_, **__):
         assert all(way() > 0 for way in ways.values())
-        return {drafting.ALONE: [3.0], drafting.WITH: [2.0]}
+        return {drafting.GENERATING: [3.0], drafting.WITH: [2.0]}
 
     monkeypatch.setattr(generating, "greedy", greedy)
     monkeypatch.setattr(speed, "interleaved", interleaved)

@@ -419,7 +419,7 @@ def test_an_interrupt_in_the_code_of_others_is_one(mine, found_by):
     Path("stopped.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         found_by("stopped:x")
-    with pytest.raises(KeyboardInterrupt), entry_points.explained("mine"):
+    with pytest.raises(KeyboardInterrupt), entry_points.explained_plugin("mine"):
         raise KeyboardInterrupt
 
 

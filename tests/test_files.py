@@ -137,7 +137,7 @@ READERS = {
     "my.json": notall.load,
     "bench.jsonl": lambda path: results_of(path.parent),
     "theirs.jsonl": lambda path: results_of(path.parent),
-    "refits.jsonl": lines.read,
+    "refits.jsonl": lines.read_lines,
     "plan.json": Plan.load,
     "task.yaml": lambda path: TaskShelf(path.parent),
     "text.txt": read_text,

@@ -113,7 +113,7 @@ def test_every_line_equals_its_slow_twin(model, swept):
 @torch.no_grad()
 def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
     """The model that `skip` leaves, uncached, on the first two sequences alone."""
-    found = lines.read(swept[0] / LeaveOneOutRecord.file)
+    found = lines.read_lines(swept[0] / LeaveOneOutRecord.file)
     assert [line["sublayer"] for line in found] == [
         f"{kind}.{layer}" for layer in range(DEPTH) for kind in ("attn", "mlp")
     ]
@@ -144,7 +144,8 @@ def test_sublayers_are_left_out_on_two_sequences_however_they_are_batched(
     rows = torch.cat(BATCHES)
     run(model, tmp_path, [rows[:1], rows[1:]])
     found, again = (
-        lines.read(folder / LeaveOneOutRecord.file) for folder in (swept[0], tmp_path)
+        lines.read_lines(folder / LeaveOneOutRecord.file)
+        for folder in (swept[0], tmp_path)
     )
     assert [line["sequences"] for line in again] == [2] * 2 * DEPTH
     assert [line["delta_nll"] for line in again] == pytest.approx(
@@ -225,7 +226,7 @@ def test_what_is_of_no_row_and_no_layer_is_measured_again(model, swept, tmp_path
             "quality": records[5].quality.model_copy(update={"nll": 9.0}),
         }
     )
-    similarities = lines.read(folder / SimilarityRecord.file)
+    similarities = lines.read_lines(folder / SimilarityRecord.file)
     for name, held in (
         (
             SweepRecord.file,
@@ -250,13 +251,13 @@ def test_what_is_of_no_row_and_no_layer_is_measured_again(model, swept, tmp_path
     assert [(one.plan, one.quality.nll) for one in again] == [
         (one.plan, one.quality.nll) for one in records
     ]
-    assert lines.read(tmp_path / SimilarityRecord.file)[-1]["cosine"] == pytest.approx(
-        similarities[4]["cosine"]
-    )
+    assert lines.read_lines(tmp_path / SimilarityRecord.file)[-1][
+        "cosine"
+    ] == pytest.approx(similarities[4]["cosine"])
 
 
 def test_scores_of_other_sequences_are_not_taken(model, swept, tmp_path):
-    first, *others = lines.read(swept[0] / ScoresRecord.file)
+    first, *others = lines.read_lines(swept[0] / ScoresRecord.file)
     cut = {
         name: {field: row[:1] for field, row in one.items() if isinstance(row, list)}
         for name, one in first["scores"].items()
@@ -269,7 +270,7 @@ def test_scores_of_other_sequences_are_not_taken(model, swept, tmp_path):
 def test_what_scores_are_missing_is_computed_and_no_other(
     model, swept, tmp_path, monkeypatch
 ):
-    first, *others = lines.read(swept[0] / ScoresRecord.file)
+    first, *others = lines.read_lines(swept[0] / ScoresRecord.file)
     lacking = list(first["scores"])[3:5]
     kept = {name: one for name, one in first["scores"].items() if name not in lacking}
     lines.append(tmp_path / ScoresRecord.file, first | {"scores": kept}, *others)

@@ -282,7 +282,7 @@ def test_another_attention_is_measured_anew(model, clock):
 def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(
     model, clock, monkeypatch
 ):
-    decoded, timed = [], latency.compare
+    decoded, timed = [], latency.compare_speeds
 
     def noting(model, variants, workload, **options):
         decoded.append(workload.generation_tokens)

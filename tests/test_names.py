@@ -5,7 +5,9 @@ from collections import defaultdict
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "notall"
-VERBS = {"bench", "evaluate", "export", "heal", "repair", "reproduce", "sweep"}
+VERBS = {
+    "bench", "evaluate", "export", "heal", "repair", "reproduce", "similarity", "sweep",
+}  # fmt: skip
 # What a name means in each file that has it.
 SHARED = {
     "ARCHITECTURES": "names in llama.cpp of the architectures that a form of file knows",

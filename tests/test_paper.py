@@ -753,7 +753,7 @@ def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
 def test_times_of_another_row_or_batch_are_measured_again(model, tmp_path, change):
     first = grid_of(model, tmp_path)
     path = tmp_path / TimesRecord.file
-    held = lines.read(path)
+    held = lines.read_lines(path)
     path.unlink()
     lines.append(path, *held[:5], held[5] | change, *held[6:])
     again = grid_of(model, tmp_path)
@@ -771,7 +771,7 @@ def test_a_machine_that_is_not_told_is_none(machine):
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
-    compare, tried = speed.compare, []
+    compare, tried = speed.compare_speeds, []
 
     def short_of_memory(model, variants, workload, **options):
         tried.append(workload.concurrency)
@@ -1004,9 +1004,9 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
     for name in ("benchmarks", "diagnostics"):
         with open(tmp_path / f"{name}.csv") as file:
             assert len(list(csv.DictReader(file))) == len(
-                lines.read(tmp_path / f"{name}.jsonl")
+                lines.read_lines(tmp_path / f"{name}.jsonl")
             )
-    checks = lines.read(tmp_path / "diagnostics.jsonl")
+    checks = lines.read_lines(tmp_path / "diagnostics.jsonl")
     assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in checks}) == 18
     assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
@@ -1080,7 +1080,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
         path = tmp_path / f"{name}.jsonl"
         found = [
             tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys))
-            for r in lines.read(path)
+            for r in lines.read_lines(path)
         ]
         again = len(found) - len(set(found))
         whole = before.get(path, b"").count(b"\n")
@@ -1136,4 +1136,4 @@ def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(
     assert leaving.value.code == 2
     assert said.startswith("error: cannot write")
     assert "No space left" in said
-    assert len(lines.read(tmp_path / "benchmarks.jsonl")) == 2 * 19
+    assert len(lines.read_lines(tmp_path / "benchmarks.jsonl")) == 2 * 19

@@ -648,10 +648,10 @@ def test_a_run_goes_on_and_takes_an_interrupted_round_again(asked, tmp_path):
     done = len(asked)
     measured(tmp_path)
     assert len(asked) == done
-    assert len(lines.read(tmp_path / ParetoRecord.file)) == 4
+    assert len(lines.read_lines(tmp_path / ParetoRecord.file)) == 4
     measured(tmp_path, rounds=4)
     assert [question for question, _ in asked[done:]] == ["time"] * 4
-    assert len(lines.read(tmp_path / EngineTimesRecord.file)) == 2 + 4 * 4
+    assert len(lines.read_lines(tmp_path / EngineTimesRecord.file)) == 2 + 4 * 4
 
 
 def test_what_an_engine_cannot_run_is_told_and_tried_again(asked, tmp_path):

@@ -323,7 +323,7 @@ def test_the_cheapest_of_all_sets_that_are_as_fast_is_found(
     monkeypatch.setattr(
         outcomes,
         "choose",
-        lambda _, setting, budget: searching.search(setting, budget, {}),
+        lambda _, setting, budget: searching.search_sets(setting, budget, {}),
     )
     among = space(model, "sublayer")
     table = Table(among, seed)
@@ -444,13 +444,13 @@ class Tails(Table):
 def test_the_deepest_are_tried_and_kept_where_they_cost_less(model):
     among = space(model, "sublayer")
     for budget in (by_count(among, 4), by_limit(among, 1.0)):
-        found = searching.search(
+        found = searching.search_sets(
             Setting(model, among, BATCHES, Tails(among, 0)), budget, {}
         )
         assert found.skipped >= Tails.GOOD
         assert frozenset(name for unit in found.order for name in unit) == found.skipped
     every = Space(locate(model), "sublayer")
-    found = searching.search(
+    found = searching.search_sets(
         Setting(model, every, BATCHES, Tails(every, 0)), by_count(every, 4), {}
     )
     assert not found.skipped >= Tails.GOOD
@@ -460,7 +460,7 @@ def test_the_deepest_are_tried_and_kept_where_they_cost_less(model):
 def test_a_search_is_no_worse_than_the_deepest(model, seed):
     among = space(model, "block")
     table = Table(among, seed, 1.0, forgiving=True)
-    found = searching.search(
+    found = searching.search_sets(
         Setting(model, among, BATCHES, table), by_count(among, 2), {}
     )
     assert table.cost(found.skipped) <= table.cost(frozenset(sum(among.units[-2:], ())))

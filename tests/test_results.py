@@ -59,7 +59,7 @@ def path(tmp_path):
 def read_quietly(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return lines.read(path)
+        return lines.read_lines(path)
 
 
 def test_records_come_back_in_order_one_a_line(path):
@@ -86,7 +86,7 @@ def test_floats_come_back_exactly_and_no_number_is_null(tmp_path):
             "all": [float("inf"), (1.5, {"x": float("-inf")})],
         },
     )
-    assert lines.read(path) == [
+    assert lines.read_lines(path) == [
         {"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}
     ]
 
@@ -97,7 +97,7 @@ def test_any_torn_last_line_is_dropped_with_a_warning_and_overwritten(path):
     for cut in range(2, last):
         path.write_bytes(whole[:-cut])
         with pytest.warns(UserWarning, match="torn"):
-            assert lines.read(path) == RECORDS[:2]
+            assert lines.read_lines(path) == RECORDS[:2]
         lines.append(path, RECORDS[2])
         assert path.read_bytes() == whole
 
@@ -120,7 +120,7 @@ def test_a_malformed_line_elsewhere_is_named(path, bad):
         UsageError,
         match=r"line 3 of .*results.jsonl is no JSON record; repair or delete",
     ):
-        lines.read(path)
+        lines.read_lines(path)
     lines.append(path, {"variant": "mlp"})
     assert path.read_bytes() == before + sealed(b'{"variant": "mlp"}') + b"\n"
 
@@ -129,7 +129,7 @@ def test_a_malformed_last_line_that_was_written_to_its_end_is_no_torn_one(path):
     with path.open("ab") as file:
         file.write(b'{"variant": oops}\n')
     with pytest.raises(UsageError, match="line 4"):
-        lines.read(path)
+        lines.read_lines(path)
 
 
 def quartiles(median):
@@ -195,7 +195,7 @@ def test_records_are_checked_by_line_and_come_back_as_they_were(tmp_path):
     assert mlp.provenance.what == {"model": "smollm2", "seed": 0}
     again = tmp_path / "again.jsonl"
     lines.append(again, mlp.line())
-    assert lines.read(again) == [RECORD]
+    assert lines.read_lines(again) == [RECORD]
     assert read(again, SweepRecord)[0].line() == mlp.line()
 
 
@@ -292,7 +292,7 @@ def test_a_line_nested_deeper_than_any_record_is_named(path):
         file.write(b"[" * 5000 + b"]" * 5000 + b"\n")
         file.write(b'{"plan":' * 5000 + b"1" + b"}" * 5000 + b"\n")
     with pytest.raises(UsageError, match=r"line 4 of .* is no JSON record"):
-        lines.read(path)
+        lines.read_lines(path)
 
 
 @pytest.mark.parametrize(
@@ -442,14 +442,17 @@ def test_a_file_with_a_header_is_held_against_it(tmp_path):
     path = tmp_path / EvaluationRecord.file
     assert (header_of(path).provenance, header_of(path).of) == (about, "evaluation")
     assert kind_at(path) == "evaluation"
-    assert [line["record"] for line in lines.read(path)] == ["header", "evaluation"]
+    assert [line["record"] for line in lines.read_lines(path)] == [
+        "header",
+        "evaluation",
+    ]
     assert math.isnan(
         Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost
     )
     with pytest.raises(UsageError, match="results with objective"):
         Ledger(tmp_path, EvaluationRecord, Provenance(what={"objective": "nll"}))
     Ledger(tmp_path, EvaluationRecord, about).add(found)
-    assert len(lines.read(path)) == 3  # one header
+    assert len(lines.read_lines(path)) == 3  # one header
 
 
 def test_a_ledger_holds_every_record_of_a_kind_without_a_key(tmp_path, monkeypatch):
@@ -520,7 +523,7 @@ def test_a_path_that_cannot_be_written_or_read_is_one_clear_line(tmp_path):
             act()
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match=r"cannot read .*: Is a directory"):
-        lines.read(tmp_path)
+        lines.read_lines(tmp_path)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -535,12 +538,12 @@ def test_a_line_has_a_limit(path, monkeypatch):
     """
     longest = max(map(len, path.read_bytes().splitlines(keepends=True)))
     monkeypatch.setattr(lines, "MOST_BYTES", longest + 1)
-    assert lines.read(path) == RECORDS
+    assert lines.read_lines(path) == RECORDS
     monkeypatch.setattr(lines, "MOST_BYTES", longest)
     with pytest.raises(
         UsageError, match=rf"has {longest} bytes or more; delete that line"
     ):
-        lines.read(path)
+        lines.read_lines(path)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])
@@ -579,7 +582,7 @@ import sys
 from pathlib import Path
 from api import records_lines as lines
 path = Path(sys.argv[1])
-start = len(lines.read(path))
+start = len(lines.read_lines(path))
 for number in range(start, start + 100_000):
     lines.append(path, {"number": number, "text": "x" * 200_000})
     print(number, flush=True)
@@ -597,7 +600,7 @@ def test_a_writer_killed_again_and_again_loses_nothing_that_was_written(tmp_path
         writer.kill()
         reported = max([reported, *map(int, writer.stdout.read().split())])
         writer.wait()
-        numbers = [record["number"] for record in lines.read(path)]
+        numbers = [record["number"] for record in lines.read_lines(path)]
         assert numbers == list(range(len(numbers)))
         assert len(numbers) > reported
 

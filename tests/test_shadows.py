@@ -61,7 +61,12 @@ LINES: dict[str, tuple[str, ...]] = {
         ),
     ),
     "search": (f"model {TEXT} -o search.json --skip attention:2 --patience 1",),
-    "plan": ("model -o paper.json --skip attention:1",),
+    "slim": (),  # runs search, bench, export and card, as below
+    "plan": (
+        "model -o paper.json --skip attention:1",
+        "model -o block.json --skip block:1",
+    ),
+    "recipe": ("model --plan block.json -o cut.yaml",),
     "criteria": ("",),
     "repair": (f"model {TEXT} --plan plan.json --out repair",),
     "heal": (
@@ -94,6 +99,7 @@ LINES: dict[str, tuple[str, ...]] = {
         "model --plan plan.json --to nemotron-nas --out nas",
         "model.gguf --plan plan.json --to gguf --out gguf",
     ),
+    "card": ("hf eval",),
 }
 
 # As the installed script does, one command after the other, in one process.

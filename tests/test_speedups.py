@@ -150,7 +150,7 @@ def test_swaps_wait_until_the_times_hold(setting, machine, monkeypatch):
 
     def choose(_, setting, budget):
         patience.append(setting.patience)
-        return searching.search(setting, budget, {})
+        return searching.search_sets(setting, budget, {})
 
     monkeypatch.setattr(outcomes, "choose", choose)
     found = choose_as_fast("search", setting, asked(setting, 1.3))
@@ -165,7 +165,7 @@ def test_growing_checks_and_swaps_are_told_as_one_count(setting, machine, monkey
     monkeypatch.setattr(
         outcomes,
         "choose",
-        lambda _, setting, budget: searching.search(setting, budget, {}),
+        lambda _, setting, budget: searching.search_sets(setting, budget, {}),
     )
     setting = replace(
         setting, progress=lambda done, total, doing: told.append((done, total))
@@ -188,7 +188,7 @@ def test_swaps_move_the_count_also_behind_many_checks(setting, machine, monkeypa
 
     def choose(_, setting, budget):
         told.append([])
-        return searching.search(setting, budget, {})
+        return searching.search_sets(setting, budget, {})
 
     monkeypatch.setattr(latency.SpeedBudget, "corrected", slower)
     monkeypatch.setattr(outcomes, "choose", choose)

@@ -120,7 +120,7 @@ def test_two_workers_come_to_what_one_process_does(two, tmp_path, monkeypatch):
         read(tmp_path / name / HealRecord.file, HealRecord) for name in ("one", "two")
     )
     assert [look.tokens for look in both] == [look.tokens for look in one]
-    assert len(lines.read(tmp_path / "two" / HealRecord.file)) == 1 + len(
+    assert len(lines.read_lines(tmp_path / "two" / HealRecord.file)) == 1 + len(
         both
     )  # the first worker alone writes
     for name in ("held_out_kl", "held_out_nll", "held_out_agreement"):
@@ -185,7 +185,8 @@ def test_processes_of_accelerate_share_each_batch(dtype, rounding, tmp_path):
             there.weights[name].float() - weight.float()
         ).norm() <= rounding * change.norm(), name
     one, both = (
-        lines.read(tmp_path / name / HealRecord.file)[1:] for name in ("one", "two")
+        lines.read_lines(tmp_path / name / HealRecord.file)[1:]
+        for name in ("one", "two")
     )
     assert [look["tokens"] for look in both] == [look["tokens"] for look in one]
     assert [look["held_out_kl"] for look in both] == pytest.approx(

@@ -354,7 +354,7 @@ def test_sequence_taken_for_a_parallel_block(name: str, monkeypatch: Patch) -> N
 
 @pytest.mark.parametrize("name", ["olmo2", "olmo3", "gemma2", "exaone4", "glm4"])
 def test_norm_behind_the_mixer_forgotten(name: str, monkeypatch: Patch) -> None:
-    right = reading.lines_of
+    right = reading.residual_lines
 
     def wrong(trace: Any) -> Any:
         return [
@@ -389,7 +389,7 @@ def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> N
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
 def test_residual_added_twice(name: str, monkeypatch: Patch) -> None:
     """These modules are handed the residual and add it themselves."""
-    right = reading.lines_of
+    right = reading.residual_lines
 
     def wrong(trace: Any) -> Any:
         return [

@@ -88,7 +88,7 @@ class Kept:
     used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        first, *rows = lines.read(self.path) or [{"about": self.about}]
+        first, *rows = lines.read_lines(self.path) or [{"about": self.about}]
         if first["about"] != self.about:
             raise SystemExit(
                 f"{self.path} was made with {first['about']}, not {self.about}: choose"

@@ -159,7 +159,7 @@ def main() -> None:
         for folder, name in zip(folders, names)
     }
     save(distances(found), folders[0] / "claims")
-    chosen = lines.read(folders[0] / "measured.jsonl")
+    chosen = lines.read_lines(folders[0] / "measured.jsonl")
     save(
         choices(chosen, f"Sets chosen by text and by way, {names[0]}"),
         folders[0] / "choices",

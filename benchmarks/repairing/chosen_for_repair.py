@@ -109,7 +109,7 @@ def main() -> None:
     batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)
     settings, called = named(asked, "model", "dtype", "tokens", "windows")
     path = asked.out / f"chosen-{called}-{asked.sequences}.jsonl"
-    rows = [Chosen(**line) for line in lines.read(path)]
+    rows = [Chosen(**line) for line in lines.read_lines(path)]
     for of in asked.sets:
         if any(row.set == of for row in rows):
             continue

@@ -48,7 +48,7 @@ from notall.repairing.methods import kept_repair
 from notall.repairing.train_config import TrainConfig
 from notall.results import lines
 from notall.results.facts import Quality
-from notall.results.ledger import read
+from notall.results.ledger import read_records
 from notall.results.provenance import Provenance
 from notall.results.record import Fact, Quartiles
 from notall.results.repairs import HealRecord
@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def measured(path: Path) -> list[Measured]:
-    return [Measured(**line) for line in lines.read(path)]
+    return [Measured(**line) for line in lines.read_lines(path)]
 
 
 def as_lines(facts: Sequence[Fact]) -> list[lines.Line]:
@@ -324,7 +324,9 @@ class Front:
 
     def spent(self, faster: float) -> dict[str, float]:
         """What healing took: CPU minutes, and tokens of text."""
-        seconds = read(self.healing(faster) / HealRecord.file, HealRecord)[-1].seconds
+        seconds = read_records(self.healing(faster) / HealRecord.file, HealRecord)[
+            -1
+        ].seconds
         return {
             "cpu_minutes": seconds / 60,
             "train_tokens": self.asked.train_tokens,

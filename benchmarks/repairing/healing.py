@@ -31,7 +31,7 @@ from notall.repairing.methods import kept_repair
 from notall.repairing.texts import sampled
 from notall.repairing.train_config import TrainConfig, Trained
 from notall.results import lines
-from notall.results.ledger import read
+from notall.results.ledger import read_records
 from notall.results.provenance import Provenance
 from notall.results.repairs import HEALING, HealRecord
 from notall.results.table import Column, inherited, number, table, within, words
@@ -157,7 +157,7 @@ def main() -> None:
         settings["minutes"] = asked.minutes
         named = f"{of_settings}-{asked.minutes:g}min"
     path = asked.out / f"results-{named}.jsonl"  # other settings are another file
-    found, curve = [Healed(**line) for line in lines.read(path)], list[Look]()
+    found, curve = [Healed(**line) for line in lines.read_lines(path)], list[Look]()
     for of in asked.sets:
         plan = plan_of(SETS[of].split())
         for begun in asked.begin:
@@ -186,7 +186,9 @@ def main() -> None:
                     healed = heal(
                         model, start, batches, stop, config, out=folder, progress=bar
                     )
-                minutes = read(folder / HealRecord.file, HealRecord)[-1].seconds / 60
+                minutes = (
+                    read_records(folder / HealRecord.file, HealRecord)[-1].seconds / 60
+                )
                 added: list[Healed] = []
                 for text, windows in held_out.items():
                     models = {"skipped": plan, begun: start, "healed": healed}
@@ -209,7 +211,7 @@ def main() -> None:
                 found += added
             curve += [
                 Look(of, begun, look)
-                for look in read(folder / HealRecord.file, HealRecord)
+                for look in read_records(folder / HealRecord.file, HealRecord)
             ]
     place = machine(model.device)
     print(

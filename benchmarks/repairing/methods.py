@@ -248,7 +248,7 @@ def main() -> None:
     settings, called = named(asked, "model", "dtype", "tokens", "windows")
     path = asked.out / f"results-{called}.jsonl"  # other settings are another file
     kept = asked.out / f"repairs-{called}"
-    rows = [Repaired(**line) for line in lines.read(path)]
+    rows = [Repaired(**line) for line in lines.read_lines(path)]
     for of in asked.sets:
         plan = plan_of(SETS[of].split())
         known = {row.repair for row in rows if row.set == of}

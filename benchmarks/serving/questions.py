@@ -256,7 +256,7 @@ def main() -> None:
     )
     file = asked.out / f"answers-{hashlib.sha256(told.encode()).hexdigest()[:8]}.jsonl"
     found: dict[str, dict[tuple[str, int], Answer]] = defaultdict(dict)
-    for one in (Answer(**line) for line in lines.read(file)):
+    for one in (Answer(**line) for line in lines.read_lines(file)):
         found[one.plan][one.task, one.number] = one
     tokenizer = AutoTokenizer.from_pretrained(
         asked.model.parent, gguf_file=asked.model.name

@@ -210,7 +210,7 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
     )
 
 
-def similarity_chart(rows: Sequence[Similarity]) -> alt.LayerChart:
+def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
     """How far each layer's features are from the previous layer's, 1 − cosine, by depth
     (after the paper's Fig. 1).
     """

@@ -30,35 +30,33 @@ def write_similarity(
         (row, KIND_NAMES[row.kind], COSINE.cell(row))
         for row in sorted(rows, key=lambda row: row.layer)
     ]
-    by_layer, _ = pivot(
-        "similarity_chart", SIMILARITY[:1], entries, lambda row: row.layer
-    )
+    by_layer, _ = pivot("similarity", SIMILARITY[:1], entries, lambda row: row.layer)
     texts = {
         ".csv": as_csv(rows),
-        ".tex": as_latex(by_layer, caption=caption, label="similarity_chart"),
+        ".tex": as_latex(by_layer, caption=caption, label="similarity"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in texts.items():
         write_whole(path.with_name(path.name + suffix), content)
     drawn = [".png", ".svg", ".html"] if installed(*FIGURES) else []
     if drawn:
-        from ..charts.layers import similarity_chart
+        from ..charts.layers import similarity
         from ..charts.style import framed, save
 
         title = f"Change by depth, {model}"
-        save(framed(similarity_chart(rows), title, SIMILARITY_READS), path)
+        save(framed(similarity(rows), title, SIMILARITY_READS), path)
     return [path.with_name(path.name + suffix) for suffix in (*texts, *drawn)]
 
 
 def similarity_section(rows: Sequence[Similarity]) -> Section:
     """The figure of the change by depth, after the paper's Fig. 1."""
-    from ..charts.layers import similarity_chart
+    from ..charts.layers import similarity
     from ..charts.style import on_page
 
     figure = Figure(
-        on_page(similarity_chart(rows), 340),
+        on_page(similarity(rows), 340),
         "change by depth",
         csv=as_csv(rows),
         note=f"{SIMILARITY_READS}.",
     )
-    return Section("similarity_chart", "Similarity by depth", (figure,))
+    return Section("similarity", "Similarity by depth", (figure,))

@@ -54,7 +54,7 @@ USUAL_TIMES = Workload(generation_tokens=32)  # of `bench`
 class SlimOptions:
     """In which form the model is written, and how long sets are looked for."""
 
-    PANEL: ClassVar = "Result"
+    PANEL: ClassVar[str] = "Result"
 
     to: str | None = option(
         None,
