@@ -786,7 +786,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
     assert (dense.concurrency, dense.asked_concurrency) == (2, 8)
     monkeypatch.setattr(
         speed,
-        "compare",
+        "compare_speeds",
         lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")),
     )
     with pytest.raises(UsageError, match="one sequence"):
