@@ -16,7 +16,7 @@ from notall.charts.points import Point
 from notall.charts.style import framed, save
 from notall.experiments.pareto.records import ParetoRecord
 from notall.experiments.pareto.run import DENSE_NAME
-from notall.results.ledger import read
+from notall.results.ledger import read_records
 
 HERE = Path(__file__).parent
 RECORD = HERE.parent / "benchmarks/pareto-healed/pareto.jsonl"
@@ -68,5 +68,5 @@ def drawn(records: Sequence[ParetoRecord]) -> alt.LayerChart:
 
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
-        save(drawn(read(RECORD, ParetoRecord)), Path(folder) / "recovered")
+        save(drawn(read_records(RECORD, ParetoRecord)), Path(folder) / "recovered")
         shutil.copy(Path(folder) / "recovered.svg", HERE / "figures")
