@@ -283,6 +283,12 @@ def test_a_text_behind_a_prompt_is_named_so(out, about, tmp_path, text):
     assert "| prose, behind a prompt of 64 tokens | 0.125" in card_of(out).text
 
 
+def test_so_is_the_text_of_a_comparison(out, about, tmp_path):
+    record = compared(about(text="prose", prompt_tokens=64))
+    write_card(out, [kept(tmp_path / "compare", record)])
+    assert "| prose, behind a prompt of 64 tokens | 0.125" in card_of(out).text
+
+
 @pytest.mark.parametrize(
     ("record", "others", "reason"),
     [
