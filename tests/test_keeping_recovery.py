@@ -246,7 +246,7 @@ def test_of_sets_that_save_enough_the_one_that_keeps_most_is_chosen(
     assert len(sets) > 1
     plans = [
         Plan(mlp=[int(name.split(".")[1]) for name in skipped])
-        for _, skipped in sets[: 1 + recovering.OTHERS]
+        for _, skipped in sets[: 1 + recovering.OTHER_SETS]
     ]
     job = TaskShelf().build("answers", None, 4, choosing=True)
     shares = [

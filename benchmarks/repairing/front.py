@@ -226,7 +226,7 @@ def measured(path: Path) -> list[Measured]:
     return [Measured(**line) for line in lines.read_lines(path)]
 
 
-def as_lines(facts: Sequence[Fact]) -> list[lines.Line]:
+def as_lines(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     return [fact.model_dump(mode="json", exclude_unset=True) for fact in facts]
 
 
