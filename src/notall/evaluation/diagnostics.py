@@ -33,7 +33,7 @@ from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
 KEYS = 8  # of passkeys, a length: six that are lost are more than chance
-PARTS = ("long texts", "passkey", "generation_work")
+PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = (
     8,
     1024,
@@ -70,7 +70,7 @@ def run_diagnostics(
     checks: dict[str, Callable[[], list[list[Check]]]] = {
         "long texts": lambda: text_checks(model, plans, windows),
         "passkey": lambda: check_passkey(model, tokenizer, plans, contexts, seed=seed),
-        "generation_work": lambda: check_writing(model, plans, windows, new_tokens),
+        "writing": lambda: check_writing(model, plans, windows, new_tokens),
     }
     found: list[list[Check]] = []
     steps = progress_steps(
@@ -98,8 +98,7 @@ def progress_steps(
     return {
         "long texts": reading(texts, plans),
         "passkey": reading(KEYS * sum(contexts), plans),
-        "generation_work": prompts
-        + generation_work(new_tokens, plans),  # all prompts at once
+        "writing": prompts + generation_work(new_tokens, plans),  # all prompts at once
     }
 
 
