@@ -228,6 +228,12 @@ def test_trainings_that_a_prompt_has_none_of(how, fix):
         heal(named("llama").build(), PLAN, TEXT, OTHER, TrainConfig(**how))
 
 
+def test_mlps_alone_leave_nothing_to_train():
+    plan = Plan(prefill={"mlp": [2, LAYER]})
+    with pytest.raises(UsageError, match=r"skips none \(prefill-only mlp 2, 3\).*blocks too"):
+        heal(named("llama").build(), plan, TEXT, OTHER, TrainConfig())
+
+
 @torch.no_grad()
 def test_weights_of_the_answer_make_the_prompts_keys_and_values_too():
     """A plan of both parts that brings weights of keys: as a model that has these

@@ -17,7 +17,7 @@ from ..experiments.repair import METHOD_HELP, REFIT, FitOptions
 from ..experiments.used import uses_of
 from ..experiments.verdict import Verdict
 from ..options import Option, RunOptions
-from ..plan import Plan
+from ..plan import Plan, refuse_without_keys
 from ..repairing.fit_texts import SEQUENCES
 from ..repairing.train_config import TrainConfig
 from ..report.measured import refits_table
@@ -253,6 +253,7 @@ def _begun(
             "give the plan with --plan: `notall search` or `notall plan` writes one"
         )
     plan = read_plan(path)
+    refuse_without_keys(plan)
     text.check()
     model.check_plan(plan)
     choice = tasks.check()

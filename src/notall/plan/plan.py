@@ -251,6 +251,18 @@ class Plan(Layers, frozen=True, extra="forbid"):
             )
 
 
+def refuse_without_keys(plan: Plan) -> None:
+    """Raise `UsageError` where a plan skips MLPs alone, and those in the prompt alone:
+    no attention of it has keys and values of the prompt's own.
+    """
+    if plan.prefill and not plan.prefill.attention and not len(plan):
+        raise UsageError(
+            "repair and heal change keys and values of attentions that the prompt"
+            f" skips, and this plan skips none ({plan.prefill}): use it as it is, or"
+            " skip attentions or blocks too"
+        )
+
+
 def refuse_prefill(plan: Plan, what: str) -> None:
     """Raise `UsageError` where a plan skips something in the prompt alone, which `what`
     cannot do.
