@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from api import Seal, check_export, refuse_prefill
+from api import Seal, check_export, refuse_prefill, refuse_without_keys
 from families import family
 from notall import Plan, RepairedPlan, UsageError, locate
 
@@ -301,3 +301,18 @@ def test_what_cannot_skip_in_the_prompt_alone_says_so(tmp_path):
         ):
             use()
     refuse_prefill(Plan([1]), "anything")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(attention=[1], prefill={"mlp": [2]}),  # its first part is repaired
+        Plan(prefill={"attention": [1], "mlp": [2]}),
+        Plan(mlp=[2]),
+    ],
+    ids=["both parts", "an attention", "every token"],
+)
+def test_only_a_prompts_mlps_have_nothing_to_refit(plan):
+    refuse_without_keys(plan)
+    with pytest.raises(UsageError, match="skips none"):
+        refuse_without_keys(Plan(prefill={"mlp": [2]}))

@@ -252,8 +252,8 @@ class Plan(Layers, frozen=True, extra="forbid"):
 
 
 def refuse_without_keys(plan: Plan) -> None:
-    """Raise `UsageError` where a plan skips MLPs alone, and those in the prompt alone:
-    no attention of it has keys and values of the prompt's own.
+    """Raise `UsageError` for a plan that skips nothing but MLPs in the prompt: there is
+    nothing of it to refit or train.
     """
     if plan.prefill and not plan.prefill.attention and not len(plan):
         raise UsageError(
