@@ -2,7 +2,6 @@
 of it, for people and for hubs.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from . import Export
 
-logger = logging.getLogger(__name__)
-
 CARD = "README.md"
 # What the title adds to the model's name, what becomes of what is skipped, the head of
 # the table, and a tag for hubs.
@@ -38,13 +35,6 @@ OF_PROMPTS = (
     "skipped by a prompt's tokens in these layers, from 0",
     "prefill-only",
 )
-# Of the original model, and as a GGUF file names them.
-TERMS = {
-    "license": "general.license",
-    "license_name": "general.license.name",
-    "license_link": "general.license.link",
-    "language": "general.languages",
-}
 # Of the hub's four (adapter, finetune, merge, quantized); none is for pruned models.
 RELATION = "finetune"
 # Around the part that records fill, so that it can be written again.
@@ -74,7 +64,7 @@ def facts_of(
     }
     facts: Settings = {
         "library": export.library,
-        "terms": terms_in(export.origin.card),
+        "terms": export.origin.terms,
         "use": export.use,
         "own_keys": export.own_keys,
         "measured": shown,
@@ -237,49 +227,6 @@ def _fenced(command: str) -> str:
     longest = max(map(len, re.findall("`+", command)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}sh\n{printable(command)}\n{fence}"
-
-
-def terms_in(card: Path | None) -> Settings:
-    """What a card, or a GGUF file, says of the licence and the language of a model:
-    words, or lists of words.
-    """
-    if card is None:
-        return {}
-    try:
-        known = _stated_in_gguf(card) if card.suffix == ".gguf" else _stated_in(card)
-    except Exception:  # whatever YAML makes of it
-        logger.warning(
-            "%s of the original model is damaged: look its licence up, and add it",
-            card.name,
-        )
-        return {}
-    found = {name: known.get(name) for name in TERMS}
-    lists = {
-        name: value if isinstance(value, list) else [value]
-        for name, value in found.items()
-    }
-    return {
-        name: found[name]
-        for name, words in lists.items()
-        if words and all(isinstance(w, str) for w in words)
-    }
-
-
-def _stated_in(card: Path) -> Settings:
-    from huggingface_hub import metadata_load
-
-    return metadata_load(card) or {}
-
-
-def _stated_in_gguf(file: Path) -> Settings:
-    from ..models.gguf_file import open_gguf
-
-    fields = open_gguf(file).fields
-    return {
-        name: fields[field].contents()
-        for name, field in TERMS.items()
-        if field in fields
-    }
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

@@ -21,8 +21,8 @@ from ..files import contents, own_file, saving
 from ..models.configs import load_config, model_source, reader_of, refuse_export
 from ..models.identity import identify
 from ..models.load_errors import explained, quiet
-from ..models.names import named_gguf
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
+from ..models.terms import terms_in
 from ..models.weightless import build_empty
 from ..plan import several
 from ..running.repaired import RepairedPlan
@@ -301,7 +301,6 @@ def opened(source: Source) -> Iterator[DenseModel]:
             }
             yield _read(Path(scratch), identity, source.trust_remote_code)
         return
-    gguf = named_gguf(model)
     folder = model_source(model, revision)
     if not isinstance(folder, Path):
         with explained(folder):
@@ -310,8 +309,7 @@ def opened(source: Source) -> Iterator[DenseModel]:
                     folder, revision=revision, ignore_patterns=[*OTHER_WEIGHTS]
                 )
             )
-    dense = _read(folder, identify(model, revision=revision), source.trust_remote_code)
-    yield replace(dense, origin=replace(dense.origin, card=gguf)) if gguf else dense
+    yield _read(folder, identify(model, revision=revision), source.trust_remote_code)
 
 
 def _read(
@@ -343,7 +341,7 @@ def _read(
         layers=len(structure.blocks),
         fingerprint=structure.fingerprint,
         weights=weights,
-        card=own_file(folder, "README.md"),
+        terms=terms_in(own_file(folder, "README.md")),
     )
     return DenseModel(
         folder, settings, config, model, structure, tensors, origin, trust_remote_code

@@ -21,6 +21,7 @@ from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
 from ..files import temporary
 from ..models.gguf_file import ARCHITECTURE, EMBEDDING, Field, read_gguf, write_gguf
+from ..models.terms import terms_in_gguf
 from ..plan import Fingerprint, Plan
 from ..progress import Progress
 from . import Export, Source
@@ -75,6 +76,7 @@ class GGUFExport(Export):
         self.whole = gguf_with_weights(self.source, weights) if weights else self.source
         self.fields, self.tensors = cut(self.whole, plan)
         self.form = str(self.fields[ARCHITECTURE].value)
+        values = {name: field.value for name, field in self.source.fields.items()}
         depth = self.source.depth
         width = self.source.count("embedding_length")
         self.origin = Origin(
@@ -83,7 +85,7 @@ class GGUFExport(Export):
             depth,
             str(Fingerprint(self.source.architecture, depth, width)),
             weights=dense.name,
-            card=dense,
+            terms=terms_in_gguf(values),
         )
         self.dense_bytes = sum(tensor.size for tensor in self.source.tensors.values())
         self.written_bytes = sum(tensor.size for tensor in self.tensors.values())

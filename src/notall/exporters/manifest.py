@@ -3,7 +3,7 @@ card says to people.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ class Origin:
     layers: int
     fingerprint: str
     weights: str  # the file that they were read from, or the index of them
-    card: Path | None = None  # its own model card, or GGUF file
+    terms: Settings = field(default_factory=dict)  # its licence and language
 
 
 class NotAsSkipped(UsageError):
@@ -104,7 +104,7 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
     the model type written.
     """
     dense = asdict(origin)
-    del dense["card"]
+    del dense["terms"]
     per_layer: Settings = {}
     for index in range(origin.layers):
         kinds = [kind for kind in ("attention", "mlp") if index in getattr(plan, kind)]

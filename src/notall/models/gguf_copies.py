@@ -30,11 +30,12 @@ from ..integrity import check_files, read_manifest, refuse_unlisted, write_manif
 from ..strict_json import Settings
 from .gguf_file import open_gguf, refuse_kv_only
 from .load_errors import check_weights, explained, quiet
+from .terms import TERMS, terms_in_gguf, write_terms
 
 logger = logging.getLogger(__name__)
 
 TRANSFORMERS_MAJOR = transformers.__version__.split(".")[0]
-COPY_FORMAT = 2  # one more whenever the copy of the same file comes out otherwise
+COPY_FORMAT = 3  # one more whenever the copy of the same file comes out otherwise
 
 
 def converted_folder(gguf: Path) -> Path:
@@ -102,7 +103,11 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
     one.
     """
     own = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
-    refuse_kv_only(gguf, open_gguf(gguf).fields)
+    fields = open_gguf(gguf).fields
+    refuse_kv_only(gguf, fields)
+    stated = {
+        name: fields[name].contents() for name in fields if name in TERMS.values()
+    }
     with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):
         read = _read(gguf)
         tokenizer: PreTrainedTokenizerBase = own or AutoTokenizer.from_pretrained(
@@ -114,6 +119,7 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
         plain.tie_weights()
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    write_terms(folder / "README.md", terms_in_gguf(stated))
 
 
 def _read(gguf: Path) -> PreTrainedModel:
