@@ -107,9 +107,9 @@ test: setup ## check style and types, and run the tests
 tests: setup
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
 
-# The slow ones too, in the same run: each worker imports and makes what tests share once.
+# Some slow ones too, in the same run: each worker imports and makes what tests share once.
 test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57
-	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not any_transformers'
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not any_transformers and (not slow or each_release)'
 
 # `make -j2 test-engines` begins with those that are one process each, so that no core is idle at the end.
 test-engines: test-vllm test-executorch test-mlx test-transformers4 test-slow ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster

@@ -597,6 +597,13 @@ def layout(family: Family) -> Any:
     )
 
 
+def block(family: Family) -> Any:
+    """How its sublayers follow one another, and how many layers each is made of."""
+    proved = PROVED.get(family.name, {"block": family.name})
+    lengths = [one.count(">") for one in proved.get("sublayers", ())]
+    return str([proved.get("block"), proved.get("alike"), lengths])
+
+
 @functools.cache
 def representatives() -> list[Family]:
     """The first family of every structure; all of them where the run records what it
@@ -612,15 +619,16 @@ def representatives() -> list[Family]:
 
 
 def each_structure(families: Sequence[Family]) -> pytest.MarkDecorator:
-    """A test of each; of one whose structure another has, only with `make
-    test-engines`.
-    """
-    return _each(families, representatives())
-
-
-def each_layout(families: Sequence[Family]) -> pytest.MarkDecorator:
-    """The same for what only files and weights matter to."""
+    """A test of each; of one whose layout another has, only with `make test-engines`."""
     first = {layout(family): family for family in reversed(representatives())}
+    return _each(families, representatives() if RECORDING else [*first.values()])
+
+
+def each_block(families: Sequence[Family]) -> pytest.MarkDecorator:
+    """The same for what only weights and the order of sublayers matter to: one of each
+    kind of block.
+    """
+    first = {block(family): family for family in reversed(representatives())}
     return _each(families, representatives() if RECORDING else [*first.values()])
 
 

@@ -549,7 +549,6 @@ HYBRIDS: list[Family] = [
 # One of each way to build a layer; the others come with `make test-engines`.
 QUICK = {
     "gemma4_text",
-    "gemma4_text (nothing shared)",
     "qwen3_next",
     "jamba",
     "nemotron_h",

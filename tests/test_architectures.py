@@ -28,6 +28,8 @@ from families import (
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
 from verdicts import RECORDING, compare_or_record
 
+pytestmark = pytest.mark.each_release
+
 PROMPT, NEW = (
     8,
     4,

@@ -378,9 +378,11 @@ def expected(name, case):
 
 
 def every_case():
-    """All of one family in each run, and of the others what is quick."""
+    """All of one family in each run, on two devices, and of the others what is
+    quick.
+    """
     for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
-        is_quick = name == "llama" or case in COMMON
+        is_quick = case in COMMON or (name == "llama" and place == "two")
         marks = [] if is_quick else [pytest.mark.slow, pytest.mark.any_transformers]
         yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))
 

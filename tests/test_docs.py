@@ -173,6 +173,7 @@ WITH_SNIPPETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.devices
 @pytest.mark.parametrize(
     "page", WITH_SNIPPETS, ids=[page.name for page in WITH_SNIPPETS]

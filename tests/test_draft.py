@@ -35,7 +35,7 @@ from api import (
     tokens_per_round,
     write_texts,
 )
-from families import REFUSED_IN_4, TRANSFORMERS_5, each_layout, family, representatives
+from families import REFUSED_IN_4, TRANSFORMERS_5, each_block, family, representatives
 from notall import Plan, RepairedPlan, UsageError, draft_model, skip
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
@@ -63,7 +63,7 @@ def logits(model):
 # --------------------------------------------------------------------------------------
 
 
-@each_layout(representatives())
+@each_block(representatives())
 def test_the_draft_is_the_skipped_model_and_shares_every_weight(family):
     if family.name in REFUSED_IN_4 and not TRANSFORMERS_5:
         pytest.skip("refused on this line of transformers")

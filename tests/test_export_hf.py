@@ -26,10 +26,12 @@ from api import (
     is_portable,
     source_of,
 )
-from families import FAMILIES, each_layout, family, representatives, silenced
+from families import FAMILIES, each_block, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
 from test_weightless import NEEDS_VALUES
 from tiny_checkpoint import save_tiny_checkpoint
+
+pytestmark = pytest.mark.each_release
 
 PLANS = {
     "attention": Plan(
@@ -125,9 +127,7 @@ each_family_and_plan = pytest.mark.parametrize(
         pytest.param(
             name,
             plan,
-            marks=(
-                [] if plan == "mixed" or name in FORMS.values() else [pytest.mark.slow]
-            ),
+            marks=([] if name in FORMS.values() else [pytest.mark.slow]),
         )
         for name in BASES
         for plan in PLANS
@@ -359,7 +359,7 @@ def test_whole_blocks_leave_an_ordinary_checkpoint(family, tmp_path):
     engines.works("transformers", "transformers", "hf", family.name, "whole blocks")
 
 
-@each_layout(ORDINARY)
+@each_block(ORDINARY)
 def test_alternating_sublayers_leave_an_ordinary_checkpoint(family, tmp_path):
     model = family.build()
     if not is_portable(locate(model), PORTABLE["portable"]):

@@ -9,14 +9,14 @@ import pytest
 import fuzzing
 
 KINDS = {  # so many each time, and so many in all with `make test-engines`
-    "plan": (40, 80),
-    "a search's lines": (20, 40),
-    "a bench's lines": (20, 40),
-    "lines of text": (15, 30),
-    "lines of prompts": (10, 30),
-    "safetensors": (10, 20),
-    "repair": (15, 40),
-    "own exports": (20, 60),
+    "plan": (20, 80),
+    "a search's lines": (10, 40),
+    "a bench's lines": (10, 40),
+    "lines of text": (8, 30),
+    "lines of prompts": (5, 30),
+    "safetensors": (5, 20),
+    "repair": (8, 40),
+    "own exports": (10, 60),
 }
 EACH_TIME = [
     pytest.param(kind, range(few), id=kind) for kind, (few, _) in KINDS.items()

@@ -223,6 +223,7 @@ def passages(draw, count, questions):
     return ours, theirs, sources
 
 
+@pytest.mark.slow
 def test_questions_on_passages_without_an_effect():
     draw = random.Random(0)
     found = [passages(draw, 40, 5) for _ in range(2000)]
@@ -276,7 +277,9 @@ def recoveries(items, dense, share, gained=0.0, draws=3000, least=0.95):
     return rate(one == "kept" for one in found), rate(one == "lost" for one in found)
 
 
-@pytest.mark.parametrize("items", [16, checks.ITEMS])
+@pytest.mark.parametrize(
+    "items", [16, pytest.param(checks.ITEMS, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("dense", "gained"), [(1.0, 0.0), (0.9, 0.1), (0.6, 0.1), (0.6, 0.0)]
 )

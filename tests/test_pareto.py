@@ -122,7 +122,11 @@ def nll_one_by_one(model, tokens):
 
 
 @needs_llamacpp
-@pytest.mark.parametrize("plan", [Plan(), MIXED], ids=["dense", "mixed"])
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(Plan(), marks=pytest.mark.slow), MIXED],
+    ids=["dense", "mixed"],
+)
 def test_llamacpp_scores_as_the_model_token_by_token(dense, windows, plan, tmp_path):
     engine = LlamaCpp(1)
     write_plain(engine, Source(dense), plan, tmp_path / "plain.gguf")
@@ -740,6 +744,7 @@ def test_what_does_not_answer_as_the_skipped_model_is_not_scored(
     assert found["dense", "small"].times
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_a_plain_file_is_verified_before_it_is_measured(dense, monkeypatch, tmp_path):
     """Trap: rows of queries and keys in another order, and what no engine of the export
@@ -1002,6 +1007,7 @@ def test_the_command_measures_plans_as_they_are_and_repaired(dense, run, tmp_pat
     )
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_the_mix_is_not_written_where_nothing_is_fitted(
     dense, run, monkeypatch, tmp_path

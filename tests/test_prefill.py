@@ -19,6 +19,8 @@ from families import (
 )
 from notall import Plan, UnsupportedModel, UsageError, locate, prompt, skip
 
+pytestmark = pytest.mark.each_release
+
 TOKENS, NEW = 14, 6
 PADDING = 3
 WITHOUT = {"axk2"}  # its attention keeps an index of its own in the cache

@@ -585,6 +585,7 @@ def checkpoint(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @with_tasks
 def test_a_recovery_without_a_phase_is_answered_for_every_token_and_for_the_prompt(
     run, checkpoint, tmp_path
@@ -629,7 +630,12 @@ def test_a_recovery_without_a_phase_is_answered_for_every_token_and_for_the_prom
 
 @with_tasks
 @pytest.mark.parametrize(
-    "more", [["--skip", "attention:1"], ["--phase", "all"], ["--skip", "portable"]]
+    "more",
+    [
+        ["--skip", "attention:1"],
+        pytest.param(["--phase", "all"], marks=pytest.mark.slow),
+        pytest.param(["--skip", "portable"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_recovery_of_every_token_alone_is_told_alone(run, checkpoint, tmp_path, more):
     pytest.importorskip("lm_eval")

@@ -27,7 +27,7 @@ from api import (
     refitting_RIDGES as RIDGES,
     streams,
 )
-from families import FAMILIES, TRANSFORMERS_5, each_layout, family, replayed_logits
+from families import FAMILIES, TRANSFORMERS_5, each_block, family, replayed_logits
 from notall import (
     Plan,
     RepairedPlan,
@@ -376,7 +376,7 @@ LEFT_ALONE = {
 }
 
 
-@each_layout(FAMILIES)
+@each_block(FAMILIES)
 @torch.no_grad()
 def test_every_family_is_repaired(family):
     if not family.exists:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from api import fingerprint
-from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_layout
+from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_block
 from notall import ModelStructure, UnsupportedModel, locate
 
 # In transformers 4.57 these go by values: of the router (DeepSeek), or at construction
@@ -26,7 +26,7 @@ NEEDS_VALUES = (
 )
 
 
-@each_layout(FAMILIES)
+@each_block(FAMILIES)
 def test_same_structure_without_weights(family: Family) -> None:
     if not family.exists:
         pytest.skip(f"this transformers has no {family.model_type}")
