@@ -104,8 +104,9 @@ demo: setup ## run the paper's experiment on the default model, and repair a pla
 test: setup ## check style and types, and run the tests
 	$(MAKE) --no-print-directory -j2 lint tests
 
+# A third worker runs where two wait for what they started.
 tests: setup
-	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -n 3
 
 # Some slow ones too, in the same run: each worker imports and makes what tests share once.
 test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57

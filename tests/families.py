@@ -618,26 +618,25 @@ def representatives() -> list[Family]:
     )
 
 
-def each_structure(families: Sequence[Family]) -> pytest.MarkDecorator:
-    """A test of each; of one whose layout another has, only with `make test-engines`."""
-    first = {layout(family): family for family in reversed(representatives())}
-    return _each(families, representatives() if RECORDING else [*first.values()])
-
-
-def each_block(families: Sequence[Family]) -> pytest.MarkDecorator:
-    """The same for what only weights and the order of sublayers matter to: one of each
-    kind of block.
+def each_block(
+    families: Sequence[Family], name: str = "family"
+) -> pytest.MarkDecorator:
+    """A test of each; of one whose kind of block another has, only with `make
+    test-engines`.
     """
     first = {block(family): family for family in reversed(representatives())}
-    return _each(families, representatives() if RECORDING else [*first.values()])
+    chosen = representatives() if RECORDING else [*first.values()]
+    return _each(families, chosen, name)
 
 
-def _each(families: Sequence[Family], first: Sequence[Family]) -> pytest.MarkDecorator:
+def _each(
+    families: Sequence[Family], first: Sequence[Family], name: str = "family"
+) -> pytest.MarkDecorator:
     parameters = [
         one if one in first else pytest.param(one, marks=pytest.mark.slow)
         for one in families
     ]
-    return pytest.mark.parametrize("family", parameters, ids=str)
+    return pytest.mark.parametrize(name, parameters, ids=str)
 
 
 # --- the slow twin

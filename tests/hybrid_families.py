@@ -550,9 +550,7 @@ HYBRIDS: list[Family] = [
 QUICK = {
     "gemma4_text",
     "qwen3_next",
-    "jamba",
     "nemotron_h",
-    "mamba2",
 }
 
 

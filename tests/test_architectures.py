@@ -20,7 +20,7 @@ from families import (
     REFUSED_IN_4,
     TRANSFORMERS_5,
     Family,
-    each_structure,
+    each_block,
     representatives,
     silenced,
     stack_of,
@@ -56,7 +56,7 @@ FEWEST = {n: PLANS[n] for n in ("several attentions", "mixed")}
 EXACT = 1e-5
 
 
-@each_structure(FAMILIES)
+@each_block(FAMILIES)
 def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
     if not family.exists:
         pytest.skip(f"this transformers has no {family.model_type}")

@@ -158,9 +158,12 @@ def numbers(found, path=()):
 
 
 def every_command():
-    for name, words in (QUICKEST | OTHERS).items():
-        marks = () if name in QUICKEST else pytest.mark.slow
-        yield pytest.param(words, id=name, marks=marks)
+    """The quickest on one device and on two, the others on two."""
+    for name, words in QUICKEST.items():
+        yield pytest.param(words, "one", id=f"{name}-one")
+        yield pytest.param(words, "two", id=f"{name}-two", marks=TWICE)
+    for name, words in OTHERS.items():
+        yield pytest.param(words, "two", id=name, marks=[TWICE, pytest.mark.slow])
 
 
 @TWICE
@@ -169,8 +172,7 @@ def test_two_devices_are_used(folder):
     assert devices_of(model) == {"cuda:0", "cuda:1"}
 
 
-@on_each
-@pytest.mark.parametrize("words", every_command())
+@pytest.mark.parametrize(("words", "place"), every_command())
 def test_prints_what_it_prints_on_the_cpu(typed, words, place):
     found, expected = typed(words, *PLACES[place]), typed(words, "--device", "cpu")
     if isinstance(expected, str):

@@ -121,13 +121,20 @@ FORMS = {
 }
 each_form = pytest.mark.parametrize("name", sorted(FORMS.values()))
 each_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+def is_quick(name, plan):
+    """One plan of each form of the template, and all of the first."""
+    return name in FORMS.values() and (plan == "mixed" or name == "llama")
+
+
 each_family_and_plan = pytest.mark.parametrize(
     ("name", "plan"),
     [
         pytest.param(
             name,
             plan,
-            marks=([] if name in FORMS.values() else [pytest.mark.slow]),
+            marks=[] if is_quick(name, plan) else [pytest.mark.slow],
         )
         for name in BASES
         for plan in PLANS

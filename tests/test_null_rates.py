@@ -47,7 +47,10 @@ from api import (
 )
 from notall import Plan
 
-pytestmark = pytest.mark.any_transformers  # numbers alone
+pytestmark = [
+    pytest.mark.slow,  # thousands of draws
+    pytest.mark.any_transformers,  # numbers alone
+]
 MOST = 0.035
 CLOSE = pytest.approx(0.025, abs=0.01)
 
@@ -185,7 +188,6 @@ def worse_calibrated(draw, tokens=300, over=0.0):
     return gained > 0 and student_p_value(gained, error, len(pairs) - 1) < 0.05
 
 
-@pytest.mark.slow
 def test_calibration_without_an_effect_and_with_one():
     draw = random.Random(0)
     assert rate(worse_calibrated(draw) for _ in range(1500)) <= MOST
@@ -223,7 +225,6 @@ def passages(draw, count, questions):
     return ours, theirs, sources
 
 
-@pytest.mark.slow
 def test_questions_on_passages_without_an_effect():
     draw = random.Random(0)
     found = [passages(draw, 40, 5) for _ in range(2000)]
@@ -277,9 +278,7 @@ def recoveries(items, dense, share, gained=0.0, draws=3000, least=0.95):
     return rate(one == "kept" for one in found), rate(one == "lost" for one in found)
 
 
-@pytest.mark.parametrize(
-    "items", [16, pytest.param(checks.ITEMS, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("items", [16, checks.ITEMS])
 @pytest.mark.parametrize(
     ("dense", "gained"), [(1.0, 0.0), (0.9, 0.1), (0.6, 0.1), (0.6, 0.0)]
 )
@@ -332,7 +331,6 @@ def test_shares_at_the_very_share_that_is_asked_for(name):
     assert max(scored(name, checks.ITEMS, 400)) <= MOST + 0.016
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARES)
 @pytest.mark.parametrize("items", [16, checks.ITEMS])
 def test_shares_at_the_very_share_that_is_asked_for_in_many_draws(name, items):
@@ -385,7 +383,6 @@ def test_claims_at_their_thresholds():
         assert max(claimed(FEW, 0.1, drop, threshold, 800)) <= MOST + 0.01
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [FEW, SOME], ids=["few", "some"])
 @pytest.mark.parametrize("changed", [0.04, 0.1, 0.3])
 def test_claims_at_their_thresholds_in_many_draws(sizes, changed):
@@ -393,7 +390,6 @@ def test_claims_at_their_thresholds_in_many_draws(sizes, changed):
         assert max(claimed(sizes, changed, drop, threshold, 3000)) <= MOST + 0.005
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changed", [0.04, 0.1])
 def test_the_papers_loss_in_whole_benchmarks(changed, capsys):
     """1.8 points: within a point of 1.8, more than as many points as MLPs cost

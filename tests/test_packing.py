@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from api import Pack, Request, Scorer, inputs_of, packed, packing_plain as plain
-from families import WINDOW, family, representatives
+from families import WINDOW, each_block, family, representatives
 from notall import Plan, UsageError
 
 
@@ -119,7 +119,7 @@ def build(tested):
         return tested.build("eager")
 
 
-@pytest.mark.parametrize("tested", representatives(), ids=str)
+@each_block(representatives(), "tested")
 def test_scores_equal_one_by_one_on_every_structure(tested):
     model = build(tested)
     requests = questions(3, seed=2, shared=WINDOW + 3)

@@ -183,6 +183,7 @@ def test_a_package_of_a_stranger_chooses_and_exports(stranger, run, short_prose)
     assert (code, "bodies have whole blocks only" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_package_of_a_stranger_asks_the_model(stranger, run, short_prose):
     model = save_tiny_checkpoint(Path("tiny"), num_hidden_layers=4)
     Path("text.txt").write_text("a bird sings under the light of an old stone; " * 9)

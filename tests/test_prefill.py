@@ -13,7 +13,7 @@ from families import (
     FAMILIES,
     REFUSED_IN_4,
     TRANSFORMERS_5,
-    each_structure,
+    each_block,
     family as named,
     silenced,
 )
@@ -95,7 +95,7 @@ KNOWN = [
     for one in FAMILIES
     if one.exists and (TRANSFORMERS_5 or one.name not in REFUSED_IN_4)
 ]
-each_family = each_structure(KNOWN)
+each_family = each_block(KNOWN)
 
 
 def begins_again(model):

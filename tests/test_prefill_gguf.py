@@ -126,6 +126,7 @@ def test_fitted_numbers_have_at_least_8_bits(repaired, kind, tmp_path):
     assert off <= abs(expected).max() / 200
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_stock_llama_cpp_refuses_it_or_runs_it_whole(repaired, tmp_path):
     """Whole, as the original, where no tensors of a repair are in its way."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from api import Replay
-from families import family, replayed_logits, representatives
+from families import each_block, family, replayed_logits, representatives
 from notall import Plan, UnsupportedModel, deepest, locate, skip
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
@@ -28,7 +28,7 @@ def plans_for(structure):
     ]
 
 
-@pytest.mark.parametrize("tested", representatives(), ids=str)
+@each_block(representatives(), "tested")
 @torch.no_grad()
 def test_replay_equals_one_by_one(tested):
     model = tested.build()

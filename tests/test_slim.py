@@ -31,6 +31,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 # What a release of transformers may change of a step is in that step's own tests.
 pytestmark = [
+    pytest.mark.slow,  # minutes of other commands
     pytest.mark.any_transformers,
     pytest.mark.usefixtures("own_tasks_only", "short_prose"),
 ]
