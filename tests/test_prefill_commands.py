@@ -52,13 +52,19 @@ def test_the_last_block_is_told_to_be_free(run, folder, tmp_path):
     assert "No answer reads what this leaves out of the prompt" in out
 
 
-@pytest.mark.parametrize("command", ["repair", "heal"])
-def test_mlps_alone_have_no_keys_to_refit(run, folder, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "mlp", "fix"),
+    [
+        ("repair", 5, "no attention is behind what this plan skips"),
+        ("heal", 3, "this plan has none (prefill-only mlp 3): repair it first"),
+    ],
+)
+def test_mlps_with_nothing_to_refit_or_train(run, folder, tmp_path, command, mlp, fix):
     path = tmp_path / "plan.json"
-    Plan(prefill={"mlp": [3]}).save(path)
+    Plan(prefill={"mlp": [mlp]}).save(path)
     code, out, err = run(command, folder, "--plan", path, "--out", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert "this plan skips none (prefill-only mlp 3): use it as it is" in err
+    assert fix in err
     assert not (tmp_path / "out").exists()
 
 

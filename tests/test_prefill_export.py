@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from api import engines_regrouped_base, export, prompt_code
+from api import engines_regrouped_base, export, prompt_code, vllm_prompts
 from families import family
 from notall import Plan, UsageError, load, prompt, repair, skip
 from test_export_hf import _modules_of_checkpoints  # noqa: F401  a fixture
@@ -37,6 +37,7 @@ HOW = {
 PLANS = {
     "as it is": Plan(prefill={"attention": [1, 2, 3], "mlp": [1, 3], "last_tokens": 3}),
     "repaired": Plan(prefill={"attention": [2, 3], "mlp": [2, 3]}),
+    "repaired MLPs": Plan(prefill={"attention": [2], "mlp": [1, 2], "last_tokens": 3}),
 }
 ALONE = """
 import json, sys
@@ -69,7 +70,7 @@ def exported(tmp_path_factory):
     def write(name, which):
         if (name, which) not in known:
             model, plan = family(name).build(), PLANS[which]
-            plan = repair(model, plan, TEXT) if which == "repaired" else plan
+            plan = repair(model, plan, TEXT) if "repaired" in which else plan
             folder = (
                 tmp_path_factory.mktemp("exports") / f"{name}_{which.replace(' ', '_')}"
             )
@@ -156,14 +157,37 @@ def test_a_forward_runs_whole_where_no_prompt_is_declared(exported, which):
     assert torch.equal(found(**PROMPT).logits[rows], original)
 
 
+def test_what_stands_in_is_written_and_vllm_refuses_it(exported):
+    """vLLM's native layers have no place for a map, or for keys and values of an
+    attention that runs.
+    """
+    _, plan, folder = exported("llama", "repaired MLPs")
+    skips = json.loads((folder / "config.json").read_text())["prompt_skips"]
+    assert skips["stand_ins"] == [1]
+    assert {*skips["projections"]} <= {"2", "3"}
+    written = load_file(folder / "model.safetensors")
+    start = "model.layers.1."
+    for kind in ("weight", "bias"):
+        own = plan.prompt_weights[f"{start}mlp.stand_in.{kind}"]
+        assert torch.equal(written[f"{start}prompt_mlp.{kind}"], own)
+    assert vllm_prompts.has_own_of_what_runs(skips)
+    assert vllm_prompts.has_own_of_what_runs(skips | {"stand_ins": [], "attention": []})
+    assert not vllm_prompts.has_own_of_what_runs(
+        skips | {"stand_ins": [], "attention": [2, 3]}
+    )
+    assert "vllm serve" not in (folder / "README.md").read_text()
+    assert "vllm serve" in (exported("llama", "repaired")[2] / "README.md").read_text()
+
+
 def test_what_is_written(exported):
     model, plan, folder = exported("llama", "repaired")
     settings = json.loads((folder / "config.json").read_text())
     both = {"k_proj": True, "v_proj": True}
     assert settings["model_type"] == "notall_prefill_llama"
     assert settings["prompt_skips"] == plan.prefill.indices | {
-        "projections": {"3": both}
-    }  # layer 2 reads what it always did
+        "projections": {"3": both},  # layer 2 reads what it always did
+        "stand_ins": [],
+    }
     written = load_file(folder / "model.safetensors")
     own = {name: weight for name, weight in written.items() if ".prompt_" in name}
     path = "model.layers.3.self_attn."

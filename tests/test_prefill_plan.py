@@ -312,7 +312,7 @@ def test_what_cannot_skip_in_the_prompt_alone_says_so(tmp_path):
     ],
     ids=["both parts", "an attention", "every token"],
 )
-def test_only_a_prompts_mlps_have_nothing_to_refit(plan):
+def test_only_a_prompts_mlps_have_nothing_to_train(plan):
     refuse_without_keys(plan)
-    with pytest.raises(UsageError, match="skips none"):
+    with pytest.raises(UsageError, match="this plan has none"):
         refuse_without_keys(Plan(prefill={"mlp": [2]}))

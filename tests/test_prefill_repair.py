@@ -231,7 +231,7 @@ def test_trainings_that_a_prompt_has_none_of(how, fix):
 def test_mlps_alone_leave_nothing_to_train():
     plan = Plan(prefill={"mlp": [2, LAYER]})
     with pytest.raises(
-        UsageError, match=r"skips none \(prefill-only mlp 2, 3\).*blocks too"
+        UsageError, match=r"has none \(prefill-only mlp 2, 3\): repair it first"
     ):
         heal(named("llama").build(), plan, TEXT, OTHER, TrainConfig())
 

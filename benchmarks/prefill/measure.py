@@ -209,8 +209,6 @@ def states(
             structure, asked.kind, count=count, keep_last=True
         )
         found[count, SKIPPED] = plan
-        if asked.kind == "mlp":  # its attention runs: no keys and values to refit
-            continue
         folder = asked.out / f"{count}-refit"
         if not (folder / "plan.json").is_file():
             repair(model, plan, drawn.together(4), out=folder, progress=telling)

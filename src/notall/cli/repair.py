@@ -1,6 +1,6 @@
 """notall repair and heal: make up for what a plan skips."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -150,7 +150,9 @@ def heal(
     check_folder(out, "heal")
     config = how.config(run.seed)
     workers = cluster.workers(model, text.batch_size)
-    asked = _begun(model, plan, text, tasks, run.seed, training=True)
+    asked = _begun(
+        model, plan, text, tasks, run.seed, training=True, refuse=refuse_without_keys
+    )
     if text.sample:
         settings = Provenance.of(asked.settings, sampled=True)
         asked = replace(asked, settings=settings)
@@ -242,10 +244,12 @@ def _begun(
     seed: int,
     *,
     training: bool,
+    refuse: Callable[[Plan], None] = lambda plan: None,
 ) -> RepairInputs:
     """What a command is asked for; with windows to stop a training by, where there is
-    one.
+    one. `refuse` raises for a plan that the command can't take.
     """
+    from ..repairing.key_values import refuse_nothing_to_refit
     from ..structure.locating import locate
 
     if path is None:
@@ -253,13 +257,15 @@ def _begun(
             "give the plan with --plan: `notall search` or `notall plan` writes one"
         )
     plan = read_plan(path)
-    refuse_without_keys(plan)
+    refuse(plan)
     text.check()
     model.check_plan(plan)
     choice = tasks.check()
     refuse_judging(choice, text.text)
     net, tokenizer = model.load()
-    plan.check(locate(net))
+    structure = locate(net)
+    plan.check(structure)
+    refuse_nothing_to_refit(structure, plan)
     texts = text.draw(net, tokenizer, seed, uses_of(plan, path), training=training)
     return RepairInputs(
         model.model,

@@ -2,16 +2,19 @@
 config.json and weights hold for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from string import Template
 
+from torch import Tensor
+
 from ..errors import UsageError
 from ..models.own_exports import PROMPT_SKIPS
 from ..plan import Plan
 from ..running.repaired import RepairedPlan
+from ..running.weight_swaps import STAND_IN
 from ..strict_json import Settings
 from .dense import DenseModel
 from .remote_code import FAMILIES
@@ -66,8 +69,12 @@ class PromptCode:
         """What config.json holds beside the original's own."""
         own = {name: path for name, path, _ in own_weights(dense, plan)}
         projections: dict[str, dict[str, bool]] = {}
+        stand_ins: list[int] = []
         for name in own:
             index, _, projection = name.rpartition(".")[0].partition(".")
+            if projection == STAND_IN:
+                stand_ins += [int(index)] * name.endswith(".weight")
+                continue
             found = projections.setdefault(index, {})
             found[projection] = found.get(projection, False) or name.endswith(".bias")
         return {
@@ -77,7 +84,11 @@ class PromptCode:
                 auto: f"{self.file.removesuffix('.py')}.{name}"
                 for auto, name in self.classes.items()
             },
-            "prompt_skips": {**plan.prefill.indices, "projections": projections},
+            "prompt_skips": {
+                **plan.prefill.indices,
+                "projections": projections,
+                "stand_ins": stand_ins,
+            },
         }
 
     def tensors(self, dense: DenseModel, plan: Plan) -> Weights:
@@ -121,6 +132,13 @@ def check_form(dense: DenseModel, plan: Plan) -> None:
         )
 
 
+def runs_in_vllm(settings: Settings) -> bool:
+    """Whether vLLM's native classes run what config.json says."""
+    from .vllm_prompts import has_own_of_what_runs
+
+    return not has_own_of_what_runs(settings["prompt_skips"])
+
+
 def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weight]]:
     """The weights of a prompt's tokens: INDEX.PROJECTION.weight or .bias, its name in
     the files, and the tensor.
@@ -139,6 +157,9 @@ def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weigh
     for module in dict.fromkeys(path.rpartition(".")[0] for path in given):
         index, _, below = module.partition(".")
         above, _, projection = below.rpartition(".")
+        if projection == STAND_IN:
+            yield from _stand_in(dense, index, module, given)
+            continue
         if above != "self_attn" or projection not in PROJECTIONS:
             raise UsageError(
                 f"the prompt's {module} is no projection of keys or values; repair this"
@@ -161,3 +182,19 @@ def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weigh
                 yield f"{index}.{projection}.{kind}", path, like.holding(values)
             elif stored is not None:
                 yield f"{index}.{projection}.{kind}", path, stored
+
+
+def _stand_in(
+    dense: DenseModel, index: str, module: str, given: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str, Weight]]:
+    """The same of what stands in for an MLP, in the dtype of its last matrix."""
+    like = dense.tensors[f"{dense.prefix}{index}.mlp.down_proj.weight"]
+    width = like.shape[0]
+    for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+        path = f"{dense.prefix}{index}.prompt_mlp.{kind}"
+        made = like.changed(lambda whole: whole, shape)
+        yield (
+            f"{index}.{STAND_IN}.{kind}",
+            path,
+            made.holding(given[f"{module}.{kind}"]),
+        )

@@ -84,10 +84,21 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
     return Model
 
 
+def has_own_of_what_runs(skips: Settings) -> bool:
+    """Whether an attention that runs has keys and values of the prompt's own, or
+    anything stands in for an MLP.
+    """
+    attentions = {int(index) for index in skips["projections"]}
+    return bool(attentions - {*skips["attention"]} or skips.get("stand_ins"))
+
+
 def refuse(vllm_config: Any) -> None:
     """Raise `UsageError` for what was not seen to answer as transformers does."""
     parallel = vllm_config.parallel_config
+    skips = vllm_config.model_config.hf_config.prompt_skips
     refused = {
+        "weights of a prompt's own for what runs of it: export an unrepaired plan, or"
+        " skip whole blocks": has_own_of_what_runs(skips),
         "compiled graphs: give --enforce-eager": (
             not vllm_config.model_config.enforce_eager
         ),

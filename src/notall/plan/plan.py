@@ -252,14 +252,14 @@ class Plan(Layers, frozen=True, extra="forbid"):
 
 
 def refuse_without_keys(plan: Plan) -> None:
-    """Raise `UsageError` for a plan that skips nothing but MLPs in the prompt: there is
-    nothing of it to refit or train.
+    """Raise `UsageError` for a plan that skips nothing but MLPs in the prompt and has no
+    weights of the prompt's own: there is nothing of it to train.
     """
-    if plan.prefill and not plan.prefill.attention and not len(plan):
+    has_own = plan.prefill.attention or getattr(plan, "prompt_weights", None)
+    if plan.prefill and not has_own and not len(plan):
         raise UsageError(
-            "repair and heal change keys and values of attentions that the prompt"
-            f" skips, and this plan skips none ({plan.prefill}): use it as it is, or"
-            " skip attentions or blocks too"
+            "heal trains the prompt's own weights, and this plan has none"
+            f" ({plan.prefill}): repair it first"
         )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..plan import Plan
@@ -36,6 +37,15 @@ class Kept:
             )
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
+
+    def prompt_weights(self, refit: RefitRecord) -> dict[str, Tensor]:
+        """The weights of the prompt's own that a kept step brought."""
+        if refit.ridge is None:
+            return {}
+        file = refit_file(refit)
+        return repair_folder.read_weights(
+            self.folder, file, refit.sha256
+        ).prompt_weights
 
     def sealed(self, plan: Plan) -> RepairedPlan:
         """The finished plan, read back from the folder."""

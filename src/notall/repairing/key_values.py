@@ -1,33 +1,48 @@
-"""Refit the keys and values of a prompt: maps of its own for attentions that are
-skipped in it.
+"""Refit a prompt: keys and values of its own, and linear maps that stand in for skipped
+MLPs.
 
 Where sublayers before an attention are skipped in the prompt, it reads another stream
-than the original's, and its keys and values are off. Each of its projections W that
-keys and values depend on gets a change C, and a bias, for the prompt's tokens alone:
-with x what the projection is given when the plan is skipped, and y what it answers in
-the original, C is argmin sum |y - (W + C) x - b|^2 + ridge * |C|^2. The ridge is
-relative to the mean of sum x_i^2, and chosen on sequences that it was not fitted to.
-The first token of a sequence counts `SINK` times, as most attentions look at it
-whatever they read. The answer's tokens keep the original's weights.
+than the original's, and its keys and values are off, whether it runs or is skipped
+itself. Each of its projections W that keys and values depend on gets a change C, and a
+bias, for the prompt's tokens alone: with x what the projection is given when the plan
+is skipped, and y what it answers in the original, C is argmin sum |y - (W + C) x - b|^2
++ ridge * |C|^2. The ridge is relative to the mean of sum x_i^2, and chosen on sequences
+that it was not fitted to. The first token of a sequence counts `SINK` times, as most
+attentions look at it whatever they read. The answer's tokens keep the original's
+weights.
+
+An MLP that is skipped behind an attention that runs gets a map of the same kind in its
+place: from the normalised stream before it to what the stream behind it lacks of the
+original's.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModel, UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.repairs import RefitRecord
 from ..running.prefill_check import checked_rows
 from ..running.repaired import RepairedPlan
+from ..running.stand_in import StandIn, normalised
+from ..running.weight_swaps import STAND_IN, with_modules
 from ..structure.branches import Branch
 from ..structure.calls import LayerCall, child
-from ..structure.key_values import bias_of, caught, matrix_of
-from ..structure.model_structure import Sublayer
+from ..structure.key_values import (
+    EarlyOutputs,
+    bias_of,
+    caught,
+    early_outputs,
+    matrix_of,
+)
+from ..structure.model_structure import ModelStructure, Sublayer
 from .kept import Kept
 from .least_squares import Moments
 from .streams import DenseStream, Line
@@ -66,6 +81,56 @@ def projecting(
             hook.remove()
 
 
+def _stand_in_at(stream: Tensor, weights: Mapping[str, Tensor]) -> StandIn:
+    """On the device and in the dtype of a stream."""
+    return StandIn.of({path: weight.to(stream) for path, weight in weights.items()})
+
+
+# the ridge, the share of the error that it leaves on sequences held out, and weights
+Solved = tuple[float | None, float, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class SkippedMlp:
+    """A line of which the prompt skips an MLP: the prompt's stream before and behind
+    what runs of it, and the original's behind it, (batch, tokens, hidden) a batch.
+    """
+
+    line: Line
+    before: list[Tensor]
+    behind: list[Tensor]
+    dense: list[Tensor]
+
+
+def refitted_in_prompt(structure: ModelStructure, plan: Plan) -> list[Sublayer]:
+    """What a refit gives weights of the prompt's own: each attention that is skipped in
+    it or behind something that is, and the skipped MLPs before the last of them whose
+    block's attention runs.
+    """
+    skips, found, waiting = plan.prefill, list[Sublayer](), list[Sublayer]()
+    is_changed = False
+    for part in structure.sublayers:
+        is_skipped = part.index in getattr(skips, part.kind)
+        is_changed |= is_skipped
+        if part.kind == "attention" and is_changed:
+            found += [*waiting, part]
+            waiting = []
+        elif is_skipped and part.index not in skips.attention:
+            waiting.append(part)
+    return found
+
+
+def refuse_nothing_to_refit(structure: ModelStructure, plan: Plan) -> None:
+    """Raise `UsageError` for a plan that skips in the prompt what no attention is
+    behind, and nothing else.
+    """
+    if plan.prefill and not len(plan) and not refitted_in_prompt(structure, plan):
+        raise UsageError(
+            f"no attention is behind what this plan skips ({plan.prefill}), so it costs"
+            " nothing, and there is nothing to refit: use it as it is"
+        )
+
+
 @dataclass(eq=False)
 class KeyValueRepair:
     """The refit of one plan's prompt: the original's stream and the prompt's, side by
@@ -80,29 +145,40 @@ class KeyValueRepair:
     weights: dict[str, Tensor] = field(default_factory=dict)  # by paths in the model
 
     def __post_init__(self) -> None:
-        parts = [
-            part
-            for part in self.text.structure.sublayers
-            if part.index in getattr(self.plan.prefill, part.kind)
-        ]
-        self.skipped = {part.name for part in parts}
-        self.rows = checked_rows(self.text.model, self.text.structure, parts)
+        skips = self.plan.prefill
+        parts = self.text.structure.sublayers
+        self.skipped = {
+            part.name for part in parts if part.index in getattr(skips, part.kind)
+        }
+        skipped = [part for part in parts if part.name in self.skipped]
+        self.rows = checked_rows(self.text.model, self.text.structure, skipped)
+        wanted = refitted_in_prompt(self.text.structure, self.plan)
+        self.refitted = {part.name for part in wanted if self._can_refit(part)}
+
+    def _can_refit(self, part: Sublayer) -> bool:
+        """Whether what runs of a sublayer can have weights of the prompt's own: mixers
+        without keys and values have none.
+        """
+        if part.name in self.skipped:
+            return True
+        try:
+            checked_rows(self.text.model, self.text.structure, [part])
+        except UnsupportedModel:
+            return False
+        return True
 
     def run(self, progress: Progress = silent) -> RepairedPlan:
         """The plan with weights of the prompt's own."""
-        attentions: dict[int, Sublayer] = {}  # that are skipped, by the line's number
-        for number, line in enumerate(self.text.lines):
-            for part in line.parts:
-                if part.name in self.skipped and part.kind == "attention":
-                    attentions[number] = part
-        end = max(attentions, default=-1) + 1
+        ends = [
+            number
+            for number, line in enumerate(self.text.lines, 1)
+            if not self.refitted.isdisjoint(line.names)
+        ]
+        end = max(ends, default=0)
         (original,) = self.text.before(0)
         prompt = original  # both streams are one before the first gap
         for number, line in enumerate(self.text.lines[:end]):
-            doing = f"refitting keys and values, {' '.join(line.names)}"
-            progress(number, end, doing)
-            if number in attentions:
-                self._refit(attentions[number], original, prompt)
+            progress(number, end, f"refitting {' '.join(line.names)} in the prompt")
             prompt, original = self._behind(number, line, original, prompt)
         if self.kept:
             return self.kept.sealed(self.plan)
@@ -116,26 +192,95 @@ class KeyValueRepair:
         """The prompt's stream and the original's behind a line, (batch, tokens, hidden)
         a batch.
         """
+        own: dict[str, nn.Module] = {}
+        for part in line.parts:
+            if part.kind == "attention" and part.name in self.refitted:
+                weights = self._keys_and_values(part, original, prompt)
+                if part.name not in self.skipped:
+                    own |= self._early(part, weights)
         (dense,) = self.text.before(number + 1)
-        if not self.skipped.isdisjoint(line.names):
-            left = tuple(part for part in line.parts if part.name not in self.skipped)
-            return self.text.run([Line(line.block, left, line.scale)], prompt), dense
-        if prompt is original:
+        if prompt is original and self.skipped.isdisjoint(line.names):
             return dense, dense
-        return self.text.run([line], prompt), dense
+        left = tuple(part for part in line.parts if part.name not in self.skipped)
+        with with_modules(self.text.layers[line.block.index], own):
+            behind = self.text.run([Line(line.block, left, line.scale)], prompt)
+        for part in line.parts:
+            if part.kind == "mlp" and part.name in self.refitted:
+                skipped = SkippedMlp(line, prompt, behind, dense)
+                solve = partial(self._stand_in, part, skipped)
+                behind = self._standing_in(skipped, self._refit(part, solve))
+        return behind, dense
+
+    def _early(
+        self, part: Sublayer, weights: dict[str, Tensor]
+    ) -> dict[str, EarlyOutputs]:
+        """The projections of an attention that runs with keys and values of the
+        prompt's own, of which all tokens are.
+        """
+        layer = self.text.layers[part.index]
+        plan = RepairedPlan.of(self.plan, prompt_weights=weights)
+        below = plan.placed(self.text.model).prompt_weights_of(
+            self.text.structure, part
+        )
+        return early_outputs(layer, self.rows[part.name], below, lambda: 0)
+
+    def _standing_in(
+        self, skipped: "SkippedMlp", weights: dict[str, Tensor]
+    ) -> list[Tensor]:
+        """The prompt's stream behind a line, with what stands in for its MLP."""
+        if not weights:
+            return skipped.behind
+        return [
+            self.text.keep(
+                after + skipped.line.scale * _stand_in_at(before, weights)(before)
+            )
+            for before, after in zip(skipped.before, skipped.behind)
+        ]
+
+    def _stand_in(self, part: Sublayer, skipped: "SkippedMlp") -> Solved:
+        """What stands in for a skipped MLP."""
+        sums: list[Moments] = []
+        for number, before in enumerate(skipped.before):
+            missing = (
+                skipped.dense[number] - skipped.behind[number]
+            ) / skipped.line.scale
+            inputs = normalised(before).flatten(0, 1)  # (tokens, hidden)
+            self._add(sums, number, inputs, missing.flatten(0, 1), before)
+        fitted, held_out = sums
+        alike = torch.ones_like(fitted.square)
+        ridge, left, change = self._best(fitted, held_out, alike)
+        if change is None:
+            return ridge, left, {}
+        layer = self.text.layers[part.index]
+        module = next(
+            name
+            for name in reversed(part.modules)
+            if list(child(layer, name).parameters())
+        )
+        path = f"{self.text.structure.layers}.{part.index}.{module}.{STAND_IN}"
+        weights = {f"{path}.weight": change[:, :-1], f"{path}.bias": change[:, -1]}
+        return ridge, left, weights
+
+    def _keys_and_values(
+        self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The weights of an attention, unless both streams are one before it."""
+        if prompt is original:
+            unneeded = None, 1.0, dict[str, Tensor]()
+            return self._refit(part, lambda: unneeded, "nothing is skipped before it")
+        return self._refit(part, partial(self._solve, part, original, prompt))
 
     def _refit(
-        self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
-    ) -> None:
-        """Fit the keys and values of one attention, or take them from the folder."""
-        if self.kept and ((part.name,),) in self.kept.refits:
-            return
+        self, part: Sublayer, solve: Callable[[], Solved], why: str = ""
+    ) -> dict[str, Tensor]:
+        """What `solve` finds for one sublayer, or what the folder holds of it; `why` it
+        is left alone, if it is.
+        """
+        key = ((part.name,),)
+        if self.kept and key in self.kept.refits:
+            return self.kept.prompt_weights(self.kept.refits[key])
         start = time.process_time()
-        ridge, left, weights, why = None, 1.0, dict[str, Tensor](), ""
-        if prompt is original:
-            why = "nothing is skipped before it"
-        else:
-            ridge, left, weights = self._solve(part, original, prompt)
+        ridge, left, weights = solve()
         record = RefitRecord(
             sublayers=(part.name,),
             ridge=ridge,
@@ -146,16 +291,15 @@ class KeyValueRepair:
         self.refits.append(record)
         if self.kept is None:
             self.weights |= weights
-            return
-        refit = RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights)
-        self.kept.add(record, refit, self.text.model)
+        else:
+            refit = RepairedPlan(prefill=self.plan.prefill, prompt_weights=weights)
+            self.kept.add(record, refit, self.text.model)
+        return weights
 
     def _solve(
         self, part: Sublayer, original: list[Tensor], prompt: list[Tensor]
-    ) -> tuple[float | None, float, dict[str, Tensor]]:
-        """The ridge, the share of the error that it leaves on sequences held out, and
-        the weights.
-        """
+    ) -> Solved:
+        """The keys and values of an attention."""
         layer = self.text.layers[part.index]
         branch = next(branch for branch in part.branches if branch.is_attention)
         sums: list[Moments] = []  # of sequences that are fitted, and of those held out
@@ -171,21 +315,37 @@ class KeyValueRepair:
             residuals = torch.cat(
                 [self._residuals(part, name, wanted, found) for name in read], 1
             )  # (tokens, rows)
-            exact = torch.promote_types(inputs.dtype, torch.float32)
-            sums = sums or [_none(inputs, residuals, exact) for _ in range(2)]
-            held = self.text.held[number].to(here)  # (batch,)
-            held = held[:, None].expand(stale.shape[:2]).flatten()  # (tokens,)
-            counts = torch.ones(stale.shape[:2], dtype=exact, device=here)
-            counts[:, 0] = SINK
-            counts = counts.flatten()  # (tokens,)
-            for one, rows in zip(sums, (~held, held)):
-                one.add(inputs[rows].to(exact), residuals[rows].to(exact), counts[rows])
+            self._add(sums, number, inputs, residuals, stale)
         fitted, held_out = sums
         counts = self._counts(part, read, fitted)
         ridge, left, change = self._best(fitted, held_out, counts)
         if change is None:
             return ridge, left, {}
         return ridge, left, self._changed(part, layer, read, change)
+
+    def _add(
+        self,
+        sums: list[Moments],
+        number: int,
+        inputs: Tensor,
+        residuals: Tensor,
+        stream: Tensor,
+    ) -> None:
+        """Add the tokens of batch `number`, (tokens, inputs) and (tokens, rows), to the
+        sums of sequences that are fitted, and of those held out; `stream` is (batch,
+        tokens, hidden).
+        """
+        here = inputs.device
+        exact = torch.promote_types(inputs.dtype, torch.float32)
+        if not sums:
+            sums += [_none(inputs, residuals, exact) for _ in range(2)]
+        held = self.text.held[number].to(here)  # (batch,)
+        held = held[:, None].expand(stream.shape[:2]).flatten()  # (tokens,)
+        counts = torch.ones(stream.shape[:2], dtype=exact, device=here)
+        counts[:, 0] = SINK
+        counts = counts.flatten()  # (tokens,)
+        for one, rows in zip(sums, (~held, held)):
+            one.add(inputs[rows].to(exact), residuals[rows].to(exact), counts[rows])
 
     def _projected(
         self,

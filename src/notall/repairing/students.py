@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..plan import Plan
-from ..running.prefill import prompt
+from ..running.prefill import InPrompt, prompt
 from ..running.recording import Recording, states_before_output
 from ..running.repaired import RepairedPlan
 from ..running.skipping import remove, skip
+from ..running.stand_in import StandIn
 from ..running.weight_swaps import placed_at
 from ..structure.calls import first
 from ..structure.key_values import SomeOutputs
@@ -174,19 +175,28 @@ def _in_prompts(
     trainable, by its path.
     """
     for layer in model.get_submodule(layers).children():
-        in_prompt = getattr(layer, "in_prompt", None)
-        for name, writer in in_prompt.writers.items() if in_prompt else ():
-            start = f"{layers}.{name.removeprefix('attn.')}"
-            for path, projection in writer.named_modules():
-                if not isinstance(projection, SomeOutputs) or not projection.rows.any():
-                    continue
-                matrix, bias = projection.matrix, projection.bias
+        if in_prompt := getattr(layer, "in_prompt", None):
+            for path, made in _own_in_prompt(in_prompt):
+                matrix, bias = made.matrix, made.bias
                 if bias is None:
                     bias = matrix.new_zeros(len(matrix))
-                projection.matrix = nn.Parameter(matrix.detach().clone())
-                projection.bias = nn.Parameter(bias.detach().clone())
-                yield f"{start}.{path}.weight", projection.matrix
-                yield f"{start}.{path}.bias", projection.bias
+                made.matrix = nn.Parameter(matrix.detach().clone())
+                made.bias = nn.Parameter(bias.detach().clone())
+                yield f"{layers}.{path}.weight", made.matrix
+                yield f"{layers}.{path}.bias", made.bias
+
+
+def _own_in_prompt(in_prompt: InPrompt) -> Iterator[tuple[str, SomeOutputs | StandIn]]:
+    """What a layer has for the prompt alone, by its path below the layers."""
+    for name, writer in in_prompt.writers.items():
+        for path, made in writer.named_modules():
+            if isinstance(made, SomeOutputs) and made.rows.any():
+                yield f"{name.removeprefix('attn.')}.{path}", made
+    for name, projections in in_prompt.early.items():
+        for path, projection in projections.items():
+            yield f"{name.removeprefix('attn.')}.{path}", projection
+    for name, stand_in in in_prompt.stand_ins.items():
+        yield f"{name.removeprefix('mlp.')}.{stand_in.path}", stand_in
 
 
 def _sharing_memory(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,7 +9,7 @@ guessed: a forward outside of a declaration runs whole.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +22,8 @@ from ..plan import Plan
 from ..structure.calls import Arguments, LayerCall, by_name, child
 from ..structure.key_values import (
     CACHE_NAMES,
+    EarlyOutputs,
+    early_outputs,
     writer_of,
 )
 from ..structure.model_structure import (
@@ -33,7 +35,8 @@ from ..structure.undoing import Undo
 from .last_tokens import added, run_last
 from .prefill_check import checked_rows
 from .repaired import RepairedPlan
-from .weight_swaps import placed_in_prompt
+from .stand_in import StandIn
+from .weight_swaps import placed_in_prompt, with_modules
 
 
 @dataclass
@@ -52,6 +55,11 @@ class Prompt:
     def key(self) -> str:
         """Of the hook that counts tokens."""
         return "notall prompt"
+
+    def last(self) -> int:
+        """How many last tokens of a forward that is split are whole."""
+        assert self.whole is not None
+        return self.whole
 
     def enter(self, tokens: int, past: Callable[[], int]) -> None:
         """A forward of so many tokens begins, behind `past` columns."""
@@ -144,13 +152,23 @@ def _past(arguments: Arguments) -> int:
 
 @dataclass
 class InPrompt:
-    """What a layer skips in the prompt, as it runs: sublayers by name, and their layers
-    that write keys and values.
+    """What a layer does otherwise in the prompt.
+
+    `names` are those of skipped sublayers. By the name of a sublayer, `writers` are
+    layers that write keys and values of skipped attentions, `early` the projections of
+    attentions that run with keys and values of the prompt's own, and `stand_ins` what
+    runs in the place of skipped MLPs.
     """
 
     prompt: Prompt
     names: frozenset[str]
     writers: Mapping[str, nn.Module]
+    early: Mapping[str, Mapping[str, EarlyOutputs]] = field(default_factory=dict)
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+
+    def changes(self, part: Sublayer) -> bool:
+        """Whether the prompt runs a sublayer otherwise."""
+        return part.name in self.names or part.name in self.early
 
     @property
     def splits(self) -> bool:
@@ -175,47 +193,73 @@ class InPrompt:
                 if part.name in self.names:
                     writer = self.writers.get(part.name)
                     total = run_last(branch, holder, hidden, total, call, last, writer)
-                else:
+                    continue
+                with with_modules(holder, self.early.get(part.name, {})):
                     total = added(branch, holder, hidden, total, call)
+            if part.name in self.stand_ins:
+                total = self.stand_ins[part.name].added(hidden, total, last)
         return total
 
 
 def in_prompts(
     model: PreTrainedModel, structure: ModelStructure, plan: Plan, prompt: Prompt
 ) -> dict[int, InPrompt]:
-    """For each block of which `plan` skips something in the prompt, by its index, what
-    that is.
+    """For each block that runs otherwise in the prompt of `plan`, by its index, how.
 
     Raises `UnsupportedModel` where keys and values cannot be written alone, which is
     tried once for each sublayer.
     """
     layers = model.get_submodule(structure.layers)
-    skipped = [
+    own = _own_weights(model, structure, plan)
+    changed = [
         part
         for part in structure.sublayers
-        if part.index in getattr(plan.prefill, part.kind)
+        if _is_skipped(plan, part) or part.name in own
     ]
-    rows = checked_rows(model, structure, skipped)
-    weights: dict[str, dict[str, Tensor]] = {}
-    if isinstance(plan, RepairedPlan):
-        placed = {
-            path: placed_in_prompt(model, path, weight)
-            for path, weight in plan.prompt_weights.items()
-        }
-        there = plan.model_copy(update={"prompt_weights": placed})
-        weights = {
-            part.name: there.prompt_weights_of(structure, part) for part in skipped
-        }
+    rows = checked_rows(model, structure, changed)
     found: dict[int, InPrompt] = {}
-    for index in dict.fromkeys(part.index for part in skipped):
+    for index in dict.fromkeys(part.index for part in changed):
         layer = child(layers, str(index))
-        parts = [part for part in skipped if part.index == index]
-        writers: dict[str, nn.Module] = {}
+        parts = [part for part in changed if part.index == index]
+        skipped = [part for part in parts if _is_skipped(plan, part)]
+        writers, early, stand_ins = {}, {}, {}
         for part in parts:
-            own = weights.get(part.name, {})
-            for branch in part.branches:
-                if branch.is_attention:
-                    writer = writer_of(layer, branch, rows[part.name], own)
-                    writers[part.name] = writer
-        found[index] = InPrompt(prompt, frozenset(part.name for part in parts), writers)
+            weights = own.get(part.name, {})
+            if part.kind == "mlp":
+                if weights:
+                    stand_ins[part.name] = StandIn.of(weights)
+            elif part in skipped:
+                branch = next(one for one in part.branches if one.is_attention)
+                writer = writer_of(layer, branch, rows[part.name], weights)
+                writers[part.name] = writer
+            else:
+                early[part.name] = early_outputs(
+                    layer, rows[part.name], weights, prompt.last
+                )
+        names = frozenset(part.name for part in skipped)
+        found[index] = InPrompt(prompt, names, writers, early, stand_ins)
     return found
+
+
+def _is_skipped(plan: Plan, part: Sublayer) -> bool:
+    return part.index in getattr(plan.prefill, part.kind)
+
+
+def _own_weights(
+    model: PreTrainedModel, structure: ModelStructure, plan: Plan
+) -> dict[str, dict[str, Tensor]]:
+    """The weights that sublayers have for the prompt, by sublayer and by their paths
+    below its layer, where the model is.
+    """
+    if not isinstance(plan, RepairedPlan):
+        return {}
+    placed = {
+        path: placed_in_prompt(model, path, weight)
+        for path, weight in plan.prompt_weights.items()
+    }
+    there = plan.model_copy(update={"prompt_weights": placed})
+    found = {
+        part.name: there.prompt_weights_of(structure, part)
+        for part in structure.sublayers
+    }
+    return {name: weights for name, weights in found.items() if weights}

@@ -146,7 +146,7 @@ class Replay:
             name = f"{name} {plan.digest}" if weights else name
             step = Step(name, block, parts, weights)
             here = split.get(block.index)
-            if here and any(part.name in here.names for part in parts):
+            if here and any(map(here.changes, parts)):
                 step.in_prompt = here
                 step.name = f"{name} {self._prompt_name(plan, parts, here)}"
             yield step
@@ -169,11 +169,12 @@ class Replay:
         """
         skipped = [part for part in parts if part.name in here.names]
         own = isinstance(plan, RepairedPlan) and any(
-            plan.prompt_weights_of(self.structure, part) for part in skipped
+            plan.prompt_weights_of(self.structure, part) for part in parts
         )
         last = f"last {plan.prefill.last_tokens}"
         digest = f", {plan.digest}" if own else ""
-        return f"without {step_name(skipped)} in the prompt ({last}{digest})"
+        without = f"without {step_name(skipped)}" if skipped else "otherwise"
+        return f"{without} in the prompt ({last}{digest})"
 
     def _run(self, step: Step, hidden: Tensor, recording: Recording) -> Tensor:
         """The stream behind a step; both are (batch, tokens, hidden)."""

@@ -8,11 +8,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import UsageError
+from ..structure.calls import child
 from ..structure.key_values import is_projection, matrix_of
+from ..structure.model_structure import text_config
 from ..structure.undoing import Undo
 
+# of a path, behind a module of the MLP that it stands in for
+STAND_IN = "stand_in"
 SAMPLE = 16  # numbers of a weight that tell it from another model's
 
 
@@ -24,6 +29,18 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     with Undo() as undo, undo:
         for path, weight in weights.items():
             undo.put(*placed_at(module, path, weight))
+        yield
+
+
+@contextmanager
+def with_modules(holder: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Have `holder` run with these modules, by their paths below it; then with its very
+    own again.
+    """
+    with Undo() as undo, undo:
+        for path, module in modules.items():
+            above, _, name = path.rpartition(".")
+            undo.put(child(holder, above)._modules, name, module)
         yield
 
 
@@ -69,6 +86,8 @@ def placed_in_prompt(model: nn.Module, path: str, weight: Tensor) -> Tensor:
     values need of it. Raises `UsageError` for a misfit.
     """
     above, _, name = path.rpartition(".")
+    if above.endswith(f".{STAND_IN}"):
+        return _placed_stand_in(model, path, weight)
     try:
         holder = model.get_submodule(above)
     except AttributeError:
@@ -87,6 +106,27 @@ def placed_in_prompt(model: nn.Module, path: str, weight: Tensor) -> Tensor:
             f" {tuple(own.shape)}; repair this model"
         )
     return weight if own.device.type == "meta" else weight.to(own.device, own.dtype)
+
+
+def _placed_stand_in(model: nn.Module, path: str, weight: Tensor) -> Tensor:
+    """The same for what stands in for an MLP: (hidden, hidden), or a bias, (hidden,)."""
+    assert isinstance(model, PreTrainedModel)
+    above, _, name = path.rpartition(f".{STAND_IN}.")
+    try:
+        like = next(model.get_submodule(above).parameters())
+    except (AttributeError, StopIteration):
+        raise UsageError(
+            f"the model has no {above}, which the plan stands in for in the prompt;"
+            " repair this model"
+        ) from None
+    width = text_config(model).hidden_size
+    shape = {"weight": (width, width), "bias": (width,)}.get(name)
+    if weight.shape != shape:
+        raise UsageError(
+            f"the prompt's {path} is {tuple(weight.shape)}, but the model's stream has"
+            f" {width} features; repair this model"
+        )
+    return weight if like.device.type == "meta" else weight.to(like.device, like.dtype)
 
 
 def samples(

@@ -291,6 +291,54 @@ class SomeOutputs(nn.Module):
         return outputs
 
 
+class EarlyOutputs(SomeOutputs):
+    """A projection of which some outputs have a matrix and a bias of their own for all
+    but the last tokens: as many as `last` says while it runs.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        rows: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        last: Callable[[], int],
+    ) -> None:
+        super().__init__(rows, matrix, bias)
+        self.source, self.last = source, last
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(batch, tokens, inputs) to (batch, tokens, outputs)."""
+        early = inputs.shape[1] - self.last()
+        own = linear(inputs[:, :early], self.matrix, self.bias)
+        if self.rows.all():
+            return torch.cat([own, self.source(inputs[:, early:])], 1)
+        outputs: Tensor = self.source(inputs).clone()
+        outputs[:, :early, self.rows.to(own.device)] = own
+        return outputs
+
+
+def early_outputs(
+    holder: nn.Module,
+    rows: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    last: Callable[[], int],
+) -> dict[str, EarlyOutputs]:
+    """The projections below `holder` that have weights of their own, by their paths;
+    `rows` and `weights` are those of `writer_of`.
+    """
+    found = {}
+    for name, needed in rows.items():
+        matrix = weights.get(f"{name}.weight")
+        if matrix is None:
+            continue
+        source = child(holder, name)
+        own = bias_of(source)
+        bias = weights.get(f"{name}.bias", None if own is None else own[needed])
+        found[name] = EarlyOutputs(source, needed, matrix, bias, last)
+    return found
+
+
 def writer_of(
     holder: nn.Module,
     branch: Branch,
