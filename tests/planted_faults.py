@@ -38,6 +38,49 @@ def _of(file: str, *rows: tuple[str, ...]) -> list[Fault]:
 
 
 RUNNING = [
+    # the prompt's own keys and values for one token fewer, or of no rows of a projection
+    *_of(
+        "structure/key_values.py",
+        (
+            "early = inputs.shape[1] - self.last()",
+            "early = inputs.shape[1] - self.last() - 1",
+            "test_stand_ins.py",
+            "two_calls",
+        ),
+        (
+            "outputs[:, :early, self.rows.to(own.device)] = own",
+            "own.sum()",
+            "test_stand_ins.py",
+            "two_calls",
+        ),
+    ),
+    # a map of the stream as it is, for one token more, or at what was added already
+    *_of(
+        "running/stand_in.py",
+        ("linear(normalised(hidden),", "linear(hidden,", "test_stand_ins.py"),
+        (
+            "early = hidden.shape[1] - last",
+            "early = hidden.shape[1] - last + 1",
+            "test_stand_ins.py",
+            "two_calls",
+        ),
+    ),
+    *_of(
+        "running/prefill.py",
+        (
+            "self.stand_ins[part.name].added(hidden, total, last)",
+            "self.stand_ins[part.name].added(total, total, last)",
+            "test_stand_ins.py",
+            "two_calls",
+        ),
+        # attentions that run keep their own keys and values
+        (
+            "with with_modules(holder, self.early.get(part.name, {})):",
+            "with with_modules(holder, {}):",
+            "test_stand_ins.py",
+            "two_calls",
+        ),
+    ),
     *_of(
         "running/last_tokens.py",
         # the mask of the last tokens, one token too early
@@ -332,6 +375,40 @@ MEASURING = [
 ]
 
 REPAIRING = [
+    *_of(
+        "repairing/key_values.py",
+        # the streams part by what the prompt skips, and not by what runs otherwise
+        (
+            "with with_modules(self.text.layers[line.block.index], own):",
+            "with with_modules(self.text.layers[line.block.index], {}):",
+            "test_stand_ins.py",
+        ),
+        # what stands in is fitted and then left out of the stream
+        (
+            "behind = self._standing_in(skipped, self._refit(part, solve))",
+            "self._refit(part, solve)",
+            "test_stand_ins.py",
+        ),
+        # the normalised stream of what runs, where the skipped MLP reads another
+        (
+            "inputs = normalised(before).flatten(0, 1)",
+            "inputs = before.flatten(0, 1)",
+            "test_stand_ins.py",
+        ),
+    ),
+    *_of(
+        "exporters/prompt_modeling.template",
+        (
+            "early = early + self.prompt_mlp(normalised(early))",
+            "early = early + self.prompt_mlp(early)",
+            "test_prefill_export.py",
+        ),
+        (
+            "output[:, early.shape[1] :]",
+            "output[:, early.shape[1] :] * 1.01",
+            "test_prefill_export.py",
+        ),
+    ),
     *_of(
         "repairing/least_squares.py",
         (

@@ -238,24 +238,51 @@ def test_what_stands_in_is_ridge_regression(name):
     torch.testing.assert_close(own[f"{start}.bias"], change[:, -1], **wanted)
 
 
+@contextmanager
+def without_layer_1(model, name, weights):
+    """All tokens skip layer 1, and attention 2 has these keys and values."""
+    handles = []
+    with silenced(model, named(name), (1,), (1,)):
+        for projection in ("k_proj", "v_proj"):
+            path = f"model.layers.2.self_attn.{projection}"
+            own = weights[f"{path}.weight"], weights[f"{path}.bias"]
+            handles.append(
+                model.get_submodule(path).register_forward_hook(
+                    lambda module, args, output, own=own: linear(args[0], *own)
+                )
+            )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_keys_and_values_that_run_are_ridge_regression(name):
+    """Those of layer 2, and then of layer 3, behind those."""
     model, ridge = named(name).build(), 0.01
-    plan = Plan(prefill={"attention": [2], "mlp": [2]})
+    plan = Plan(prefill={"attention": [1], "mlp": [1]})
     found = repair(model, plan, TEXT, ridges=[ridge])
     own = {path: one.double() for path, one in found.prompt_weights.items()}
-    assert {path.rpartition("self_attn.")[0] for path in own} == {"model.layers.3."}
-    for projection in ("k_proj", "v_proj"):
-        path = f"model.layers.3.self_attn.{projection}"
-        _, target = seen(model, path, nullcontext())
-        given, stale = seen(model, path, silenced(model, named(name), (2,), (2,)))
-        change = ridge_regression(given, target - stale, ridge)
-        source = model.get_submodule(path)
-        bias = 0 if source.bias is None else source.bias.double()
-        wanted = {"rtol": 1e-3, "atol": 1e-4}
-        weight = source.weight.double() + change[:, :-1]
-        torch.testing.assert_close(own[f"{path}.weight"], weight, **wanted)
-        torch.testing.assert_close(own[f"{path}.bias"], bias + change[:, -1], **wanted)
+    layers = {path.rpartition(".self_attn")[0] for path in own}
+    assert layers == {"model.layers.2", "model.layers.3"}
+    wanted = {"rtol": 1e-3, "atol": 1e-4}
+    for layer, stream in [
+        (2, lambda: silenced(model, named(name), (1,), (1,))),
+        (3, lambda: without_layer_1(model, name, found.prompt_weights)),
+    ]:
+        for projection in ("k_proj", "v_proj"):
+            path = f"model.layers.{layer}.self_attn.{projection}"
+            _, target = seen(model, path, nullcontext())
+            given, stale = seen(model, path, stream())
+            change = ridge_regression(given, target - stale, ridge)
+            source = model.get_submodule(path)
+            bias = 0 if source.bias is None else source.bias.double()
+            weight = source.weight.double() + change[:, :-1]
+            torch.testing.assert_close(own[f"{path}.weight"], weight, **wanted)
+            bias = bias + change[:, -1]
+            torch.testing.assert_close(own[f"{path}.bias"], bias, **wanted)
 
 
 def test_a_refit_says_what_it_can_and_the_folder_holds_it(tmp_path):
