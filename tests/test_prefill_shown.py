@@ -449,9 +449,7 @@ def test_a_table_of_refits_names_keys_and_values():
     told = refits_table(
         RepairedPlan(prefill=PREFILL.prefill, refits=refits), Path("out")
     ).title
-    assert told.startswith(
-        "out: keys and values of 1 of 2 skipped attentions refit; shown are"
-    )
+    assert told.startswith("out: 1 of 2 sublayers of the prompt refit; shown are")
     in_vain = refits[0].model_copy(update={"why": ""})
     told = refits_table(
         RepairedPlan(prefill=PREFILL.prefill, refits=(in_vain, refits[1])), Path("out")
@@ -529,7 +527,7 @@ def test_a_repair_in_a_folder_leads_its_page(demo):
     assert "95 % interval +0.023 to +0.037" in chosen.cards[1].text
     titles = [section.title for section in chosen.sections]
     assert (
-        "What became of the keys and values of each attention that the prompt skips"
+        "What became of the prompt's keys and values, and of what stands in for its MLPs"
         in titles
     )
     page = render(folder)

@@ -200,7 +200,9 @@ def states(
     drawn = RepairTexts.draw(
         model,
         tokenizer,
-        FitTexts(fitted, sequences=asked.windows, length=asked.window),
+        FitTexts(
+            [*fitted, *asked.more_texts], sequences=asked.windows, length=asked.window
+        ),
         training=bool(asked.minutes),
     )
     structure, found = locate(model), dict[tuple[int, str], Plan]()
@@ -427,6 +429,13 @@ def main() -> None:
         type=int,
         default=32,
         help="that repairs are fitted to, of both texts together",
+    )
+    parser.add_argument(
+        "--more-texts",
+        nargs="+",
+        default=[],
+        help="to fit to, as many windows of each: parts of notall's mix, such as"
+        " episodes",
     )
     parser.add_argument(
         "--minutes",

@@ -69,8 +69,8 @@ class Export(ABC):
     own_keys: ClassVar[
         str
     ] = (  # whose weights a repair of a prompt changes, for people
-        "The tokens that skip have keys and values of their own weights; all others are"
-        " the original's."
+        "The tokens that skip have weights of their own for keys and values, and in the"
+        " place of MLPs; all others are the original's."
     )
     dense_bytes: int  # of weights
     written_bytes: int

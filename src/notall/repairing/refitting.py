@@ -60,9 +60,9 @@ def repair(
     """`plan`, with weights of what it keeps that make up for what it skips; the model
     itself stays as it is.
 
-    Of a plan that skips in the prompt alone, the skipped attentions get maps of keys
-    and values for the prompt's tokens (`KeyValueRepair`); all weights that an answer is
-    made with stay as they are.
+    Of a plan that skips in the prompt alone, the prompt's tokens get weights of their
+    own (`KeyValueRepair`): keys and values of attentions, and maps that stand in for
+    MLPs; all weights that an answer is made with stay as they are.
 
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of
     several kinds. One sequence in eight is held out. `ridges` are the strengths to try,

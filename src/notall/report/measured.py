@@ -42,11 +42,11 @@ DISTANCE_OF_KEPT = (
     " what it would be without a refit there"
 )
 REFITS_OF_PROMPT = (
-    "What became of the keys and values of each attention that the prompt skips"
+    "What became of the prompt's keys and values, and of what stands in for its MLPs"
 )
 DISTANCE_OF_PROMPT = (
-    "Squared distance of the prompt's keys and values from the original model's, over"
-    " what it would be without a refit"
+    "Squared distance of the prompt's keys and values from the original model's, or of"
+    " the stream behind an MLP, over what it would be without a refit"
 )
 MEASURED_NOTE = (
     "The same windows of text, which nothing was fitted or trained to, read by the"
@@ -254,7 +254,7 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     total = sum(len(one.sublayers) for one in refits)
     kept = f"{refit} of {several(total, 'kept sublayer')}"
     if repaired.prefill:
-        kept = f"keys and values of {refit} of {several(total, 'skipped attention')}"
+        kept = f"{refit} of {several(total, 'sublayer')} of the prompt"
     title = f"{out}: {kept} refit"
     if any(one.ridge is None and not one.why for one in refits):
         title += "; refitting others did not help on held-out text (more text may)"

@@ -77,10 +77,11 @@ class RepairedPlan(Plan, arbitrary_types_allowed=True):
     them; the original keeps its own. `replaced` are a few numbers of those that they
     replace, and another model's are refused.
 
-    `prompt_weights` are used for those tokens of a prompt alone for which `prefill`
-    skips the attention that they belong to. They map the path of a projection's weight,
-    (rows, inputs), or bias, (rows,), to the rows that keys and values need of it; a
-    projection without a bias may get one there.
+    `prompt_weights` are used for those tokens of a prompt alone that skip what
+    `prefill` names. They map the path of a projection's weight, (rows, inputs), or
+    bias, (rows,), to the rows that keys and values need of it; a projection without a
+    bias may get one there. Behind a path in a skipped MLP, `stand_in.weight`, (hidden,
+    hidden), and `stand_in.bias`, (hidden,), are of the linear map in its place.
 
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in
     whose places they run. They are there to be measured against: `evaluate` runs them;
