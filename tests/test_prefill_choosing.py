@@ -29,6 +29,7 @@ from api import (
     nll,
     outcomes,
     read,
+    recovering,
     searching,
 )
 from command_line import QUICK
@@ -493,6 +494,23 @@ def test_of_the_best_sets_the_one_that_a_refit_leaves_closest_is_chosen(model):
         evaluator.cost(frozenset(found.plan.prefill.names)), abs=1e-6
     )
     assert "sets judged by what they keep: 4" in found.plan.note
+
+
+def test_the_deepest_mlps_are_among_what_is_compared(model):
+    """What stands in for them after a refit, the costs without one do not tell."""
+    among, seen = space(model, "sublayer"), []
+    mlps = among.plan(["mlp.1", "mlp.2", "mlp.3"])
+
+    def kept(plan):
+        seen.append(plan)
+        return float(plan == mlps)
+
+    config = SearchConfig(recovering=recovering.Recovering(kept, 2.0))
+    found = choose_plan(
+        model, "search", among, by_count(among, 3), BATCHES, config=config
+    )
+    assert found.plan == mlps
+    assert among.plan(sum(among.units[-3:], ())) in seen
 
 
 def test_a_limit_is_of_what_a_refit_leaves(model):

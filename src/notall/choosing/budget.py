@@ -174,11 +174,16 @@ def contiguous_runs(space: Space, budget: Budget) -> dict[int, tuple[Unit, ...]]
     return found
 
 
-def deepest_run(space: Space, budget: Budget) -> tuple[Unit, ...]:
-    """The shortest run of units up to the last one that meets the budget; none where no
-    run does.
+def deepest_run(space: Space, budget: Budget, kind: str = "") -> tuple[Unit, ...]:
+    """The shortest run of units, or of those of one `kind` alone, up to the last one
+    that meets the budget; none where no run does.
     """
-    tails = (space.units[first:] for first in reversed(range(len(space.units))))
+    units = [
+        unit
+        for unit in space.units
+        if all(name.startswith(f"{kind}." if kind else "") for name in unit)
+    ]
+    tails = (tuple(units[first:]) for first in reversed(range(len(units))))
     return next(
         (
             run

@@ -87,7 +87,7 @@ def _keeping_most(
 
 def _others(first: Choice, setting: Setting, budget: Budget) -> list[Choice]:
     """Other sets that meet the budget within its limit, the cheapest first; of a prompt
-    the deepest sublayers before all.
+    the deepest sublayers, and the deepest MLPs, before all.
     """
     space, evaluator = setting.space, setting.evaluator
     most = evaluator.cost(frozenset()) + budget.limit
@@ -102,9 +102,8 @@ def _others(first: Choice, setting: Setting, budget: Budget) -> list[Choice]:
 
     sets: list[Skipped] = []
     if space.phase == "prefill":
-        tail = names_in(deepest_run(space, budget))
-        if tail and is_other(tail):
-            sets.append(tail)
+        tails = (deepest_run(space, budget, kind) for kind in ("", "mlp"))
+        sets += filter(is_other, filter(None, map(names_in, tails)))
     sets += evaluator.cheapest(is_other)
     return [
         Choice(one, tuple(filter(one.issuperset, space.units)))
