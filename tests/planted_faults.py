@@ -458,7 +458,7 @@ REPAIRING = [
         ),
     ),
     *_of(
-        "repairing/key_values.py",
+        "repairing/held_fit.py",
         (
             "counts[:, 0] = SINK",
             "counts[:, -1] = SINK",

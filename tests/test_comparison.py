@@ -161,6 +161,7 @@ def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
     assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["score", "time_plan", "_choose"])
 def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch, stage):
     _, records = compared

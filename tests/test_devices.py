@@ -378,11 +378,9 @@ def expected(name, case):
 
 
 def every_case():
-    """All of one family in each run, on two devices, and of the others what is
-    quick.
-    """
+    """On two devices, all of one family in each run and of the others what is quick."""
     for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
-        is_quick = case in COMMON or (name == "llama" and place == "two")
+        is_quick = place == "two" and (case in COMMON or name == "llama")
         marks = [] if is_quick else [pytest.mark.slow, pytest.mark.any_transformers]
         yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))
 

@@ -821,6 +821,7 @@ PLANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_no_code_of_a_model_runs(theirs, working, run, plant):
     plant(theirs, working)

@@ -29,6 +29,8 @@ from families import family
 from notall import Plan, UsageError, export
 from tiny_gguf import WORDS, write_gguf
 
+pytestmark = [pytest.mark.slow]
+
 SIZES = {
     "vocab_size": len(WORDS),
     "hidden_size": 64,

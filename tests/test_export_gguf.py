@@ -83,7 +83,13 @@ def llama(tmp_path):
 
 
 @needs_llamacpp
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(plan, id=name, marks=[] if name == "mixed" else [pytest.mark.slow])
+        for name, plan in PLANS.items()
+    ],
+)
 def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
     out = export(dense, plan, "gguf", tmp_path / "out", verify=False)
     tokens = [5, 30, 31, 32, 90, 41, 7]

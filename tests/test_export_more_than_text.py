@@ -20,6 +20,8 @@ from notall import Plan, UsageError, locate
 from test_architectures import prompt
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = [pytest.mark.slow, pytest.mark.each_release]
+
 PLANS = {"whole blocks": Plan([1], [1]), "portable": Plan([2], [1])}
 IN_PLACE = {"gemma4 (text part)"}
 SEEING = [

@@ -26,7 +26,7 @@ OTHERS = [
     for kind, (few, many) in KINDS.items()
 ]
 
-pytestmark = pytest.mark.any_transformers
+pytestmark = [pytest.mark.slow, pytest.mark.any_transformers]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from api import (
 from gguf_families import BUILT, built, parameters, write_skeleton
 from notall import Plan, TrainConfig, UsageError, heal, load, skip
 
+pytestmark = [pytest.mark.slow, pytest.mark.each_release]
+
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 QUICK = {"llama", "gpt2", "qwen3_moe"}
 # Those of `BUILT` that transformers reads from a GGUF file too.

@@ -14,9 +14,8 @@ from api import cut, export, llamacpp, read_gguf
 from notall import Plan, UsageError
 from tiny_hybrid_gguf import DEPTH, LAYERS, write_hybrid
 
-pytestmark = (
-    pytest.mark.any_transformers
-)  # of files for llama.cpp: no model of transformers is behind them
+# of files for llama.cpp: no model of transformers is behind them
+pytestmark = [pytest.mark.slow, pytest.mark.any_transformers]
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 PERIOD, OTHERS = (

@@ -36,9 +36,13 @@ from notall import (
 from test_architectures import EXACT, cached, prompt, uncached
 from test_weightless import empty, facts
 
-pytestmark = pytest.mark.skipif(
-    not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.each_release,
+    pytest.mark.skipif(
+        not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer"
+    ),
+]
 
 # One of each way to depend on others; the rest are like these.
 KINDS = [

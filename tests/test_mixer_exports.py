@@ -19,9 +19,13 @@ from notall import Plan, UsageError, locate, remove, skip
 from test_architectures import prompt
 from test_mixers import REFUSED
 
-pytestmark = pytest.mark.skipif(
-    not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.each_release,
+    pytest.mark.skipif(
+        not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on"
+    ),
+]
 
 ALTERNATING = Plan([2], [1])
 # What is left is not built as it was: experts, kinds of layers or norms go by a period,

@@ -27,7 +27,11 @@ from notall import Plan, UsageError, export, locate, skip
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.each_release,
+    pytest.mark.usefixtures("short_prose"),
+]
 PLANS = {
     "after": Plan([2, 3], [4]),
     "first": Plan([0], [5]),

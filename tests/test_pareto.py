@@ -374,6 +374,7 @@ def test_files_hold_what_they_are_called(kind, most, tmp_path):
         assert np.abs(values - other).mean() <= most * np.abs(other).mean()
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_repaired_weights_are_in_the_plain_file(dense, tmp_path):
     model, _ = load(dense, dtype="float32", device="cpu")

@@ -30,6 +30,8 @@ from families import TRANSFORMERS_5, Family, family, modules_of, silenced, stack
 from notall import locate, skip
 from test_in_place import KINDS
 
+pytestmark = [pytest.mark.slow, pytest.mark.each_release]
+
 IDS = torch.arange(24).view(2, 12) * 7 % 90 + 3
 since_5 = pytest.mark.skipif(
     not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer"

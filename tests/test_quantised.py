@@ -41,6 +41,8 @@ from quantised import KINDS, SIZES
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tokenizer import byte_tokenizer
 
+pytestmark = [pytest.mark.slow, pytest.mark.each_release]
+
 IDS = torch.arange(2 * 11).view(2, 11) * 7 % 90 + 3
 PORTABLE = Plan(attention=[1], mlp=[0])  # layers 0 to 2 are then A0 M1, A2 M2, A3 M3
 ANY = Plan(attention=[0, 3], mlp=[2])

@@ -37,7 +37,7 @@ from notall import (
 )
 from plain_families import OTHERS
 
-pytestmark = pytest.mark.devices(count=2)
+pytestmark = [pytest.mark.slow, pytest.mark.each_release, pytest.mark.devices(count=2)]
 
 PLACES = {"one": on_one, "two": on_two}
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}

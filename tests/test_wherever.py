@@ -19,6 +19,8 @@ from api import locating, relative_error
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
 
+pytestmark = [pytest.mark.slow, pytest.mark.each_release]
+
 PLAN = Plan([0, 2], [2, 3])
 BATCH = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(5))
 ONE = BATCH[:1]

@@ -7,7 +7,7 @@ itself. Each of its projections W that keys and values depend on gets a change C
 bias, for the prompt's tokens alone: with x what the projection is given when the plan
 is skipped, and y what it answers in the original, C is argmin sum |y - (W + C) x - b|^2
 + ridge * |C|^2. The ridge is relative to the mean of sum x_i^2, and chosen on sequences
-that it was not fitted to. The first token of a sequence counts `SINK` times, as most
+that it was not fitted to. The first token of a sequence counts several times, as most
 attentions look at it whatever they read. The answer's tokens keep the original's
 weights.
 
@@ -43,13 +43,11 @@ from ..structure.key_values import (
     matrix_of,
 )
 from ..structure.model_structure import ModelStructure, Sublayer
+from .held_fit import HeldFit
 from .kept import Kept
-from .least_squares import Moments
 from .streams import DenseStream, Line
 
 TINY = 1e-30
-# 100 has the same result, 1 a KL that is a quarter higher on the default model
-SINK = 10.0
 
 
 @dataclass(frozen=True)
@@ -239,16 +237,14 @@ class KeyValueRepair:
 
     def _stand_in(self, part: Sublayer, skipped: "SkippedMlp") -> Solved:
         """What stands in for a skipped MLP."""
-        sums: list[Moments] = []
+        fit = HeldFit(self.text.held, self.ridges)
         for number, before in enumerate(skipped.before):
             missing = (
                 skipped.dense[number] - skipped.behind[number]
             ) / skipped.line.scale
             inputs = normalised(before).flatten(0, 1)  # (tokens, hidden)
-            self._add(sums, number, inputs, missing.flatten(0, 1), before)
-        fitted, held_out = sums
-        alike = torch.ones_like(fitted.square)
-        ridge, left, change = self._best(fitted, held_out, alike)
+            fit.add(number, inputs, missing.flatten(0, 1), before)
+        ridge, left, change = fit.best(torch.ones_like(fit.squares))
         if change is None:
             return ridge, left, {}
         layer = self.text.layers[part.index]
@@ -302,7 +298,7 @@ class KeyValueRepair:
         """The keys and values of an attention."""
         layer = self.text.layers[part.index]
         branch = next(branch for branch in part.branches if branch.is_attention)
-        sums: list[Moments] = []  # of sequences that are fitted, and of those held out
+        fit = HeldFit(self.text.held, self.ridges)
         read: list[str] = []  # names of projections
         for number, (dense, stale) in enumerate(zip(original, prompt)):
             recording = self.text.recordings[number]
@@ -315,37 +311,11 @@ class KeyValueRepair:
             residuals = torch.cat(
                 [self._residuals(part, name, wanted, found) for name in read], 1
             )  # (tokens, rows)
-            self._add(sums, number, inputs, residuals, stale)
-        fitted, held_out = sums
-        counts = self._counts(part, read, fitted)
-        ridge, left, change = self._best(fitted, held_out, counts)
+            fit.add(number, inputs, residuals, stale)
+        ridge, left, change = fit.best(self._counts(part, read, fit.squares))
         if change is None:
             return ridge, left, {}
         return ridge, left, self._changed(part, layer, read, change)
-
-    def _add(
-        self,
-        sums: list[Moments],
-        number: int,
-        inputs: Tensor,
-        residuals: Tensor,
-        stream: Tensor,
-    ) -> None:
-        """Add the tokens of batch `number`, (tokens, inputs) and (tokens, rows), to the
-        sums of sequences that are fitted, and of those held out; `stream` is (batch,
-        tokens, hidden).
-        """
-        here = inputs.device
-        exact = torch.promote_types(inputs.dtype, torch.float32)
-        if not sums:
-            sums += [_none(inputs, residuals, exact) for _ in range(2)]
-        held = self.text.held[number].to(here)  # (batch,)
-        held = held[:, None].expand(stream.shape[:2]).flatten()  # (tokens,)
-        counts = torch.ones(stream.shape[:2], dtype=exact, device=here)
-        counts[:, 0] = SINK
-        counts = counts.flatten()  # (tokens,)
-        for one, rows in zip(sums, (~held, held)):
-            one.add(inputs[rows].to(exact), residuals[rows].to(exact), counts[rows])
 
     def _projected(
         self,
@@ -381,29 +351,16 @@ class KeyValueRepair:
         rows = self.rows[part.name][name]
         return (wanted[name].outputs - found[name].outputs)[:, rows]
 
-    def _counts(self, part: Sublayer, read: Sequence[str], fitted: Moments) -> Tensor:
-        """How much each row counts, (rows,): those of each projection as much as those
-        of another.
+    def _counts(self, part: Sublayer, read: Sequence[str], squares: Tensor) -> Tensor:
+        """How much each row counts, (rows,), given its squared residuals: those of each
+        projection as much as those of another.
         """
         sizes = [int(self.rows[part.name][name].sum()) for name in read]
         weights = []
-        for squares in fitted.square.split(sizes):  # (rows of one,)
-            total = float(squares.sum().clamp_min(TINY))
-            weights.append(torch.full_like(squares, 1 / total))
+        for some in squares.split(sizes):  # (rows of one,)
+            total = float(some.sum().clamp_min(TINY))
+            weights.append(torch.full_like(some, 1 / total))
         return torch.cat(weights)
-
-    def _best(
-        self, fitted: Moments, held: Moments, counts: Tensor
-    ) -> tuple[float | None, float, Tensor | None]:
-        """The ridge that leaves least on what is held out, that share, and the change,
-        (rows, inputs + 1).
-        """
-        best, least = None, 1.0
-        for ridge in self.ridges:
-            change = _solved(fitted, ridge)
-            if change is not None and (left := held.left(change, counts)) < least:
-                best, least = ridge, left
-        return best, least, None if best is None else _solved(fitted + held, best)
 
     def _changed(
         self, part: Sublayer, layer: nn.Module, read: Sequence[str], change: Tensor
@@ -425,18 +382,3 @@ class KeyValueRepair:
             else:
                 weights[f"{path}.bias"] = bias[rows].to(change) + own[:, -1]
         return weights
-
-
-def _solved(sums: Moments, ridge: float) -> Tensor | None:
-    """The change that a ridge leaves, relative to the mean square of features, (rows,
-    inputs + 1), if there is one.
-    """
-    return sums.solve(ridge * float(sums.gram.diagonal()[:-1].mean()), alike=True)
-
-
-def _none(inputs: Tensor, residuals: Tensor, exact: torch.dtype) -> Moments:
-    """Sums of no tokens yet, for inputs, (tokens, inputs), and residuals, (tokens,
-    rows).
-    """
-    like = inputs.new_empty(0, dtype=exact)
-    return Moments.none(inputs.shape[1], residuals.shape[1], True, like)
