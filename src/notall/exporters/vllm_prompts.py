@@ -55,6 +55,7 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             refuse(vllm_config)
             skips = vllm_config.model_config.hf_config.prompt_skips
+            refuse_own_of_what_runs(skips)
             step = RowsOfStep(skips["last_tokens"])
             with Undo() as undo, _skipping(layers_in, vllm_config, skips, step, undo):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -84,6 +85,15 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
     return Model
 
 
+def refuse_own_of_what_runs(skips: Settings) -> None:
+    """Raise `UsageError` for weights that these layers have no place for."""
+    if has_own_of_what_runs(skips):
+        raise UsageError(
+            f"{CANNOT} with weights of the prompt's own for what runs of it: run it in"
+            " transformers, or skip the deepest blocks"
+        )
+
+
 def has_own_of_what_runs(skips: Settings) -> bool:
     """Whether an attention that runs has keys and values of the prompt's own, or
     anything stands in for an MLP.
@@ -95,10 +105,7 @@ def has_own_of_what_runs(skips: Settings) -> bool:
 def refuse(vllm_config: Any) -> None:
     """Raise `UsageError` for what was not seen to answer as transformers does."""
     parallel = vllm_config.parallel_config
-    skips = vllm_config.model_config.hf_config.prompt_skips
     refused = {
-        "weights of a prompt's own for what runs of it: export an unrepaired plan, or"
-        " skip whole blocks": has_own_of_what_runs(skips),
         "compiled graphs: give --enforce-eager": (
             not vllm_config.model_config.enforce_eager
         ),
