@@ -29,7 +29,8 @@ from simulated_devices import simulate
 
 if not torch.cuda.is_available():
     simulate()
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
+quick = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
+sys.exit(pytest.main([*quick, *sys.argv[2:]]))
 """
 
 
