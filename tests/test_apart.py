@@ -29,6 +29,7 @@ from notall import Plan
 from tiny_tokenizer import byte_tokenizer
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("short_prose"),
     # of which windows are read, and not of what models say
     pytest.mark.any_transformers,

@@ -163,6 +163,7 @@ def test_a_title_is_text_whatever_it_says(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["a\u2028b", 'a\\"b', "a\\", "a\x00b\x1b\n\x85\ufffe\u202eb", "<b> & </script>"],

@@ -141,6 +141,7 @@ def check_equal(results, model, tokenizer, job):
 # --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "limit", "answers"),
     [
@@ -168,6 +169,7 @@ def test_each_plan_equals_the_harness_on_the_skipped_model(
     assert compared == answers * len(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_requests_are_those_of_the_harness_itself(folder, name):
     manager = TaskManager(include_path=str(folder), include_defaults=False)

@@ -570,6 +570,7 @@ def test_last_tokens_are_64_or_a_quarter_of_the_prompt(prompt, whole):
 TIMED = ["--speedup", "1.05", "--prompt-tokens", 8, "--generation-tokens", 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_prose", "clock")
 @pytest.mark.parametrize(
     ("more", "whole"),

@@ -70,6 +70,7 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     ] == records
 
 
+@pytest.mark.slow
 def test_compare_writes_results_a_table_and_a_figure(run, folder, tmp_path):
     out = tmp_path / "c"
     command = [
