@@ -123,14 +123,15 @@ test-vllm: $(VENV_VLLM)/.done
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py tests/test_engine_vllm_prompts.py
 
 test-mlx: $(VENV_MLX)/.done
-	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py tests/test_mixer_exports.py -k 'test_export_nemotron_nas or mlx'
+	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py tests/test_mixer_exports.py -m 'slow or not slow' \
+	  -k 'test_export_nemotron_nas or mlx'
 
 test-executorch: $(VENV_EXECUTORCH)/.done
 	NOTALL_ENGINE=executorch $(TEST_ENV) $(VENV_EXECUTORCH)/bin/python -m pytest -q tests/test_export_executorch.py tests/test_export_damage.py -k executorch
 
 # On its own: the package is built from source, which takes a compiler and minutes.
 test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
-	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q tests/test_quantised.py -k 'gptq or awq'
+	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q -m slow tests/test_quantised.py -k 'gptq or awq'
 
 test-llmcompressor: $(VENV_LLMCOMPRESSOR)/.done ## run the modifier of docs/upstream in a recipe of llm-compressor
 	NOTALL_ENGINE=llmcompressor $(TEST_ENV) $(VENV_LLMCOMPRESSOR)/bin/python -m pytest -q tests/test_llmcompressor.py
