@@ -385,7 +385,7 @@ NAMES = {
         "Plan",
         "in_ranges",
         "refuse_prefill",
-        "refuse_without_keys",
+        "refuse_nothing_to_train",
         "several_of",
     ],
     "progress": ["Stages", "by_the_clock", "silent", "tracked"],

@@ -376,7 +376,7 @@ MEASURING = [
 
 REPAIRING = [
     *_of(
-        "repairing/key_values.py",
+        "repairing/prompt_refit.py",
         # the streams part by what the prompt skips, and not by what runs otherwise
         (
             "with with_modules(self.text.layers[line.block.index], own):",

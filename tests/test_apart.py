@@ -188,11 +188,7 @@ def succeeds(run, words):
 
 @pytest.mark.parametrize(
     "held_out",
-    [
-        None,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("text", "copy")),
-        "titled",
-    ],
+    [None, "text", "copy", "titled"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_text_to_measure_on_may_be_the_one_to_fit_to(

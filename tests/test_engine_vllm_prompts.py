@@ -20,7 +20,6 @@ from api import VLLM, vllm_plugin, weight_bytes
 from families import family
 from notall import (
     Plan,
-    RepairedPlan,
     Source,
     UsageError,
     export,
@@ -130,7 +129,7 @@ def start(folder, **options):
 def written(name, plan, folder):
     model = family(name).build(**SIZES | CHANGED.get(name, {}))
     if name in REPAIRED:
-        plan = of_what_is_skipped(repair(model, plan, TEXT))
+        plan = repair(model, plan, TEXT)
     tokenizer = byte_tokenizer()
     return (
         model,
@@ -151,13 +150,6 @@ def served(tmp_path_factory):
         return known[name]
 
     return serve
-
-
-def of_what_is_skipped(plan):
-    """A repaired plan without weights of what runs, for which vLLM has no place."""
-    starts = tuple(f"model.layers.{i}.self_attn." for i in plan.prefill.attention)
-    own = {p: w for p, w in plan.prompt_weights.items() if p.startswith(starts)}
-    return RepairedPlan.of(plan.unrepaired, prompt_weights=own)
 
 
 def ids(rng, count):
@@ -429,11 +421,6 @@ def test_what_was_not_tried_is_refused_by_name(what):
         "parallel_config": parallel,
     }
     vllm_prompts.refuse(SimpleNamespace(**config))
-    skips = {"attention": [2], "projections": {"2": {}}, "stand_ins": []}
-    vllm_prompts.refuse_own_of_what_runs(skips)
-    for own in ({"stand_ins": [1]}, {"projections": {"3": {}}}):
-        with pytest.raises(UsageError, match=r"for what runs of it.*in transformers"):
-            vllm_prompts.refuse_own_of_what_runs(skips | own)
     with pytest.raises(UsageError, match=what):
         vllm_prompts.refuse(SimpleNamespace(**config | REFUSED[what]))
 

@@ -261,7 +261,7 @@ def test_what_the_converter_makes_of_more_than_the_file_holds_is_refused(tmp_pat
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train", [pytest.param("all", marks=pytest.mark.slow), "lora"])
+@pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_healing_of_all_weights_is_verified(train, tmp_path):
     """Queries and keys among them, which llama.cpp has in another order."""
     if train == "lora":

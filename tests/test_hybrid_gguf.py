@@ -33,15 +33,10 @@ PLANS = {
     },
     "nemotron_h": {"whole layers": Plan([2, 3], [1]), "the first": Plan([0], [])},
 }
-CASES = [  # one of two architectures is quick
-    pytest.param(
-        architecture,
-        name,
-        marks=[pytest.mark.slow] if place or number > 1 else [],
-        id=f"{architecture}-{name}",
-    )
-    for number, (architecture, plans) in enumerate(PLANS.items())
-    for place, name in enumerate(plans)
+CASES = [
+    pytest.param(architecture, name, id=f"{architecture}-{name}")
+    for architecture, plans in PLANS.items()
+    for name in plans
 ]
 
 

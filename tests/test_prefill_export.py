@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from api import engines_regrouped_base, export, prompt_code, vllm_prompts
+from api import engines_regrouped_base, export, prompt_code
 from families import family
 from notall import Plan, UsageError, load, prompt, repair, skip
 from test_export_hf import _modules_of_checkpoints  # noqa: F401  a fixture
@@ -157,10 +157,7 @@ def test_a_forward_runs_whole_where_no_prompt_is_declared(exported, which):
     assert torch.equal(found(**PROMPT).logits[rows], original)
 
 
-def test_what_stands_in_is_written_and_vllm_refuses_it(exported):
-    """vLLM's native layers have no place for a map, or for keys and values of an
-    attention that runs.
-    """
+def test_what_stands_in_is_written(exported):
     _, plan, folder = exported("llama", "repaired MLPs")
     skips = json.loads((folder / "config.json").read_text())["prompt_skips"]
     assert skips["stand_ins"] == [1]
@@ -170,13 +167,6 @@ def test_what_stands_in_is_written_and_vllm_refuses_it(exported):
     for kind in ("weight", "bias"):
         own = plan.prompt_weights[f"{start}mlp.stand_in.{kind}"]
         assert torch.equal(written[f"{start}prompt_mlp.{kind}"], own)
-    assert vllm_prompts.has_own_of_what_runs(skips)
-    assert vllm_prompts.has_own_of_what_runs(skips | {"stand_ins": [], "attention": []})
-    assert not vllm_prompts.has_own_of_what_runs(
-        skips | {"stand_ins": [], "attention": [2, 3]}
-    )
-    assert "vllm serve" not in (folder / "README.md").read_text()
-    assert "vllm serve" in (exported("llama", "repaired")[2] / "README.md").read_text()
 
 
 def test_what_is_written(exported):

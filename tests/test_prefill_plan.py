@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from api import Seal, check_export, refuse_prefill, refuse_without_keys
+from api import Seal, check_export, refuse_nothing_to_train, refuse_prefill
 from families import family
 from notall import Plan, RepairedPlan, UsageError, locate
 
@@ -313,6 +313,6 @@ def test_what_cannot_skip_in_the_prompt_alone_says_so(tmp_path):
     ids=["both parts", "an attention", "every token"],
 )
 def test_only_a_prompts_mlps_have_nothing_to_train(plan):
-    refuse_without_keys(plan)
+    refuse_nothing_to_train(plan)
     with pytest.raises(UsageError, match="this plan has none"):
-        refuse_without_keys(Plan(prefill={"mlp": [2]}))
+        refuse_nothing_to_train(Plan(prefill={"mlp": [2]}))

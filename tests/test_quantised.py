@@ -126,9 +126,7 @@ def test_skipping_equals_the_slow_twin(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", RUNNABLE)
-@pytest.mark.parametrize(
-    "plans", [pytest.param("portable", marks=pytest.mark.slow), "any"]
-)
+@pytest.mark.parametrize("plans", ["portable", "any"])
 def test_an_export_is_run_and_answers_as_the_skipped_model(
     kind, plans, checkpoint, tmp_path
 ):

@@ -179,9 +179,7 @@ def deepest_run(space: Space, budget: Budget, kind: str = "") -> tuple[Unit, ...
     that meets the budget; none where no run does.
     """
     units = [
-        unit
-        for unit in space.units
-        if all(name.startswith(f"{kind}." if kind else "") for name in unit)
+        unit for unit in space.units if all(name.startswith(kind) for name in unit)
     ]
     tails = (tuple(units[first:]) for first in reversed(range(len(units))))
     return next(

@@ -17,7 +17,7 @@ from ..experiments.repair import METHOD_HELP, REFIT, FitOptions
 from ..experiments.used import uses_of
 from ..experiments.verdict import Verdict
 from ..options import Option, RunOptions
-from ..plan import Plan, refuse_without_keys
+from ..plan import Plan, refuse_nothing_to_train
 from ..repairing.fit_texts import SEQUENCES
 from ..repairing.train_config import TrainConfig
 from ..report.measured import refits_table
@@ -74,8 +74,8 @@ def repair(
     Without --minutes nothing is trained. OUT is a plan with weights: give it as --plan
     to eval, bench or export. No tensor is added, and it costs nothing later. For a plan
     that skips in the prompt alone it refits the prompt's keys and values instead, and
-    their weights are added. If you interrupt it, the same command continues where it
-    stopped.
+    puts linear maps in the place of MLPs; these weights are added. If you interrupt it,
+    the same command continues where it stopped.
     """
     from ..repairing.healing import Training
     from ..repairing.methods import recover, repair_into
@@ -151,7 +151,13 @@ def heal(
     config = how.config(run.seed)
     workers = cluster.workers(model, text.batch_size)
     asked = _begun(
-        model, plan, text, tasks, run.seed, training=True, refuse=refuse_without_keys
+        model,
+        plan,
+        text,
+        tasks,
+        run.seed,
+        training=True,
+        refuse=refuse_nothing_to_train,
     )
     if text.sample:
         settings = Provenance.of(asked.settings, sampled=True)
@@ -249,7 +255,7 @@ def _begun(
     """What a command is asked for; with windows to stop a training by, where there is
     one. `refuse` raises for a plan that the command can't take.
     """
-    from ..repairing.key_values import refuse_nothing_to_refit
+    from ..repairing.prompt_refit import refuse_nothing_to_refit
     from ..structure.locating import locate
 
     if path is None:

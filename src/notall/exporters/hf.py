@@ -26,7 +26,7 @@ from .config_cuts import cut_settings
 from .dense import DenseModel, load_whole
 from .layout import build_of, check_built, moved_modules, moved_tensors
 from .manifest import NotVerified, Verification, Verified
-from .prompt_code import CAUSAL, PromptCode, check_form, runs_in_vllm
+from .prompt_code import CAUSAL, PromptCode, check_form
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import (
     FAMILIES,
@@ -133,8 +133,7 @@ class HFExport(CheckpointExport):
         settings = {**dense.settings, **code.settings(dense, plan)}
         tensors = code.tensors(dense, plan)
         notes = read_notes(dense.folder / dense.origin.weights)
-        is_native = code.base in NATIVE and runs_in_vllm(settings)
-        vllm = IN_VLLM if is_native else ""
+        vllm = IN_VLLM if code.base in NATIVE else ""
         use = HOW_TO_RUN_PREFILL.format(last=plan.prefill.last_tokens, vllm=vllm)
         files = {code.file: code.source}
         return cls(

@@ -132,13 +132,6 @@ def check_form(dense: DenseModel, plan: Plan) -> None:
         )
 
 
-def runs_in_vllm(settings: Settings) -> bool:
-    """Whether vLLM's native classes run what config.json says."""
-    from .vllm_prompts import has_own_of_what_runs
-
-    return not has_own_of_what_runs(settings["prompt_skips"])
-
-
 def own_weights(dense: DenseModel, plan: Plan) -> Iterator[tuple[str, str, Weight]]:
     """The weights of a prompt's tokens: INDEX.PROJECTION.weight or .bias, its name in
     the files, and the tensor.

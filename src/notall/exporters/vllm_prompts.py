@@ -6,7 +6,9 @@ skip; these and all that is generated run whole. How long a prompt is tells the 
 runner, ahead of each forward: a chunk of a prompt, a prompt whose beginning is in the
 cache, and a request that was preempted keep to it. The layers then split the row:
 
-- a skipped MLP runs for the whole tokens alone;
+- a skipped MLP runs for the whole tokens alone, and what stands in for it, if anything,
+  for the others;
+- an attention that runs may have keys and values of its own for the tokens that skip;
 - a skipped attention first writes keys and values of the tokens that skip; then it runs
   for the whole ones alone, by metadata that has these as its queries. In vLLM the
   queries of a request are the last of its keys, as these are.
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..running.stand_in import normalised
 from ..strict_json import Settings
 from ..structure.undoing import Undo
 from .vllm_steps import RowsOfStep
@@ -55,7 +58,6 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             refuse(vllm_config)
             skips = vllm_config.model_config.hf_config.prompt_skips
-            refuse_own_of_what_runs(skips)
             step = RowsOfStep(skips["last_tokens"])
             with Undo() as undo, _skipping(layers_in, vllm_config, skips, step, undo):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -83,23 +85,6 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
             return super().load_weights(_with_own(weights, self.prompt_skips))
 
     return Model
-
-
-def refuse_own_of_what_runs(skips: Settings) -> None:
-    """Raise `UsageError` for weights that these layers have no place for."""
-    if has_own_of_what_runs(skips):
-        raise UsageError(
-            f"{CANNOT} with weights of the prompt's own for what runs of it: run it in"
-            " transformers, or skip the deepest blocks"
-        )
-
-
-def has_own_of_what_runs(skips: Settings) -> bool:
-    """Whether an attention that runs has keys and values of the prompt's own, or
-    anything stands in for an MLP.
-    """
-    attentions = {int(index) for index in skips["projections"]}
-    return bool(attentions - {*skips["attention"]} or skips.get("stand_ins"))
 
 
 def refuse(vllm_config: Any) -> None:
@@ -181,17 +166,24 @@ def _skipping(
             layer.skips_attention, layer.skips_mlp = (
                 index in skips[kind] for kind in ("attention", "mlp")
             )
-            if layer.skips_attention:
-                has_bias = any(skips["projections"].get(str(index), {}).values())
+            own = skips["projections"].get(str(index), {})
+            if layer.skips_attention or own:
                 _write_own(
                     layer.self_attn,
-                    has_bias,
+                    any(own.values()),
                     vllm_config.quant_config,
                     f"{prefix}.self_attn",
                 )
+            if layer.skips_attention:
                 attention = layer.self_attn.attn
                 attention.attn_backend = backend_of(attention.attn_backend)
                 step.attentions.append(attention.layer_name)
+            elif own:
+                hook = functools.partial(_with_early, step, layer.self_attn)
+                layer.self_attn.qkv_proj.register_forward_hook(hook)
+            if index in skips["stand_ins"]:
+                width = layer.self_attn.hidden_size
+                layer.prompt_mlp = nn.Linear(width, width)
             kind: type = type(layer)
             layer.prompt_step, layer.__class__ = step, _skipping_class(kind)
             return layer
@@ -219,11 +211,25 @@ def _write_own(attention: Any, has_bias: bool, quantisation: Any, prefix: str) -
     setattr(attention, PROMPT_MODULE, made)
 
 
+def _with_early(
+    step: RowsOfStep, attention: Any, projection: Any, args: Any, output: Any
+) -> Any:
+    """What an attention that runs projects, (tokens, queries, keys and values), with
+    keys and values of their own for the tokens that skip.
+    """
+    if not step.splits:
+        return output
+    both, _ = getattr(attention, PROMPT_MODULE)(args[0][step.early])
+    projected, *rest = output
+    projected[step.early, attention.q_size :] = both
+    return projected, *rest
+
+
 def _with_own(
     weights: Iterable[tuple[str, Tensor]], skips: Settings
 ) -> Iterator[tuple[str, Tensor]]:
-    """Also the projections of tokens that skip an attention, where they are those of
-    all others.
+    """Also the projections of tokens that skip, where a layer has a place for some and
+    they are those of all others.
     """
     for name, weight in weights:
         yield name, weight
@@ -231,8 +237,8 @@ def _with_own(
         if found is None:
             continue
         before, index, projection, kind = found.groups()
-        has_own = projection in skips["projections"].get(index, {})
-        if int(index) in skips["attention"] and not has_own:
+        own = skips["projections"].get(index, {})
+        if (own or int(index) in skips["attention"]) and projection not in own:
             # another tensor of the same numbers: vLLM marks each with where it goes
             yield f"{before}prompt_{projection}{kind}", weight.detach()
 
@@ -288,7 +294,11 @@ def _skipping_class(layer_class: Any) -> Any:
             stream = stream + self.added(
                 self.skips_attention, self.attend, stream, positions
             )
-            return self.added(self.skips_mlp, self.transform, stream), stream
+            made = self.added(self.skips_mlp, self.transform, stream)
+            if hasattr(self, "prompt_mlp"):
+                early = self.prompt_step.early
+                made[early] = self.prompt_mlp(normalised(stream[early]))
+            return made, stream
 
         def added(
             self,

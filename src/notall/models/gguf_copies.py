@@ -106,7 +106,7 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
     fields = open_gguf(gguf).fields
     refuse_kv_only(gguf, fields)
     stated = {
-        name: fields[name].contents() for name in fields if name in TERMS.values()
+        name: fields[name].contents() for name in TERMS.values() if name in fields
     }
     with quiet(), saving(), contextlib.redirect_stderr(io.StringIO()):
         read = _read(gguf)

@@ -3,7 +3,7 @@
 from .fingerprint import Fingerprint
 from .layers import MOST_LAYERS, Layers
 from .model_shape import ModelShape, SublayerShape
-from .plan import FOR_THIS_MODEL, Plan, refuse_prefill, refuse_without_keys
+from .plan import FOR_THIS_MODEL, Plan, refuse_nothing_to_train, refuse_prefill
 from .plan_file import PUBLISHED, PUBLISHED_AS
 from .prompt_skips import PromptSkips, bound_to_prompt
 from .words import (
@@ -35,8 +35,8 @@ __all__ = [
     "SublayerShape",
     "bound_to_prompt",
     "in_ranges",
+    "refuse_nothing_to_train",
     "refuse_prefill",
-    "refuse_without_keys",
     "several",
     "several_of",
 ]

@@ -251,7 +251,7 @@ class Plan(Layers, frozen=True, extra="forbid"):
             )
 
 
-def refuse_without_keys(plan: Plan) -> None:
+def refuse_nothing_to_train(plan: Plan) -> None:
     """Raise `UsageError` for a plan that skips nothing but MLPs in the prompt and has no
     weights of the prompt's own: there is nothing of it to train.
     """

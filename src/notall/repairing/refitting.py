@@ -34,8 +34,8 @@ from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .kept import Kept
-from .key_values import KeyValueRepair
 from .projections import READERS, OutputProjection, features_of, reading_gains
+from .prompt_refit import PromptRefit
 from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
 
@@ -61,7 +61,7 @@ def repair(
     itself stays as it is.
 
     Of a plan that skips in the prompt alone, the prompt's tokens get weights of their
-    own (`KeyValueRepair`): keys and values of attentions, and maps that stand in for
+    own (`PromptRefit`): keys and values of attentions, and maps that stand in for
     MLPs; all weights that an answer is made with stay as they are.
 
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of
@@ -94,7 +94,7 @@ def repair(
         else:
             text = DenseStream(inner, batches, offload=offload)
             if plan.prefill:
-                prompt = KeyValueRepair(text, plan, ridges=ridges, kept=kept)
+                prompt = PromptRefit(text, plan, ridges=ridges, kept=kept)
                 refit = prompt.run(progress)
             else:
                 whole = Refitting(text, plan, ridges=ridges, ahead=ahead, kept=kept)

@@ -14,7 +14,7 @@ from ..measuring.heads import Head
 from ..measuring.quality import check_prompt
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.windows import refuse_overlap
-from ..plan import Plan, refuse_without_keys
+from ..plan import Plan, refuse_nothing_to_train
 from ..progress import Progress
 from ..results.ledger import Ledger
 from ..results.repairs import HealRecord, RepairStep
@@ -83,7 +83,7 @@ class Training:
                 "healing is of what is skipped for every token, or in the prompt alone,"
                 " and this plan does both: heal a plan of each part"
             )
-        refuse_without_keys(self.plan)
+        refuse_nothing_to_train(self.plan)
         if self.config.train != "outputs" or self.config.warm_up:
             raise UsageError(
                 "of a plan that skips in the prompt alone, the prompt's keys and values"

@@ -9,7 +9,7 @@ guessed: a forward outside of a declaration runs whole.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -163,8 +163,8 @@ class InPrompt:
     prompt: Prompt
     names: frozenset[str]
     writers: Mapping[str, nn.Module]
-    early: Mapping[str, Mapping[str, EarlyOutputs]] = field(default_factory=dict)
-    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+    early: Mapping[str, Mapping[str, EarlyOutputs]]
+    stand_ins: Mapping[str, StandIn]
 
     def changes(self, part: Sublayer) -> bool:
         """Whether the prompt runs a sublayer otherwise."""

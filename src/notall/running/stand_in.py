@@ -1,7 +1,7 @@
 """What stands in for an MLP that a prompt skips: a linear map of the normalised stream.
 
-Most of what an MLP adds to late layers of a prompt is linear in what it reads, and a
-square matrix is a fraction of its work. Shapes: a stream is (batch, tokens, hidden).
+A square matrix is a fraction of an MLP's work. Shapes: a stream is (batch, tokens,
+hidden).
 """
 
 from collections.abc import Mapping

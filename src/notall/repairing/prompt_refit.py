@@ -130,7 +130,7 @@ def refuse_nothing_to_refit(structure: ModelStructure, plan: Plan) -> None:
 
 
 @dataclass(eq=False)
-class KeyValueRepair:
+class PromptRefit:
     """The refit of one plan's prompt: the original's stream and the prompt's, side by
     side through the layers.
     """
