@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
-from datetime import date
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from notall.measuring.quality import score
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error
 from notall.models.texts import fields, read_file
+from notall.results.provenance import this_run
 from notall.results.record import Amount, Count, Fact
 from notall.results.table import Column, number, table, words
 from notall.results.terminal import print_table
@@ -107,13 +106,7 @@ def main() -> None:
         sys.exit(f"skipped: no folder {asked.data} with texts; give one with --data")
     model, tokenizer = load("smollm2")
     plans = [Plan.load(f"published:{name}") for name in PLANS]
-    told = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    about = {
-        "command": shlex.join(["python", "benchmarks/clustered.py", *told]),
-        "date": f"{date.today()}",
-    }
+    about = this_run("python", "benchmarks/clustered.py")
     found = []
     for (text, (file, name)), drawn in product(TEXTS.items(), (True, False)):
         documents = fields(

@@ -379,7 +379,7 @@ NAMES = {
     "models.texts": ["Text", "read_prompts", "read_text"],
     "models.weightless": ["build_empty"],
     "models.windows": ["COPIED_TOKENS", "draw", "overlapping", "token_batches"],
-    "options": ["Workload", "Workload as options_Workload"],
+    "options": ["GridOptions", "Workload", "Workload as options_Workload"],
     "plan": [
         "PUBLISHED",
         "Plan",

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import forked
 from api import (
+    GridOptions,
     LeaveOneOutRecord,
     Provenance,
     ScoresRecord,
@@ -57,6 +58,32 @@ def model():
 def swept(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     return folder, run(model, folder)
+
+
+def test_a_grid_of_other_fractions(model, swept, tmp_path):
+    folder, grid = swept[0], GridOptions((0.5, 0.2, 0.5))
+    records = run(model, tmp_path, grid=grid)
+    keys = [(r.variant, r.fraction, r.keep_last) for r in records]
+    assert len(keys) == len(set(keys)) == 1 + 3 * 2 * 2
+    assert [fraction for _, fraction, _ in keys[1:5]] == [0.2, 0.2, 0.5, 0.5]
+    assert {len(r.plan.indices[r.variant]) for r in records if r.variant == "mlp"} == {
+        2,
+        5,
+    }
+    half = next(r for r in records if r.configuration == ("mlp", 0.5, False))
+    tokens = torch.cat(BATCHES)
+    with torch.no_grad(), skip(model, Plan(mlp=range(5, 10))):
+        logits = model(tokens).logits[:, :-1]
+    nll = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert half.quality.nll == pytest.approx(nll.item(), abs=1e-5)
+    assert read(folder / SweepRecord.file, SweepRecord) == swept[1]
+
+
+@pytest.mark.parametrize("fractions", [(), (0.0,), (0.33, 1.5), (-0.1,)])
+def test_fractions_that_make_no_grid_are_refused(model, tmp_path, fractions):
+    with pytest.raises(UsageError, match="give"):
+        run(model, tmp_path / "out", grid=GridOptions(fractions))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_papers_nineteen_configurations(model, swept):

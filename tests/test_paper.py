@@ -895,6 +895,15 @@ def folders(tmp_path_factory):
     return saved(tiny_llama(), path / "tiny"), write_tasks(path / "tasks")
 
 
+@pytest.mark.parametrize("command", ["paper", "sweep"])
+def test_a_fraction_of_more_than_all_is_refused(folders, tmp_path, run, command):
+    out = tmp_path / "out"
+    code, _, err = run(command, folders[0], "--fraction", "33", "--out", out)
+    assert code == 2
+    assert "fraction 33 skips nothing, or more than there is" in err
+    assert not out.exists()
+
+
 @pytest.mark.usefixtures("own_tasks_only")
 def test_a_refused_run_leaves_no_folder(folders, tmp_path, run):
     model, task_path = folders

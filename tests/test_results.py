@@ -5,6 +5,7 @@ writers, two processes.
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -503,6 +504,26 @@ def test_a_command_is_told_as_it_can_be_typed(monkeypatch):
         sys, "argv", ["notall", "pareto", "--plan", "/home/me/4 attentions.json"]
     )
     assert this_run()["command"] == "notall pareto --plan '4 attentions.json'"
+
+
+@pytest.mark.parametrize(
+    ("typed", "written"),
+    [
+        ("/home/me/out", "out"),
+        ("/home/my folder/out/", "out/"),
+        ("one=/home/me/plan.json", "one=plan.json"),
+        ("--out=/home/me/results", "--out=results"),
+        ("../shared/data", "../shared/data"),
+        ("a/b=c", "a/b=c"),
+        ("/", "/"),
+    ],
+)
+def test_a_program_tells_its_files_without_the_folders_of_a_machine(
+    monkeypatch, typed, written
+):
+    monkeypatch.setattr(sys, "argv", ["anything", typed])
+    command = this_run("python", "benchmarks/costs.py")["command"]
+    assert shlex.split(command) == ["python", "benchmarks/costs.py", written]
 
 
 def test_a_folder_of_no_command_is_anyones(tmp_path):

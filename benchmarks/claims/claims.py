@@ -17,11 +17,8 @@ holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import testing
@@ -33,6 +30,7 @@ from testing import Finding
 
 from notall.files import write_whole
 from notall.measuring.speed import machine
+from notall.results.provenance import this_run
 from notall.results.record import Amount, Count, Fact, Number
 from notall.results.table import Column, number, table, with_interval, words
 from notall.results.terminal import print_table
@@ -174,15 +172,6 @@ def write(path: Path, answers: Sequence[Answer]) -> list[Answer]:
     return found
 
 
-def this_run() -> Settings:
-    told = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]  # files by their names
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    command = shlex.join(["python", "benchmarks/claims/claims.py", *told])
-    return {"command": command, "date": date, "machine": machine("cpu")}
-
-
 def main() -> None:
     names = [claim.name for claim in CLAIMS]
     parser = argparse.ArgumentParser(
@@ -226,7 +215,9 @@ def main() -> None:
     )
     for claim in CLAIMS:
         if claim.name in given.only:
-            answer = answered(claim, bench, this_run(), skipped.get(claim.name, ""))
+            ran = this_run("python", "benchmarks/claims/claims.py")
+            ran["machine"] = machine("cpu")
+            answer = answered(claim, bench, ran, skipped.get(claim.name, ""))
             print(
                 answer.model_dump_json(
                     include={"claim", "verdict", "found", "also", "cpu_seconds"}

@@ -22,11 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +45,7 @@ from notall.measuring.statistics import mean_and_error
 from notall.models.gguf_file import read_gguf, write_gguf
 from notall.models.texts import Text, read_text
 from notall.models.windows import token_batches
+from notall.results.provenance import this_run
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import (
     Column,
@@ -329,16 +328,8 @@ def times(given: argparse.Namespace) -> list[Time]:
 
 def keep(given: argparse.Namespace, name: str, rows: list[Loss] | list[Time]) -> None:
     """The rows behind a line on where they come from."""
-    told = [
-        re.sub(r"(^|=)/(\S*/)?", r"\1", word) for word in sys.argv[1:]
-    ]  # files by their names
     about: dict[str, object] = {
-        "command": shlex.join(
-            ["python", "benchmarks/engines/below_four_bits.py", *told]
-        )
-    }
-    about |= {
-        "date": str(date.today()),
+        **this_run("python", "benchmarks/engines/below_four_bits.py"),
         "machine": machine("cpu"),
         "threads": cores(),
         "model": given.model.name,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from notall.exporters.executorch import PROGRAM, runner
 from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
+from notall.results.provenance import this_run
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, size, table, with_quartiles, words
 from notall.results.terminal import print_table
@@ -263,12 +263,7 @@ def main() -> None:
         "new": given.new,
         "sets": {name: str(SETS[name]) for name in given.sets},
     }
-    told = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    about["command"] = shlex.join(
-        ["python", "benchmarks/engines/executorch_programs.py", *told]
-    )
+    about |= this_run("python", "benchmarks/engines/executorch_programs.py")
     lines = [json.dumps(about), *(one.model_dump_json() for one in rows)]
     (given.out / "programs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     title = (

@@ -3,14 +3,19 @@ tokens, and tokens a second.
 
     make .venv-vllm/.done .venv-guidellm/.done
     python benchmarks/engines/served.py --out DIR --vllm-python .venv-vllm/bin/python \
-        --guidellm .venv-guidellm/bin/guidellm
+        --guidellm .venv-guidellm/bin/guidellm [--served attention block prompt]
+        [--model MODEL.gguf --served dense:eager dense:int8 REPAIRED REPAIRED:int8]
 
-The original, and what is left without a quarter of its attentions, and of its blocks:
-the deepest but the last (which ones they are makes no difference to a time). All
-servers run at once; in every round each is asked in turn, forwards and then backwards,
-with prompts of its own, so that no prefix is cached. Prompts are drawn by guidellm. A
-cell of a round is the median over requests, for tokens a second the mean; speedups are
-over the original by round: median [quartiles] over rounds.
+The original, and each word of --served: `attention`, `mlp` and `block` are a quarter of
+them out of every token, the deepest but the last (which ones they are makes no
+difference to a time), `prompt` the deepest quarter of the blocks out of the prompt
+alone; or it is a saved plan. `:int8` holds weights and activations in 8 bits, `:eager`
+compiles nothing, as a plan that skips in the prompt alone never does. All servers run
+at once; in every round each is asked in turn, forwards and then backwards, with prompts
+of its own, so that no prefix is cached. Prompts are drawn by guidellm. A cell of a
+round is the median over requests, for tokens a second the mean; speedups are over the
+original by round: median [quartiles] over rounds. Called again with the same --out and
+other --prompts, the record grows.
 """
 
 from __future__ import annotations
@@ -19,11 +24,11 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import date
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,8 +37,11 @@ from load import NAME, serving
 from workloads import DENSE, plans
 
 import notall
-from notall.measuring.speed import interleaved, machine, speedup
+from notall.engines import engine_named
+from notall.experiments.options.plan import read_plan
+from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.models.configs import load_config
+from notall.results.provenance import this_run
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, table, with_quartiles, words
 from notall.results.terminal import print_table
@@ -50,6 +58,7 @@ class Served(Fact):
     """One model at one load."""
 
     model: str
+    prompt: Count
     at_once: Count
     first_ms: Quartiles
     between_ms: Quartiles
@@ -61,6 +70,7 @@ class Served(Fact):
 
 COLUMNS: tuple[Column[Served], ...] = (
     words("model", lambda one: one.model),
+    number("prompt", lambda one: one.prompt, "d"),
     number("at once", lambda one: one.at_once, "d"),
     with_quartiles("first token ms", lambda one: one.first_ms, ".0f"),
     with_quartiles("between tokens ms", lambda one: one.between_ms, ".1f"),
@@ -70,10 +80,15 @@ COLUMNS: tuple[Column[Served], ...] = (
     with_quartiles("tokens/s, it / dense", lambda one: one.tokens_speedup),
 )
 Sample = dict[int, dict[str, float]]  # by requests at once
+INT8, EAGER = "int8", "eager"
 
 
 def asked_by_guidellm(
-    asked: argparse.Namespace, tokenizer: Path, seeds: count[int], address: str
+    asked: argparse.Namespace,
+    prompt: int,
+    tokenizer: Path,
+    seeds: count[int],
+    address: str,
 ) -> Sample:
     """One run of guidellm against a server, which asks at each load in turn. Exits
     where a request failed.
@@ -85,7 +100,7 @@ def asked_by_guidellm(
             "--profile": f"kind=concurrent,streams={asked.loads[0]}",
             "--constraint": f"kind=max_requests,count={asked.requests}",
             "--data": (
-                f"kind=synthetic_text,prompt_tokens={asked.prompt},output_tokens={asked.new}"
+                f"kind=synthetic_text,prompt_tokens={prompt},output_tokens={asked.new}"
             ),
             "--seed": f"kind=static,value={next(seeds)}",
             "--tokenizer": f"kind=hf_auto,model={tokenizer}",
@@ -119,7 +134,43 @@ def asked_by_guidellm(
     return sample
 
 
-def rows_of(taken: dict[str, list[Sample]], loads: list[int]) -> list[Served]:
+@dataclass(frozen=True)
+class Model:
+    """One word of `--served`."""
+
+    name: str  # the word, of a saved plan without its folder
+    plan: notall.Plan
+    how: str = ""  # INT8 or EAGER
+
+    @classmethod
+    def of(cls, word: str, depth: int) -> Model:
+        """Raises `UsageError` for what is no saved plan."""
+        named, _, how = word.partition(":")
+        by_name = plans(depth)
+        plan = by_name[named] if named in by_name else read_plan(Path(named))
+        return cls(Path(word).name, plan, how)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the server."""
+        is_eager = self.how == EAGER or bool(self.plan.prefill)
+        return ("--enforce-eager",) if is_eager else ()
+
+    def written(self, spec: str, folder: Path) -> Path:
+        """The checkpoint that vLLM reads, in a folder within `folder`."""
+        place = folder / self.name.replace(":", "-")
+        source = notall.Source(spec, dtype="bfloat16")
+        if self.how != INT8:
+            return notall.export(source, self.plan, "hf", place, verify=False)
+        plain = notall.export(source, self.plan, "hf", folder / "plain", verify=False)
+        engine_named("vllm")(cores(), "bfloat16").quantise(plain, INT8, place)
+        shutil.rmtree(plain)
+        return place
+
+
+def rows_of(
+    taken: dict[str, list[Sample]], prompt: int, loads: list[int]
+) -> list[Served]:
     rows = []
     for load in loads:
         by_model = {
@@ -130,6 +181,7 @@ def rows_of(taken: dict[str, list[Sample]], loads: list[int]) -> list[Served]:
         rows += [
             Served(
                 model=model,
+                prompt=prompt,
                 at_once=load,
                 **{what: Quartiles.of(times) for what, times in found.items()},
                 first_speedup=speedup(dense["first_ms"], found["first_ms"]),
@@ -147,7 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--skipped", nargs="*", default=["attention", "block"])
+    parser.add_argument("--served", nargs="*", default=["attention", "block", "prompt"])
     parser.add_argument(
         "--vllm-python",
         default=sys.executable,
@@ -159,7 +211,7 @@ def main() -> None:
         required=True,
         help="the command, in an environment of its own",
     )
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[512])
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument(
         "--loads", nargs="+", type=int, default=[1, 4, 16], help="requests at once"
@@ -170,53 +222,59 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    by_name = plans(load_config(asked.model).num_hidden_layers)
-    names, context = (
-        [DENSE, *asked.skipped],
-        64 * (2 + (asked.prompt + asked.new) // 64),
-    )  # a chat template adds some
-    options = ("--dtype=bfloat16", "--no-enable-prefix-caching")
+    depth = load_config(asked.model).num_hidden_layers
+    models = [Model(DENSE, notall.Plan())]
+    models += [Model.of(word, depth) for word in asked.served]
+    # A chat template adds some tokens.
+    context = 64 * (2 + (max(asked.prompts) + asked.new) // 64)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as servers:
-        asks = {}
-        for name in names:
-            place = Path(scratch) / name
-            folder = notall.export(
-                notall.Source(asked.model, dtype="bfloat16"),
-                by_name[name],
-                "hf",
-                place,
-                verify=False,
-            )
-            log = asked.out / f"{name}.log"
+        addresses = {}
+        for one in models:
+            folder = one.written(asked.model, Path(scratch))
             server = serving(
-                asked.vllm_python, folder, log, max(asked.loads), context, *options
+                asked.vllm_python,
+                folder,
+                asked.out / f"{folder.name}.log",
+                max(asked.loads),
+                context,
+                "--dtype=bfloat16",
+                "--no-enable-prefix-caching",
+                *one.options,
             )
-            address = servers.enter_context(server)
-            asks[name] = partial(
-                asked_by_guidellm, asked, Path(scratch) / DENSE, count(1), address
+            addresses[one.name] = servers.enter_context(server)
+            print(f"serving: {one.name}", file=sys.stderr)
+        for prompt in asked.prompts:
+            asks = {
+                name: partial(
+                    asked_by_guidellm,
+                    asked,
+                    prompt,
+                    Path(scratch) / DENSE,
+                    count(1),
+                    address,
+                )
+                for name, address in addresses.items()
+            }
+            taken = interleaved(
+                asks, asked.rounds, lambda *told: print(*told, file=sys.stderr)
             )
-            print(f"serving: {name}", file=sys.stderr)
-        taken = interleaved(
-            asks, asked.rounds, lambda *told: print(*told, file=sys.stderr)
-        )
-    rows = rows_of(taken, asked.loads)
-    told = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
+            rows = rows_of(taken, prompt, asked.loads)
+            written(asked, rows)
+            print_table(table(f"vLLM's server, {asked.rounds} rounds", COLUMNS, rows))
+
+
+def written(asked: argparse.Namespace, rows: list[Served]) -> None:
+    """Add the rows to the record, below a line about the run."""
     about = {
-        "command": shlex.join(["python", "benchmarks/engines/served.py", *told]),
-        "date": str(date.today()),
-    }
-    about |= {
+        **this_run("python", "benchmarks/engines/served.py"),
         "machine": machine("cpu"),
         "rounds": asked.rounds,
-        "prompt": asked.prompt,
         "new": asked.new,
+        "requests": asked.requests,
     }
-    about |= {"requests": asked.requests}
     record = [json.dumps(about), *(one.model_dump_json() for one in rows)]
-    (asked.out / "served.jsonl").write_text("\n".join(record) + "\n", encoding="utf-8")
-    print_table(table(f"vLLM's server, {asked.rounds} rounds", COLUMNS, rows))
+    with (asked.out / "served.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n".join(record) + "\n")
 
 
 if __name__ == "__main__":

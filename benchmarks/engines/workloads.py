@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import sys
 import tempfile
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from notall.engines import Engine, engine_named
 from notall.measuring.speed import cores, interleaved, machine, speedup
 from notall.models.configs import load_config
 from notall.models.names import named_gguf
+from notall.results.provenance import this_run
 from notall.results.record import Count, Fact, Quartiles
 from notall.results.table import Column, number, size, table, with_quartiles, words
 from notall.results.terminal import print_table
@@ -216,7 +215,7 @@ def main() -> None:
     ]
     about: dict[str, object] = {
         "machine": machine("cpu"),
-        "date": str(date.today()),
+        **this_run("python", "benchmarks/engines/workloads.py"),
         "model": Path(given.model).name,
     }
     about |= {
@@ -225,13 +224,9 @@ def main() -> None:
         "dtype": given.dtype,
         "threads": cores(),
     }
-    told = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    command = shlex.join(["python", "benchmarks/engines/workloads.py", *told])
-    about["command"] = "; ".join(
-        dict.fromkeys([*filter(None, [json.loads(header).get("command")]), command])
-    )
+    before = json.loads(header).get("command")
+    commands = dict.fromkeys(filter(None, [before, about["command"]]))
+    about["command"] = "; ".join(commands)
     folder = given.out / "checkpoints" / given.engine
     folder.mkdir(parents=True, exist_ok=True)
     files = checkpoints(

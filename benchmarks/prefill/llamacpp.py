@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
-import sys
 import tempfile
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from notall import Plan, RepairedPlan, export
 from notall.engines.llamacpp import dense_gguf
 from notall.measuring.speed import cores, machine, speedup
 from notall.models.gguf_file import read_gguf
+from notall.results.provenance import this_run
 from notall.results.record import Fact, Quartiles
 
 Times = dict[
@@ -92,13 +90,6 @@ def summary(taken: dict[int, list[Times]]) -> list[Timed]:
     return lines
 
 
-def command() -> str:
-    words = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    return shlex.join(["python", "benchmarks/prefill/llamacpp.py", *words])
-
-
 def main() -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
@@ -122,8 +113,7 @@ def main() -> None:
         "machine": machine() | {"threads": asked.threads},
         "model": Path(asked.model).name,
         "llama.cpp": f"of xllamacpp {version('xllamacpp')}, patched",
-        "command": command(),
-        "date": f"{date.today()}",
+        **this_run("python", "benchmarks/prefill/llamacpp.py"),
     }
     lines = summary(taken)
     records = [json.dumps(header), *(one.model_dump_json() for one in lines)]

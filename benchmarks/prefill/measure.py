@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -50,6 +48,7 @@ from notall.options import Workload
 from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
 from notall.results.facts import Check, Quality, Recovery, Times
+from notall.results.provenance import this_run
 from notall.results.record import Fact
 
 TASKS = [
@@ -343,20 +342,12 @@ def written(
     header = {
         "machine": about,
         "model": Path(asked.model).name,
-        "command": command(),
-        "date": f"{date.today()}",
+        **this_run("python", "benchmarks/prefill/measure.py"),
     }
     records = [json.dumps(header), *(one.model_dump_json() for one in found)]
     (asked.out / "quality.jsonl").write_text(
         "\n".join(records) + "\n", encoding="utf-8"
     )
-
-
-def command() -> str:
-    words = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    return shlex.join(["python", "benchmarks/prefill/measure.py", *words])
 
 
 def times(asked: argparse.Namespace) -> None:
@@ -379,8 +370,7 @@ def times(asked: argparse.Namespace) -> None:
         header = {
             "machine": machine(model.device),
             "model": Path(asked.model).name,
-            "command": command(),
-            "date": run,
+            **this_run("python", "benchmarks/prefill/measure.py"),
         }
         print(json.dumps(header), file=file)
         for tokens in asked.prompts:

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -33,6 +30,7 @@ from notall.measuring.speed import machine
 from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
 from notall.results.facts import Quality, Scores
+from notall.results.provenance import this_run
 from notall.results.record import Fact
 
 PLAN, SWIFTKV = "plan", "swiftkv"
@@ -117,7 +115,8 @@ def run(asked: argparse.Namespace) -> None:
         asked.window - JUDGED,
     )
     about = {"machine": machine(model.device), "model": Path(asked.model).name}
-    records = [json.dumps(about | {"command": command(), "date": f"{date.today()}"})]
+    about |= this_run("python", "benchmarks/prefill/swiftkv.py")
+    records = [json.dumps(about)]
     for file in files:
         windows, _ = TextOptions(
             str(file), asked.judged_windows, asked.window, 4
@@ -144,13 +143,6 @@ def run(asked: argparse.Namespace) -> None:
         (asked.out / "swiftkv.jsonl").write_text(
             "\n".join(records) + "\n", encoding="utf-8"
         )
-
-
-def command() -> str:
-    words = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    return shlex.join(["python", "benchmarks/prefill/swiftkv.py", *words])
 
 
 def main() -> None:

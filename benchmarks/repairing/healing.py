@@ -32,7 +32,7 @@ from notall.repairing.texts import sampled
 from notall.repairing.train_config import TrainConfig, Trained
 from notall.results import lines
 from notall.results.ledger import read_records
-from notall.results.provenance import Provenance
+from notall.results.provenance import Provenance, this_run
 from notall.results.repairs import HEALING, HealRecord
 from notall.results.table import Column, inherited, number, table, within, words
 from notall.results.terminal import print_table, progress_bar
@@ -67,6 +67,9 @@ class Healed(Settings):
     passes: int | None = None
     train_tokens: int | None = None
     minutes: float | None = None
+    command: str | None = None
+    date: str | None = None
+    machine: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,8 @@ def main() -> None:
                             "text": text,
                             "state": name,
                             "cpu_minutes": minutes,
+                            "machine": machine(model.device),
+                            **this_run("python", "benchmarks/repairing/healing.py"),
                         }
                         added.append(
                             Healed.model_validate(

@@ -16,8 +16,6 @@ import argparse
 import json
 import math
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +38,7 @@ from notall.plan import KIND_NAMES, Kind
 from notall.results.facts import DELTA_NLL, KL, Quality, TaskScore
 from notall.results.ledger import Ledger
 from notall.results.lines import finite
-from notall.results.provenance import Provenance
+from notall.results.provenance import Provenance, this_run
 from notall.results.record import Count, Fact, LayerIndex, Number, Record, SublayerName
 from notall.results.table import (
     Column,
@@ -487,11 +485,8 @@ def settings(asked: argparse.Namespace, model: PreTrainedModel) -> Provenance:
         "texts": TEXTS,
     }
     about = ModelOptions(asked.model).provenance(model, **sizes)
-    words = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    command = shlex.join(["python", "benchmarks/serving/leave_one_out.py", *words])
-    return about.model_copy(update={"where": {**about.where, "command": command}})
+    ran = this_run("python", "benchmarks/serving/leave_one_out.py")
+    return about.model_copy(update={"where": {**about.where, **ran}})
 
 
 def write(

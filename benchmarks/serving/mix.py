@@ -24,9 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
-from datetime import date
 from pathlib import Path
 
 from torch import Tensor
@@ -58,6 +55,7 @@ from notall.repairing.fit_texts import FitTexts
 from notall.repairing.texts import RepairTexts
 from notall.repairing.train_config import TrainConfig
 from notall.results.facts import DELTA_NLL, KL, SPEEDUPS, Quality, Recovery, Times
+from notall.results.provenance import this_run
 from notall.results.record import Fact
 from notall.results.table import Column, number, table, with_interval, within, words
 from notall.results.terminal import print_table
@@ -344,13 +342,7 @@ def main() -> None:
         "windows": asked.windows,
     }
     told |= {"tasks": asked.tasks, "limit": asked.limit, "questions": asked.questions}
-    words = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
-    told |= {
-        "command": shlex.join(["python", "benchmarks/serving/mix.py", *words]),
-        "date": f"{date.today()}",
-    }
+    told |= this_run("python", "benchmarks/serving/mix.py")
     told["searches"] = [
         json.loads(one.read_text())
         for one in sorted(asked.out.glob("chosen-*.spent.json"))

@@ -18,13 +18,11 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -43,6 +41,7 @@ from notall.measuring.statistics import mean_and_error
 from notall.models.texts import fields, read_file
 from notall.results import lines
 from notall.results.facts import Recovery
+from notall.results.provenance import this_run
 from notall.results.record import Amount, Count, Fact
 from notall.results.table import Column, number, table, with_error, with_interval, words
 from notall.results.terminal import print_table
@@ -296,14 +295,13 @@ def main() -> None:
             kept(name, plan, those, of[name], of[ORIGINAL])
             for name, plan in plans.items()
         ]
-    spelled = [
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
-    ]
     about: Settings = {
-        "command": shlex.join(["python", "benchmarks/serving/questions.py", *spelled])
+        **this_run("python", "benchmarks/serving/questions.py"),
+        "machine": machine("cpu"),
+        "model": asked.model.name,
+        "together": TOGETHER,
+        "threads": asked.threads,
     }
-    about |= {"date": f"{date.today()}", "machine": machine("cpu"), "model": asked.model.name, "together": TOGETHER,
-              "threads": asked.threads}  # fmt: skip
     records = [json.dumps(about), *(one.model_dump_json() for one in rows)]
     (asked.out / "kept.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     print_table(table("what is kept of answers", COLUMNS, rows))

@@ -25,7 +25,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 import notall
-from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
+from notall.choosing.criteria.data_free import paper_grid
 from notall.experiments.paper.records import TimesRecord
 from notall.experiments.paper.timing import TimingGrid, time_grid, time_in_turn
 from notall.experiments.subject import Subject
@@ -37,7 +37,7 @@ from notall.models.loading import (
     resolve_dtype,
 )
 from notall.models.weightless import build_random
-from notall.options import Workload
+from notall.options import GRID, GridOptions, Workload
 from notall.plan import Plan
 from notall.progress import Progress
 from notall.report.paper_tables import ENDINGS, half, time_figures
@@ -204,7 +204,7 @@ def main() -> None:
         "--fractions",
         type=float,
         nargs="+",
-        default=FRACTIONS,
+        default=GRID.fractions,
         help="shares of the layers skipped",
     )
     options.add_argument("--new", type=int, default=16)
@@ -242,7 +242,7 @@ def main() -> None:
         }
     )
     subject = Subject(model, None, [], arguments.out, provenance)
-    rows = paper_grid(notall.locate(model), arguments.fractions)
+    rows = paper_grid(notall.locate(model), GridOptions(tuple(arguments.fractions)))
     records, start = [], time.monotonic()
     measure = one_by_one_compiled if arguments.compile else time_in_turn
     with progress_bar() as progress:

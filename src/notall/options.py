@@ -141,3 +141,30 @@ class Workload:
 
 
 WORKLOAD = Workload()
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Which shares of the layers the paper's grid skips (2407.15516, section 3)."""
+
+    PANEL: ClassVar[str] = "Grid"
+
+    fractions: tuple[float, ...] = option(
+        (0.10, 0.25, 0.33),
+        "share of the layers to skip, from 0 to 1; repeat it for more",
+        ("--fraction",),
+    )
+
+    def check(self) -> None:
+        """Raise `UsageError` where there is none, or one that is no share."""
+        if not self.fractions:
+            raise UsageError("the grid has no fraction: give one or more from 0 to 1")
+        for one in self.fractions:
+            if not 0 < one <= 1:
+                raise UsageError(
+                    f"fraction {one:g} skips nothing, or more than there is: give more"
+                    " than 0 and at most 1, such as 0.33"
+                )
+
+
+GRID = GridOptions()

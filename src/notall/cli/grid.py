@@ -14,7 +14,7 @@ from ..experiments.similarity import SimilarityRecord
 from ..experiments.subject import Subject
 from ..extras import FIGURES, need
 from ..models.names import model_in_words
-from ..options import OutFolder, RunOptions, Workload
+from ..options import GridOptions, OutFolder, RunOptions, Workload
 from ..report.paper_tables import CLAIMS, write_tables
 from ..report.similarity import write_similarity
 from ..report.sweep import COLUMNS, write_sweep
@@ -30,23 +30,25 @@ def sweep(
     model: ModelOptions,
     text: TextOptions,
     workload: Workload,
+    grid: GridOptions,
     ray: RayOptions,
     run: RunOptions,
     out: OutFolder = Path("results"),
 ) -> None:
-    """Run the paper's grid: skip 10, 25 and 33 % of the attentions, MLPs or blocks,
-    with the last layer and without.
+    """Run the paper's grid: skip the deepest 10, 25 and 33 % of the attentions, MLPs or
+    blocks, with the last layer and without.
 
     If you interrupt it, the same command continues where it stopped.
     """
     check_folder(out, "sweep")
+    grid.check()
     text.check()
     net, tokenizer = model.load()
     batches, described = text.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
     with ray.workers(net, model) as workers, progress_bar() as progress:
         subject = Subject(net, tokenizer, batches, out, about, run.seed, workers)
-        records = sweeping.sweep(subject, workload, progress)
+        records = sweeping.sweep(subject, workload, grid, progress)
     write_sweep(records, out, model_in_words(about.what["model"]))
     _write_similarity(out, about.what)
     title = f"{about.what['model']}: {len(records)} configurations in {out}"
@@ -68,6 +70,7 @@ def paper(
     text: TextOptions,
     how: PaperOptions,
     timing: TimingGrid,
+    grid: GridOptions,
     ray: RayOptions,
     run: RunOptions,
     tasks: TaskOptions = TaskOptions(tasks=("openllm",)),
@@ -82,6 +85,7 @@ def paper(
     """
     need(*FIGURES, "lm_eval")
     check_folder(out, "paper")
+    grid.check()
     text.check()
     choice = tasks.check()
     net, tokenizer = model.load()
@@ -94,6 +98,7 @@ def paper(
             subject,
             choice,
             timing,
+            grid,
             windows=windows,
             generate_all=how.generate_all,
             progress=progress,

@@ -59,7 +59,7 @@ ALLOWED = {
     "model", "revision", "dtype", "device", "device_map", "shape", "dummy_weights",
     "text", "sequences", "length", "batch_size", "held_out", "held_out_sequences",
     "prompts", "sample", "tokens",
-    "skip", "keep_first", "keep_last", "phase", "last_tokens", "plan",
+    "skip", "keep_first", "keep_last", "phase", "last_tokens", "plan", "fractions",
     "criterion", "objective", "patience", "max_minutes",
     "params", "weights", "kv", "speedup", "max_nll", "max_kl", "recovery",
     "tasks", "limit", "num_fewshot", "truncate", "task_batch_size", "diagnostics",

@@ -1,4 +1,4 @@
-"""The paper's experiment: three variants, three fractions, with and without the last
+"""The paper's experiment: three variants at some fractions, with and without the last
 layer, and the original model.
 """
 
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from ..digests import digest_of
 from ..errors import UsageError
-from ..options import WORKLOAD, Workload
+from ..options import GRID as PAPER_GRID, WORKLOAD, GridOptions, Workload
 from ..plan import Plan
 from ..progress import Progress, Stages, generation_work, reading, silent
 from ..results.facts import GRID, Configured, Times
@@ -94,7 +94,10 @@ class ContinuationsRecord(Record, Configured, kind="samples", key=(*GRID, "plan"
 
 
 def sweep(
-    subject: Subject, workload: Workload = WORKLOAD, progress: Progress = silent
+    subject: Subject,
+    workload: Workload = WORKLOAD,
+    grid: GridOptions = PAPER_GRID,
+    progress: Progress = silent,
 ) -> list[SweepRecord]:
     """Evaluate and time the paper's grid on the subject's text; one record a
     configuration.
@@ -107,7 +110,7 @@ def sweep(
     from ..running.skipping import footprint
 
     workload.check(subject.model)
-    rows = paper_grid(subject.structure)
+    rows = paper_grid(subject.structure, grid)
     asked = {
         "workload": asdict(workload),
         "seed": subject.seed,

@@ -3,12 +3,12 @@ and where it ran.
 """
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -87,20 +87,21 @@ class Provenance(BaseModel, frozen=True, extra="forbid"):
         )
 
 
-def this_run() -> Settings:
+def this_run(*program: str) -> Settings:
     """The command as it was typed, without the folders of a machine, its functions, and
     the date.
 
-    The SHA-256 of their files is by `module:function`; the date is in UTC, to the
-    minute.
+    `program` is what was typed before its words: `python` and a file; by default
+    `notall`. The SHA-256 of the functions' files is by `module:function`; the date is
+    in UTC, to the minute.
     """
     words = [
-        Path(word).name if Path(word).is_absolute() else word
+        re.sub(r"(^|=)/(.*/)?(?=[^/])", r"\1", word)  # files by their names
         for word in STEP_COMMAND.get() or sys.argv[1:]
     ]
     functions = functions_in(words)
     return {
-        "command": shlex.join(["notall", *words]),
+        "command": shlex.join([*(program or ["notall"]), *words]),
         **({"functions": functions} if functions else {}),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

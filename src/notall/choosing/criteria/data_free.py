@@ -3,7 +3,6 @@ deepest), or by the weights.
 """
 
 import random
-from collections.abc import Sequence
 from itertools import product
 from numbers import Real
 from typing import get_args
@@ -11,6 +10,7 @@ from typing import get_args
 from torch import nn
 
 from ...errors import UsageError, expect
+from ...options import GRID, GridOptions
 from ...plan import Phase, Plan, Skippable, several_of
 from ...results.facts import Configured
 from ...strict_json import Settings
@@ -19,7 +19,6 @@ from .setting import Setting, UnitScores
 
 SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
 PHASES: tuple[Phase, ...] = get_args(Phase)
-FRACTIONS = (0.10, 0.25, 0.33)  # of the layers; the paper's
 
 
 def deepest(
@@ -88,12 +87,13 @@ def deepest(
     return plan
 
 
-def paper_grid(
-    structure: ModelStructure, fractions: Sequence[float] = FRACTIONS
-) -> list[Configured]:
+def paper_grid(structure: ModelStructure, grid: GridOptions = GRID) -> list[Configured]:
     """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source:
-    arXiv 2407.15516, section 3.
+    arXiv 2407.15516, section 3. Raises `UsageError` as `deepest`, and for a fraction
+    outside 0..1.
     """
+    grid.check()
+    fractions = sorted({*grid.fractions})
     rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
     for variant, fraction, keep_last in product(SKIPPABLE, fractions, (False, True)):
         plan = deepest(structure, variant, fraction, keep_last=keep_last)

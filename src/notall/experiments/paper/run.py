@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...options import option
+from ...options import GRID, GridOptions, option
 from ...progress import Progress, Stages, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
@@ -35,7 +35,9 @@ class PaperOptions:
     PANEL: ClassVar[str] = "Benchmarks"
 
     generate_all: bool = option(
-        False, "run generating tasks everywhere, not only at 33 %", ("--generate-all",)
+        False,
+        "run generating tasks everywhere, not only at the largest fraction",
+        ("--generate-all",),
     )
     diagnostics: Diagnostics = False
 
@@ -61,6 +63,7 @@ def run_paper(
     subject: Subject,
     tasks: TaskChoice,
     timing: TimingGrid = TimingGrid(),
+    grid: GridOptions = GRID,
     *,
     windows: "Sequence[Tensor]" = (),
     generate_all: bool = False,
@@ -77,7 +80,7 @@ def run_paper(
 
     for workload in timing.workloads:
         workload.check(subject.model)
-    rows = paper_grid(subject.structure)
+    rows = paper_grid(subject.structure, grid)
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
     generating = None
