@@ -37,7 +37,7 @@ from notall.models.loading import (
     resolve_dtype,
 )
 from notall.models.weightless import build_random
-from notall.options import GRID, GridOptions, Workload
+from notall.options import PAPER_GRID, GridOptions, Workload
 from notall.plan import Plan
 from notall.progress import Progress
 from notall.report.paper_tables import ENDINGS, half, time_figures
@@ -204,7 +204,7 @@ def main() -> None:
         "--fractions",
         type=float,
         nargs="+",
-        default=GRID.fractions,
+        default=PAPER_GRID.fractions,
         help="shares of the layers skipped",
     )
     options.add_argument("--new", type=int, default=16)

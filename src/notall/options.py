@@ -167,4 +167,4 @@ class GridOptions:
                 )
 
 
-GRID = GridOptions()
+PAPER_GRID = GridOptions()

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from ..digests import digest_of
 from ..errors import UsageError
-from ..options import GRID as PAPER_GRID, WORKLOAD, GridOptions, Workload
+from ..options import PAPER_GRID, WORKLOAD, GridOptions, Workload
 from ..plan import Plan
 from ..progress import Progress, Stages, generation_work, reading, silent
 from ..results.facts import GRID, Configured, Times

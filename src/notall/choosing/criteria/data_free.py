@@ -10,7 +10,7 @@ from typing import get_args
 from torch import nn
 
 from ...errors import UsageError, expect
-from ...options import GRID, GridOptions
+from ...options import PAPER_GRID, GridOptions
 from ...plan import Phase, Plan, Skippable, several_of
 from ...results.facts import Configured
 from ...strict_json import Settings
@@ -87,7 +87,9 @@ def deepest(
     return plan
 
 
-def paper_grid(structure: ModelStructure, grid: GridOptions = GRID) -> list[Configured]:
+def paper_grid(
+    structure: ModelStructure, grid: GridOptions = PAPER_GRID
+) -> list[Configured]:
     """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source:
     arXiv 2407.15516, section 3. Raises `UsageError` as `deepest`, and for a fraction
     outside 0..1.

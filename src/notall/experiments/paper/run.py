@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...options import GRID, GridOptions, option
+from ...options import PAPER_GRID, GridOptions, option
 from ...progress import Progress, Stages, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
@@ -63,7 +63,7 @@ def run_paper(
     subject: Subject,
     tasks: TaskChoice,
     timing: TimingGrid = TimingGrid(),
-    grid: GridOptions = GRID,
+    grid: GridOptions = PAPER_GRID,
     *,
     windows: "Sequence[Tensor]" = (),
     generate_all: bool = False,
