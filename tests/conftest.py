@@ -39,9 +39,10 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Where there are no devices, those with the marker run in a process that simulates
-    some.
+    """Those that take long begin; where there are no devices, those with the marker
+    run in a process that simulates some.
     """
+    items.sort(key=lambda item: not item.get_closest_marker("long"))
     marked = (item for item in items if item.get_closest_marker("devices"))
     files = list(dict.fromkeys(str(item.path) for item in marked))
     if not files:

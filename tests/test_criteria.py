@@ -37,6 +37,8 @@ from families import family, silenced
 from notall import UsageError, deepest, locate, skip
 from test_searching import unshared
 
+pytestmark = pytest.mark.any_transformers  # of sets and scores, on one model
+
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))
 LAYERS = 6
 

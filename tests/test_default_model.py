@@ -68,6 +68,7 @@ def test_with_the_wheel_the_hub_is_not_asked(monkeypatch, tmp_path):
     assert names.resolved("smollm2") == "smollm2"
 
 
+@pytest.mark.long
 @pytest.mark.any_transformers  # of what a name means
 @pytest.mark.slow  # a process of its own, which reads the hub's cache
 def test_commands_run_on_the_hubs_and_not_on_a_folder_of_that_name(tmp_path):

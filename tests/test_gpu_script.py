@@ -29,6 +29,7 @@ def test_an_unknown_step_is_refused(tmp_path):
     assert "give some of setup device tests readme table paper" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_says_what_passed_what_failed_and_what_was_not_covered(tmp_path):
     done = run(tmp_path, "--smoke", "device", "readme", "table")

@@ -39,6 +39,8 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 from tiny_tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.any_transformers  # it looks at files
+
 PLAN, OTHER_PLAN = Plan([0, 3], [1]), Plan([2], [1, 3])
 TEXTS = [
     torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(n))

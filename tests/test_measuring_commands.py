@@ -20,7 +20,10 @@ from command_line import FAST, QUICK
 from families import family
 from notall import Plan, UsageError
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [
+    pytest.mark.usefixtures("short_prose"),
+    pytest.mark.any_transformers,  # of words and files
+]
 
 
 @pytest.fixture

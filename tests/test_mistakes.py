@@ -350,6 +350,7 @@ MISSPELT = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.any_transformers  # it reads types
 def test_a_program_that_uses_it_passes_a_strict_type_checker_without_misspelt_names(

@@ -37,7 +37,10 @@ from notall import Plan, UsageError, skip
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLAN = Plan(attention=[2, 3], mlp=[3])
-pytestmark = pytest.mark.usefixtures("own_tasks_only")
+pytestmark = [
+    pytest.mark.usefixtures("own_tasks_only"),
+    pytest.mark.any_transformers,  # of questions and answers
+]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,6 @@ def test_the_mix_holds_as_much_of_each_and_is_written_once(
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # it is about what is kept
 def test_a_few_tokens_take_the_first_part_and_the_rest_is_written_once_more_are_needed(
     model, tokenizer, tmp_path, monkeypatch
 ):
@@ -463,9 +465,8 @@ def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
     } == {1.0}
 
 
+@pytest.mark.long
 @pytest.mark.slow
-# it is about what checks tell apart; what they compute is tested on both
-@pytest.mark.any_transformers
 def test_each_check_sees_what_it_is_for(default_model):
     """One attention of the default model is needed for passkeys, one for facts alone,
     and one for answers alone.

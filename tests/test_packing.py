@@ -12,6 +12,8 @@ from api import Pack, Request, Scorer, inputs_of, packed, packing_plain as plain
 from families import WINDOW, each_block, family, representatives
 from notall import Plan, UsageError
 
+pytestmark = pytest.mark.any_transformers  # of batches and memory
+
 
 def questions(count, seed, *, shared=6, own=4, answers=3, vocabulary=90):
     """Sequences as benchmarks have them: all begin alike, groups go on alike, then each

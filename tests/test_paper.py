@@ -73,6 +73,8 @@ from notall import Plan, UsageError, locate
 from small_disk import fills_up
 from tiny_tasks import byte_tokenizer, saved, tiny_llama, write_tasks
 
+pytestmark = pytest.mark.any_transformers  # of records and claims
+
 ABOUT = {"model": "tiny"}
 
 

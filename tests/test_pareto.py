@@ -69,6 +69,8 @@ from families import family
 from notall import Plan, Source, UsageError, load, repair, skip
 from tiny_gguf import WORDS, write_gguf as write_tiny
 
+pytestmark = pytest.mark.any_transformers  # of records, rows and fronts
+
 SIZES = {
     "vocab_size": len(WORDS),
     "hidden_size": 64,
@@ -144,7 +146,6 @@ def test_llamacpp_scores_as_the_model_token_by_token(dense, windows, plan, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # llama.cpp runs it
 @needs_llamacpp
 def test_llamacpp_scores_the_default_model_as_the_model_does(default_model, tmp_path):
     model, tokenizer = default_model
@@ -224,7 +225,6 @@ def test_what_an_engine_says_is_told(dense, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # it is about processes
 def test_a_file_that_is_called_like_a_library_is_none(monkeypatch, tmp_path):
     (tmp_path / "uuid.py").write_text("raise SystemExit('this is no library')")
     monkeypatch.chdir(tmp_path)
@@ -885,7 +885,6 @@ def test_the_sentence_says_what_to_take(asked, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers
 def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     asked.broken = {"less-plain"}
     measured(tmp_path)

@@ -38,6 +38,8 @@ from notall import Plan, SearchConfig, Space, UsageError, choose_plan, locate
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # of sets and times
+
 BATCHES = [
     torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(n))
     for n in range(2)

@@ -62,6 +62,8 @@ from notall import Plan, RepairedPlan, Space, locate, repair
 from result_folders import SHAPED, quality, times
 from test_reporting import data_of as embedded
 
+pytestmark = pytest.mark.any_transformers  # of pages and words
+
 BATCHES = list((torch.arange(3 * 12).view(3, 12) * 7 % 90 + 3).split(2))
 PROMPT = 6
 VALUES = "model.layers.8.self_attn.v_proj.weight"
@@ -175,7 +177,6 @@ def test_it_costs_less_than_the_grid(model):
 
 
 # older ones hold a recurrent state otherwise, and are refused
-@pytest.mark.any_transformers
 @pytest.mark.parametrize("name", ["mamba", "gpt_neox"])
 def test_a_grid_without_it_has_no_such_column(name):
     structure = locate(family(name).build())

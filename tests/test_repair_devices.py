@@ -37,7 +37,11 @@ from notall import (
 )
 from plain_families import OTHERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.each_release, pytest.mark.devices(count=2)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.any_transformers,  # of where it runs; repairs themselves run on both
+    pytest.mark.devices(count=2),
+]
 
 PLACES = {"one": on_one, "two": on_two}
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -277,20 +281,9 @@ def expected(name, case, dtype=torch.float32):
     return outcome(case, on_cpu(name, dtype))
 
 
-RARE = [pytest.mark.slow, pytest.mark.any_transformers]
-# Of what differs by device: all of it where a plain model is split, repairs of one with
-# norms behind.
-QUICK = {
-    ("llama", "two"): {case for case in CASES if not case.startswith("by")},
-    ("gemma3", "two"): {case for case in CASES if case.startswith("repair")},
-    ("llama", "one"): {"repair in files"},
-}
-
-
-@pytest.mark.parametrize(("name", "place", "case"), [
-    pytest.param(*one, marks=[] if one[2] in QUICK.get(one[:2], ()) else RARE)
-    for one in itertools.product(NAMES, PLACES, CASES)
-])  # fmt: skip
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_comes_to_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
     assert len(devices_of(model)) == (1 if place == "one" else 2)
@@ -323,8 +316,6 @@ def lost_in_half(name, place, dtype, case):
     return [quality.nll, quality.kl]
 
 
-@pytest.mark.slow
-@pytest.mark.any_transformers
 @pytest.mark.parametrize("case", IN_HALF)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", HALF)
@@ -339,9 +330,6 @@ def test_in_half_precision_it_loses_about_as_much(name, dtype, place, case):
     assert found == pytest.approx(on_the_cpu, rel=0.03, abs=0.01)
 
 
-@pytest.mark.slow
-# some of the many are built otherwise by 4.57; those above run on both
-@pytest.mark.any_transformers
 @pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *OTHERS], ids=str)
 def test_every_family_is_repaired_where_it_is_split(family):
     if not family.exists:

@@ -89,6 +89,7 @@ OTHER_TWINS += [
 OTHER_TWINS = [twin for twin in OTHER_TWINS if twin not in TWINS]
 
 
+@pytest.mark.any_transformers  # it is about numbers; every family is repaired on both
 @pytest.mark.parametrize(
     ("hand", "plan"),
     [pytest.param(hand, PLANS[name], id=f"{hand}-{name}") for hand, name in TWINS]

@@ -228,11 +228,9 @@ def test_guidellm_is_asked_for_each_load_and_no_request_may_fail(
     served, command = program("benchmarks/engines/served"), tmp_path / "guidellm"
     command.write_text(GUIDELLM.format(python=sys.executable, done=done))
     command.chmod(0o755)
-    asked = argparse.Namespace(
-        guidellm=command, loads=[1, 4], requests=6, prompt=64, new=16
-    )
+    asked = argparse.Namespace(guidellm=command, loads=[1, 4], requests=6, new=16)
     ask = partial(
-        served.asked_by_guidellm, asked, tmp_path, count(1), "http://127.0.0.1:1"
+        served.asked_by_guidellm, asked, 64, tmp_path, count(1), "http://127.0.0.1:1"
     )
     if done < 6:
         with pytest.raises(SystemExit, match="of 6 requests, 1 at once"):
@@ -244,7 +242,7 @@ def test_guidellm_is_asked_for_each_load_and_no_request_may_fail(
         load: {name: value / (2 if "ms" in name else 0.5) for name, value in of.items()}
         for load, of in sample.items()
     }
-    dense, half = served.rows_of({"dense": [sample] * 3, "half": [faster] * 3}, [4])
+    dense, half = served.rows_of({"dense": [sample] * 3, "half": [faster] * 3}, 64, [4])
     assert (dense.model, dense.tokens_speedup.median, dense.first_ms.n) == (
         "dense",
         1,

@@ -208,6 +208,7 @@ def test_every_command_has_a_line():
     assert LINES.keys() == COMMANDS.keys()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_command_runs_a_shadow(place, tmp_path):
     """In the working folder, in OUT and beside the model's weights; workers of engines
@@ -236,6 +237,7 @@ def test_no_command_runs_a_shadow(place, tmp_path):
     ]  # and none is copied
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_worker_of_a_cluster_runs_a_shadow(place, tmp_path):
     """Ray puts the working folder first on the path of its workers."""

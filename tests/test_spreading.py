@@ -42,9 +42,11 @@ from families import family
 from notall import Plan, UsageError, load, locate
 from tiny_tasks import saved, tiny_llama
 
-pytestmark = (
-    pytest.mark.any_transformers
-)  # it is about processes: what each computes is what one computes
+pytestmark = [
+    # it is about processes: what each computes is what one computes
+    pytest.mark.any_transformers,
+    pytest.mark.long,
+]
 
 TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 250 + 3
 REQUESTS = [

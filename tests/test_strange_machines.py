@@ -98,6 +98,7 @@ def strange(tmp_path_factory):
         process.stdin.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in killing.COMMANDS if "by Ray" not in name]

@@ -28,6 +28,8 @@ from families import TRANSFORMERS_5, family, representatives, stack_of
 from notall import Plan, RepairedPlan, UsageError, locate, remove, skip
 from test_in_place import KINDS
 
+pytestmark = pytest.mark.any_transformers  # what is put back is ours
+
 OWN = tuple(
     str(Path(skipping.__file__).parents[1] / package)
     for package in ("running", "structure")
@@ -238,7 +240,6 @@ def test_a_skip_of_layers_in_place_is_undone_wherever_it_is_interrupted() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # of opcodes of ours
 def test_a_skip_is_undone_where_it_is_interrupted_within_a_line() -> None:
     model = family("gemma3").build()
     check_interrupted(
@@ -247,7 +248,6 @@ def test_a_skip_is_undone_where_it_is_interrupted_within_a_line() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers  # what is put back is ours; the fast ones run on both
 @pytest.mark.parametrize(("number", "family"), [*enumerate(representatives())], ids=str)
 def test_a_skip_of_each_structure_is_undone(number: int, family: Any) -> None:
     model = family.build()
@@ -275,7 +275,6 @@ def test_a_skip_inside_a_skip_that_is_interrupted_leaves_the_outer_one_as_it_was
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers
 def test_a_skip_inside_a_repaired_one_is_undone_wherever_it_is_interrupted() -> None:
     model = family("gemma3").build()
     with skip(model, repaired(model, Plan([0]))):
@@ -292,7 +291,6 @@ def test_a_first_skip_that_is_interrupted_leaves_no_watch_behind() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.any_transformers
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", REGROUPED_OR_NOT)
 def test_a_first_skip_is_undone_wherever_it_is_interrupted(name: str) -> None:

@@ -139,6 +139,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     assert silent, "what is skipped gets no gradient"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="no C++ compiler",
@@ -316,6 +317,8 @@ def test_bfloat16(name: str) -> None:
         close(model(BATCH).logits, expected, 2e-2)
 
 
+@pytest.mark.long
+@pytest.mark.any_transformers  # it is torch's; the mask is that of any other attention
 @pytest.mark.slow
 def test_flex_attention() -> None:
     model = family("mistral").build("flex_attention", head_dim=16)

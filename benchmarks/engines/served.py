@@ -4,18 +4,17 @@ tokens, and tokens a second.
     make .venv-vllm/.done .venv-guidellm/.done
     python benchmarks/engines/served.py --out DIR --vllm-python .venv-vllm/bin/python \
         --guidellm .venv-guidellm/bin/guidellm [--served attention block prompt]
-        [--model MODEL.gguf --served dense:eager dense:int8 REPAIRED REPAIRED:int8]
+        [--model MODEL.gguf --served dense:int8 REPAIRED REPAIRED:int8]
 
 The original, and each word of --served: `attention`, `mlp` and `block` are a quarter of
 them out of every token, the deepest but the last (which ones they are makes no
 difference to a time), `prompt` the deepest quarter of the blocks out of the prompt
 alone; or it is a saved plan. `:int8` holds weights and activations in 8 bits, `:eager`
-compiles nothing, as a plan that skips in the prompt alone never does. All servers run
-at once; in every round each is asked in turn, forwards and then backwards, with prompts
-of its own, so that no prefix is cached. Prompts are drawn by guidellm. A cell of a
-round is the median over requests, for tokens a second the mean; speedups are over the
-original by round: median [quartiles] over rounds. Called again with the same --out and
-other --prompts, the record grows.
+compiles nothing. All servers run at once; in every round each is asked in turn,
+forwards and then backwards, with prompts of its own, so that no prefix is cached.
+Prompts are drawn by guidellm. A cell of a round is the median over requests, for tokens
+a second the mean; speedups are over the original by round: median [quartiles] over
+rounds. Called again with the same --out and other --prompts, the record grows.
 """
 
 from __future__ import annotations
@@ -153,8 +152,7 @@ class Model:
     @property
     def options(self) -> tuple[str, ...]:
         """Of the server."""
-        is_eager = self.how == EAGER or bool(self.plan.prefill)
-        return ("--enforce-eager",) if is_eager else ()
+        return ("--enforce-eager",) if self.how == EAGER else ()
 
     def written(self, spec: str, folder: Path) -> Path:
         """The checkpoint that vLLM reads, in a folder within `folder`."""

@@ -73,10 +73,7 @@ HOW_TO_RUN_PREFILL = (
     " runs whole, but inside of `with model.prompt(tokens):`, whose first tokens are"
     " the prompt.\n\n" + LOADED
 )
-IN_VLLM = (
-    "; vLLM does with notall installed (`vllm serve . --enforce-eager`), and refuses it"
-    " without"
-)
+IN_VLLM = "; vLLM does with notall installed (`vllm serve .`), and refuses it without"
 
 
 class HFExport(CheckpointExport):

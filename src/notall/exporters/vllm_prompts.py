@@ -12,6 +12,9 @@ cache, and a request that was preempted keep to it. The layers then split the ro
 - a skipped attention first writes keys and values of the tokens that skip; then it runs
   for the whole ones alone, by metadata that has these as its queries. In vLLM the
   queries of a request are the last of its keys, as these are.
+
+How many tokens skip changes from step to step, so such a step runs as it is written. A
+step without them, as all that only generate are, runs what vLLM compiled or captured.
 """
 
 import functools
@@ -63,7 +66,7 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.prompt_skips, self.prompt_step = skips, step
             self.model.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_stacked=STACKED)
-            _count_tokens()
+            _attach_to_runner()
 
         def forward(
             self,
@@ -74,7 +77,9 @@ def prompt_model(stock: Any, layers_in: Any) -> Any:
         ) -> Any:
             try:
                 if self.prompt_step.splits:
-                    self.prompt_step.part(get_forward_context(), positions.device)
+                    context = get_forward_context()
+                    context.skip_compiled = True
+                    self.prompt_step.part(context, positions.device)
                 return super().forward(
                     input_ids, positions, intermediate_tensors, inputs_embeds
                 )
@@ -91,9 +96,6 @@ def refuse(vllm_config: Any) -> None:
     """Raise `UsageError` for what was not seen to answer as transformers does."""
     parallel = vllm_config.parallel_config
     refused = {
-        "compiled graphs: give --enforce-eager": (
-            not vllm_config.model_config.enforce_eager
-        ),
         "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": (
             vllm_config.use_v2_model_runner
         ),
@@ -112,26 +114,40 @@ def refuse(vllm_config: Any) -> None:
             raise UsageError(f"{CANNOT} with {what}")
 
 
-def _count_tokens() -> None:
+def _attach_to_runner() -> None:
     """Have vLLM's model runner tell a model of this module which tokens are a prompt's,
-    ahead of each forward.
+    ahead of each forward, and neither pad nor replay a forward in which some skip.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 
-    prepare = Runner._prepare_inputs
+    prepare, dispatch = (
+        Runner._prepare_inputs,
+        Runner._determine_batch_execution_and_padding,
+    )
     if getattr(prepare, "tells_prompts", False):
         return
 
     @functools.wraps(prepare)
     def prepared(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         found = prepare(self, scheduler_output, *args, **kwargs)
-        step = getattr(self.get_model(), "prompt_step", None)
-        if step is not None:
+        if step := _step_of(self):
             step.enter(*_tokens(self, scheduler_output))
         return found
 
+    @functools.wraps(dispatch)
+    def dispatched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (step := _step_of(self)) and step.splits:
+            kwargs["force_eager"] = True
+        return dispatch(self, *args, **kwargs)
+
     prepared.tells_prompts = True  # type: ignore[attr-defined]
     Runner._prepare_inputs = prepared
+    Runner._determine_batch_execution_and_padding = dispatched
+
+
+def _step_of(runner: Any) -> RowsOfStep | None:
+    """What a runner's model skips in its next forward, if it is of this module."""
+    return getattr(runner.get_model(), "prompt_step", None)
 
 
 def _tokens(runner: Any, scheduler_output: Any) -> tuple[NDArray[Any], ...]:
