@@ -244,10 +244,14 @@ def beams_work(model: PreTrainedModel) -> bool:
 
 def cache_bytes(cache: Any) -> list[int]:
     """All that each layer of a cache holds, keys and values and states; positions lie
-    with the first of Qwen 4's.
+    with the first of Qwen 4's, and states have a number of tokens beside them.
     """
     held = [
-        {name: value for name, value in vars(layer).items() if "position" not in name}
+        {
+            name: value
+            for name, value in vars(layer).items()
+            if "position" not in name and "length" not in name
+        }
         for layer in cache.layers
     ]
     return [

@@ -90,6 +90,8 @@ class Transformers(Engine):
 
         import notall
 
+        from ..models.devices import NO_HUB_KERNELS
+
         if base := regrouped_base(checkpoint):
             notall.register(base)
         torch.set_num_threads(self.threads)
@@ -98,6 +100,7 @@ class Transformers(Engine):
             dtype=getattr(torch, self.dtype),
             local_files_only=True,
             trust_remote_code=False,
+            **NO_HUB_KERNELS,
             **more,
         )
         return model.eval()

@@ -19,6 +19,7 @@ from ..checkpoint_files import ADAPTER_CONFIG, named_weights, refuse_adapter
 from ..errors import UsageError
 from ..files import contents, own_file, saving
 from ..models.configs import load_config, model_source, reader_of, refuse_export
+from ..models.devices import NO_HUB_KERNELS
 from ..models.identity import identify
 from ..models.load_errors import explained, quiet
 from ..models.quantisation import quantisation_name, quantisation_of, why_not_here
@@ -269,6 +270,7 @@ def load_whole(
         "use_safetensors": True,
         "output_loading_info": True,
         "trust_remote_code": trusted,
+        **NO_HUB_KERNELS,
     }
     model, report = loader.from_pretrained(folder, dtype=dtype or "auto", **how)
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ..checkpoint_files import INDEX
 from ..errors import UsageError, shortened
 from ..files import expanded, saving
+from ..models.devices import NO_HUB_KERNELS
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import hub_id, resolved
 from ..models.own_exports import first_file, shard_index, weight_files
@@ -201,6 +202,7 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
         "device_map": "meta",
         "ignore_mismatched_sizes": is_quantised,
         "output_loading_info": True,
+        **NO_HUB_KERNELS,
     }
     try:
         with quiet():

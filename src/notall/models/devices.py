@@ -1,8 +1,13 @@
 """Devices and dtypes by their names."""
 
+from typing import Any
+
 import torch
 
 from ..errors import UsageError, nearest
+
+# Of `from_pretrained`: transformers 5.25 and later fetch kernels from the hub by default.
+NO_HUB_KERNELS: dict[str, Any] = {"use_kernels": False}
 
 DTYPES = {
     "float32": torch.float32,

@@ -28,6 +28,7 @@ from ..errors import UsageError
 from ..files import saving, temporary
 from ..integrity import check_files, read_manifest, refuse_unlisted, write_manifest
 from ..strict_json import Settings
+from .devices import NO_HUB_KERNELS
 from .gguf_file import open_gguf, refuse_kv_only
 from .load_errors import check_weights, explained, quiet
 from .terms import TERMS, terms_in_gguf, write_terms
@@ -133,6 +134,7 @@ def _read(gguf: Path) -> PreTrainedModel:
         gguf.parent,
         **_source(gguf),
         **unpacked,
+        **NO_HUB_KERNELS,
         dtype=torch.float32,
         output_loading_info=True,
     )

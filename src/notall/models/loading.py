@@ -32,7 +32,7 @@ from .configs import (
     refuse_misread,
     settings_of_export,
 )
-from .devices import resolve_device, resolve_dtype
+from .devices import NO_HUB_KERNELS, resolve_device, resolve_dtype
 from .load_errors import check_weights, explained, quiet
 from .names import DEFAULT_MODEL, named_gguf, resolved
 from .own_exports import (
@@ -96,8 +96,10 @@ def load(
         how: Options = {
             "dtype": resolve_dtype(dtype, place),
             "device_map": device_map or str(place),
+            "attn_implementation": attn_implementation,
+            "output_loading_info": True,
+            **NO_HUB_KERNELS,
         }
-        how |= {"attn_implementation": attn_implementation, "output_loading_info": True}
         if settings is None:
             return _load_plain(spec, revision, trust_remote_code, how)
         return _load_export(spec, own_export(spec, settings), revision, how)
