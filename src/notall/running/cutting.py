@@ -20,6 +20,7 @@ from ..structure.model_structure import (
     text_config,
 )
 from ..structure.slicing import (
+    count_past_empty_places,
     free_cache_slots,
     renumber,
     runs_on,
@@ -203,6 +204,7 @@ def cut_out(
             slice_config(config, [group.attention for group in groups])
         for index, layer in enumerate(layers):
             renumber(layer, index, undo)
+    count_past_empty_places(text_config(model), undo)
     put_layers(model, structure, nn.ModuleList(layers), undo)
 
 

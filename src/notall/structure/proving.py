@@ -20,7 +20,7 @@ from .calls import Arguments, LayerCall, as_given, called_with, first
 from .in_place import stubbed_layer
 from .model_structure import Block, cache_argument, inputs_device, text_config
 from .observation import Watch
-from .slicing import free_cache_slots, renumber, slice_config
+from .slicing import count_past_empty_places, free_cache_slots, renumber, slice_config
 from .traces import LayerTrace
 from .undoing import Undo
 
@@ -314,6 +314,7 @@ def prove_apart(
     with Undo() as undo, undo:
         undo.put_fields(config)
         free_cache_slots(config, freed)
+        count_past_empty_places(config, undo)
         for trace in watch.traces:
             undo.put(*calls.forward_of(trace.layer), partial(idle, trace))
         probe()

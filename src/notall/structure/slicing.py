@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig
 
 from .undoing import Undo
 
@@ -72,6 +72,30 @@ def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
     for index in layers:
         modes[index] = "reuse"
     config.__class__ = _with_lists(type(config), {"kv_sharing_modes": modes})
+
+
+def count_past_empty_places(config: PretrainedConfig, undo: Undo) -> None:
+    """Where the first place of caches made from `config` holds nothing, have caches ask
+    the first that does how many tokens they hold, until `undo` is left.
+
+    transformers 5.25 and later ask the first place alone, which then cannot answer.
+    """
+    first_place = DynamicCache(config=config).layers[:1]
+    if not first_place or hasattr(first_place[0], "get_seq_length"):
+        return
+    length_at = Cache.get_seq_length
+
+    def get_seq_length(cache: Cache, layer_idx: int = 0) -> int:
+        if layer_idx == 0:
+            counting = (
+                index
+                for index, place in enumerate(cache.layers)
+                if hasattr(place, "get_seq_length")
+            )
+            layer_idx = next(counting, 0)
+        return length_at(cache, layer_idx)
+
+    undo.put(Cache, "get_seq_length", get_seq_length)
 
 
 def _with_lists(config_class: type, lists: Mapping[str, object]) -> type:

@@ -50,7 +50,9 @@ class Undo(AbstractContextManager["Undo"]):
 
 
 def _hold(place: Any, name: Any, value: Any) -> None:
-    if not isinstance(place, MutableMapping):
+    if isinstance(place, type):
+        setattr(place, name, value)
+    elif not isinstance(place, MutableMapping):
         object.__setattr__(place, name, value)  # a config's own knows of no `__dict__`
     elif value is ABSENT:
         place.pop(name, None)
