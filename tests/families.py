@@ -34,7 +34,8 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 VOCABULARY, LAYERS = 99, 4
 WINDOW = 5  # shorter than the texts of the tests, so that windows matter
-TRANSFORMERS_5 = not transformers.__version__.startswith("4.")
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+TRANSFORMERS_5 = TRANSFORMERS >= (5, 0)
 REFUSED_IN_4 = {
     "gpt2 (scaled by layer)"
 }  # there the attention divides by the very index that addresses the cache
@@ -442,6 +443,8 @@ FAMILIES = [
         **EXPERTS,
     ),
     _llama("cohere2_moe", **EXPERTS, **MIXED),
+    _llama("param2moe", first_k_dense_replace=1, n_group=1, topk_group=1, **ROUTED),
+    _llama("minicpm5_moe", n_group=1, topk_group=1, **ROUTED),
     _llama("dots1", first_k_dense_replace=1, n_group=1, topk_group=1, **ROUTED),
     _llama(
         "ernie4_5_moe",

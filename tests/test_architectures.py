@@ -304,7 +304,9 @@ def cached(
     ]:
         output = model(
             tokens[:, start:end],
-            attention_mask=None if mask is None else mask[:, :end],
+            attention_mask=None
+            if mask is None or (start and masks_its_tokens_alone(model))
+            else mask[:, :end],
             use_cache=True,
             **{name: value[:, start:end].contiguous() for name, value in where.items()},
             **({cache_argument(model): cache} if cache is not None else {}),
@@ -318,6 +320,13 @@ def cached(
         cache = getattr(cache, "self_attention_cache", cache)
         logits.append(output.logits)
     return torch.cat(logits, 1), cache
+
+
+def masks_its_tokens_alone(model: PreTrainedModel) -> bool:
+    """Mamba takes a mask of the tokens of the step, of which `generate` gives it none
+    after the prompt.
+    """
+    return model.config.model_type in ("mamba", "falcon_mamba")
 
 
 def counts_rope_deltas(model: PreTrainedModel) -> bool:

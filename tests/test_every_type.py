@@ -5,6 +5,7 @@ or not tried, with one too.
 from __future__ import annotations
 
 import pytest
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from families import FAMILIES, TRANSFORMERS_5, Family
@@ -57,7 +58,15 @@ def tried() -> list[Family]:
     return [*FAMILIES, *HYBRIDS, *OTHERS, *NORMED_AFTER]
 
 
+def release(version: str) -> tuple[int, ...]:
+    """Such as (5, 25) of 5.25.1, which adds no type."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def test_every_type_is_tried_or_it_is_said_why_not() -> None:
+    recorded = max(map(release, (line["transformers"] for line in read())))
+    if release(transformers.__version__) > recorded:
+        pytest.skip(f"transformers {transformers.__version__}: make architectures")
     known = {family.model_type for family in tried()} | REFUSED.keys()
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - known == NOT_TRIED.keys()
     for name, reason in NOT_TRIED.items():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from api import proving, relative_error
 from families import TRANSFORMERS_5, Family, family, silenced
@@ -42,6 +42,7 @@ REFUSED = {
     "longcat_flash": "no list of 8 decoder layers",
     "inkling2_text": "computes from other layers' answers",
     "inkling2_loop_text": "one after the other",
+    "ergo": "changes the residual stream",
     "openai-gpt": "changes its hidden states",
 }
 REFUSED_IN_4 = [
@@ -330,6 +331,17 @@ def test_an_attention_that_counts_tokens_stays(name: str) -> None:
         match=f"every attention that holds keys and values .*attn.{counting[0]}",
     ):
         Plan(counting).check(locate(model))
+
+
+@ON_5
+@torch.no_grad()
+def test_caches_count_as_before_after_a_skip_of_the_first_mixer() -> None:
+    """transformers 5.25 asks the first place of a cache how many tokens it holds."""
+    model, before = family("nemotron_h").build(), Cache.get_seq_length
+    with skip(model, Plan([0])):
+        cache = model(prompt(False)[0], use_cache=True)["cache"]
+        assert cache.get_seq_length() == prompt(False)[0].shape[1]
+    assert Cache.get_seq_length is before
 
 
 @ON_5

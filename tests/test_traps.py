@@ -29,7 +29,7 @@ from api import (
     relative_error,
     slicing,
 )
-from families import TRANSFORMERS_5, family, silenced, stack_of
+from families import TRANSFORMERS, TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, locate, skip
 from test_architectures import (
     EXACT,
@@ -274,6 +274,8 @@ def lose(monkeypatch: Patch, *arguments: str) -> Callable[[], None]:
     [("bloom", "alibi"), ("mpt", "position_bias"), ("falcon (ALiBi)", "alibi")],
 )
 def test_alibi_lost(name: str, argument: str, monkeypatch: Patch) -> None:
+    if name == "falcon (ALiBi)" and TRANSFORMERS >= (5, 25):
+        pytest.skip("its biases come with the mask, then")
     plant = lose(monkeypatch, argument)
     assert is_caught_by_comparison(name, {"MLPs": PLANS["MLPs"], **MIXED}, plant)
     assert is_caught_by_recomposition(name)

@@ -34,6 +34,14 @@ class Sources:
         return cls([layer.attention for layer in layers], mlps)
 
 
+# Lists with a value per layer that are about its MLP.
+LISTS_OF_MLPS = (
+    "mlp_layer_types",
+    "expert_swiglu_limit_list",
+    "share_expert_swiglu_limit_list",
+)
+
+
 def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     """config.json of a model of `layers`: the original's, with its per-layer settings
     cut by the source of each.
@@ -62,11 +70,10 @@ def _of_text(whole: Settings, config: Any, text: PretrainedConfig) -> Settings:
 
 def _cut_lists(settings: Settings, config: Any, sources: Sources) -> None:
     """Lists with a value per layer, as the file has them: a derived one is not there."""
-    for name in (*PER_LAYER_LISTS, "num_attention_heads_per_layer"):
+    for name in (*PER_LAYER_LISTS, "num_attention_heads_per_layer", *LISTS_OF_MLPS):
         values = settings.get(name) or vars(config).get(name)
         if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers:
-            is_of_mlps = name == "mlp_layer_types"
-            indices = sources.mlps if is_of_mlps else sources.attentions
+            indices = sources.mlps if name in LISTS_OF_MLPS else sources.attentions
             settings[name] = [values[index] for index in indices]
 
 
