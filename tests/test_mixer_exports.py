@@ -36,7 +36,8 @@ NOT_CUT = {
     ("jamba", "alternating"): "rule by layer or depth",
     ("olmo_hybrid", "alternating"): "do not alternate",
     **{
-        ("beam", name): "rule by layer or depth"
+        (one, name): "rule by layer or depth"
+        for one in ("beam", "kolibri1_1")
         for name in ("first", "third", "alternating")
     },
     (

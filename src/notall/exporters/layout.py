@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -47,7 +48,7 @@ def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) 
     try:
         config = _config_of(settings, dense.config)
         exported = build_empty(config).get_submodule(dense.structure.layers)
-    except (ValueError, UsageError) as error:
+    except (ValueError, StrictDataclassError, UsageError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UsageError(
             f"{kind} {LAYER_RULE} ({reason}), so this plan runs in memory only"
