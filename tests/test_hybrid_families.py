@@ -25,14 +25,14 @@ pytestmark = [
 ]
 
 TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
-# Without `position_ids`, each token is their first: 5.25 asks the cache's first place for
-# the length, and a recurrent layer leaves it empty.
 COUNT_FROM_THE_CACHE_ONLY_IF_TOLD = {
-    "bamba",
-    *(["recurrent_gemma"] if TRANSFORMERS >= (5, 25) else []),
-}
+    "bamba"
+}  # without `position_ids`, each token is their first
 ANSWER_NO_CACHE = {"recurrent_gemma"}
 KEEP_NOTHING = {"openai-gpt"}
+# 5.25 asks the cache's first place for the length, where a recurrent layer keeps none: the
+# mask is then of no token before. `notall` refuses this family.
+DECODES_WRONG = {"recurrent_gemma"} if TRANSFORMERS >= (5, 25) else set()
 # Their layers scale, norm or mix the stream, or begin another, even if nothing is added
 # to it.
 CHANGE_THE_STREAM = {family.name for family in NORMED_AFTER if not family.whole} | {
@@ -125,6 +125,8 @@ def test_tokens_meet_only_where_it_is_said(hybrid: Family) -> None:
 def test_token_by_token_is_all_at_once(hybrid: Family) -> None:
     if hybrid.name in KEEP_NOTHING:
         pytest.skip("has no cache")
+    if hybrid.name in DECODES_WRONG:
+        pytest.skip("this transformers decodes it wrong")
     model = hybrid.build()
     dense = uncached(model)
     same = difference(cached(model), dense) < 1e-4
