@@ -25,5 +25,11 @@ def program(path: str) -> ModuleType:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(
         spec
     )  # dataclasses look their module up
+    before = set(sys.modules)
     spec.loader.exec_module(module)
+    # two folders may have files of one name, and each program means those beside it
+    for name in set(sys.modules) - before:
+        file_of_it = getattr(sys.modules[name], "__file__", None)
+        if file_of_it and Path(file_of_it).is_relative_to(ROOT / "benchmarks"):
+            del sys.modules[name]
     return module
