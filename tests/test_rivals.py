@@ -26,8 +26,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def plans(model):
-    return rivals.chosen(model, Namespace(blocks=BLOCKS, last_tokens=4), BATCHES)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def plans(model, folder):
+    asked = Namespace(blocks=BLOCKS, last_tokens=4, out=folder)
+    return rivals.chosen(model, asked, BATCHES)
 
 
 class Nothing(nn.Module):
@@ -35,13 +41,18 @@ class Nothing(nn.Module):
         return torch.zeros_like(hidden)
 
 
-@pytest.mark.parametrize("way", [*rivals.WAYS, rivals.PROMPT_ALONE])
+@pytest.mark.parametrize("way", [*rivals.CHOICES, *rivals.PATCHES, rivals.PROMPT_ALONE])
 def test_each_way_takes_out_as_much_as_the_blocks(model, plans, way):
     gone = {*plans[way].names, *plans[way].prefill.names}
     parameters = {part.name: part.parameters for part in locate(model).sublayers}
     asked = BLOCKS * (parameters["attn.0"] + parameters["mlp.0"])
     assert asked <= sum(parameters[name] for name in gone)
     assert sum(parameters[name] for name in gone) < asked + parameters["mlp.0"]
+
+
+def test_plans_are_left_for_times(plans, folder):
+    left = rivals.read_plans(sorted(folder.iterdir()))
+    assert left == {name: plans[name] for name in [*rivals.CHOICES, "POP"]}
 
 
 def test_other_mlps_are_judged_as_a_plan_without_them(model):

@@ -3,15 +3,16 @@ times.
 
     pip install --no-deps optipfair
     python benchmarks/rivals/rivals.py quality --data DATA --out OUT --model MODEL.gguf --plans OUT/14-refit
-    python benchmarks/rivals/rivals.py times --out OUT --model MODEL.gguf --plans OUT/14-refit
+    python benchmarks/rivals/rivals.py times --out OUT --model MODEL.gguf --plans OUT/14-refit OUT/*.json
 
 Each way takes as much out as `--blocks` blocks are, by parameters, and is judged as in
 `prefill/measure.py`: on the last tokens of windows of WikiText-2 test and of C4, and by
 checks. What it chooses by are windows of WikiText-2 train and of other documents of C4.
 optipfair's own code prunes where it is installed; the others are the formulas of the
-papers, as notall and `repairing/others.py` have them. `times` is one run of interleaved
-rounds: nothing else may run then. Repaired plans, as `prefill/measure.py` leaves them,
-are judged and timed in the same runs. DATA holds
+papers, as notall and `repairing/others.py` have them. `quality` leaves the plan of each
+way in OUT, without matrices. `times` is one run of interleaved rounds: nothing else may
+run then. Repaired plans, as `prefill/measure.py` leaves them, are judged and timed in
+the same runs. DATA holds
 `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and
 `c4/sample300.jsonl`.
 """
@@ -43,6 +44,7 @@ from notall.choosing.budget import by_count, by_footprint
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.limits import Limits
 from notall.evaluation.tasks import TaskShelf
+from notall.experiments.options.plan import read_plans
 from notall.experiments.options.text import TextOptions
 from notall.measuring.quality import Scores, evaluate, gather
 from notall.measuring.speed import compare_speeds, machine
@@ -57,8 +59,10 @@ CHECKS = ["retrieval_copying", "retrieval_stock", "retrieval_facts"]
 WIDTH = "optipfair"
 DIVISOR = 128  # of the neurons that optipfair keeps
 PROMPT_ALONE = "POP"
+ADJACENT = "PruneMe"
 Batches = Sequence[Tensor]
-Way = Callable[[PreTrainedModel, int, Batches], Plan]
+Choice = Callable[[PreTrainedModel, int, Batches], Plan]
+Patch = Callable[[PreTrainedModel, Plan, Batches], RepairedPlan]
 
 
 class Lost(Fact):
@@ -106,22 +110,14 @@ def by_sublayer(model: PreTrainedModel, blocks: int, batches: Batches) -> Plan:
     return choose_plan(model, "cosine", space, budget, batches).plan
 
 
-def patched(
-    fit: Callable[[PreTrainedModel, Plan, Batches], RepairedPlan],
-    model: PreTrainedModel,
-    blocks: int,
-    batches: Batches,
-) -> Plan:
-    """Adjacent blocks, and a matrix in their place."""
-    return fit(model, by_angle(model, blocks, batches), batches)
-
-
-WAYS: dict[str, Way] = {
+CHOICES: dict[str, Choice] = {
     "ShortGPT": by_influence,
-    "PruneMe": by_angle,
+    ADJACENT: by_angle,
     "LLM-Drop": by_sublayer,
-    "LinearPatch": partial(patched, others.linear_patch),
-    "LLM-Streamline": partial(patched, others.streamline),
+}
+PATCHES: dict[str, Patch] = {  # a matrix in place of the adjacent blocks
+    "LinearPatch": others.linear_patch,
+    "LLM-Streamline": others.streamline,
 }
 
 
@@ -131,7 +127,9 @@ def chosen(
     """The plan of each way but the narrower MLPs; POP (arXiv 2602.03295) skips the
     deepest blocks in the prompt alone, unrepaired.
     """
-    found = {name: way(model, asked.blocks, batches) for name, way in WAYS.items()}
+    found = {
+        name: choose(model, asked.blocks, batches) for name, choose in CHOICES.items()
+    }
     found[PROMPT_ALONE] = deepest(
         locate(model),
         "block",
@@ -139,12 +137,11 @@ def chosen(
         phase="prefill",
         last_tokens=asked.last_tokens,
     )
+    for name, plan in found.items():
+        plan.save(asked.out / f"{name}.json")
+    for name, patch in PATCHES.items():
+        found[name] = patch(model, found[ADJACENT], batches)
     return found
-
-
-def saved(asked: argparse.Namespace) -> dict[str, Plan]:
-    """notall's repaired plans, by the names of their folders."""
-    return {folder.name: RepairedPlan.load(folder) for folder in asked.plans}
 
 
 def narrowed(
@@ -223,7 +220,7 @@ def quality(asked: argparse.Namespace) -> None:
         training=False,
     )
     batches = drawn.together(1)
-    plans = chosen(model, asked, batches) | saved(asked)
+    plans = chosen(model, asked, batches) | read_plans(asked.plans)
     mlps = narrowed(model, asked.blocks, batches) if asked.optipfair else []
     narrow = f"{mlps[0].down_proj.in_features} neurons an MLP" if mlps else ""
     found: list[Lost] = []
@@ -298,18 +295,11 @@ def header(asked: argparse.Namespace, model: PreTrainedModel) -> dict[str, objec
 
 
 def times(asked: argparse.Namespace) -> None:
-    """One run: the original, each way that differs in its work, and saved plans in
-    turn.
-    """
+    """One run: the original, the saved plans and narrower MLPs in turn."""
     model, _ = load(asked.model)
-    structure = locate(model)
-    plans = {
-        "blocks": deepest(structure, "block", count=asked.blocks, keep_last=True),
-        **saved(asked),
-    }
+    plans = {"dense": Plan(), **read_plans(asked.plans)}
     variants: dict[str, Callable[[], object]] = {
-        name: partial(skip, model, plan)
-        for name, plan in {"dense": Plan(), **plans}.items()
+        name: partial(skip, model, plan) for name, plan in plans.items()
     }
     if asked.optipfair:
         mlps = narrowed(model, asked.blocks)
@@ -356,7 +346,7 @@ def main() -> None:
         nargs="*",
         type=Path,
         default=[],
-        help="repaired, to judge or time, too",
+        help="to judge or time, too",
     )
     parser.add_argument("--prompts", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--new", type=int, default=16)
