@@ -4,6 +4,9 @@ accelerate.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -13,6 +16,18 @@ from transformers import PreTrainedModel
 from api import locating
 
 ONE, TWO = torch.device("cuda:0"), torch.device("cuda:1")
+
+
+def each_place(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Families and where they run: all on two devices, and on a real one.
+
+    On a simulated one the first and the last stand for all: what no hook of accelerate
+    moves is the same in each.
+    """
+    names = [*names]
+    for name, place in itertools.product(names, ("one", "two")):
+        if place == "two" or torch.cuda.is_available() or name in (names[0], names[-1]):
+            yield name, place
 
 
 def on_one(model: PreTrainedModel) -> PreTrainedModel:

@@ -44,7 +44,7 @@ from api import (
     speed,
     time_plans,
 )
-from devices import ONE, devices_of, on_one, on_two
+from devices import ONE, devices_of, each_place, on_one, on_two
 from families import FAMILIES as PLAIN, family
 from hybrid_families import HYBRIDS
 from notall import Plan, RepairedPlan, Space, TrainConfig, UnsupportedModel, UsageError
@@ -379,7 +379,7 @@ def expected(name, case):
 
 def every_case():
     """On two devices, all of one family in each run and of the others what is quick."""
-    for name, place, case in itertools.product(FAMILIES, PLACES, CASES):
+    for (name, place), case in itertools.product(each_place(FAMILIES), CASES):
         is_quick = place == "two" and (case in COMMON or name == "llama")
         marks = [] if is_quick else [pytest.mark.slow, pytest.mark.any_transformers]
         yield pytest.param(name, place, case, marks=marks + [TWICE] * (place == "two"))

@@ -473,8 +473,8 @@ def test_each_check_sees_what_it_is_for(default_model):
     """
     asked = {
         "passkey_256": (12, 16, 23, 24),
-        "retrieval_facts": (48, 23, 24),
-        "answers": (24, 24),
+        "retrieval_facts": (24, 23, 24),
+        "answers": (16, 24),
     }
     found = {}
     for name, (items, *layers) in asked.items():

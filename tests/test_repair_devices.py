@@ -18,7 +18,7 @@ import torch
 from accelerate import dispatch_model
 
 from api import METHODS, Training, by_count, heal, heal_by, method
-from devices import ONE, TWO, devices_of, on_one, on_two
+from devices import ONE, TWO, devices_of, each_place, on_one, on_two
 from families import FAMILIES, family
 from hybrid_families import HYBRIDS
 from notall import (
@@ -282,8 +282,7 @@ def expected(name, case, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "place"), each_place(NAMES))
 def test_it_comes_to_what_the_cpu_finds(name, place, case):
     model = placed(name, place)
     assert len(devices_of(model)) == (1 if place == "one" else 2)
@@ -317,9 +316,10 @@ def lost_in_half(name, place, dtype, case):
 
 
 @pytest.mark.parametrize("case", IN_HALF)
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "place"), each_place(["llama", "gemma3", "qwen3_moe"])
+)
 def test_in_half_precision_it_loses_about_as_much(name, dtype, place, case):
     """Other kernels than the CPU's round otherwise, and a token may go to another
     expert.

@@ -155,7 +155,9 @@ def test_compiled_whole_with_a_static_cache() -> None:
         cache = StaticCache(config=model.config, max_cache_len=16)
         assert len(cache.layers) == 2
         torch._dynamo.reset()
-        step = torch.compile(model.forward, fullgraph=True, backend="inductor")
+        # whole on both lines; machine code takes long to make, and once will do
+        backend = "inductor" if TRANSFORMERS_5 else "aot_eager"
+        step = torch.compile(model.forward, fullgraph=True, backend=backend)
         found = []
         for start, end in ((0, 6), (6, 7), (7, 8)):
             where = torch.arange(start, end)

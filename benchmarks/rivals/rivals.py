@@ -10,9 +10,9 @@ Each way takes as much out as `--blocks` blocks are, by parameters, and is judge
 checks. What it chooses by are windows of WikiText-2 train and of other documents of C4.
 optipfair's own code prunes where it is installed; the others are the formulas of the
 papers, as notall and `repairing/others.py` have them. `quality` leaves the plan of each
-way in OUT, without matrices. `times` is one run of interleaved rounds: nothing else may
-run then. Repaired plans, as `prefill/measure.py` leaves them, are judged and timed in
-the same runs. DATA holds
+way in OUT, without matrices, and takes those that it finds there. `times` is one run of
+interleaved rounds: nothing else may run then. Repaired plans, as `prefill/measure.py`
+leaves them, are judged and timed in the same runs. DATA holds
 `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and
 `c4/sample300.jsonl`.
 """
@@ -127,9 +127,12 @@ def chosen(
     """The plan of each way but the narrower MLPs; POP (arXiv 2602.03295) skips the
     deepest blocks in the prompt alone, unrepaired.
     """
-    found = {
-        name: choose(model, asked.blocks, batches) for name, choose in CHOICES.items()
-    }
+    found = {}
+    for name, choose in CHOICES.items():
+        file = asked.out / f"{name}.json"
+        if not file.is_file():  # as an earlier call left it
+            choose(model, asked.blocks, batches).save(file)
+        found[name] = Plan.load(file)
     found[PROMPT_ALONE] = deepest(
         locate(model),
         "block",
@@ -137,8 +140,7 @@ def chosen(
         phase="prefill",
         last_tokens=asked.last_tokens,
     )
-    for name, plan in found.items():
-        plan.save(asked.out / f"{name}.json")
+    found[PROMPT_ALONE].save(asked.out / f"{PROMPT_ALONE}.json")
     for name, patch in PATCHES.items():
         found[name] = patch(model, found[ADJACENT], batches)
     return found
